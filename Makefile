@@ -1,0 +1,44 @@
+# The two commands are `make reproduce` and `make test`; both set up .venv first.
+PYTHON ?= python3
+RECIPE ?= course
+BIN := .venv/bin
+
+.venv/ready: settings.ini setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: set PYTHON=python3.11, say" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e ".[dev]"
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
+	touch $@
+
+.PHONY: install reproduce test clean-check units notebooks smoke reference soak
+install: .venv/ready
+
+# The paper, executed: every section of RECIPE (smoke, course), then the report.
+reproduce: install
+	$(BIN)/octomed check
+	$(BIN)/octomed run $(RECIPE)
+	$(BIN)/octomed report $(RECIPE) --html
+	$(BIN)/octomed report $(RECIPE)
+
+# Is it clean, is it exported, is it still true?
+test: install clean-check notebooks units smoke
+
+clean-check: install
+	$(BIN)/python tests/clean_check.py
+
+notebooks: install
+	cd nbs && ../$(BIN)/nbdev_test --n_workers 2 --timing
+
+units: install
+	$(BIN)/python -m pytest tests -q -rs --timeout 300
+
+# Into a store of its own, so that nothing found there makes it shorter.
+smoke: install
+	rm -rf outputs/test-smoke
+	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed run smoke
+	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed report smoke
+
+# Results, figures and cards of a complete run on a clean tree, kept in the repository.
+reference: install
+	$(BIN)/python -m octomed.report $(RECIPE)

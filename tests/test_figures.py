@@ -1,0 +1,54 @@
+"Figures: the same bytes each time, nothing clipped, nothing left behind, plain errors."
+import subprocess, sys
+import numpy as np, pytest
+from octomed import figures as F
+from octomed.core import OctomedError
+
+ROWS = [{"category": c, "benchmark": b, "arm": a, "accuracy": p, "interval": (p - .05, p + .05), "paper": p + .03, "chance": .25}
+        for c, b, p in (("text_only", "MedQA", .6), ("text_only", "HeadQA", .7), ("multimodal_reasoning", "NEJM", .4)) for a in ("CoT", "direct")]
+FINDINGS = [{"text": "CoT beats direct", "difference": .05, "interval": (.01, .09), "verdict": "agrees", "n": 500, "paper": .1507},
+            {"text": "Mixing sources does not interfere", "difference": .0, "interval": (-.05, .05), "verdict": "undecided", "margin": .02, "paper": "no number given"}]
+SERIES = {"k = 1": [(1, .5, (.45, .55)), (2, .6, (.55, .65))], "k = 4": [(1, .61), (2, .61)]}
+DRAW = {"bars": lambda: F.bars_with_paper(ROWS, "Title"), "forest": lambda: F.forest(FINDINGS, "Title"),
+        "lines": lambda: F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, .7516)]}), "grid": lambda: F.image_grid([np.eye(8)]*5, list("abcde"), title="Title")}
+
+def inside(fig):
+    "Every visible text lies on the canvas."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    FigureCanvasAgg(fig).draw(); box = fig.bbox
+    for t in fig.findobj(lambda o: hasattr(o, "get_text") and o.get_text() and o.get_visible()):
+        e = t.get_window_extent()
+        if t.get_text().replace("\N{MINUS SIGN}", "").replace(".", "").isdigit(): continue  # ticks beyond the axis exist, and are not drawn
+        assert e.x0 >= box.x0 - 2 and e.x1 <= box.x1 + 2 and e.y1 <= box.y1 + 2, t.get_text()
+
+@pytest.mark.parametrize("name", DRAW)
+def test_same_figure_same_bytes_and_no_label_cut(name, tmp_path):
+    fig = DRAW[name](); inside(fig)
+    first, again = F.save(fig, tmp_path/"one.png"), F.save(DRAW[name](), tmp_path/"two")
+    assert [p.name for p in first] == ["one.png", "one.svg"]
+    for a, b in zip(first, again): assert a.read_bytes() == b.read_bytes()
+    assert b"<dc:date>" not in first[1].read_bytes() and b"Software" not in first[0].read_bytes()
+    assert first[0].stat().st_size < 300_000
+
+def test_paper_points_are_hollow_and_in_per_cent():
+    def hollow(fig): return sorted(round(float(l.get_xdata()[0]), 2) for l in fig.axes[0].lines if l.get_markerfacecolor() == "white")
+    assert hollow(F.bars_with_paper(ROWS)) == [43, 43, 63, 63, 73, 73]
+    assert hollow(F.bars_with_paper([r | {"paper": None} for r in ROWS])) == []
+
+def test_nothing_is_left_behind():
+    import matplotlib, matplotlib.pyplot as plt
+    before = dict(matplotlib.rcParams)
+    for draw in DRAW.values(): draw()
+    assert plt.get_fignums() == [] and dict(matplotlib.rcParams) == before
+
+def test_labels_at_line_ends_do_not_touch():
+    at = F._spread([.5, .51, .52, .9], .05)
+    assert min(abs(a - b) for i, a in enumerate(at) for b in at[:i]) >= .05 - 1e-9 and at[3] == .9 and at[:3] == sorted(at[:3])
+
+def test_bad_input_gets_a_sentence():
+    for draw in (lambda: F.bars_with_paper([]), lambda: F.forest([]), lambda: F.lines({"a": []})):
+        with pytest.raises(OctomedError, match="nothing to draw"): draw()
+    with pytest.raises(OctomedError, match="as many of each"): F.image_grid([np.eye(2)], ["a", "b"])
+
+def test_matplotlib_is_imported_only_when_drawing():
+    subprocess.run([sys.executable, "-c", "import sys, octomed.figures, octomed.stats; assert 'matplotlib' not in sys.modules"], check=True)

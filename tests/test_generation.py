@@ -1,0 +1,133 @@
+"Engines and ledger: what is drawn, kept, and never drawn twice."
+import os, signal, subprocess, sys, textwrap
+from dataclasses import replace
+import numpy as np
+import pytest
+import torch
+from octomed.core import OctomedError
+from octomed.engines import FORCED, Request, Sample, Sampling, TransformersEngine, nucleus_choice, sample_seed
+from octomed.ledger import Ledger, draw, sample_key
+from octomed.train import save_student
+
+
+@pytest.fixture(scope="module")
+def engine(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    save_student(folder, *student, [])
+    return TransformersEngine(folder, "tiny@1", max_pixels=12_544, batch=5)
+
+
+def ask(name, n=4, text="which is it ?"):
+    return Request(name, [{"role": "user", "content": [{"type": "text", "text": text}]}], f"prompt of {name}", tuple(range(n)))
+
+
+FAST = Sampling(temperature=1.0, max_tokens=12)
+
+
+def test_fault_13_samples_are_distinct_and_each_has_its_own_seed(engine):
+    got = list(engine.generate([ask("q1", 16)], FAST))
+    assert len({s.text for s in got}) == 16
+    assert [s.seed for s in sorted(got, key=lambda s: s.index)] == [sample_seed(FAST, "q1", i) for i in range(16)]
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(engine):
+    alone = {s.index: s.text for s in engine.generate([ask("q1", 3)], FAST)}
+    among = {s.index: s.text for s in engine.generate([ask("q2", 7), ask("q1", 3), ask("q3", 1)], FAST) if s.question == "q1"}
+    assert alone == among
+
+
+def test_temperature_zero_is_the_likeliest_token():
+    logits = torch.randn(50, 30)
+    assert torch.equal(nucleus_choice(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
+
+
+def test_nucleus_draws_by_probability():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = nucleus_choice(p.log().repeat(20_000, 1), torch.from_numpy(np.random.default_rng(0).random(20_000)), 1.0, 0.9)
+    share = torch.bincount(drawn, minlength=4)/20_000
+    assert share[3] == 0 and torch.allclose(share[:3], p[:3]/0.95, atol=0.015)
+
+
+def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):
+    got = {s.question: s for s in engine.generate([ask("q1", 1), ask("long", 1, "one " * 3000), ask("q2", 1)], FAST)}
+    assert got["long"].finish == "error" and "no room" in got["long"].text
+    assert {got["q1"].finish, got["q2"].finish} <= {"stop", "length"}
+
+
+def test_forced_exit_never_passes_its_budget_and_is_counted(engine):
+    s = Sampling(temperature=1.0, max_tokens=6, answer_tokens=4)
+    got = list(engine.generate([ask("q1", 12)], s))
+    late = [x for x in got if x.answer_tokens]
+    assert late, "a student that learnt nothing never ends its thought in six tokens"
+    assert all(FORCED in x.text and x.answer_tokens <= 4 and x.tokens <= 10 for x in late)
+    assert all(x.tokens <= 6 for x in got if not x.answer_tokens)
+
+
+def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_path):
+    ledger = Ledger(tmp_path/"ledger.sqlite")
+    first = draw(ledger, engine, [ask("q1")], FAST)
+    class Refuses:
+        model, name = engine.model, "none"
+        def generate(self, requests, sampling): raise AssertionError("asked again")
+    assert draw(ledger, Refuses(), [ask("q1")], FAST) == first
+    for request, sampling in ((replace(ask("q1"), prompt="other words"), FAST), (ask("q1"), replace(FAST, temperature=0.5)), (ask("q1", 5), FAST)):
+        with pytest.raises(AssertionError, match="asked again"): draw(ledger, Refuses(), [request], sampling)
+
+
+WRITER = """
+    import sys, time
+    from pathlib import Path
+    from octomed.engines import Request, Sample, Sampling
+    from octomed.ledger import Ledger, draw
+    class Slow:
+        model, name = "slow@1", "test"
+        def generate(self, requests, sampling):
+            for r in requests:
+                for i in r.indices:
+                    time.sleep(0.004); print("made", flush=True)
+                    yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"{r.question} {i}", "stop")
+    draw(Ledger(Path(sys.argv[1])), Slow(), [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(25)], Sampling())
+    print("complete", flush=True)
+"""
+
+
+def start(path):
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITER), str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_fault_9_killed_runs_resume_with_exactly_what_is_missing(tmp_path):
+    path, made = tmp_path/"ledger.sqlite", 0
+    for _ in range(3):
+        p = start(path)
+        for n, line in enumerate(p.stdout):
+            made += 1
+            if n == 200: break
+        p.send_signal(signal.SIGKILL); p.wait()
+        kept = len(Ledger(path))
+        assert kept <= made
+    p = start(path); lines = p.communicate()[0].split()
+    assert lines[-1] == "complete" and lines.count("made") == 400 - kept
+    assert len(Ledger(path)) == 400
+
+
+def test_two_writers_meet_in_one_ledger(tmp_path):
+    path = tmp_path/"ledger.sqlite"
+    both = [start(path), start(path)]
+    assert all("complete" in p.communicate(timeout=60)[0] for p in both)
+    assert len(Ledger(path)) == 400
+
+
+def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path):
+    ledger = Ledger(tmp_path/"ledger.sqlite")
+    sample = lambda n: Sample(f"q{n}", "m", "p", "s", 0, "x"*4000, "stop")
+    ledger.append([sample(0)])
+    ledger.db.execute(f"PRAGMA max_page_count={ledger.db.execute('PRAGMA page_count').fetchone()[0] + 2}")
+    with pytest.raises(OctomedError, match="free some space"): ledger.append([sample(n) for n in range(1, 50)])
+    assert len(ledger) == 1 and ledger.find([sample_key("q0", "m", "p", "s", 0)])
+
+
+def test_fault_43_a_failed_item_counts_as_wrong_and_is_not_skipped():
+    from octomed.evaluate import rates, scores
+    rows = [{"question": s, "statuses": [s], "letters": [None], "forced": [False], "tokens": [0], "options": 4} for s in ("correct", "wrong", "unparsed", "truncated")]
+    assert scores(rows).tolist() == [[1.0], [0.0], [0.0], [0.0]]
+    assert rates(rows)["unparsed"] == rates(rows)["truncated"] == 0.25

@@ -1,0 +1,135 @@
+"Rendering and training: the mask, what is refused, what is dropped, what is read."
+import math
+import pytest
+import torch
+from octomed.core import OctomedError
+from octomed.render import Pixels, Row, collate, encode, chat_text, chat_images, load_rows, render_rows, row, save_rows
+from octomed.train import Schedule, fit, load_student, loss_sum, matched_steps, micro_batches, save_student, steps_for
+
+PIXELS = 12_544
+
+
+def chat(text, *images):
+    return [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+
+
+def test_prompt_is_the_same_in_training_and_evaluation(student, picture):
+    _, processor = student
+    messages = chat("which is it ?", picture)
+    trained = row(processor, messages, "\\boxed{A}", PIXELS)
+    asked = encode(processor, [chat_text(processor, messages, PIXELS)], [chat_images(messages)], PIXELS)
+    assert trained.input_ids[:trained.prompt] == asked["input_ids"][0].tolist()
+
+
+def test_image_tokens_and_pixels_are_the_processors_own(student, picture):
+    from octomed.images import load_image
+    _, processor = student
+    messages = chat("which is it ?", picture)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    theirs = processor(text=[text], images=[load_image(picture, PIXELS)], return_tensors="pt")
+    ours = encode(processor, [chat_text(processor, messages, PIXELS)], [[picture]], PIXELS)
+    assert torch.equal(theirs["input_ids"], ours["input_ids"])
+    assert torch.equal(theirs["pixel_values"], ours["pixel_values"])
+    assert torch.equal(theirs["image_grid_thw"], ours["image_grid_thw"])
+
+
+def test_only_the_response_and_its_end_are_trained(student, picture):
+    model, processor = student
+    r = row(processor, chat("which is it ?", picture), "<think>the fever</think>\n\n\\boxed{B}", PIXELS)
+    loss, n = loss_sum(model, processor, [r], Pixels(processor, PIXELS))
+    batch = collate(processor, [r.input_ids], [r.images], Pixels(processor, PIXELS))
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, r.prompt:] = batch["input_ids"][0, r.prompt:]
+    with torch.no_grad(): reference = model(**batch, labels=labels).loss
+    assert n == len(r.input_ids) - r.prompt and r.input_ids[-1] == processor.tokenizer.eos_token_id
+    assert math.isclose(loss.item()/n, reference.item(), rel_tol=1e-5)
+    assert "</think>" in processor.tokenizer.decode(r.input_ids[r.prompt:])
+
+
+def test_fault_30_all_masked_sample_is_refused_aloud(student):
+    _, processor = student
+    with pytest.raises(OctomedError, match="no token to train on"): row(processor, chat("which is it ?"), "  ", PIXELS)
+
+
+def test_fault_31_over_long_rows_are_dropped_whole_and_counted(student, picture):
+    _, processor = student
+    pairs = [(chat("which is it ?", picture), "one " * n + "\\boxed{A}") for n in (2, 400, 3)]
+    rows, funnel = render_rows(processor, pairs, PIXELS, cutoff=100)
+    assert [funnel[k] for k in ("in", "over_long", "kept")] == [3, 1, 2]
+    assert all(len(r.input_ids) <= 100 and r.input_ids[-1] == processor.tokenizer.eos_token_id for r in rows)
+    assert all(processor.tokenizer.decode(r.input_ids[r.prompt:-1]).endswith("\\boxed{A}") for r in rows)
+    with pytest.raises(OctomedError, match="raise it"): render_rows(processor, pairs[1:2], PIXELS, cutoff=100)
+
+
+def test_rows_survive_the_disk(student, picture, tmp_path):
+    _, processor = student
+    rows, funnel = render_rows(processor, [(chat("which is it ?", picture), "\\boxed{A}"), (chat("which is it ?"), "\\boxed{B}")], PIXELS, 500)
+    save_rows(tmp_path, rows, funnel)
+    assert load_rows(tmp_path) == rows
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
+    model, processor = student
+    rows = [row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS) for n in (1, 9, 3, 25)]
+    def gradient(budget):
+        model.zero_grad()
+        total = sum(len(r.input_ids) - r.prompt for r in rows)
+        for group in micro_batches(rows, budget): (loss_sum(model, processor, group, Pixels(processor, PIXELS))[0]/total).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    whole, split = gradient(10_000), gradient(60)
+    assert len(list(micro_batches(rows, 60))) > 1
+    assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
+
+
+def test_training_learns_and_repeats_itself(student):
+    import copy
+    model, processor = student
+    rows = [row(processor, chat("which is it ?"), f"\\boxed{{{x}}}", PIXELS) for x in "AAAA"]
+    logs, weights = [], []
+    for _ in range(2):
+        m = copy.deepcopy(model)
+        logs.append(fit(m, processor, rows, Schedule(batch=4, lr=1e-2), 0, 30, PIXELS))
+        weights.append(torch.cat([p.flatten() for p in m.parameters()]))
+    assert logs[0][-1]["loss"] < 0.5*logs[0][0]["loss"]
+    assert torch.equal(*weights)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(student):
+    import copy
+    model, processor = student
+    m = copy.deepcopy(model)
+    with torch.no_grad(): m.lm_head.weight[0, 0] = math.nan
+    rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)]
+    with pytest.raises(OctomedError, match="no longer a number at step 0"): fit(m, processor, rows, Schedule(batch=1), 0, 1, PIXELS)
+
+
+def test_frozen_parameters_do_not_move(student):
+    import copy
+    model, processor = student
+    m = copy.deepcopy(model)
+    before = m.model.visual.patch_embed.proj.weight.clone()
+    fit(m, processor, [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)], Schedule(batch=1, freeze=("model.visual",)), 0, 2, PIXELS)
+    assert torch.equal(before, m.model.visual.patch_embed.proj.weight)
+    assert not torch.equal(model.lm_head.weight, m.lm_head.weight)
+
+
+def test_matched_compute_counts_tokens():
+    rows = [Row(list(range(10)), 5, [])]*8
+    s = Schedule(epochs=2, batch=4)
+    assert steps_for(rows, s) == 4 and matched_steps(rows, s, tokens=400) == 10
+
+
+def test_fault_36_pickled_weights_are_refused(student, tmp_path):
+    model, processor = student
+    processor.save_pretrained(tmp_path); model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path/"pytorch_model.bin")
+    with pytest.raises(OctomedError, match="safetensors"): load_student(tmp_path)
+
+
+def test_a_saved_student_is_the_same_student(student, tmp_path):
+    model, processor = student
+    save_student(tmp_path, model, processor, [])
+    again, p = load_student(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    messages = chat("which is it ?")
+    assert chat_text(p, messages, PIXELS) == chat_text(processor, messages, PIXELS)
