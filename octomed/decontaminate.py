@@ -115,6 +115,7 @@ class Report:
     def split(self, rows: list) -> tuple[list, list]:
         "(kept rows, [(dropped row, reason)])."
         why = self.reasons()
+        if len(rows) != self.rows: raise OctomedError(f"the report is about {self.rows} rows and {len(rows)} were given: split the rows that were decontaminated")
         kept, dropped = [r for i, r in enumerate(rows) if i not in why], [(rows[i], why[i]) for i in sorted(why)]
         conserved(self.rows, len(kept), len(dropped), "decontamination")
         return kept, dropped

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'read_json', 'folder_of', 'reference_of', 'notebooks_dir', 'Section', 'sections', 'declared', 'parameters',
-           'Plan', 'plan_section', 'plan']
+           'columns', 'Plan', 'plan_section', 'asked', 'plan']
 
 # %% ../nbs/21_plan.ipynb #4e236f8b
 import ast, importlib, json, os, re
@@ -82,38 +82,54 @@ def parameters(section: Section, recipe: Recipe) -> dict:
             raise UsageError(f"recipe {recipe.name}: {name} of {section.name} must be {want.__name__}, not {value!r}")
     return {**own, **given}
 
+# %% ../nbs/21_plan.ipynb #d12e4882
+def _cell(v) -> str:
+    if v is None: return ""
+    if isinstance(v, float): return f"{v:,.3g}" if abs(v) < 1000 else f"{v:,.0f}"
+    return f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
+
+def columns(rows: list[dict], wrap: int = 60) -> str:
+    "Rows as aligned columns; text longer than `wrap` goes on in the next line."
+    import textwrap
+    if not rows: return "nothing to show"
+    keys, lines = list(rows[0]), [[k.replace("_", " ") for k in rows[0]]]
+    for r in rows:
+        parts = [textwrap.wrap(_cell(r.get(k)), wrap) or [""] for k in keys]
+        lines += [[p[i] if i < len(p) else "" for p in parts] for i in range(max(map(len, parts)))]
+    widths = [max(len(l[i]) for l in lines) for i in range(len(keys))]
+    right = [all(isinstance(r.get(k), (int, float)) or r.get(k) is None for r in rows) for k in keys]
+    return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(l, widths, right)).rstrip() for l in lines)
+
 # %% ../nbs/21_plan.ipynb #ce9ffec5
 RATES = {
-    "acceptance": 0.7,           # share of the teacher's samples that are correct; the clinic's teachers state about this
-    "row_tokens": {"cot": 130, "direct": 90},  # prompt, image and response of one example of the clinic
-    "train_tokens": 20_000,      # a second: 1 M parameters, 2 cores free
+    "acceptance": 0.8,           # share of the teacher's samples that are correct, as the clinic's teachers state
+    "row_tokens": {"cot": 165, "direct": 100},  # prompt, image and response of one example of the clinic
+    "train_tokens": 20_000,      # a second: about 1 M parameters
     "read_tokens": 20_000,       # a second, of the textbook: the same model
     "responses": 40,             # a second, of some 30 tokens
-    "student": "clinic/tiny",    # for which these were measured
 }
 
 # %% ../nbs/21_plan.ipynb #482c1589
-def _counts(stage, name: str = "funnel.json") -> dict:
-    return read_json(stage.folder/name) if stage.done and (stage.folder/name).exists() else {}
+def _counts(stage) -> dict:
+    return read_json(stage.folder/"funnel.json") if stage and stage.done and (stage.folder/"funnel.json").exists() else {}
 
 def _arm_plan(arm, common) -> dict:
-    "What one arm asks for, its stages by their keys."
+    "What one arm asks for, its stages by their names."
     from octomed.experiment import stages
     from octomed.questions import source_of
     steps = stages(arm, common)
-    expected = [n or source_of(spec).expected or 0 for spec, n in arm.sources]
-    asked = _counts(steps["data"]).get("kept", sum(expected))
-    drawn = _counts(steps["accepted"]).get("samples", asked*common.samples)
-    traces = _counts(steps["rendered"]).get("kept", round(asked*min(arm.k, common.samples*RATES["acceptance"])))
-    tokens = _counts(steps["rendered"]).get("tokens", traces*RATES["row_tokens"].get(arm.form, 130))
-    if arm.compute_of: epoch = _arm_plan(arm.compute_of, common); total = epoch["training_tokens"]
-    else: total = round(tokens*arm.schedule.epochs)
-    return {"steps": steps, "questions": asked, "samples": drawn, "traces": traces, "training_tokens": total}
+    asked = _counts(steps["data"]).get("kept", sum(n or source_of(spec).expected or 0 for spec, n in arm.sources))
+    drawn = asked*common.samples if arm.k else 0
+    accepted = round(asked*min(arm.k, common.samples*RATES["acceptance"])) if arm.k else asked
+    traces = _counts(steps["rendered"]).get("kept", _counts(steps.get("accepted")).get("kept", accepted))
+    tokens = _counts(steps["rendered"]).get("tokens", traces*RATES["row_tokens"].get(arm.form, 165))
+    total = _arm_plan(arm.compute_of, common)["training_tokens"] if arm.compute_of else round(tokens*arm.schedule.epochs)
+    return {"steps": steps, "student": arm.student or common.student, "questions": asked, "samples": drawn, "traces": traces, "training_tokens": total}
 
 # %% ../nbs/21_plan.ipynb #d2ddd52a
 class Plan(dict):
     "What a section will run: shown as lines, a dict to code."
-    def __repr__(self): return "\n".join(f"{k.replace('_', ' '):16} {v:,}" if isinstance(v, int) else f"{k.replace('_', ' '):16} {'not known' if v is None else v}" for k, v in self.items())
+    def __repr__(self): return "\n".join(f"{k.replace('_', ' '):16} {'not known' if v is None else f'{v:,}' if isinstance(v, (int, float)) else v}" for k, v in self.items())
 
 def plan_section(
     recipe: Recipe,
@@ -123,34 +139,39 @@ def plan_section(
     benchmarks=None,     # name:split; by default the recipe's
 ) -> Plan:
     "What a section's arms ask for in all, and how much of it is there."
-    from dataclasses import replace
-    from octomed.experiment import evaluated
+    from octomed.experiment import evaluations
     from octomed.questions import source_of
-    common, benchmarks = recipe.common, list(benchmarks or recipe.common.benchmarks)
-    parts = {n: _arm_plan(a, common) for n, a in arms.items()}
-    once = lambda step, key: sum({p["steps"][step].key: p[key] for p in parts.values()}.values())
-    sizes = [min(common.benchmark_limit or (n := source_of(b).expected or 0), source_of(b).expected or common.benchmark_limit) for b in benchmarks]
-    finals = {s.key: (s, size) for a in arms.values() for b, size in zip(benchmarks, sizes) for k in range(seeds)
-              for s in [evaluated(replace(a, seed=a.seed + k + 1000*common.base_seed), b, common)]}
-    left = [size for s, size in finals.values() if not s.done]
-    plan = Plan(section=section, arms=len(arms), training_seeds=seeds, questions=once("data", "questions"), samples=once("samples", "samples"), traces=once("rendered", "traces"),
-                training_tokens=seeds*sum(p["training_tokens"] for p in parts.values()), responses=common.eval_seeds*sum(n for _, n in finals.values()),
-                evaluations=len(finals), done=len(finals) - len(left))
-    return Plan(plan, **_minutes(recipe, section, plan, parts, seeds, left))
+    common, parts = recipe.common, [_arm_plan(a, recipe.common) for a in arms.values()]
+    def once(step, key): return sum({p["steps"][step].key: p[key] for p in parts if step in p["steps"]}.values())
+    def size(b): return min([n for n in (common.benchmark_limit, source_of(b).expected) if n] or [0])
+    wanted = {e.key: (e, size(b)) for per in evaluations(arms, recipe, seeds, benchmarks).values() for b, es in per.items() for e in es}
+    left = [n for e, n in wanted.values() if not e.done]
+    known = sum(p["traces"] for p in parts if "accepted" not in p["steps"])
+    plan = Plan(section=section, arms=len(arms), training_seeds=seeds, questions=once("data", "questions"), samples=once("samples", "samples"), traces=once("accepted", "traces") + known,
+                training_tokens=seeds*sum(p["training_tokens"] for p in parts), responses=common.eval_seeds*sum(n for _, n in wanted.values()), evaluations=len(wanted), done=len(wanted) - len(left))
+    return Plan(plan, **_minutes(recipe, section, plan, parts, len(left)))
 
 # %% ../nbs/21_plan.ipynb #fbae1975
-def _minutes(recipe: Recipe, section: str, plan: dict, parts: dict, seeds: int, left: list) -> dict:
-    card = reference_of(recipe)/"results"/f"{section}.json"
-    if plan["done"] and not left: return {"minutes": 0, "basis": "all evaluations are there"}
-    if card.exists() and (told := read_json(card).get("card", {})).get("minutes"):
-        return {"minutes": told["minutes"], "basis": f"a run from an empty store on {told.get('hardware', 'its machine')}"}
-    if not parts or recipe.common.student != RATES["student"]: return {"minutes": None, "basis": f"no rate is known for {recipe.common.student}" if parts else "no arms"}
-    share = len(left)/max(1, plan["evaluations"])
-    base = all(p["steps"]["student"].params["base"].done for p in parts.values())
-    seconds = share*(plan["training_tokens"]/RATES["train_tokens"] + plan["responses"]/RATES["responses"]) + (0 if base else recipe.common.pretrain_tokens/RATES["read_tokens"])
-    return {"minutes": round(seconds/60, 1), "basis": "rates of two free cores"}
+def _minutes(recipe: Recipe, section: str, plan: dict, parts: list, left: int) -> dict:
+    from octomed.train import STUDENTS
+    if plan["evaluations"] and not left: return {"minutes": 0, "basis": "all evaluations are there"}
+    kept = reference_of(recipe)/"results"/f"{section}.json"
+    if kept.exists() and (told := read_json(kept).get("card", {})).get("minutes"): return {"minutes": told["minutes"], "basis": f"a run on {told.get('hardware', 'its machine')}"}
+    if not parts: return {"minutes": None, "basis": "no arms"}
+    if far := [p["student"] for p in parts if p["student"] not in STUDENTS]: return {"minutes": None, "basis": f"no rate is known for {far[0]}"}
+    bases = {b.key: b for p in parts if hasattr(b := p["steps"]["student"].params["base"], "done")}
+    reading = sum(recipe.common.pretrain_tokens for b in bases.values() if not b.done and "pretrain_tokens" in str(b.params))
+    seconds = left/max(1, plan["evaluations"])*(plan["training_tokens"]/RATES["train_tokens"] + plan["responses"]/RATES["responses"]) + reading/RATES["read_tokens"]
+    return {"minutes": round(seconds/60, 1), "basis": "rates of a small student on two free cores"}
 
-# %% ../nbs/21_plan.ipynb #072ae993
+# %% ../nbs/21_plan.ipynb #e450c96a
+def asked(section: Section, recipe: Recipe) -> tuple[Recipe, dict, int, tuple | None]:
+    "(recipe as the section uses it, its arms, training seeds, its own benchmarks)."
+    module, full = section.module, recipe.having(section.name, **parameters(section, recipe))
+    arms = module.arms(full) if hasattr(module, "arms") else {}
+    benchmarks = module.benchmarks(full) if hasattr(module, "benchmarks") else None
+    return module.scope(full) if hasattr(module, "scope") else full, arms, full.of(section.name).get("seeds", 1), benchmarks
+
 def plan(
     name: str,                      # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,
@@ -158,7 +179,6 @@ def plan(
     "What a recipe will run. Nothing is run."
     recipe, out = load_recipe(name), []
     for s in sections(recipe, None, notebooks):
-        full, module = recipe.having(s.name, **parameters(s, recipe)), s.module
-        arms = module.arms(full) if hasattr(module, "arms") else {}
-        out.append(plan_section(full, s.name, arms, full.of(s.name).get("seeds", 1), module.benchmarks(full) if hasattr(module, "benchmarks") else None))
+        scoped, arms, seeds, benchmarks = asked(s, recipe)
+        out.append(plan_section(scoped, s.name, arms, seeds, benchmarks))
     return out

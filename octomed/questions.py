@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'HEALTH', 'TUMOURS', 'SOURCES', 'Question', 'flaw', 'conserved', 'dedupe', 'read_rows', 'read_exams',
            'read_folders', 'from_medqa', 'from_instruct', 'from_headqa', 'from_medmcqa', 'from_mmlu_pro',
            'from_medxpertqa', 'from_mmmu_pro', 'from_brain_tumor', 'Source', 'register', 'source_of', 'Loaded',
-           'load_report', 'load', 'identity_of', 'sources_table']
+           'load_report', 'load', 'image_file', 'question_sources', 'identity_of', 'sources_table']
 
 # %% ../nbs/03_questions.ipynb #4f1e6d07
 import ast, json, random, re, unicodedata
@@ -60,14 +60,17 @@ class Question:
         return q
 
 # %% ../nbs/03_questions.ipynb #9bfdf87e
-def flaw(q: Question) -> str | None:
-    "Why a question cannot be asked or judged, or None."
+def flaw(
+    q: Question,
+    benchmark: bool = False,  # is it only evaluated
+) -> str | None:
+    "Why a question cannot be asked or judged, or None. A benchmark is asked as it is published, even where two of its options are the same."
     folded = [" ".join(_nfc(o).split()) for o in q.options]
     if not q.stem.strip(): return "empty stem"
     if len(folded) < 2: return "fewer than two options"
     if len(folded) > len(LETTERS): return "more than 26 options"
     if not all(folded): return "empty option"
-    if len(set(folded)) < len(folded): return "duplicate options"
+    if len(set(folded)) < len(folded) and not benchmark: return "duplicate options"
     if not q.answer: return "no answer"
     if q.answer not in q.letters: return "answer outside the options"
 
@@ -238,7 +241,7 @@ class Source:
     hub_split: str = ""               # the split's name on the hub; empty where `datasets` cannot read it
     hub_normal: Callable | None = None  # hub row → fields; by default `normal`
     revision: str | None = None       # commit of the hub (None: the caller must give one); version of a source that is made
-    make: Callable | None = None      # (limit, max_pixels) → list of Questions, for sources that are made and not read
+    make: Callable | None = None      # (limit=, max_pixels=) → list of Questions, for sources that are made and not read; max_pixels None: store no image
     note: str = ""
 
     @property
@@ -377,14 +380,14 @@ def load_report(
     "Read a source, keep what can be judged, and say of the rest why not. Raises `OctomedError` for what is missing or malformed."
     s = source_of(spec)
     if s.make:
-        made = list(s.make(limit=limit, max_pixels=max_pixels))
-        bad = [(q.origin or q.id, flaw(q)) for q in made if flaw(q)]
-        return Loaded(spec, "made here", len(made), [q for q in made if not flaw(q)], bad)
+        made = list(s.make(limit=limit, max_pixels=max_pixels if images else None))
+        bad = [(q.origin or q.id, why) for q in made if (why := flaw(q, s.role == "benchmark"))]
+        return Loaded(spec, "made here", len(made), [q for q in made if not flaw(q, s.role == "benchmark")], bad)
     where, rows = _rows(s, folder, revision)
     rows, questions, dropped = _drawn(rows, limit, spec), [], []
     for (place, f), names in zip(rows, _pictures(rows, images, max_pixels, family, spec)):
         q = Question(**{**f, "images": () if isinstance(names, OctomedError) else names}, source=s.name, split=s.split, category=s.category)
-        if reason := "image cannot be read" if isinstance(names, OctomedError) else flaw(q): dropped.append((place, reason))
+        if reason := "image cannot be read" if isinstance(names, OctomedError) else flaw(q, s.role == "benchmark"): dropped.append((place, reason))
         else: questions.append(q)
     return Loaded(spec, where, len(rows), questions, dropped)
 
@@ -393,8 +396,16 @@ def load(spec: str, limit: int | None = None, images: bool = True, max_pixels: i
     return load_report(spec, limit, images, max_pixels, **kw).questions
 
 # %% ../nbs/03_questions.ipynb #4e9e9080
-@lru_cache(maxsize=4096)
-def _bytes_of(path: Path, size: int, changed: int) -> str: return file_digest(path)
+def image_file(q: Question) -> Path:
+    "The publisher's file of a question's image. Raises `OctomedError` where the source keeps no files."
+    s, folder = source_of(f"{q.source}:{q.split}"), data_dir()
+    if s.read is not read_folders or folder is None: raise OctomedError(f"{s.spec} has no image files at hand: point OCTOMED_DATA at them")
+    return (folder/s.files[0]).parent/q.origin
+
+def question_sources(spec: str, folder=None) -> list:
+    "The files of a source that are at hand; [None] for a source that is made; empty where there is neither."
+    s = source_of(spec)
+    return [None] if s.make else (s.normal and _paths(s, folder)) or []
 
 def identity_of(
     spec: str,
@@ -404,9 +415,7 @@ def identity_of(
     "The content of a source as one short name. Raises `OctomedError` where the source is not at hand."
     s = source_of(spec)
     if s.make: return digest("made", spec, s.revision, s.expected)
-    if s.normal and (paths := _paths(s, folder)):
-        files = [f for p in paths for f in ([p] if p.is_file() else sorted(p.glob("*/*")))]
-        return digest("files", spec, [[f"{f.parent.name}/{f.name}", _bytes_of(f, f.stat().st_size, f.stat().st_mtime_ns)] for f in files])
+    if s.normal and (paths := _paths(s, folder)): return digest("files", spec, [content(p) for p in paths])
     if s.hub_split and (revision := revision or s.revision): return digest("hub", s.hub, s.config, s.hub_split, revision)
     raise _missing(s)
 

@@ -11,7 +11,7 @@ import contextlib, json, os, re, shutil, signal, sys, threading, time
 from pathlib import Path
 from .core import OctomedError, Recipe, UsageError, atomic_write, load_recipe, root, shipped
 from .store import Outside, Stage, StageFunction, modules_digest, run, section_code
-from .plan import Section, folder_of, parameters, read_json, reference_of, sections
+from .plan import Section, asked, folder_of, parameters, read_json, reference_of, sections
 
 # %% ../nbs/22_runner.ipynb #63d82f84
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I)
@@ -33,7 +33,7 @@ def redacted(
 # %% ../nbs/22_runner.ipynb #68897ad6
 class Log:
     "Lines for the terminal and for `outputs/<recipe>/run.log`, without secrets."
-    def __init__(self, path: Path): self.path, self.rest = path, ""
+    def __init__(self, path: Path): self.path, self.rest, self.last = path, "", 0.0
     def say(self, line: str):
         from tqdm.auto import tqdm
         line = redacted(line)
@@ -42,10 +42,11 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as f: f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
     def write(self, text: str):
-        "What the kernel writes to stderr; of a progress bar only its last state."
+        "What the kernel writes to stderr; of a progress bar its state every ten seconds."
         *lines, self.rest = (self.rest + text).split("\n")
+        if "\r" in self.rest and time.time() - self.last > 9: lines.append(self.rest); self.rest, self.last = "", time.time()
         for line in lines:
-            if line := line.rsplit("\r", 1)[-1].rstrip(): self.say(f"  {line.strip()}")
+            if line := line.rsplit("\r", 1)[-1].strip(): self.say(f"  {line}")
     def flush(self): pass
 
 # %% ../nbs/22_runner.ipynb #11d13d74
@@ -253,15 +254,14 @@ def _run(todo: list[Section], recipe: Recipe, source: str) -> dict:
 def _run_arm(todo: list[Section], recipe: Recipe, name: str) -> dict:
     "Make the stages of one arm of the sections that have it. Raises `UsageError` when none has."
     from octomed.experiment import run_arms
-    full = {s: recipe.having(s.name, **parameters(s, recipe)) for s in todo}
-    having = {s: s.module.arms(full[s]) for s in todo if hasattr(s.module, "arms")}
-    if not any(name in arms for arms in having.values()):
-        raise UsageError(f"no section has an arm {name}: choose from {', '.join(dict.fromkeys(a for arms in having.values() for a in arms)) or 'none'}")
-    log, ran = Log(folder_of(recipe)/"run.log"), [s.name for s, arms in having.items() if name in arms]
-    for s, arms in having.items():
+    having = {s: asked(s, recipe) for s in todo}
+    if not any(name in arms for _, arms, *_ in having.values()):
+        raise UsageError(f"no section has an arm {name}: choose from {', '.join(dict.fromkeys(a for _, arms, *_ in having.values() for a in arms)) or 'none'}")
+    log, ran = Log(folder_of(recipe)/"run.log"), [s.name for s, (_, arms, *_) in having.items() if name in arms]
+    for s, (scoped, arms, seeds, benchmarks) in having.items():
         if name in arms:
             log.say(f"{s.name}, arm {name}: its stages are made, the notebook is not run")
-            run_arms({name: arms[name]}, full[s], seeds=full[s].of(s.name).get("seeds", 1))
+            run_arms({name: arms[name]}, scoped, seeds, benchmarks)
     return {"ran": ran, "skipped": []}
 
 # %% ../nbs/22_runner.ipynb #4c3dd764

@@ -63,7 +63,7 @@ def test_fault_24_variants_are_found_by_the_exact_rule(variant):
     assert list(decontaminate(rows(variant), rows("Which organ makes urine?"), 16).exact) == [0]
 
 def test_fault_24_ligature_hides_from_the_ngram_rule_only():
-    stem = "the first ﬁnding of this long question is a rash with fever and a stiff neck in a child"
+    stem = "in this long question of nineteen words the ﬁrst sign is a rash with fever and neck stiffness today"
     r = decontaminate(rows(stem), rows(stem.replace("ﬁ", "fi")), 16)
     assert r.flagged == [] and list(r.exact) == [0]
 
@@ -94,7 +94,7 @@ def test_fault_25_rows_are_conserved_and_the_order_is_kept():
     kept, dropped = r.split(train)
     assert len(kept) + len(dropped) == 11 and kept == [t for t in train if t["question"] not in ("row 3", "row 7")]
     assert {why for _, why in dropped} == {"same stem and options as a benchmark item"}
-    with pytest.raises(OctomedError, match="lost or doubled"): r.split(train[:-1])
+    with pytest.raises(OctomedError, match="about 11 rows and 10"): r.split(train[:-1])
 
 def test_empty_sides_and_wrong_n():
     assert decontaminate([], rows("a")).rows == 0 and decontaminate(rows("a b"), []).flagged == []
@@ -112,6 +112,7 @@ def test_pairs_says_what_is_wrong(tmp_path):
     for bad, message in ((b'{"question": "a"}\nno json\n', "line 2 of mine.jsonl"), (b'{"stem": "a"}\n', "no text `question`"), (b'{"question": "a", "options": 3}\n', "options"), (b'[1]\n', "no text")):
         f.write_bytes(bad)
         with pytest.raises(OctomedError, match=message): pairs([str(f)], [str(f)])
+    f.write_text('{"question": "a"}')
     with pytest.raises(OctomedError, match="neither a JSONL file nor a registered source"): pairs(["nowhere.jsonl"], [str(f)])
 
 def test_fault_21_twins_by_pixels_see_through_the_encoding(tmp_path):
@@ -133,3 +134,11 @@ def test_real_brain_tumor_twins():
     files = [sorted((Path(DATA)/"brain_tumor"/f).glob("*/*.jpg")) for f in ("Training", "Testing")]
     both = file_twins(*files)
     assert (len(files[0]), len(files[1]), len(both.train), len(both.test)) == (2_870, 394, 83, 88)
+
+@real
+def test_real_brain_tumor_twins_by_pixels(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
+    files = [sorted((Path(DATA)/"brain_tumor"/f).glob("*/*.jpg")) for f in ("Training", "Testing")]
+    both = file_twins(*files, key=lambda p: pixel_hash(open_image(p)))
+    assert (len(both.train), len(both.test)) == (244, 251)
+    assert sum(files[1][i].parent.name == "no_tumor" for i in both.test) == 105

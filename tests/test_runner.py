@@ -254,7 +254,7 @@ def test_one_arm(world, monkeypatch):
     module = types.ModuleType("octomed.paper.fake"); module.arms = lambda recipe: {"cot": 1, "direct": 2}
     monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper")); monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
     asked, fake = [], types.ModuleType("octomed.experiment")
-    fake.run_arms = lambda arms, recipe, seeds: asked.append((arms, recipe.of("1_a"), seeds))
+    fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append((arms, recipe.of("1_a"), seeds))
     monkeypatch.setitem(sys.modules, "octomed.experiment", fake)
     world.section("1_a", module="fake"); world.section("2_b")
     with pytest.raises(UsageError, match="no section has an arm none: choose from cot, direct"): world.run(arm="none")

@@ -72,6 +72,7 @@ def lines(
     for p in paths: d.line([((x + 1) * S/2, (y + 1) * S/2) for x, y in p], fill=255, width=round(width), joint="curve")
     return np.asarray(im.filter(ImageFilter.GaussianBlur(blur)), np.float32) / 255
 
+# %% ../../nbs/clinic/17_drawings.ipynb #43fcfc39
 def dots(
     rng: np.random.Generator,
     im: np.ndarray,   # S × S × 3, changed in place
@@ -86,6 +87,7 @@ def dots(
     for (x, y), (a, b), c in zip((np.asarray(points) + 1) * S/2, ab, tone): d.ellipse((x - a, y - b, x + a, y + b), fill=tuple(map(int, c)))
     im[:] = np.asarray(pic)
 
+# %% ../../nbs/clinic/17_drawings.ipynb #d70404cd
 def walk(
     rng: np.random.Generator, x: float, y: float, angle: float, # where it starts and where it goes
     steps: int, length: float,                                  # number of strides and their length

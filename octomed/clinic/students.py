@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'PIECE', 'CHAT', 'SIZES', 'READING', 'pieces', 'build_tokenizer', 'Size', 'build_student', 'textbook_rows',
-           'base']
+           'base', 'blank']
 
 # %% ../../nbs/clinic/20_students.ipynb #7d2b20a4
 import re
@@ -98,7 +98,7 @@ READING = Schedule(batch=64, lr=2e-3, warmup=0.05, weight_decay=0.01)
 def base(out, size, tokens, seed, max_pixels, world):
     """A base student that has read the textbook.
 
-    `size`: a name in SIZES; `tokens`: how many it reads; `world`: the world's revision, part of the key."""
+    `size`: a name in SIZES; `tokens`: how many it reads; `world`: the world's identity, part of the key."""
     import torch
     from octomed.clinic.world import atlas, corpus, textbook
     from octomed.prompts import load_template
@@ -109,11 +109,17 @@ def base(out, size, tokens, seed, max_pixels, world):
     log = fit(model, processor, rows, READING, seed, matched_steps(rows, READING, tokens), max_pixels, desc="the student reads the textbook")
     save_student(out, model, processor, log)
 
+# %% ../../nbs/clinic/20_students.ipynb #257918a3
+@stage
+def blank(out, size, texts, seed, max_pixels):
+    "A student with first weights and a tokenizer that knows `texts`."
+    save_student(out, *build_student(texts, SIZES[size], seed, max_pixels), [])
+
 # %% ../../nbs/clinic/20_students.ipynb #80d0d356
 def _factory(size: str):
     def declare(common: Common):
-        from octomed.clinic.world import WORLD_REVISION
-        return base(size=size, tokens=common.pretrain_tokens, seed=common.base_seed, max_pixels=common.max_pixels, world=WORLD_REVISION)
+        from octomed.clinic.world import world_identity
+        return base(size=size, tokens=common.pretrain_tokens, seed=common.base_seed, max_pixels=common.max_pixels, world=world_identity())
     return declare
 
 for _size in SIZES: register_student(f"clinic/{_size}", _factory(_size))

@@ -9,7 +9,7 @@ __all__ = ['WORLD_REVISION', 'STEPS', 'HARMLESS', 'SIZES', 'PICTURES', 'KINDS', 
            'shown_with_image', 'patient', 'stem_of', 'vignette', 'placed', 'picture_key', 'drawn', 'key_name',
            'pictures', 'looking', 'reasoning', 'plan', 'for_test', 'asked', 'questions', 'reference', 'ties',
            'phrases_in', 'one_fact_oracle', 'asks_for', 'full_oracle', 'oracle_table', 'atlas', 'strings', 'corpus',
-           'vocabulary']
+           'vocabulary', 'world_identity']
 
 # %% ../../nbs/clinic/18_world.ipynb #2bbecd9d
 import json, re
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import combinations
 import numpy as np
-from ..core import OctomedError, atomic_write, digest, seed_for, shipped, store_dir
+from ..core import OctomedError, atomic_write, content, digest, seed_for, shipped, store_dir
 from ..images import MAX_PIXELS, image_path, intake, pixel_hash
 from ..questions import Question, Source, register
+from ..store import code_digest
 from .drawings import CLASSES, DRAWINGS_REVISION, draw
 
 # %% ../../nbs/clinic/18_world.ipynb #688c7a42
@@ -101,10 +102,10 @@ def facts_of(rng: np.random.Generator, c: Condition) -> list[str]: # sentences
     out += [say(rng, "test", c=c.name, t=c.test), say(rng, "first", c=c.name, d=c.first), say(rng, "contra", d=c.first, r=c.factor),
             say(rng, "alternative", c=c.name, d=c.alternative), say(rng, "allowed", d=c.first, r=pick(rng, others))]
     out += [say(rng, "harm", d=d, h=harms()[d]) for d in (c.first, c.alternative)]
-    f = pick(rng, c.shows); out.append(f"{f} occurs in {listed(d.name for d in conditions().values() if f in d.shows)}")
+    f = pick(rng, c.shows); out.append(f"{f} can be part of {listed(d.name for d in conditions().values() if f in d.shows)}")
     lacking = [f for d in conditions().values() for f in d.shows if f not in c.shows]
     out.append(say(rng, "lacks", c=c.name, f=pick(rng, lacking)))
-    if c.image: out.append(f"{c.image} on {c.modality} looks like {knowledge()['images'][c.modality][c.image]}")
+    if c.image: out.append(f"the look of {c.image} on {c.modality} is {knowledge()['images'][c.modality][c.image]}")
     return out
 
 # %% ../../nbs/clinic/18_world.ipynb #7a0311da
@@ -147,7 +148,7 @@ WORLD_REVISION = "1"   # changes with anything that a question, a truth or the t
 
 # %% ../../nbs/clinic/18_world.ipynb #d97e8f64
 STEPS = dict(look=0, dx=1, test=2, first=2, treat=3, harm=4)   # in text; an image adds one
-HARMLESS = 0.25                                                # share of factors that forbid nothing of use
+HARMLESS = 0.4                                                 # share of factors that forbid nothing of use
 
 @dataclass(frozen=True)
 class Truth:
@@ -200,14 +201,15 @@ def mates(rng, c: Condition, shown, pool) -> list[Condition]: # nearest first
 def distractors(rng, t: Truth, pool) -> list[str]: # best first, without the answer
     "Wrong options for a question that has a condition."
     c = conditions()[t.condition]; near = mates(rng, c, t.findings, pool)
+    rival = [result(chain(t, d.name)) for d in pool if t.image and d.image == t.image]       # the right answer for who only looks
     if t.kind == "dx": out = [d.name for d in near]
     elif t.kind == "test": out = [d.test for d in near]
     elif t.kind == "first": out = [c.alternative] + [d.first for d in near]
     else:
-        same = [d.alternative if t.forbidden else d.first for d in near if d.factor == t.factor]
-        out = [c.first if t.forbidden else c.alternative, *same[:1]] + [pick(rng, (d.first, d.alternative)) for d in near]
+        same = [(d.alternative, d.first) for d in near if d.factor == t.factor][:1]      # what the factor alone would suggest
+        out = [c.first if t.forbidden else c.alternative, *(x for pair in same for x in pair[:1 if t.forbidden else 2])] + [pick(rng, (d.first, d.alternative)) for d in near]
         if t.kind == "harm": out = [harms()[d] for d in out]
-    return [o for o in dict.fromkeys(out) if o != t.answer]
+    return [o for o in dict.fromkeys(out[:1] + rival + out[1:]) if o != t.answer]
 
 # %% ../../nbs/clinic/18_world.ipynb #6f29c062
 @lru_cache
@@ -445,7 +447,7 @@ def atlas(
     "Captioned drawings; none is in a question."
     rng = np.random.default_rng(seed_for("atlas", WORLD_REVISION, seed))
     keys = some(rng, [picture_key("atlas", m, c, k) for m in CLASSES for c in CLASSES[m] for k in range(per_class)], 16 * per_class)
-    caption = lambda m, c: f"{say(rng, 'look', k=c)}. {c} on {m} looks like {knowledge()['images'][m][c]}."
+    caption = lambda m, c: f"{say(rng, 'look', k=c)}. the look of {c} on {m} is {knowledge()['images'][m][c]}."
     return [(image, caption(m, c)) for image, (m, c, *_) in zip(pictures(keys, max_pixels), keys)]
 
 # %% ../../nbs/clinic/18_world.ipynb #ab09b9e6
@@ -466,6 +468,11 @@ def vocabulary() -> list[str]:
     return sorted({w for s in corpus() for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", s)})
 
 # %% ../../nbs/clinic/18_world.ipynb #80d1e08d
+@lru_cache
+def world_identity() -> str:
+    "What a stage must know of the clinic: digest of its knowledge and of the code that asks, draws and writes."
+    return digest(WORLD_REVISION, DRAWINGS_REVISION, content(shipped("clinic", "world.yaml")), code_digest(questions, uses=(textbook, atlas, draw)))
+
 for (_name, _split), _size in SIZES.items():
     register(Source(_name, _split, CATEGORY[_name], "train" if _split == "train" else "benchmark", expected=_size, licence="Apache-2.0, made by this project",
-                    make=partial(questions, _name, _split), revision=WORLD_REVISION, note=f"the clinic, revision {WORLD_REVISION}; not medical advice"))
+                    make=partial(questions, _name, _split), revision=world_identity(), note="the clinic; not medical advice"))
