@@ -160,7 +160,7 @@ def _minutes(recipe: Recipe, section: str, plan: dict, parts: list, left: int) -
     if not parts: return {"minutes": None, "basis": "no arms"}
     if far := [p["student"] for p in parts if p["student"] not in STUDENTS]: return {"minutes": None, "basis": f"no rate is known for {far[0]}"}
     bases = {b.key: b for p in parts if hasattr(b := p["steps"]["student"].params["base"], "done")}
-    reading = sum(recipe.common.pretrain_tokens for b in bases.values() if not b.done and "pretrain_tokens" in str(b.params))
+    reading = sum(b.params.get("tokens", 0) for b in bases.values() if not b.done)
     seconds = left/max(1, plan["evaluations"])*(plan["training_tokens"]/RATES["train_tokens"] + plan["responses"]/RATES["responses"]) + reading/RATES["read_tokens"]
     return {"minutes": round(seconds/60, 1), "basis": "rates of a small student on two free cores"}
 

@@ -49,14 +49,16 @@ def _notes(recipe: str, found: list[dict], missing: list[str]) -> list[str]:
     return notes
 
 # %% ../nbs/23_report.ipynb #5818bd76
+def _some(items: list[str], most: int = 4) -> str: return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
 def diagnostics(r: dict) -> list[str]:
     "What a reader should know before believing a section's results."
     out, rows = [], [x for x in r["rows"] if x["benchmark"] != "Overall"]
     at = lambda x: f"{x['arm']} on {x['benchmark']}"
     low = [at(x) for x in rows if x.get("chance") and x.get("interval") and x["interval"][0] <= x["chance"]]
-    if low: out.append(f"Not told from chance: {'; '.join(low)}.")
+    if low: out.append(f"Not told from chance: {_some(low)}.")
     for rate, word in (("unparsed", "could not be read"), ("truncated", "were cut at the budget"), ("forced_exit", "had to be forced to answer")):
-        if high := [f"{at(x)} {x[rate]:.0%}" for x in rows if (x.get(rate) or 0) > 0.1]: out.append(f"More than a tenth of the responses {word}: {'; '.join(high)}.")
+        if high := [f"{at(x)} {x[rate]:.0%}" for x in rows if (x.get(rate) or 0) > 0.1]: out.append(f"More than a tenth of the responses {word}: {_some(high)}.")
     if any(c.get("training_seeds") == 1 for c in r["claims"]): out.append("One training seed: the intervals hold for these students, not for training again.")
     if (a := (r.get("funnel") or {}).get("acceptance")) is not None and not 0.3 <= a <= 0.98: out.append(f"The acceptance of {a:.0%} is {'low' if a < 0.3 else 'suspiciously high'}.")
     lengths = {arm: [x["mean_tokens"] for x in rows if x["arm"] == arm and x.get("mean_tokens")] for arm in dict.fromkeys(x["arm"] for x in rows)}
@@ -101,11 +103,11 @@ h3{font-size:1.02rem;margin:1.75rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--s
 .banner{background:#fff6d6;border-left:4px solid #c99700;padding:.75rem 1rem;margin:1rem 0;border-radius:4px}.note{background:var(--wash);border-left:4px solid #7c8b99;padding:.6rem 1rem;margin:.6rem 0;border-radius:4px}
 .wide{overflow-x:auto;margin:.75rem 0;border:1px solid var(--rule);border-radius:6px}table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}tr:last-child td{border-bottom:0}th{background:var(--wash);font-weight:600;white-space:nowrap}
-td.num{text-align:right;white-space:nowrap}.wide th.num{text-align:right}td.text{min-width:17rem}tr.overall td{font-weight:600;background:var(--wash)}.verdict{font-weight:700;white-space:nowrap}.agrees{color:var(--yes)}.disagrees{color:var(--no)}.undecided{color:var(--open)}
+td.num{text-align:right;white-space:nowrap}.wide th.num{text-align:right}td.text{min-width:17rem}td.key{min-width:9.5rem}tr.overall td{font-weight:600;background:var(--wash)}.verdict{font-weight:700;white-space:nowrap}.agrees{color:var(--yes)}.disagrees{color:var(--no)}.undecided{color:var(--open)}
 td[data-k=paper]{min-width:7rem}.proof{display:block;color:var(--soft);font-size:.86rem;margin-top:.25rem}figure{margin:1rem 0;padding:.75rem;border:1px solid var(--rule);border-radius:6px;overflow-x:auto}figure img{display:block;max-width:100%;height:auto;margin:auto}
 td[data-k=paper]{min-width:7rem}dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.9rem;margin:.5rem 0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}details{margin:.75rem 0}summary{cursor:pointer;color:var(--soft)}
 @media(max-width:40rem){main{padding:.9rem}h1{font-size:1.5rem}.claims thead{display:none}.claims tr{display:block;padding:.7rem .8rem;border-bottom:1px solid var(--rule)}.claims tr:last-child{border-bottom:0}
-.claims td{display:flex;justify-content:space-between;gap:1rem;padding:.12rem 0;border:0;text-align:right;white-space:normal}.claims td:empty{display:none}.claims td[data-k]::before{content:attr(data-k);color:var(--soft);text-align:left}.claims td.text{display:block;text-align:left;font-weight:600;min-width:0}.proof{font-weight:400}figure{padding:.5rem}figure img{max-width:none;width:34rem}th,td{padding:.4rem .45rem}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
+.claims td{display:flex;justify-content:space-between;gap:1rem;padding:.12rem 0;border:0;text-align:right;white-space:normal}.claims td:empty{display:none}.claims td[data-k]::before{content:attr(data-k);color:var(--soft);text-align:left}.claims td.text{display:block;text-align:left;font-weight:600;min-width:0}.proof{font-weight:400}td.key{min-width:6rem}figure{padding:.5rem}figure img{max-width:none;width:34rem}th,td{padding:.4rem .45rem}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 @media print{h2{break-before:page}.wide,figure{break-inside:avoid}}
 """
 BANNER = ("The clinic is simulated: its conditions, patients, images and teachers are made by code and simplified for teaching. Nothing on this page is medical advice, "
