@@ -28,7 +28,7 @@ clean-check: install
 	$(BIN)/python tests/clean_check.py
 
 notebooks: install
-	cd nbs && ../$(BIN)/nbdev_test --n_workers 2 --timing
+	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --n_workers 2 --timing
 
 units: install
 	$(BIN)/python -m pytest tests -q -rs --timeout 300
@@ -41,4 +41,4 @@ smoke: install
 
 # Results, figures and cards of a complete run on a clean tree, kept in the repository.
 reference: install
-	$(BIN)/python -m octomed.report $(RECIPE)
+	$(BIN)/python -c "from octomed.report import reference; print(reference('$(RECIPE)'))"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['subset', 'leaked', 'questions', 'read_questions', 'route', 'requests', 'samples', 'read_samples', 'accept',
-           'accepted', 'rendered']
+           'boxed_as', 'accepted', 'rendered']
 
 # %% ../nbs/11_distill.ipynb #e3893adb
 import json
@@ -100,9 +100,14 @@ def accept(
     return [i for i, v in enumerate(verdicts) if score(v)][:k]
 
 # %% ../nbs/11_distill.ipynb #76257174
+def boxed_as(q: Question, answer: str) -> str:
+    "What stands in the student's box: the known answer's `letter`, or its `text`. Raises `OctomedError` for anything else."
+    if answer not in ("letter", "text"): raise OctomedError(f"a student cannot answer with its {answer}: choose letter or text")
+    return q.answer if answer == "letter" else q.answer_text
+
 @stage
-def accepted(out, questions, samples, k):
-    "The accepted set: traces whose answer is the known one, at most `k` a question, and the funnel that led to them."
+def accepted(out, questions, samples, k, answer):
+    "The accepted set: traces whose answer is the known one, at most `k` a question, and the funnel that led to them. `answer`: see `boxed_as`."
     qs, drawn = {q.id: q for q in read_questions(questions)}, read_samples(samples)
     forms = {r["question"]: load_template(r["template"]) for r in read_jsonl(samples/"requests.jsonl")}
     rows, funnel, passes, by_source = [], Counter(), Counter(), {}
@@ -110,7 +115,7 @@ def accepted(out, questions, samples, k):
         q, t = qs[id], forms[id]
         vs = [judge(s.text, q.letters, q.answer, t.think_first, t.forms) for s in ss]
         kept = accept(vs, k)
-        rows += [{"question": id, "index": i, "model": ss[i].model, "response": to_boxed(ss[i].text, vs[i].letter), "tokens": ss[i].tokens} for i in kept]
+        rows += [{"question": id, "index": i, "model": ss[i].model, "response": to_boxed(ss[i].text, boxed_as(q, answer)), "tokens": ss[i].tokens} for i in kept]
         funnel.update(s.finish if s.finish in ("refused", "error") else v.status for s, v in zip(ss, vs))
         passes[sum(map(score, vs))] += 1
         a = by_source.setdefault(q.source, {"samples": 0, "correct": 0}); a["samples"] += len(ss); a["correct"] += sum(map(score, vs))
@@ -123,13 +128,13 @@ def accepted(out, questions, samples, k):
 
 # %% ../nbs/11_distill.ipynb #e6690793
 @stage
-def rendered(out, questions, accepted, base, form, max_pixels, cutoff):
+def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
     "The accepted set as the student's tokens; None: the known answers. `form`: the student's template, `cot` or `direct`."
     from transformers import AutoProcessor
     from octomed.render import render_rows, save_rows
     processor, t = AutoProcessor.from_pretrained(base, trust_remote_code=False), load_template(form)
     qs = {q.id: q for q in read_questions(questions)}
     traces = read_jsonl(accepted/"traces.jsonl") if accepted else [{"question": id} for id in qs]
-    target = (lambda r: r["response"]) if t.think_first else (lambda r: direct_target(qs[r["question"]].answer))
+    target = (lambda r: r["response"]) if t.think_first else (lambda r: direct_target(boxed_as(qs[r["question"]], answer)))
     pairs = [(render(t, qs[r["question"]]), target(r)) for r in traces]
     save_rows(out, *render_rows(processor, pairs, max_pixels, cutoff))

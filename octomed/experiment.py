@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 from .core import CATEGORIES, Common, OctomedError, Recipe, card, read_jsonl, root, write_json
-from .store import Stage, run, section_code
+from .store import Stage, run, run_all, section_code
 from .questions import identity_of, source_of
 from .engines import Sampling, teacher_revision
 from .train import Schedule, base_student, sft
@@ -43,9 +43,9 @@ def stages(arm: Arm, common: Common) -> dict[str, Stage]:
     teachers = {kind: (name, teacher_revision(name), form) for kind, name, form in (("text", common.teacher_text, "r1"), ("image", common.teacher_image, "gpt4o"))}
     if arm.k:
         found["samples"] = samples(questions=data, teachers=teachers, n=common.samples, sampling=Sampling(1.0, 0.95, max_tokens=common.max_tokens, seed=common.base_seed))
-        found["accepted"] = accepted(questions=data, samples=found["samples"], k=arm.k)
+        found["accepted"] = accepted(questions=data, samples=found["samples"], k=arm.k, answer=common.answer)
     base = base_student(replace(common, student=arm.student or common.student))
-    found["rendered"] = rendered(questions=data, accepted=found.get("accepted"), base=base, form=arm.form, max_pixels=common.max_pixels, cutoff=arm.schedule.cutoff)
+    found["rendered"] = rendered(questions=data, accepted=found.get("accepted"), base=base, form=arm.form, answer=common.answer, max_pixels=common.max_pixels, cutoff=arm.schedule.cutoff)
     match = stages(arm.compute_of, common)["rendered"] if arm.compute_of else None
     found["student"] = sft(base=base, rendered=found["rendered"], schedule=arm.schedule, seed=arm.seed, max_pixels=common.max_pixels, match=match)
     return found
@@ -108,6 +108,7 @@ def evaluations(
 def run_arms(arms: dict[str, Arm], recipe: Recipe, seeds: int = 1, benchmarks=None) -> Results:
     "Train every arm with every seed, and evaluate it; arguments as `evaluations`."
     wanted = evaluations(arms, recipe, seeds, benchmarks)
+    run_all([[per[b][n] for b in per] for per in wanted.values() for n in range(seeds)])
     return Results(recipe.common, {name: {b: [read_jsonl(run(e)/"rows.jsonl") for e in es] for b, es in per.items()} for name, per in wanted.items()})
 
 # %% ../nbs/15_experiment.ipynb #6ce14b0e

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHOWS', 'code_digest', 'modules_digest', 'section_code', 'Outside', 'Stage', 'StageFunction', 'stage', 'made',
-           'locked', 'run']
+           'locked', 'run', 'workers_here', 'run_all']
 
 # %% ../nbs/01_store.ipynb #fef1ed87
 import ast, contextlib, fcntl, functools, importlib, inspect, json, os, shutil, sys, textwrap, time
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from .core import OctomedError, canonical, card, content, digest, disk_error, root, store_dir, write_json
+from .core import LOADED, OctomedError, canonical, card, content, digest, disk_error, root, store_dir, write_json
 
 # %% ../nbs/01_store.ipynb #feeb6f70
 SHOWS = {"progress", "card", "versions", "hardware", "commit", "disk_error", "stage", "run", "made"}
@@ -145,8 +145,9 @@ class StageFunction:
         functools.update_wrapper(self, fn)
         self.fn, self.uses, self.resumable = fn, uses, resumable
         self.name = fn.__name__
-    @property
-    def code(self) -> str: return code_digest(self.fn, self.uses)
+    def __reduce__(self): return _named, (self.fn.__module__, self.fn.__qualname__)   # another process finds the declaration by its name
+    @functools.cached_property
+    def code(self) -> str: return code_digest(self.fn, self.uses)   # once a process: what was imported is what runs
     def __call__(self, **params) -> Stage:
         inspect.signature(self.fn).bind(None, **params)
         return Stage(self, params)
@@ -213,3 +214,51 @@ def _finish(s: Stage, work: Path, seconds: float):
         old = s.folder.with_name(f".{s.folder.name}.old"); shutil.rmtree(old, ignore_errors=True); os.replace(s.folder, old)
         os.replace(work, s.folder); shutil.rmtree(old, ignore_errors=True)
     else: os.replace(work, s.folder)
+
+# %% ../nbs/01_store.ipynb #f456f6d8
+def _named(module: str, name: str): return getattr(importlib.import_module(module), name)
+
+def _ancestors(s: Stage) -> dict[str, Stage]:
+    return {k: a for p in s.parents for k, a in {p.key: p, **_ancestors(p)}.items()}
+
+def _worker(modules: list[str], parent: int):
+    import threading
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for m in modules: importlib.import_module(m)
+    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _run_group(group: list[Stage]):
+    for s in group: run(s)
+
+# %% ../nbs/01_store.ipynb #5f54cad3
+def workers_here() -> int:
+    "How many stages run side by side: `OCTOMED_WORKERS`, else one with an accelerator, else as many as cores and memory (4 GiB each) allow."
+    if n := os.environ.get("OCTOMED_WORKERS"): return max(1, int(n))
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available(): return 1
+    return max(1, min(len(os.sched_getaffinity(0)), int(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**32)))
+
+def run_all(
+    groups: list[list[Stage]],  # a group's stages are made one after the other, groups side by side
+):
+    "Make every stage of every group. Raises what the first stage that fails raises; what was finished is kept."
+    from collections import Counter
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    if not (groups := [g for g in ([s for s in group if not s.done] for group in groups) if g]): return
+    above = [{k: a for s in g for k, a in _ancestors(s).items()} for g in groups]
+    shared = Counter(k for a in above for k in a)
+    for k, a in {k: a for one in above for k, a in one.items()}.items():
+        if shared[k] > 1: run(a)
+    if (n := min(workers_here(), len(groups))) == 1: return [_run_group(g) for g in groups]
+    modules = [m for m in sys.modules if m.startswith("octomed.")] + list(LOADED)
+    with ProcessPoolExecutor(n, get_context("spawn"), _worker, (modules, os.getpid())) as pool:
+        jobs = [pool.submit(_run_group, g) for g in groups]
+        try:
+            for j in jobs: j.result()
+        except BaseException:
+            for j in jobs: j.cancel()
+            raise

@@ -17,7 +17,7 @@ from ..train import Schedule, fit, matched_steps, register_student, save_student
 
 # %% ../../nbs/clinic/20_students.ipynb #3f31a5a2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|unk|>"]
-PIECE = r"\\boxed\{|</?think>|</?answer>| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]|\n+|\s"
+PIECE = r"\\boxed\{|</?think>|</?answer>| (?=[A-J]\b)|[A-J]\b| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]|\n+|\s"
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}"
         "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -92,7 +92,7 @@ def textbook_rows(processor, paragraphs: list[str], atlas: list, max_pixels: int
         rows.append(Row(prompt + tok(caption)["input_ids"] + [tok.eos_token_id], len(prompt), [image]))
     return rows
 
-READING = Schedule(batch=64, lr=2e-3, warmup=0.05, weight_decay=0.01)
+READING = Schedule(batch=16, lr=2e-3, warmup=0.05, weight_decay=0.01)
 
 @stage
 def base(out, size, tokens, seed, max_pixels, world):

@@ -117,11 +117,12 @@ def values() -> dict[str, tuple[str, ...]]: # kind: every text that an option of
     return {k: tuple(sorted(v)) for k, v in sets.items()} | {m: ks for m, ks in CLASSES.items()}
 
 def option_practice(rng: np.random.Generator) -> str: # a paragraph
-    "Options as a question has them, and what stands where."
-    texts = pick(rng, list(values().values())); n = min(len(texts), int(rng.integers(4, 6)))
-    texts, out = some(rng, texts, n), ["options"]
-    out += [f"{l}: {t}" for l, t in zip("ABCDE", texts)]
-    return "\n".join(out) + "\n" + ". ".join(say(rng, "bind", o=texts[i], l="ABCDE"[i]) for i in rng.permutation(n)[:3]) + "."
+    "Options as a question has them; then some are named, again and again, and their letters are found: leaving out those that were said does not help."
+    texts = pick(rng, list(values().values())); n = min(len(texts), int(rng.integers(2, 6)))
+    texts = some(rng, texts, n)
+    out = ["options", *(f"{l}: {t}" for l, t in zip("ABCDE", texts))]
+    found = [say(rng, "find", o=texts[i], l="ABCDE"[i]) for i in rng.integers(n, size=6)]
+    return "\n".join(out) + "\n" + ". ".join(found) + "."
 
 # %% ../../nbs/clinic/18_world.ipynb #5990c4f9
 def glossary(rng: np.random.Generator) -> str: # a paragraph
@@ -135,7 +136,7 @@ def glossary(rng: np.random.Generator) -> str: # a paragraph
 def textbook(
     seed: int,            # of the order and the wording
     facts: int = 4000,    # paragraphs of facts
-    reading: int = 4000,  # paragraphs of option reading
+    reading: int = 1000,  # paragraphs of option reading
     words: int = 400,     # paragraphs of glossary
 ) -> list[str]:           # shuffled
     "The clinic's textbook. Every condition is in it, the held-out ones too; no vignette is."
