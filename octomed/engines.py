@@ -110,7 +110,8 @@ class TransformersEngine:
         revision: str | None = None,
     ):
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+        logging.disable_progress_bar()
         self.model, self.max_pixels, self.batch = model, max_pixels, batch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)

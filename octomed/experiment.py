@@ -108,7 +108,7 @@ def evaluations(
 def run_arms(arms: dict[str, Arm], recipe: Recipe, seeds: int = 1, benchmarks=None) -> Results:
     "Train every arm with every seed, and evaluate it; arguments as `evaluations`."
     wanted = evaluations(arms, recipe, seeds, benchmarks)
-    run_all([[per[b][n] for b in per] for per in wanted.values() for n in range(seeds)])
+    run_all([[per[b][n] for b in per] for per in wanted.values() for n in range(seeds)], desc="students, trained and read")
     return Results(recipe.common, {name: {b: [read_jsonl(run(e)/"rows.jsonl") for e in es] for b, es in per.items()} for name, per in wanted.items()})
 
 # %% ../nbs/15_experiment.ipynb #6ce14b0e

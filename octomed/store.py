@@ -10,7 +10,7 @@ __all__ = ['SHOWS', 'code_digest', 'modules_digest', 'section_code', 'Outside', 
 import ast, contextlib, fcntl, functools, importlib, inspect, json, os, shutil, sys, textwrap, time
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from .core import LOADED, OctomedError, canonical, card, content, digest, disk_error, root, store_dir, write_json
+from .core import LOADED, OctomedError, canonical, card, content, digest, disk_error, progress, root, store_dir, write_json
 
 # %% ../nbs/01_store.ipynb #feeb6f70
 SHOWS = {"progress", "card", "versions", "hardware", "commit", "disk_error", "stage", "run", "made"}
@@ -221,9 +221,10 @@ def _named(module: str, name: str): return getattr(importlib.import_module(modul
 def _ancestors(s: Stage) -> dict[str, Stage]:
     return {k: a for p in s.parents for k, a in {p.key: p, **_ancestors(p)}.items()}
 
-def _worker(modules: list[str], parent: int):
+def _worker(modules: list[str], parent: int, log: str):
     import threading
     os.environ["OMP_NUM_THREADS"] = "1"
+    with open(log, "a") as f: os.dup2(f.fileno(), 2)
     for m in modules: importlib.import_module(m)
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)
     def watch():
@@ -243,10 +244,11 @@ def workers_here() -> int:
 
 def run_all(
     groups: list[list[Stage]],  # a group's stages are made one after the other, groups side by side
+    desc: str = "stages side by side",
 ):
     "Make every stage of every group. Raises what the first stage that fails raises; what was finished is kept."
     from collections import Counter
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     if not (groups := [g for g in ([s for s in group if not s.done] for group in groups) if g]): return
     above = [{k: a for s in g for k, a in _ancestors(s).items()} for g in groups]
@@ -255,10 +257,12 @@ def run_all(
         if shared[k] > 1: run(a)
     if (n := min(workers_here(), len(groups))) == 1: return [_run_group(g) for g in groups]
     modules = [m for m in sys.modules if m.startswith("octomed.")] + list(LOADED)
-    with ProcessPoolExecutor(n, get_context("spawn"), _worker, (modules, os.getpid())) as pool:
+    log = store_dir()/"workers.log"   # what the workers say; their bars would write over each other
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(n, get_context("spawn"), _worker, (modules, os.getpid(), str(log))) as pool:
         jobs = [pool.submit(_run_group, g) for g in groups]
         try:
-            for j in jobs: j.result()
+            for j in progress(as_completed(jobs), total=len(jobs), desc=desc): j.result()
         except BaseException:
             for j in jobs: j.cancel()
             raise

@@ -105,7 +105,8 @@ def fit(
 def load_student(path, revision: str | None = None, dtype=None):
     "(model, processor) of a folder or hub id. Raises `OctomedError` when the weights are not safetensors."
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+    logging.disable_progress_bar()
     kw = {"revision": revision, "trust_remote_code": False}
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise OctomedError(f"{Path(path).name} holds no safetensors weights: save the model with save_pretrained, pickled weights are not read")

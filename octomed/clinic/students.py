@@ -102,6 +102,8 @@ def base(out, size, tokens, seed, max_pixels, world):
     import torch
     from octomed.clinic.world import atlas, corpus, textbook
     from octomed.prompts import load_template
+    from transformers import logging
+    logging.disable_progress_bar()
     torch.manual_seed(seed_for("base", seed))
     model, processor = build_student([*corpus(), *(load_template(t).text for t in ("cot", "direct"))], SIZES[size], seed, max_pixels)
     if torch.cuda.is_available(): model = model.cuda()
