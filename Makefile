@@ -42,3 +42,7 @@ smoke: install
 # Results, figures and cards of a complete run on a clean tree, kept in the repository.
 reference: install
 	$(BIN)/python -c "from octomed.report import reference; print(reference('$(RECIPE)'))"
+
+# Long checks; figures and cards go to outputs/reference/soak/.
+soak: install
+	$(BIN)/python tests/soak/kills.py 20

@@ -9,11 +9,13 @@ __all__ = ['CATEGORIES', 'LOADED', 'OctomedError', 'UsageError', 'root', 'shippe
            'card', 'progress']
 
 # %% ../nbs/00_core.ipynb #f32346ce
-import hashlib, importlib, json, os, platform, subprocess, sys, tempfile, time
+import hashlib, importlib, json, os, platform, subprocess, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="IProgress not found")   # notebooks without widgets get plain progress bars
 
 # %% ../nbs/00_core.ipynb #9c9f2716
 class OctomedError(Exception):

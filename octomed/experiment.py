@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arm', 'stages', 'evaluated', 'schedule_of', 'Results', 'category_of', 'seeded', 'evaluations', 'run_arms', 'Claim',
-           'finding', 'table', 'above_chance', 'write_results', 'show_reference']
+           'finding', 'table', 'above_chance', 'write_results', 'reference_view', 'show_reference']
 
 # %% ../nbs/15_experiment.ipynb #aa128e24
 import json, time
@@ -174,15 +174,20 @@ def write_results(
     return found
 
 # %% ../nbs/15_experiment.ipynb #33d11ffd
-def show_reference(section: str, recipe: str = "course"):
-    "Display what `outputs/reference/` holds of a section: findings, figure, card."
-    from IPython.display import Image, Markdown, display
+def reference_view(section: str, recipe: str = "course") -> list[dict]:
+    "What `outputs/reference/` holds of a section, as MIME bundles: findings with the card in a line, then the figures."
+    from base64 import b64encode
     folder = root()/"outputs"/"reference"/recipe
     path = folder/"results"/f"{section}.json"
-    if not path.exists(): return display(Markdown(f"*No reference run of {section} is kept here yet.*"))
+    if not path.exists(): return [{"text/markdown": f"*No reference run of {section} is kept here yet.*"}]
     r = json.loads(path.read_text()); c = r["card"]
     line = lambda f: f"| {f['text']} | {f['paper'] or '–'} | {100*f['difference']:+.1f} ({100*f['interval'][0]:+.1f} to {100*f['interval'][1]:+.1f}) | {f['n']} × {f['training_seeds']} | **{f['verdict']}** |"
     moved = "" if c["code"] == section_code(section) else " The section's code has changed since."
-    display(Markdown("\n".join([f"*Recipe {r['recipe']}, {c['hardware']}, {c['minutes']} minutes, commit {c['commit']}.{moved}*", "",
-                                "| claim | paper | difference in points, 95 % | questions × training seeds | verdict |", "|---|---|---|---|---|", *map(line, r["claims"])])))
-    for f in sorted((folder/"figures").glob(f"{section}*.png")): display(Image(filename=str(f), width=720))
+    table = ["| claim | paper | difference in points, 95 % | questions × training seeds | verdict |", "|---|---|---|---|---|", *map(line, r["claims"])]
+    text = "\n".join([f"*Recipe {r['recipe']}, {c['hardware']}, {c['minutes']} minutes, commit {c['commit']}.{moved}*", "", *table])
+    return [{"text/markdown": text}, *({"image/png": b64encode(f.read_bytes()).decode()} for f in sorted((folder/"figures").glob(f"{section}*.png")))]
+
+def show_reference(section: str, recipe: str = "course"):
+    "Display the reference run of a section."
+    from IPython.display import display
+    for bundle in reference_view(section, recipe): display(bundle, raw=True)

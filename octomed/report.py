@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'BANNER', 'NUMBERS', 'as_json', 'diagnostics', 'points', 'claim_row', 'score_row', 'as_text', 'recipe_line',
-           'page', 'as_html', 'reference']
+           'page', 'as_html', 'reference', 'show_in_notebook']
 
 # %% ../nbs/23_report.ipynb #b01c2a98
 import base64, html, json, re, subprocess
 from pathlib import Path
 from .core import OctomedError, atomic_write, load_recipe, outputs_dir, root
-from .plan import columns, folder_of, read_json, reference_of, sections
+from .plan import Section, columns, folder_of, read_json, reference_of, sections
 from .store import section_code
 
 # %% ../nbs/23_report.ipynb #13bf54e8
@@ -208,4 +208,15 @@ def reference(
     kept = {f.relative_to(here): f for s in sections(recipe, None, notebooks) for part in ("results", "figures", "cards") for f in sorted((here/part).glob(f"{s.name}*")) if f.is_file()}
     for to, f in kept.items(): atomic_write(into/to, f.read_bytes())
     for old in [f for part in ("results", "figures", "cards") for f in (into/part).glob("*") if f.relative_to(into) not in kept]: old.unlink()
+    for s in sections(recipe, None, notebooks): show_in_notebook(s, recipe.name)
     return into
+
+def show_in_notebook(section: Section, recipe: str):
+    "Put the reference run's findings and figures under the notebook's `show_reference` cell of that recipe, so that they are seen before anything is run."
+    from octomed.experiment import reference_view
+    nb = json.loads(section.path.read_text(encoding="utf-8"))
+    shown = [c for c in nb["cells"] if "show_reference(" in "".join(c["source"]) and c["cell_type"] == "code"]
+    if recipe != "course" or not shown: return
+    bundles = [{k: v.splitlines(keepends=True) if k.startswith("text/") else v for k, v in b.items()} for b in reference_view(section.name, recipe)]
+    shown[0]["outputs"] = [{"output_type": "display_data", "data": b, "metadata": {}} for b in bundles]
+    atomic_write(section.path, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
