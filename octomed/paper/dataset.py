@@ -58,7 +58,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     "All training images; without those whose file is a test image's (the paper's rule); without those whose pixels are. None where the set is not at hand."
     if not at_hand([TRAIN, TEST]): return {}
     p = recipe.of("30_dataset")
-    everything = Arm(((TRAIN, p["images"]),), "direct", k=0, student="scratch/mri", schedule=schedule_of(recipe.common, p["epochs"]))
+    everything = Arm(((TRAIN, p["images"]),), "direct", k=0, student="scratch/mri", schedule=replace(schedule_of(recipe.common, p["epochs"]), lr=p["lr"]))
     return {"all images": everything, "no twin by bytes": replace(everything, against=((TEST, "bytes"),)), "no twin by pixels": replace(everything, against=((TEST, "pixels"),))}
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
