@@ -105,7 +105,7 @@ def test_pairs_reads_files_and_sources(tmp_path):
     f = tmp_path/"mine.jsonl"
     f.write_text(json.dumps({"question": "Which organ makes urine", "options": ["Kidney", "Liver", "Lung", "Spleen"]}) + "\n" + json.dumps({"question": "Other?"}) + "\n")
     (row,) = pairs([str(f)], ["medmcqa:dev"], folder=shipped("examples"))["pairs"]
-    assert row == {"train": str(f), "bench": "medmcqa:dev", "n": 16, "rows": 2, "flagged": 0, "exact": 1, "blind": 2}
+    assert row == {"train": str(f), "bench": "medmcqa:dev", "n": 16, "rows": 2, "flagged": 0, "exact": 1, "blind": 3}
 
 def test_pairs_says_what_is_wrong(tmp_path):
     f = tmp_path/"mine.jsonl"

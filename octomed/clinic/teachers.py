@@ -174,7 +174,7 @@ def grammar() -> list[tuple[str, re.Pattern]]: # (kind, pattern of a sentence)
     slots = dict(c=one_of(conditions()), k=one_of(classes), t=one_of(v["test"]), d=one_of(v["treatment"]), h=one_of(v["harm"]), l="[A-Z]", f="[a-z ,]+?", o=one_of(sum(v.values(), ())),
                  r=one_of({c.factor for c in conditions().values()}))
     fill = lambda p: re.sub(r"\\\{(.)\\\}", lambda m: f"(?P<{m[1]}>{slots[m[1]]})", re.escape(p))
-    return [(k, re.compile(fill(p))) for k, ps in knowledge()["phrases"].items() for p in ps]
+    return [(k, re.compile(fill(p))) for k, ps in knowledge()["phrases"].items() if k != "find" for p in ps]   # `find` is the textbook's drill and no part of a chain
 
 def stated(text: str) -> list[tuple[str, dict]]: # (kind, slots)
     "The facts that a text states, in order."
