@@ -309,9 +309,9 @@ def run_all(
 ):
     "Make every stage of every group. Raises what the first stage that fails raises; what was finished is kept."
     if not (groups := [g for g in ([s for s in group if not s.done] for group in groups) if g]): return
+    if (n := workers_here()) == 1: return [_run_group(g) for g in groups]
     jobs, before = _jobs(groups)
-    if (n := min(workers_here(), len(groups))) == 1: return [_run_group(g) for g in groups]
     log = store_dir()/"workers.log"   # what the workers say; their bars would write over each other
     log.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(n, get_context(_start_method()), _worker, (_modules(), dict(os.environ), str(log))) as pool:
+    with ProcessPoolExecutor(min(n, len(jobs)), get_context(_start_method()), _worker, (_modules(), dict(os.environ), str(log))) as pool:
         for _ in progress(_finished(pool, jobs, before), total=len(jobs), desc=desc): pass

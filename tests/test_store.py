@@ -47,6 +47,8 @@ def test_what_is_shared_is_made_once_and_groups_are_made_by_workers(stages, tmp_
     run_all(groups)
     assert [told(g[0])[:2] for g in groups] == [["1", str(i)] for i in range(4)] and (tmp_path/"count").read_text() == "base\n"
     assert str(os.getpid()) not in {told(g[0])[2] for g in groups}
+    run_all([[alone := stages.student(base=stages.base(n=1), seed=4)]])
+    assert told(alone)[2] != str(os.getpid())   # with a worker's number of threads, as beside others
     monkeypatch.setenv("TOLD", "later")   # a worker has the environment of its call, not of the server's start
     run_all(more := [[stages.student(base=stages.base(n=1), seed=i)] for i in (5, 6)])
     assert {told(g[0])[3] for g in groups} == {"now"} and {told(g[0])[3] for g in more} == {"later"}
