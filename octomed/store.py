@@ -49,15 +49,21 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 # %% ../nbs/01_store.ipynb #1b7ab111
-def _reached(obj, tree: ast.AST, home: str):
+@functools.cache
+def _read(obj) -> tuple[str, list]:
+    "A function's or class's code as text, and the nodes of it that name something; read once a process."
+    tree = _source(obj)
+    return ast.unparse(tree), [n for n in ast.walk(tree) if isinstance(n, (ast.ImportFrom, ast.Name, ast.Attribute))]
+
+def _reached(obj, nodes: list, home: str):
     "The project's own objects that a piece of code names."
     scope = dict(vars(sys.modules.get(obj.__module__)) if sys.modules.get(obj.__module__) else {})
     if hasattr(obj, "__globals__"): scope.update(obj.__globals__)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and _ours(name := _absolute(node, obj.__module__), home):
             module = importlib.import_module(name)
             for a in node.names: scope[a.asname or a.name] = getattr(module, a.name, None)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name) and node.id in scope: yield node.id, scope[node.id]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             m = scope.get(node.value.id)
@@ -79,8 +85,8 @@ def code_digest(
         seen.add(id(obj))
         if inspect.isfunction(obj) or inspect.isclass(obj):
             if not _ours(obj.__module__, home): continue
-            tree = _source(obj)
-            texts.append(ast.unparse(tree)); todo += list(_reached(obj, tree, home))
+            text, nodes = _read(obj)
+            texts.append(text); todo += _reached(obj, nodes, home)
         elif name.isupper() and not callable(obj):
             with contextlib.suppress(TypeError, ValueError): texts.append(f"{name}={canonical(obj)}")
     return digest(sorted(texts))
@@ -159,7 +165,7 @@ class StageFunction:
         functools.update_wrapper(self, fn)
         self.fn, self.uses, self.resumable = fn, uses, resumable
         self.name = fn.__name__
-    def __reduce__(self): return _named, (self.fn.__module__, self.fn.__qualname__)   # another process finds the declaration by its name
+    def __reduce__(self): return _named, (self.fn.__module__, self.fn.__qualname__, self.code)   # another process finds the declaration by its name, and need not read its code again
     @functools.cached_property
     def code(self) -> str: return code_digest(self.fn, self.uses)   # once a process: what was imported is what runs
     def __call__(self, **params) -> Stage:
@@ -254,7 +260,10 @@ def _start_method() -> str:
     return "spawn" if any(os.stat(m.__file__).st_mtime > since for m in modules if getattr(m, "__file__", None)) else "forkserver"
 
 # %% ../nbs/01_store.ipynb #3c8337cf
-def _named(module: str, name: str): return getattr(importlib.import_module(module), name)
+def _named(module: str, name: str, code: str) -> StageFunction:
+    f = getattr(importlib.import_module(module), name)
+    f.code = code
+    return f
 
 def _worker(modules: list[str], env: dict, log: str):
     import signal, threading
