@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: set PYTHON=python3.11, say" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e ".[dev]"
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt -e ".[dev]"
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
 	touch $@
 

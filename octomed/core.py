@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'LOADED', 'OctomedError', 'UsageError', 'root', 'shipped', 'data_dir', 'outputs_dir', 'store_dir',
-           'canonical', 'digest', 'file_digest', 'content', 'seed_for', 'atomic_write', 'disk_error', 'write_json',
-           'write_jsonl', 'read_jsonl', 'Common', 'Recipe', 'recipes', 'load_recipe', 'versions', 'hardware', 'commit',
-           'card', 'progress']
+           'canonical', 'digest', 'read_ahead', 'file_digest', 'content', 'seed_for', 'atomic_write', 'disk_error',
+           'write_json', 'write_jsonl', 'read_jsonl', 'Common', 'Recipe', 'recipes', 'load_recipe', 'versions',
+           'hardware', 'commit', 'card', 'progress']
 
 # %% ../nbs/00_core.ipynb #f32346ce
-import hashlib, importlib, json, os, platform, subprocess, sys, tempfile, time, warnings
+import contextlib, hashlib, importlib, json, os, platform, subprocess, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -77,9 +77,23 @@ def digest(
     return hashlib.blake2b(canonical(objs).encode(), digest_size=size//2).hexdigest()
 
 # %% ../nbs/00_core.ipynb #1fc6263c
+def _soon(f, at: int = 0, size: int = 0):
+    "Have the system read a part of an open file meanwhile (size 0: the rest, or as much as it takes at once), where it offers that."
+    with contextlib.suppress(AttributeError, OSError): os.posix_fadvise(f.fileno(), at, size, os.POSIX_FADV_WILLNEED)
+
+def read_ahead(path):
+    "Have the system begin to read a file, so that whoever reads it next need not wait; what cannot be opened is left to them."
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as f: _soon(f)
+
 def file_digest(path) -> str:
-    "SHA-256 of a file's bytes: the identity of anything that comes from outside."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    "SHA-256 of a file's bytes, the identity of anything that comes from outside; while a part is hashed, the next is read from the disk."
+    key, at = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as f:
+        buffer = memoryview(bytearray(min(os.fstat(f.fileno()).st_size, 1 << 20) or 1 << 16))
+        while n := f.readinto(buffer):
+            _soon(f, at := at + n, len(buffer))
+            key.update(buffer[:n])
+    return key.hexdigest()
 
 @lru_cache(1 << 16)
 def _file_digest(path: str, size: int, changed: int) -> str: return file_digest(path)

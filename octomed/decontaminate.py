@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import orjson
 
 from .core import OctomedError, atomic_write, progress
-from .images import file_hash
+from .images import file_hashes
 from .questions import SOURCES, Question, conserved, load
 from .store import workers_here
 
@@ -469,9 +470,10 @@ def twins(train_keys: Iterable, test_keys: Iterable) -> Twins:
     both = set(train_keys) & set(test_keys)
     return Twins(tuple(i for i, k in enumerate(train_keys) if k in both), tuple(i for i, k in enumerate(test_keys) if k in both))
 
-def file_twins(train_paths: Iterable, test_paths: Iterable, key: Callable = file_hash) -> Twins:
+def file_twins(train_paths: Iterable, test_paths: Iterable, key: Callable | None = None) -> Twins:
     "Byte-identical files of two sets (paper §3); `key` may be any other function of a path."
-    return twins(map(key, train_paths), map(key, test_paths))
+    keys = partial(map, key) if key else file_hashes
+    return twins(keys(train_paths), keys(test_paths))
 
 def question_twins(train: Iterable[Question], test: Iterable[Question]) -> Twins:
     "Questions of two sets that share an image by its pixels, whatever its encoding and its question."

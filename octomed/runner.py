@@ -9,7 +9,7 @@ __all__ = ['SECRET', 'NOISE', 'ANSI', 'LINES', 'redacted', 'Log', 'SectionFailed
 # %% ../nbs/22_runner.ipynb #525e20f2
 import contextlib, json, os, re, shutil, signal, sys, threading, time
 from pathlib import Path
-from .core import OctomedError, Recipe, UsageError, atomic_write, load_recipe, root, shipped
+from .core import LOADED, OctomedError, Recipe, UsageError, atomic_write, load_recipe, root, shipped
 from .store import Outside, Stage, StageFunction, modules_digest, run, section_code
 from .plan import Section, asked, folder_of, parameters, read_json, reference_of, sections
 
@@ -105,10 +105,12 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.ERROR); logging.getLogger("traitlets").setLevel(logging.CRITICAL)
     _engine()
     keep, error, names = [], None, paths_of(out, shown)
+    ready = [f"--IPKernelApp.exec_lines=from octomed.store import warm; warm('octomed.experiment', *{[*LOADED]})"]*hasattr(section.module, "arms")   # its workers' server imports while it starts
     try:
         papermill.execute_notebook(
             str(section.path), None, values, engine_name="octomed", keep=keep, kernel_name="python3", cwd=str(root()), request_save_on_cell_execute=False,
-            autosave_cell_every=0, force_raise_errors=True, coalesce_streams=True, stderr_file=log, shutdown_kernel="immediate", extra_arguments=["--log-level=ERROR"],
+            autosave_cell_every=0, force_raise_errors=True, coalesce_streams=True, stderr_file=log, shutdown_kernel="immediate",
+            extra_arguments=["--log-level=ERROR", *ready],
             progress_bar={"desc": title, "file": sys.stderr, "leave": False} if sys.stderr.isatty() else False)
     except Exception as e: error = e
     if not keep: raise OctomedError(f"{section.name} could not be started: {error}") from error

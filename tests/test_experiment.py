@@ -40,6 +40,14 @@ def test_the_student_filter_asks_the_student_that_the_arm_starts_from():
     assert asked.params["student"] == stages(first, COMMON)["student"] == got["student"].params["base"]
 
 
+def test_the_grader_of_a_filter_is_the_recipe_s_unless_an_arm_has_its_own():
+    from octomed.engines import register_teacher
+    register_teacher("test/other-grader", None, "1")
+    graded = lambda arm, common: stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)["filtered"].params["evidence"][0].params["grader"]
+    assert graded(PICTURED, COMMON) == "clinic/grader"
+    assert graded(PICTURED, replace(COMMON, grader="test/other-grader")) == graded(replace(PICTURED, grader="test/other-grader"), COMMON) == "test/other-grader"
+
+
 def test_no_epoch_is_the_base_student_itself():
     first = Arm((("clinic_ward:train", 3),))
     assert stages(replace(ARM, base=first, schedule=Schedule(epochs=0)), COMMON)["student"] == stages(first, COMMON)["student"]

@@ -1,5 +1,5 @@
 "Images: opened safely, resized by each family's rule, named, kept, and seen alike by training, inference and the model's own processor."
-import io, json, os, struct, subprocess, sys, zlib
+import hashlib, io, json, os, struct, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 
 from octomed import images
 from octomed.core import OctomedError
-from octomed.images import (FAMILIES, MAX_PIXELS, file_hash, image_grid, image_keys, image_path, image_report, intake, intake_all, load_image, open_image,
+from octomed.images import (FAMILIES, MAX_PIXELS, file_hash, file_hashes, image_grid, image_keys, image_path, image_report, intake, intake_all, load_image, open_image,
                             pixel_hash, processor_arguments, resized, smart_resize, stored_size, tiling, visual_tokens)
 from octomed.questions import Question
 
@@ -364,6 +364,24 @@ def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
     index = json.loads(images._index().read_text())
     assert len(index) == 80 + len(paths) and all(load_image(index[file_hash(p)], 12_544) for p in paths)
     assert not [p for p in images._index().parent.rglob(".*") if p.is_file()]
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_file_hashes_are_those_of_the_bytes_with_and_without_reading_ahead(tmp_path, monkeypatch, offered):
+    if not offered: monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    data = [os.urandom(n) for n in (0, 1, 20_000, (1 << 20) - 1, 1 << 20, (3 << 20) + 7)]*3
+    paths = [tmp_path/str(n) for n in range(len(data))]
+    for p, d in zip(paths, data): p.write_bytes(d)
+    for workers in (1, 2): assert file_hashes(paths, workers) == [hashlib.sha256(d).hexdigest() for d in data]
+    with pytest.raises(FileNotFoundError): file_hashes([*paths, tmp_path/"gone"])
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
+def test_files_are_read_ahead_of_their_turn_and_no_further(tmp_path, monkeypatch):
+    paths, events = [tmp_path/str(n) for n in range(30)], []
+    for p in paths: p.write_bytes(b"x")
+    monkeypatch.setattr(images, "read_ahead", lambda p: events.append(("ahead", int(p.name))))
+    monkeypatch.setattr(images, "file_hash", lambda p: events.append(("hash", int(p.name))))
+    file_hashes(paths, 1)
+    assert events == [e for n in range(30) for e in ([("ahead", n + images.AHEAD)] if n + images.AHEAD < 30 else []) + [("hash", n)]]
 
 # --- the report ----------------------------------------------------------------------------------------------------------
 

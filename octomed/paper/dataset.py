@@ -144,8 +144,8 @@ TRAIN, TEST = "brain_tumor:train", "brain_tumor:test"
 
 def keys_of(rule: str, questions: list[Question]) -> list[str]:
     "What a rule knows an image by: its file's `bytes`, or its `pixels`."
-    from octomed.images import file_hash
-    return [file_hash(image_file(q)) if rule == "bytes" else q.images[0] for q in questions]
+    from octomed.images import file_hashes
+    return file_hashes(map(image_file, questions)) if rule == "bytes" else [q.images[0] for q in questions]
 
 def twins_of(train: list[Question], test: list[Question]) -> dict[str, tuple[set, set]]:
     "For each rule, the ids of training questions that are test images, and of test questions that have a training twin."
