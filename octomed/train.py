@@ -309,7 +309,8 @@ def _whole(model):
         with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0): yield first, None
     elif hasattr(p, "full_tensor"):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        yield first, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        once = {n for n, _ in (*model.named_parameters(), *model.named_buffers())}   # tied weights one time
+        yield first, {n: t for n, t in get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).items() if n in once}
     else: yield first, None
 
 # %% ../nbs/13_train.ipynb #44c51593
