@@ -91,9 +91,9 @@ def prompt_size(messages: list[dict]) -> int:
     return sum(334 if p["type"] == "image" else -(-len(p["text"])//4) for p in parts)
 
 def on_grid(qs: list[Question], max_pixels: int, processor):
-    "See that a model finds the images of these questions on its own family's grid: what the store cannot make from an original is taken in from its source."
+    "See that a model finds the images of these questions on its own family's grid: what the store cannot make from an original is taken in from its source. A model that reads no images needs none."
     lacking = set()
-    for q in (q for q in qs if q.images):
+    for q in (q for q in qs if q.images and hasattr(processor, "image_token")):
         try: [stored(i, max_pixels, family_of(processor)) for i in q.images]
         except OctomedError: lacking.add(f"{q.source}:{q.split}")
     for spec in sorted(lacking): load(spec, max_pixels=max_pixels, family=family_of(processor))
@@ -102,7 +102,7 @@ def ask(engine, qs: list[Question], form: str, n: int, sampling: Sampling, desc:
     "Draw `n` samples of each question into the ledger, within the budget; what was asked, a row a question."
     asked, spend = requests(qs, form, n), budget()
     sizes = {r.question: prompt_size(r.messages) for r in asked}
-    if hasattr(engine, "processor"): on_grid(qs, engine.max_pixels, engine.processor)
+    on_grid(qs, getattr(engine, "max_pixels", 0), getattr(engine, "processor", None))
     top_up(Ledger(), engine, asked, sampling, desc=desc, **({"stop": lambda s: spend(s, s.prompt_tokens or sizes[s.question])} if spend else {}))
     return [{"question": r.question, "model": engine.model, "prompt": r.prompt, "sampling": sampling.key, "n": n, "template": form, "prompt_tokens": sizes[r.question]} for r in asked]
 

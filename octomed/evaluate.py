@@ -39,7 +39,7 @@ def evaluation(out, student, benchmark, limit, form, seeds, sampling, max_pixels
     `control`: how many of the questions are asked again with shuffled options."""
     qs, t = subset(load(benchmark, max_pixels=max_pixels), limit), load_template(form)
     engine, again = TransformersEngine(student, identity(student), max_pixels), [shuffled(q, sampling.seed) for q in qs[:control]]
-    on_grid(qs, max_pixels, engine.processor)
+    on_grid(qs, max_pixels, getattr(engine, "processor", None))
     got = iter(draw(Ledger(), engine, requests([*qs, *again], form, seeds), sampling, desc=benchmark))
     def read(q):
         ss = [next(got) for _ in range(seeds)]

@@ -14,9 +14,9 @@ from ..experiment import Arm, Claim, Results, above_chance, category_of, evaluat
 from ..stats import paired_bootstrap
 from ..store import run_all
 
-# %% ../../nbs/paper/54_families.ipynb #c7e4a206
+# %% ../../nbs/paper/54_families.ipynb #3049f3a8
 FAMILIES = {"Qwen2.5-VL": "clinic/tiny", "Qwen3-VL": "clinic/tiny-qwen3", "InternVL": "clinic/tiny-internvl"}   # name → student
-REASONING = "InternVL, taught to reason"
+REASONING = "InternVL (reasoning)"
 
 def before(arm: str) -> str: return f"{arm}, before"
 
