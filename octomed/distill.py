@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'KEEP', 'MODES', 'subset', 'pick', 'leaked', 'questions', 'read_questions', 'route', 'requests',
-           'prompt_size', 'ask', 'samples', 'read_samples', 'identity', 'student_samples', 'judged', 'pass_share',
-           'dissent', 'ranks', 'measure', 'rated', 'filtered', 'accept', 'boxed_as', 'outcome', 'accepted',
-           'judged_open', 'rendered', 'distinct', 'duplicates', 'failed_by_all', 'statistics', 'prices', 'money',
-           'cost', 'Budget', 'budget']
+           'prompt_size', 'on_grid', 'ask', 'samples', 'read_samples', 'identity', 'student_samples', 'judged',
+           'pass_share', 'dissent', 'ranks', 'measure', 'rated', 'filtered', 'accept', 'boxed_as', 'outcome',
+           'accepted', 'judged_open', 'rendered', 'distinct', 'duplicates', 'failed_by_all', 'statistics', 'prices',
+           'money', 'cost', 'Budget', 'budget']
 
 # %% ../nbs/11_distill.ipynb #e3893adb
 import json, os
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from .core import OctomedError, Common, UsageError, content, digest, progress, read_jsonl, shipped, write_json, write_jsonl
+from .images import family_of, stored
 from .questions import Question, balanced, conserved, dedupe, image_file, load, source_of
 from .decontaminate import decontaminate, file_twins, question_twins
 from .engines import Request, Sample, Sampling, TransformersEngine, teacher
@@ -89,10 +90,19 @@ def prompt_size(messages: list[dict]) -> int:
     parts = [p for m in messages for p in (m["content"] if not isinstance(m["content"], str) else [{"type": "text", "text": m["content"]}])]
     return sum(334 if p["type"] == "image" else -(-len(p["text"])//4) for p in parts)
 
+def on_grid(qs: list[Question], max_pixels: int, processor):
+    "See that a model finds the images of these questions on its own family's grid: what the store cannot make from an original is taken in from its source. A model that reads no images needs none."
+    lacking = set()
+    for q in (q for q in qs if q.images and hasattr(processor, "image_token")):
+        try: [stored(i, max_pixels, family_of(processor)) for i in q.images]
+        except OctomedError: lacking.add(f"{q.source}:{q.split}")
+    for spec in sorted(lacking): load(spec, max_pixels=max_pixels, family=family_of(processor))
+
 def ask(engine, qs: list[Question], form: str, n: int, sampling: Sampling, desc: str) -> list[dict]:
     "Draw `n` samples of each question into the ledger, within the budget; what was asked, a row a question."
     asked, spend = requests(qs, form, n), budget()
     sizes = {r.question: prompt_size(r.messages) for r in asked}
+    on_grid(qs, getattr(engine, "max_pixels", 0), getattr(engine, "processor", None))
     top_up(Ledger(), engine, asked, sampling, desc=desc, **({"stop": lambda s: spend(s, s.prompt_tokens or sizes[s.question])} if spend else {}))
     return [{"question": r.question, "model": engine.model, "prompt": r.prompt, "sampling": sampling.key, "n": n, "template": form, "prompt_tokens": sizes[r.question]} for r in asked]
 
@@ -275,6 +285,7 @@ def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
         once = not accepted or form in MODES and not t.think_first
         target = (lambda r: r["response"]) if t.think_first else (lambda r: direct_target(boxed_as(qs[r["question"]], answer)))
         pairs += [(render(t, qs[r["question"]]), target(r)) for r in ([{"question": id} for id in qs] if once else read_jsonl(accepted/"traces.jsonl"))]
+    on_grid(list(qs.values()), max_pixels, processor)
     save_rows(out, *render_rows(processor, pairs, max_pixels, cutoff))
 
 # %% ../nbs/11_distill.ipynb #368e1a93

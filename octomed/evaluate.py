@@ -14,7 +14,7 @@ from .engines import Sampling, TransformersEngine
 from .ledger import Ledger, draw
 from .prompts import load_template
 from .answers import judge, majority_vote
-from .distill import identity, requests, subset
+from .distill import identity, on_grid, requests, subset
 from .store import stage
 
 # %% ../nbs/14_evaluate.ipynb #2fba4045
@@ -39,6 +39,7 @@ def evaluation(out, student, benchmark, limit, form, seeds, sampling, max_pixels
     `control`: how many of the questions are asked again with shuffled options."""
     qs, t = subset(load(benchmark, max_pixels=max_pixels), limit), load_template(form)
     engine, again = TransformersEngine(student, identity(student), max_pixels), [shuffled(q, sampling.seed) for q in qs[:control]]
+    on_grid(qs, max_pixels, getattr(engine, "processor", None))
     got = iter(draw(Ledger(), engine, requests([*qs, *again], form, seeds), sampling, desc=benchmark))
     def read(q):
         ss = [next(got) for _ in range(seeds)]

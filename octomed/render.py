@@ -20,15 +20,16 @@ def chat_text(
     messages: list,   # a chat that ends on the user's turn
     max_pixels: int,  # area of the stored images
 ) -> str:             # up to and including the assistant's header, image tokens expanded
-    "The prompt as text, by the model's own template. Raises `OctomedError` when an image is not in the store."
+    "The prompt as text, by the model's own template and on its family's grid. Raises `OctomedError` when an image is not in the store."
     from PIL import Image
-    from octomed.images import image_path, visual_tokens
+    from octomed.images import family_of, stored, visual_tokens
     text, pad = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), processor.image_token
     parts = text.split(pad)
     images = chat_images(messages)
     if len(parts) != len(images) + 1: raise OctomedError(f"the chat template wrote {len(parts) - 1} image tokens for {len(images)} images: use the template that belongs to the model")
     for n, h in enumerate(images):
-        with Image.open(image_path(h, max_pixels)) as im: parts[n] += pad*visual_tokens(im.height, im.width, max_pixels)
+        with Image.open(stored(h, max_pixels, family := family_of(processor))) as im: tokens = pad*visual_tokens(im.height, im.width, max_pixels, family)
+        parts[n] += getattr(processor, "start_image_token", "") + tokens + getattr(processor, "end_image_token", "")
     return "".join(parts)
 
 # %% ../nbs/12_render.ipynb #a610ce94
@@ -37,19 +38,23 @@ class Pixels:
     def __init__(self, processor, max_pixels: int, keep: int = 3 << 30):
         self.processor, self.max_pixels, self.keep, self.held, self.used = processor, max_pixels, keep, {}, 0
     def __call__(self, image: str):
-        "(patches, grid) of one image."
+        "(patches, grid) of one image; for InternVL (tiles, grid)."
         if image in self.held: return self.held[image]
-        from octomed.images import image_grid, load_image, processor_arguments
-        im = load_image(image, self.max_pixels)
-        out = self.processor.image_processor(images=[im], return_tensors="pt", **processor_arguments(self.max_pixels))
-        got = out["pixel_values"], out["image_grid_thw"]
-        if tuple(got[1][0].tolist()) != image_grid(im.height, im.width): raise OctomedError(f"the processor resized image {image} again: store images with the max_pixels of the recipe")
+        import torch
+        from octomed.images import family_of, image_grid, load_image, processor_arguments
+        im = load_image(image, self.max_pixels, family := family_of(self.processor))
+        grid = image_grid(im.height, im.width, family)
+        out = self.processor.image_processor(images=[im], return_tensors="pt", **processor_arguments(self.max_pixels, family))
+        got = out["pixel_values"], out["image_grid_thw"] if "image_grid_thw" in out else torch.tensor([[int(out["num_patches"][0]), *grid[1:]]])
+        if tuple(got[1][0].tolist()) != grid: raise OctomedError(f"the processor resized image {image} again: store images with the max_pixels of the recipe")
         if (size := got[0].nbytes) + self.used <= self.keep: self.held[image] = got; self.used += size
         return got
 
 # %% ../nbs/12_render.ipynb #4bfee9ae
+def _has_grid(processor) -> bool: return "image_grid_thw" in processor.image_processor.model_input_names
+
 def collate(processor, rows: list[list[int]], images: list[list[str]], pixels: Pixels, left: bool = False) -> dict:
-    "Rows of token ids as one padded batch with everything that Qwen2.5-VL needs."
+    "Rows of token ids as one padded batch with everything that its family needs; `mm_token_type_ids` is there for all, 1 where a token is an image's."
     import torch
     tok, width = processor.tokenizer, max(map(len, rows))
     ids = torch.full((len(rows), width), tok.pad_token_id); mask = torch.zeros_like(ids)
@@ -58,14 +63,15 @@ def collate(processor, rows: list[list[int]], images: list[list[str]], pixels: P
         ids[n, at] = torch.tensor(r); mask[n, at] = 1
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == processor.image_token_id).int()}
     if got := [pixels(h) for row in images for h in row]:
-        batch["pixel_values"] = torch.cat([p for p, _ in got]); batch["image_grid_thw"] = torch.cat([g for _, g in got])
+        batch["pixel_values"] = torch.cat([p for p, _ in got])
+        if _has_grid(processor): batch["image_grid_thw"] = torch.cat([g for _, g in got])
     return batch
 
 def encode(processor, texts: list[str], images: list[list[str]], max_pixels: int):
     "Prompts as a left-padded batch, ready to be continued."
     from transformers import BatchFeature
-    rows = processor.tokenizer(texts)["input_ids"]
-    return BatchFeature(collate(processor, rows, images, Pixels(processor, max_pixels, keep=0), left=True))
+    batch = collate(processor, processor.tokenizer(texts)["input_ids"], images, Pixels(processor, max_pixels, keep=0), left=True)
+    return BatchFeature({k: v for k, v in batch.items() if k != "mm_token_type_ids" or _has_grid(processor)})
 
 # %% ../nbs/12_render.ipynb #03e4d3df
 @dataclass(frozen=True)

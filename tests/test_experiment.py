@@ -119,7 +119,7 @@ def declared(section, recipe="course"):
     return module, module.scope(r), module.arms(module.scope(r))
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", [*SECTIONS, "54_families"])
 def test_claims_are_about_arms_and_benchmarks_that_exist(section):
     from octomed.experiment import category_of
     from octomed.stats import KINDS

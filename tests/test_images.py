@@ -81,13 +81,14 @@ def test_what_no_family_or_tile_can_hold_is_said():
 CONFIGS = {"qwen2_vl": dict(patch_size=14, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)),
            "qwen2_5_vl": dict(patch_size=14, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)),
            "qwen3_vl": dict(patch_size=16, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=65_536, longest_edge=16_777_216), image_mean=[.5]*3, image_std=[.5]*3),
-           "internvl": dict(size=dict(height=448, width=448), crop_to_patches=True, min_patches=1, max_patches=12)}
+           "internvl": dict(size=dict(height=448, width=448), crop_to_patches=True, min_patches=1, max_patches=12),
+           "internvl-112": dict(size=dict(height=112, width=112), crop_to_patches=True, min_patches=1, max_patches=12)}   # the clinic's, built small
 
 def image_processor(family, backend="pil"):
     import transformers
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    kinds = (GotOcr2ImageProcessorPil, transformers.GotOcr2ImageProcessor) if family == "internvl" else (Qwen2VLImageProcessorPil, transformers.Qwen2VLImageProcessor)
+    kinds = (GotOcr2ImageProcessorPil, transformers.GotOcr2ImageProcessor) if family.startswith("internvl") else (Qwen2VLImageProcessorPil, transformers.Qwen2VLImageProcessor)
     return kinds[backend != "pil"](**CONFIGS[family])
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,10 @@ def processors():
         setattr(tok, f"{name}_token", token); setattr(tok, f"{name}_token_id", tok.convert_tokens_to_ids(token))
     kinds = {"qwen2_vl": (tf.Qwen2VLProcessor, tf.Qwen2VLVideoProcessor), "qwen2_5_vl": (tf.Qwen2_5_VLProcessor, tf.Qwen2VLVideoProcessor),
              "qwen3_vl": (tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor), "internvl": (tf.InternVLProcessor, tf.InternVLVideoProcessor)}
-    return {f: one(image_processor=image_processor(f, "torchvision"), tokenizer=tok, video_processor=video()) for f, (one, video) in kinds.items()}
+    built = {f: one(image_processor=image_processor(f, "torchvision"), tokenizer=tok, video_processor=video()) for f, (one, video) in kinds.items()}
+    return {**built, "internvl-112": tf.InternVLProcessor(image_processor("internvl-112", "torchvision"), tok, tf.InternVLVideoProcessor(), image_seq_length=16)}
 
-LIMITS = [(f, n) for f in FAMILIES for n in (MAX_PIXELS, 2_408_448)] + [("qwen2_5_vl", 12_544), ("qwen3_vl", 12_544)]
+LIMITS = [(f, n) for f in FAMILIES for n in (MAX_PIXELS, 2_408_448)] + [(f, 12_544) for f in ("qwen2_5_vl", "qwen3_vl", "internvl-112")] + [("internvl-112", 75_264)]
 SIZES = [(512, 512), (1024, 768), (333, 500), (40, 30), (90, 1300), (448, 900)]
 
 @pytest.mark.parametrize("family, limit", LIMITS)
@@ -128,7 +130,7 @@ def test_stored_pixels_and_grid_equal_the_processors_on_the_original(family, lim
         kept = resized(img, limit, family)
         ours, theirs, other = p(images=[kept], **told(family, limit)), p(images=[img], **told(family, limit)), q(images=[kept], **told(family, limit))
         grid = image_grid(kept.height, kept.width, family)
-        if family == "internvl":
+        if family.startswith("internvl"):
             tiles = grid[0] - (grid[0] > 1)
             assert theirs["num_patches"].tolist() == other["num_patches"].tolist() == [grid[0]]
             assert torch.equal(theirs["pixel_values"][:tiles], ours["pixel_values"][:tiles]) and torch.equal(ours["pixel_values"][:tiles].byte(), other["pixel_values"][:tiles])
