@@ -52,7 +52,7 @@ class Size:
     vision_hidden: int = 96   # width of the vision tower
     vision_layers: int = 2
 
-SIZES = {"tiny": Size(), "small": Size(256, 6, 8, 4, 768, 128, 4)}
+SIZES = {"mini": Size(64, 2, 4, 2, 192, 64, 2), "tiny": Size(), "small": Size(256, 6, 8, 4, 768, 128, 4)}
 
 def build_student(
     texts,            # what the tokenizer shall know
