@@ -15,7 +15,7 @@ from fractions import Fraction
 from math import log2
 import numpy as np
 from scipy.special import expit
-from ..core import CATEGORIES, Common, Recipe, load_recipe
+from ..core import CATEGORIES, Recipe, load_recipe
 from ..answers import judge, majority_vote
 from ..distill import requests, route, subset
 from ..engines import teacher
@@ -74,7 +74,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     p, common = recipe.of("51_scaling"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
     part = lambda share: tuple((s, max(1, round(share*(p["questions"] or source_of(s).expected)))) for s in common.train)
-    one = lambda share, epochs: Arm(part(share), k=p["samples"], schedule=replace(schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]), base=first)
+    one = lambda share, epochs: Arm(part(share), k=p["k"], schedule=replace(schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]), base=first)
     grid = {name(s): one(s, 3) for s in SHARES} | {name(1/2, e): one(1/2, e) for e in EPOCHS}
     small = {SMALLER: replace(grid[CENTRE], student=p["smaller"], base=first and replace(first, student=p["smaller"]))} if p["smaller"] else {}
     return {BEFORE: one(1, 0), **grid, REPEATED: replace(grid[name(SHARES[0])], compute_of=grid[CENTRE]), **small}
