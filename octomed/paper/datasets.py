@@ -9,6 +9,7 @@ __all__ = ['OURS', 'IMAGES', 'OTHERS', 'REASONING', 'MARGIN', 'POINTS', 'name', 
 # %% ../../nbs/paper/53_datasets.ipynb #f07a778a
 import time
 from dataclasses import replace
+from functools import lru_cache
 import octomed.clinic.others   # the counterparts are sources
 from ..core import CATEGORIES, Recipe, load_recipe
 from ..distill import identity, requests, subset
@@ -68,14 +69,18 @@ class Tasks(Everywhere):
         "The benchmarks of a category, the one that is named, those of reasoning, or all."
         return [b for b in self.benchmarks if category_of(b) != "multimodal_classification"] if where == REASONING else super().within(where)
 
-# %% ../../nbs/paper/53_datasets.ipynb #cf2308d8
+# %% ../../nbs/paper/53_datasets.ipynb #093ef18f
+@lru_cache
+def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
+    return {q.id: q for q in subset(load(benchmark, max_pixels=max_pixels), limit)}
+
 def unread(e, rows: list[dict]) -> list[tuple]:  # (row, run, question, response, template)
     "The responses of an evaluation that the parser could not read."
     p, t = e.params, load_template(e.params["form"])
-    qs = {q.id: q for q in subset(load(p["benchmark"], max_pixels=p["max_pixels"]), p["limit"])}
+    qs = _asked(p["benchmark"], p["max_pixels"], p["limit"])
     who = identity(getattr(p["student"], "folder", p["student"]))
     keys = {(r.question, n): sample_key(r.question, who, r.prompt, p["sampling"].key, n) for r in requests(list(qs.values()), p["form"], p["seeds"]) for n in r.indices}
-    have = Ledger().find([k for (q, n), k in keys.items()])
+    have = Ledger().find(list(keys.values()))
     return [(row, n, qs[row["question"]], have[keys[row["question"], n]].text, t) for row in rows for n, status in enumerate(row["statuses"]) if status == "unparsed"]
 
 def graded(results: Results, wanted: dict, grader: str) -> Results:
