@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-import octomed.clinic.students
+import octomed.clinic.students, octomed.clinic.teachers
 from octomed.core import CATEGORIES, Common, load_recipe
 from octomed.experiment import Results, finding, stages
 from octomed.figures import VERDICT_COLOURS

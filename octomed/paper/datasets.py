@@ -108,4 +108,4 @@ def categories_figure(results: dict):
     from octomed.figures import bars_with_paper
     names = {BEFORE: "start", **{name(d, POINTS[-1]): d for d in (OURS, *OTHERS)}, IMAGES: IMAGES}
     rows = [{"arm": names[r["arm"]], "category": "", "benchmark": r["category"].replace("_", " "), "accuracy": r["graded"], "interval": r["graded_interval"]} for r in results["rows"] if r["benchmark"] == "Overall" and r["arm"] in names]
-    return bars_with_paper(rows, title="At the end, by category", xlabel="accuracy by parser and grader, %")
+    return bars_with_paper(rows, title="At the end, by category", arms=names.values(), xlabel="accuracy by parser and grader, %")
