@@ -6,8 +6,8 @@
 __all__ = ['FILTERS', 'KEEP', 'MODES', 'subset', 'pick', 'leaked', 'questions', 'read_questions', 'route', 'requests',
            'prompt_size', 'on_grid', 'ask', 'samples', 'read_samples', 'identity', 'student_samples', 'judged',
            'pass_share', 'dissent', 'ranks', 'measure', 'rated', 'filtered', 'accept', 'boxed_as', 'outcome',
-           'accepted', 'judged_open', 'rendered', 'distinct', 'duplicates', 'failed_by_all', 'statistics', 'prices',
-           'money', 'cost', 'Budget', 'budget']
+           'accepted', 'judged_open', 'rendered', 'turns', 'chats', 'rendered_chats', 'distinct', 'duplicates',
+           'failed_by_all', 'statistics', 'prices', 'money', 'cost', 'Budget', 'budget']
 
 # %% ../nbs/11_distill.ipynb #e3893adb
 import json, os
@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from .core import OctomedError, Common, UsageError, content, digest, progress, read_jsonl, shipped, write_json, write_jsonl
 from .images import family_of, stored
-from .questions import Question, balanced, conserved, dedupe, image_file, load, source_of
+from .questions import Question, balanced, conserved, dedupe, image_file, load, read_chats, source_of
 from .decontaminate import decontaminate, file_twins, question_twins
 from .engines import Request, Sample, Sampling, TransformersEngine, teacher
 from .ledger import Ledger, sample_key, top_up
@@ -287,6 +287,32 @@ def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
         pairs += [(render(t, qs[r["question"]]), target(r)) for r in ([{"question": id} for id in qs] if once else read_jsonl(accepted/"traces.jsonl"))]
     on_grid(list(qs.values()), max_pixels, processor)
     save_rows(out, *render_rows(processor, pairs, max_pixels, cutoff))
+
+# %% ../nbs/11_distill.ipynb #c7a10d52
+def turns(
+    chat: dict,  # as `read_chats` gives it
+) -> list[tuple[list, str]]:
+    "Each answer of a chat, after the messages that came before it."
+    return [(chat["messages"][:i], m["content"]) for i, m in enumerate(chat["messages"]) if m["role"] == "assistant"]
+
+@stage
+def chats(out, sources, seed, max_pixels):
+    """Chats of other projects' data, the first so many of each in a seeded order.
+
+    `sources`: (name:split, amount or None, identity of its data)."""
+    tally, kept = Counter(), []
+    for spec, amount, _ in sources: kept += sorted(read_chats(spec, images=True, max_pixels=max_pixels, tally=tally), key=lambda c: digest(seed, c["origin"]))[:amount]
+    if not kept: raise OctomedError("the sources gave no chat: name others, or larger amounts")
+    write_jsonl(out/"chats.jsonl", kept)
+    write_json(out/"funnel.json", {"in": tally.pop("rows"), "over the amount": tally.pop("kept") - len(kept), **tally, "kept": len(kept)})
+
+@stage
+def rendered_chats(out, chats, base, max_pixels, cutoff):
+    "Every answer of every chat as the student's tokens."
+    from transformers import AutoProcessor
+    from octomed.render import render_rows, save_rows
+    pairs = [pair for c in read_jsonl(chats/"chats.jsonl") for pair in turns(c)]
+    save_rows(out, *render_rows(AutoProcessor.from_pretrained(base, trust_remote_code=False), pairs, max_pixels, cutoff))
 
 # %% ../nbs/11_distill.ipynb #368e1a93
 def distinct(texts: list[str], n: int = 2) -> float:

@@ -12,12 +12,12 @@ import json, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
-from .core import CATEGORIES, Common, OctomedError, Recipe, card, read_jsonl, root, write_json
+from .core import CATEGORIES, Common, OctomedError, Recipe, UsageError, card, read_jsonl, root, write_json
 from .store import Stage, run, run_all, section_code
 from .questions import identity_of, source_of
 from .engines import Sampling, teacher_revision
 from .train import Schedule, base_student, sft
-from .distill import FILTERS, MODES, accepted, filtered, questions, rated, rendered, samples, student_samples
+from .distill import FILTERS, MODES, accepted, chats, filtered, questions, rated, rendered, rendered_chats, samples, student_samples
 from .evaluate import evaluation, rates, sampling_of, scores
 from .prompts import load_template
 from .stats import bootstrap, paired_bootstrap, trend, verdict
@@ -56,11 +56,17 @@ def _evidence(name: str, arm: Arm, common: Common, data: Stage, base, drawing: S
     if name == "teachers": return drawn(), drawn(common.teacher_text if arm.teacher == common.teacher_image else common.teacher_image)
     return (drawn(),)
 
+def _talks(arm: Arm) -> bool:
+    "Does an arm read chats? Raises `UsageError` where it also asks for what chats do not have."
+    chat = {source_of(spec).role == "comparison" for spec, _ in arm.sources}
+    if chat != {False} and (len(chat) > 1 or arm.k or arm.filter or arm.against): raise UsageError("chats have no teacher and no options: give them an arm of their own with k=0, without a filter and without `against`")
+    return chat == {True}
+
 def stages(arm: Arm, common: Common) -> dict[str, Stage]:
-    "The stages of an arm, declared: data → samples → filter → accepted → rendered → student. With no epoch at all the student is the base student."
+    "The stages of an arm, declared: data → samples → filter → accepted → rendered → student; of chats: data → rendered → student. With no epoch at all the student is the base student."
     sources = tuple((spec, n or None, identity_of(spec)) for spec, n in arm.sources)
     against = tuple((spec, rule, identity_of(spec)) for spec, rule in arm.against)
-    found = {"data": questions(sources=sources, against=against, seed=common.base_seed, max_pixels=common.max_pixels)}
+    found = {"data": chats(sources=sources, seed=common.base_seed, max_pixels=common.max_pixels) if _talks(arm) else questions(sources=sources, against=against, seed=common.base_seed, max_pixels=common.max_pixels)}
     base = stages(arm.base, common)["student"] if arm.base else base_student(replace(common, student=arm.student or common.student))
     drawing = Sampling(1.0, 0.95, max_tokens=common.max_tokens, seed=common.base_seed)
     if arm.k: found["samples"] = samples(questions=found["data"], teachers=_teachers(arm, common), n=common.samples, sampling=drawing, max_pixels=common.max_pixels)
@@ -69,7 +75,8 @@ def stages(arm: Arm, common: Common) -> dict[str, Stage]:
         name, low, high = arm.filter
         asked = found["filtered"] = filtered(questions=found["data"], evidence=_evidence(name, arm, common, found["data"], base, drawing), name=name, low=low, high=high)
     if arm.k: found["accepted"] = accepted(questions=asked, samples=found["samples"], k=arm.k, answer=common.answer, keep=arm.keep)
-    found["rendered"] = rendered(questions=asked, accepted=found.get("accepted"), base=base, form=arm.form, answer=common.answer, max_pixels=common.max_pixels, cutoff=arm.schedule.cutoff)
+    shape = dict(base=base, max_pixels=common.max_pixels, cutoff=arm.schedule.cutoff)
+    found["rendered"] = rendered_chats(chats=asked, **shape) if _talks(arm) else rendered(questions=asked, accepted=found.get("accepted"), form=arm.form, answer=common.answer, **shape)
     match = stages(arm.compute_of, common)["rendered"] if arm.compute_of else None
     found["student"] = base if arm.schedule.epochs == 0 else sft(base=base, rendered=found["rendered"], schedule=arm.schedule, seed=arm.seed, max_pixels=common.max_pixels, match=match)
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'INK', 'FAINT', 'RULE', 'VERDICT_COLOURS', 'style', 'canvas', 'save', 'bars_with_paper', 'forest', 'lines',
-           'image_grid', 'overview']
+           'circles', 'image_grid', 'overview']
 
 # %% ../nbs/16_figures.ipynb #d8fc6b6c
 from contextlib import contextmanager
@@ -191,22 +191,46 @@ def lines(
     ylabel: str = "accuracy, %",
     scale: float = 100,       # from the series' unit to the axis's
     paper=None,               # {name: [(x, y), …]} in the series' unit, drawn hollow in the colour of the same name
+    dotted=None,              # {name: [(x, y), …]} in the series' unit: a fitted curve in the colour of the same name, or a level of its own
     log: bool = False,        # a logarithmic x
     xticks=None,
 ):
     "Curves with their bands, named at their ends, the paper's hollow and dashed. Raises `OctomedError` without points."
     if not any(series.values()): raise OctomedError("there is nothing to draw: give at least one point")
-    fig, ax = canvas(height=4.2)
+    fig, ax = canvas(height=4.2); colour = lambda name: COLOURS[list(series).index(name) % len(COLOURS)] if name in series else FAINT
     with style():
         if log: ax.set_xscale("log", base=2)
-        ends = {name: _curve(ax, points, COLOURS[i % len(COLOURS)], scale, False) for i, (name, points) in enumerate(series.items()) if points}
-        for name, points in (paper or {}).items(): _curve(ax, points, COLOURS[list(series).index(name) % len(COLOURS)] if name in series else FAINT, scale, True)
+        ends = {name: _curve(ax, points, colour(name), scale, False) for name, points in series.items() if points}
+        for name, points in (paper or {}).items(): _curve(ax, points, colour(name), scale, True)
+        for name, points in (dotted or {}).items():
+            (*_, end), _ = points, ax.plot(*zip(*[(x, scale*y) for x, y in points]), color=colour(name), lw=1.6, ls=(0, (1, 1.6)), zorder=2)
+            if name not in series: ends[name] = end[0], scale*end[1]
         ax.set(xlabel=xlabel, ylabel=ylabel); ax.grid(axis="y"); ax.margins(x=.04, y=.08)
         if xticks is not None: ax.set_xticks(xticks, [f"{t:g}" for t in xticks]); ax.minorticks_off()
         low, high = ax.get_ylim()
         for (name, (x, y)), at in zip(ends.items(), _spread([y for _, y in ends.values()], (high - low)*.065)):
-            ax.annotate(name, (1.02, at), xycoords=ax.get_yaxis_transform(), va="center", color=COLOURS[list(series).index(name) % len(COLOURS)], fontweight="bold", annotation_clip=False)
+            ax.annotate(name, (1.02, at), xycoords=ax.get_yaxis_transform(), va="center", color=colour(name), fontweight="bold", annotation_clip=False)
         if paper: _key(ax, [("ours", INK, True), ("paper", INK, False)], 1.01)
+    return _settled(fig, title)
+
+# %% ../nbs/16_figures.ipynb #5b0d7a13
+def circles(
+    points,             # [{"name", "x", "y", "size", "paper"?: True where it is the paper's}, …], x and y 0–1
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+):
+    "Models by two accuracies, the area by size within ours and within the paper's. Raises `OctomedError` without points."
+    if not (points := sorted(points, key=lambda p: p["y"])): raise OctomedError("there is nothing to draw: give at least one point")
+    fig, ax = canvas(height=4.8); most = {k: max(p["size"] for p in points if bool(p.get("paper")) == k) for k in {bool(p.get("paper")) for p in points}}
+    with style():
+        heights = [100*p["y"] for p in points]; room = max(heights) - min(heights) or 10
+        for p, at in zip(points, _spread(heights, room*.05)):
+            colour = FAINT if p.get("paper") else COLOURS[0]; x, y = 100*p["x"], 100*p["y"]
+            ax.scatter(x, y, s=max(25, 500*p["size"]/most[bool(p.get("paper"))]), facecolor="white" if p.get("paper") else colour, edgecolor=colour, linewidth=1.5, alpha=.85, zorder=3)
+            ax.annotate(p["name"], (x, y), xytext=(1.02, at), textcoords=ax.get_yaxis_transform(), va="center", fontsize=9, color=colour, annotation_clip=False, arrowprops=dict(arrowstyle="-", color=RULE, lw=.8), zorder=2)
+        ax.set(xlabel=xlabel, ylabel=ylabel); ax.grid(axis="x"); ax.margins(.08)
+        if True in most and False in most: _key(ax, [("ours", COLOURS[0], True), ("paper", FAINT, False)], 1.01)
     return _settled(fig, title)
 
 # %% ../nbs/16_figures.ipynb #d07c4ad8

@@ -395,6 +395,9 @@ def read_chats(
     "The chats of another project's data. Raises `UsageError` for a source of questions."
     s, tally = source_of(spec), Counter() if tally is None else tally
     if s.role != "comparison": raise UsageError(f"{spec} holds questions: read it with octomed.questions.load or stream")
+    if s.make:
+        made = s.make(limit=None, max_pixels=max_pixels if images else None)
+        tally.update(rows=len(made), kept=len(made)); yield from made; return
     for rows in _blocks(_rows(s, folder, revision, images, streaming=True)[1], 1024):
         for (_, f), names in zip(rows, _pictures(rows, images, max_pixels, family, spec)):
             why = "image cannot be read" if isinstance(names, OctomedError) else "no turns" if not f["messages"] else "empty turn" if not all(m["content"] for m in f["messages"]) else None

@@ -59,7 +59,7 @@ class Size:
     vision_hidden: int = 96   # width of the vision tower
     vision_layers: int = 2
 
-SIZES = {"tiny": Size(), "small": Size(256, 6, 8, 4, 768, 128, 4)}
+SIZES = {"mini": Size(64, 2, 4, 2, 192, 64, 2), "tiny": Size(), "small": Size(256, 6, 8, 4, 768, 128, 4)}
 
 # %% ../../nbs/clinic/20_students.ipynb #b3e1d7a0
 def _qwen2_5_vl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int):
