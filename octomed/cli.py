@@ -103,7 +103,7 @@ def run(args):
         if args.arm or args.fresh: raise UsageError("--arm and --fresh are for real runs: leave out --rehearse")
         return rehearse(args.recipe, args.only) and None
     from octomed.runner import run_recipe
-    run_recipe(args.recipe, args.only, args.arm, args.fresh)
+    run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes)
 
 def status(args):
     "Where a recipe stands."
@@ -288,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--only", metavar="SECTIONS", help="names with commas between them, such as 42_formatting")
             p.add_argument("--arm", metavar="NAME", help="make only this arm's stages")
             p.add_argument("--fresh", action="store_true", help="make every stage again; no generation is deleted")
+            p.add_argument("--minutes", type=float, metavar="N", help="stop after so many minutes with everything kept; the same command goes on")
             p.add_argument("--rehearse", action="store_true", help="all code paths with random small weights and a handful of questions, under outputs/RECIPE-rehearsal")
             p.add_argument("--on", choices=["local", "slurm"], default="local", help="this machine, or jobs of a Slurm cluster (default: local)")
             p.add_argument("--cluster", metavar="FILE", help="what the jobs ask for; by default nbs/recipes/cluster/RECIPE.yaml")

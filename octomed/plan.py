@@ -85,7 +85,7 @@ def parameters(section: Section, recipe: Recipe) -> dict:
             raise UsageError(f"recipe {recipe.name}: {name} of {section.name} must be {want.__name__}, not {value!r}")
     return {**own, **given}
 
-# %% ../nbs/21_plan.ipynb #0f78ce6a
+# %% ../nbs/21_plan.ipynb #4b0c7bfb
 def _cell(v) -> str:
     if v is None: return ""
     if isinstance(v, float): return f"{v:,.3g}" if abs(v) < 1000 else f"{v:,.0f}"
@@ -100,7 +100,7 @@ def columns(rows: list[dict], wrap: int = 60) -> str:
         parts = [textwrap.wrap(_cell(r.get(k)), wrap) or [""] for k in keys]
         lines += [[p[i] if i < len(p) else "" for p in parts] for i in range(max(map(len, parts)))]
     widths = [max(len(l[i]) for l in lines) for i in range(len(keys))]
-    number = lambda v: v is None or isinstance(v, (int, float)) or re.fullmatch(r"[\d.,]+( [kMB])?|\?", v)
+    number = lambda v: v is None or isinstance(v, (int, float)) or re.fullmatch(r"[\d.,]+( [kMB×]( \d+)?)?|\?", v)
     right = [all(number(r.get(k)) for r in rows) for k in keys]
     return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(l, widths, right)).rstrip() for l in lines)
 
@@ -171,7 +171,7 @@ def _bill(arm, steps: dict, asked: int, drawn: int, amounts: dict) -> dict:
     ratings = asked*(arm.filter[0] == "difficulty") if arm.filter else 0
     return {"prompt_tokens": prompts, "teacher_tokens": tokens, "money": bill, "ratings": money(_named(arm.grader), ratings*(size["rating"] + size["image"]*amounts["image"]/whole), 4*ratings, table) if ratings else 0.0}
 
-# %% ../nbs/21_plan.ipynb #ca88e2a2
+# %% ../nbs/21_plan.ipynb #45d9f465
 QUANTITIES = ("questions", "samples", "prompt_tokens", "teacher_tokens", "money", "traces", "training_tokens", "responses", "training_hours", "generation_hours", "evaluation_hours")
 
 def _shape(student: str):
@@ -180,15 +180,12 @@ def _shape(student: str):
     try: return shape(student)
     except OctomedError: return None
 
-def _trained(p: dict) -> tuple:
-    from octomed.memory import PARTS, TOWER
-    return tuple(x for x in PARTS if not p["frozen"] or x not in (*TOWER, "projector"))
-
 def _training_hours(p: dict) -> float | None:
-    from octomed.memory import Load, train_hours
+    "Device-hours of a student's training; whatever is frozen counts as tower and projector."
+    from octomed.memory import LANGUAGE, PARTS, Load, train_hours
     if _built(p["student"]): return 0.0
     shape, whole = _shape(p["student"]), p["prompt"] + p["said"]
-    return shape and train_hours(shape, Load(p["training_tokens"], whole, p["training_tokens"]*p["image"]/whole, answered=p["training_tokens"]*p["said"]/whole), _trained(p))
+    return shape and train_hours(shape, Load(p["training_tokens"], whole, p["training_tokens"]*p["image"]/whole, answered=p["training_tokens"]*p["said"]/whole), LANGUAGE if p["frozen"] else PARTS)
 
 def _drawing_hours(student: str, questions: float, image: float, responses: float, said: float) -> float | None:
     "Device-hours of a student's responses; a question's prompt is read once."
@@ -197,7 +194,7 @@ def _drawing_hours(student: str, questions: float, image: float, responses: floa
     shape, prompt = _shape(student), RATES["prompt_tokens"]["r1"] + image
     return shape and draw_hours(shape, Load(questions*prompt, prompt, questions*image), responses*said, prompt + said/2)
 
-# %% ../nbs/21_plan.ipynb #fa923441
+# %% ../nbs/21_plan.ipynb #c93cb381
 def _add_arm(found: dict, p: dict, arm, common):
     "Put what an arm asks for under the keys of its stages; its student is put by `_add_students`."
     steps, key = p["steps"], lambda name: p["steps"][name].key
@@ -214,20 +211,19 @@ def _add_students(found: dict, p: dict, keys: set):
     for k in keys: found["training_tokens"][k], found["training_hours"][k] = p["training_tokens"], _training_hours(p)
 
 def _add_evaluation(found: dict, e, student: str, common):
-    "Put an evaluation that is still to be made."
+    "Put an evaluation's responses."
     from octomed.questions import source_of
     s = source_of(e.params["benchmark"])
     n = min([n for n in (e.params["limit"], s.expected) if n] or [0])
     found["responses"][e.key] = n*common.eval_seeds
     found["evaluation_hours"][e.key] = _drawing_hours(student, n, RATES["prompt_tokens"]["image"]*(s.category != "text_only"), n*common.eval_seeds, _response(e.params["form"]))
 
-# %% ../nbs/21_plan.ipynb #2ced753a
+# %% ../nbs/21_plan.ipynb #1052aaaa
 def _round(x): return x if x is None else float(f"{x:.2g}")
 def _sum(found: dict): return None if None in found.values() else sum(found.values())
 
 class Plan(dict):
     "What a section will run: shown as lines, a dict to code. `found`: every quantity by the key of its stage."
-    found, parts, left = {}, [], 0
     def __repr__(self): return "\n".join(f"{k.replace('_', ' '):16} {'not known' if v is None else f'{v:,}' if isinstance(v, (int, float)) else v}" for k, v in self.items())
 
 def _summed(found: dict) -> dict:
@@ -319,7 +315,7 @@ def away() -> list:
     gone = [s for s in SOURCES.values() if not s.make and not question_sources(s.spec) and not (s.hub_split and s.revision)]
     return [replace(s, make=_refuse, revision="not at hand") for s in gone]
 
-# %% ../nbs/21_plan.ipynb #132a318c
+# %% ../nbs/21_plan.ipynb #48ba99c5
 class Plans(list):
     "The plans of a recipe's sections; the last row is their sum, with the memory that its students need and what all of it assumes."
     def __str__(self): return as_text(self)
@@ -340,20 +336,18 @@ def plan(
 
 def _in_all(recipe: Recipe, plans: list[Plan], gone: set) -> Plan:
     "The sum of all sections, what they share counted once."
-    found = {q: {k: v for p in plans if p.found for k, v in p.found[q].items()} for q in QUANTITIES}
+    found = {q: {k: v for p in plans for k, v in p.found[q].items()} for q in QUANTITIES}
     add = lambda key: None if any(p[key] is None for p in plans if p["arms"]) else round(sum(p[key] or 0 for p in plans), 1)
-    students = {p["student"]: _trained(p) for plan in plans for p in plan.parts if not _built(p["student"]) and _shape(p["student"])}
+    students = dict.fromkeys(p["student"] for plan in plans for p in plan.parts if not _built(p["student"]) and _shape(p["student"]))
     used = {spec for plan in plans for p in plan.parts for spec, *_ in p["steps"]["data"].params["sources"]} | set(recipe.common.benchmarks)
     return Plan(section="in all", arms=sum(p["arms"] for p in plans), training_seeds=max([p["training_seeds"] for p in plans], default=0), **_summed(found), evaluations=add("evaluations"), done=add("done"),
                 minutes=add("minutes"), basis="; ".join(dict.fromkeys(p["basis"] for p in plans if p["arms"])), memory=[r for s in students for r in _memory(s)],
                 not_at_hand=sorted(used & gone), assumptions=_assumptions(recipe, bool(students)))
 
-# %% ../nbs/21_plan.ipynb #bc57c0f7
+# %% ../nbs/21_plan.ipynb #a31a235a
 def _memory(student: str) -> list[dict]:
-    from octomed.memory import PARTS, TOWER, Load, verdicts
-    said = RATES["paper_tokens"]
-    row = Load(8192, sample=RATES["prompt_tokens"]["r1"] + said, visual=2048, answered=8192 - 2048 - 8*RATES["prompt_tokens"]["r1"])
-    ways = {"all of it": PARTS, "without tower and projector": tuple(p for p in PARTS if p not in (*TOWER, "projector"))}
+    from octomed.memory import LANGUAGE, PARTS, Load, verdicts
+    row, ways = Load(8192, sample=RATES["prompt_tokens"]["r1"] + RATES["paper_tokens"], visual=2048), {"all of it": PARTS, "without tower and projector": LANGUAGE}
     return [{"student": student, "trained": way, **r} for way, parts in ways.items() for r in verdicts(_shape(student), row, parts)]
 
 def _assumptions(recipe: Recipe, far: bool) -> list[str]:
@@ -363,9 +357,9 @@ def _assumptions(recipe: Recipe, far: bool) -> list[str]:
             "Money: the teachers' and the grader's tokens at the prices of data/prices.yaml; a simulated teacher stands at the price of what it stands for."]
     if not far: return told
     return told + [f"A response with reasoning has {r['paper_tokens']} tokens (the paper's 6.8 B over its 8 M traces), a prompt {p['r1']} under R1's template and {p['gpt4o']} under GPT-4o's, an image {p['image']}; samples of one question are paid a prompt each.",
-                   "Models behind servers are counted in money, the student's own responses in device-hours (columns draw and evaluate).", *assumptions()]
+                   "Models behind servers are counted in money, the student's own responses in device-hours (draw, eval).", *assumptions()]
 
-# %% ../nbs/21_plan.ipynb #9a3272ec
+# %% ../nbs/21_plan.ipynb #022a3bda
 def _short(v) -> str:
     if v is None: return "?"
     if isinstance(v, str): return v
@@ -373,17 +367,21 @@ def _short(v) -> str:
         if abs(v) >= size: return f"{v/size:.3g} {unit}" if abs(v) < 1000*size else f"{v/size:,.0f} {unit}"
     return f"{v:.3g}"
 
-SHOWN = {"section": "section", "arms": "arms", "training_seeds": "seeds", "questions": "questions", "samples": "samples", "prompt_tokens": "read", "teacher_tokens": "written", "money": "money", "traces": "traces",
-         "training_tokens": "trained", "responses": "responses", "training_hours": "train h", "generation_hours": "draw h", "evaluation_hours": "eval h", "minutes": "minutes"}
+SHOWN = {"section": "section", "arms": "arms", "questions": "questions", "samples": "samples", "prompt_tokens": "read", "teacher_tokens": "written", "money": "money", "traces": "traces", "training_tokens": "trained",
+         "responses": "answers", "training_hours": "train", "generation_hours": "draw", "evaluation_hours": "eval", "minutes": "min"}
+
+def _shown(p: Plan, key: str) -> str:
+    if key == "arms": return f"{p['arms']} × {p['training_seeds']}" if p["section"] != "in all" else str(p["arms"])
+    return f"{p[key]:,.0f}" if key == "minutes" and p[key] else _short(p[key])
 
 def as_text(plans: Plans) -> str:
     "The plan of a recipe in words and columns."
     import textwrap
     last, far = plans[-1], any(p.get("training_hours") for p in plans)
     keys = [k for k in SHOWN if far or not k.endswith("hours")]
-    lines = [columns([{SHOWN[k]: _short(p[k]) for k in keys} for p in plans])]
+    lines = [columns([{SHOWN[k]: _shown(p, k) for k in keys} for p in plans]), ""]
     say = lambda text: lines.append(textwrap.fill(text, 118, initial_indent="· ", subsequent_indent="  "))
-    lines += ["", "read, written: the teachers' tokens; trained: the students', over all epochs and seeds" + ("; h: device-hours" if far else "") + f"; minutes: {last['basis'] or 'not known'}"]
+    say("arms × training seeds; read, written: the teachers' tokens; trained: the students', over all epochs and seeds" + ("; train, draw, eval: device-hours" if far else "") + f"; min: minutes, {last['basis'] or 'not known'}")
     if last["not_at_hand"]: say(f"Not at hand, counted by expected size: {', '.join(last['not_at_hand'])}")
     for a in last["assumptions"]: say(a)
     shown = lambda r: {"trained": r["trained"], "machine": r["machine"], "state": r["state"], "GB": r["total"], "checkpointed": r["total_checkpointed"], "fits": r["fits"]}

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['VERSION', 'AMOUNTS', 'SMALL', 'PLUGINS', 'by_lot', 'lot_server', 'handful', 'registered_from', 'cut', 'rehearse']
 
-# %% ../nbs/22c_rehearsal.ipynb #3b33cce2
+# %% ../nbs/22c_rehearsal.ipynb #66c79470
 import json, os, re, threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 from .core import OctomedError, Recipe, atomic_write, content, data_dir, load_recipe, outputs_dir, read_jsonl, seed_for, shipped, write_jsonl
-from .questions import SOURCES, Question, Source, register, source_of, stream
+from .questions import SOURCES, Question, Source, load, question_sources, register, source_of
 from .plan import declared, registered, sections
 
 # %% ../nbs/22c_rehearsal.ipynb #d2f06e84
@@ -48,14 +47,12 @@ def lot_server():
     try: yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally: server.shutdown(); server.server_close()
 
-# %% ../nbs/22c_rehearsal.ipynb #e231cb19
+# %% ../nbs/22c_rehearsal.ipynb #b8e3f708
 def handful(spec: str, n: int, max_pixels: int) -> tuple[list[Question], str]:
     "(a few questions of a source, where they are from); none where it is nowhere at hand."
     for folder, where in ((data_dir(), "OCTOMED_DATA"), (shipped("examples"), "the examples")):
-        if not folder: continue
-        try: qs = [q for q in islice(stream(spec, images=True, max_pixels=max_pixels, folder=folder), 4*n) if q.at_hand][:n]
-        except OctomedError: continue
-        if qs: return qs, where
+        if not folder or not question_sources(spec, folder): continue
+        if qs := [q for q in load(spec, limit=2*n, max_pixels=max_pixels, folder=folder) if q.at_hand][:n]: return qs, where
     return [], "nowhere at hand"
 
 def _file(folder: Path, spec: str) -> Path: return folder/f"{spec.replace(':', '.')}.jsonl"

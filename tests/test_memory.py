@@ -2,9 +2,9 @@
 from dataclasses import replace
 import pytest
 from octomed.core import OctomedError
-from octomed.memory import ASSUMED, MACHINES, PARTS, RESERVE, STATES, TOWER, Load, activations, configuration, decode_rate, draw_hours, forward_flops, layer_bytes, memory, shape, shape_of, states, train_flops, train_hours, verdicts
+from octomed.memory import LANGUAGE, MACHINES, PARTS, RESERVE, STATES, TOWER, Load, activations, configuration, decode_rate, draw_hours, forward_flops, layer_bytes, memory, shape, shape_of, states, train_flops, train_hours, verdicts
 
-TEXT_ONLY, FROZEN = 48, ("embeddings", "language", "head")
+TEXT_ONLY = 48
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_hub_id_without_a_commit_is_refused():
 
 
 @pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("trained", [PARTS, FROZEN])
+@pytest.mark.parametrize("trained", [PARTS, LANGUAGE])
 def test_flops_are_what_pytorch_counts(small, image, trained):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -77,7 +77,7 @@ def saved_bytes(model, batch) -> int:
     return sum(n for n, _ in seen.values())
 
 
-@pytest.mark.parametrize("image, trained", [(False, PARTS), (True, PARTS), (True, FROZEN)])
+@pytest.mark.parametrize("image, trained", [(False, PARTS), (True, PARTS), (True, LANGUAGE)])
 def test_activations_are_what_autograd_keeps(small, image, trained):
     from octomed.memory import part_of
     from octomed.packing import use_packed_attention
@@ -105,7 +105,7 @@ def test_sharding_divides_states_and_a_frozen_tower_has_none():
     s, n = shape("Qwen/Qwen2.5-VL-7B-Instruct"), 8_292_166_656
     one, eight = (states(s, "fp32 under bf16 autocast", d) for d in (1, 8))
     assert one["weights"] == 4*n and one["optimizer"] == 8*n and all(eight[k] == one[k]/8 for k in ("weights", "gradients", "optimizer"))
-    frozen = states(s, "bf16 throughout", 1, FROZEN)
+    frozen = states(s, "bf16 throughout", 1, LANGUAGE)
     assert frozen["weights"] == 2*n and frozen["gradients"] == 2*(n - sum(s.parameters[p] for p in (*TOWER, "projector")))
 
 
@@ -135,3 +135,16 @@ def test_hours_by_hand():
     rate = 256*3.35e12*.5/(2*n + 256*500*2*2*28*512)
     assert decode_rate(s, 500) == pytest.approx(rate)
     assert draw_hours(s, row, 10_000, 500) == pytest.approx((2*n*1000/(989e12*.4) + 10_000/rate)/3600)
+
+
+def test_the_gpu_script_runs_small_and_its_settings_compute_the_same(tmp_path):
+    import json, subprocess, sys
+    from octomed.core import root
+    done = subprocess.run([sys.executable, str(root()/"tests"/"gpu"/"full_sft.py"), "--small", "--out", str(tmp_path/"r.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path/"r.json").read_text())
+    ran, failed = ([s for s in found["settings"] if ("failed" in s) == bad] for bad in (False, True))
+    assert len(ran) == 4 and all("bitsandbytes" in s["failed"] for s in failed) and found["card"]["versions"]["torch"]
+    assert [s["first loss"] for s in ran] == pytest.approx([ran[0]["first loss"]]*4, rel=1e-3)   # attention, checkpoints, chunks and optimisers change no loss
+    assert all(s["tokens a second"] > 0 and s["GFLOPs a token"] > 0 and s["peak GB"] is None for s in ran) and [len(s["frozen"]) for s in ran] == [0, 3, 0, 0]
+    assert ran[1]["GFLOPs a token"] < ran[0]["GFLOPs a token"] and ran[1]["estimated GB"] < ran[0]["estimated GB"]
