@@ -88,18 +88,22 @@ def plan(args):
     from octomed.plan import plan
     rows = plan(args.recipe)
     if args.json: show(rows, True)
-    else: show([{k: v for k, v in r.items() if k != "basis"} for r in rows], False); print(*{f"minutes: {r['basis']}" for r in rows}, sep="\n")
+    else: print(rows)
 
 def run(args):
     "Run a recipe's sections, here or as jobs of a cluster."
     if args.on == "slurm":
         from octomed.cluster import submit
-        if args.arm or args.fresh: raise UsageError("--arm and --fresh are for runs on this machine: leave out --on slurm")
+        if args.arm or args.fresh or args.rehearse: raise UsageError("--arm, --fresh and --rehearse are for runs on this machine: leave out --on slurm")
         rows = submit(args.recipe, args.only, file=args.cluster)
         if rows: show([{"job": r["job"], "id": r["id"], "stages": len(r["stages"]), "after": " ".join(r["after"])} for r in rows], False)
         return print(f"{len(rows)} jobs submitted: `octomed status {args.recipe} --jobs` tells where they stand" if rows else "nothing to do: all is made")
+    if args.rehearse:
+        from octomed.rehearsal import rehearse
+        if args.arm or args.fresh: raise UsageError("--arm and --fresh are for real runs: leave out --rehearse")
+        return rehearse(args.recipe, args.only) and None
     from octomed.runner import run_recipe
-    run_recipe(args.recipe, args.only, args.arm, args.fresh)
+    run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes)
 
 def status(args):
     "Where a recipe stands."
@@ -287,6 +291,8 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--only", metavar="SECTIONS", help="names with commas between them, such as 42_formatting")
             p.add_argument("--arm", metavar="NAME", help="make only this arm's stages")
             p.add_argument("--fresh", action="store_true", help="make every stage again; no generation is deleted")
+            p.add_argument("--minutes", type=float, metavar="N", help="stop after so many minutes with everything kept; the same command goes on")
+            p.add_argument("--rehearse", action="store_true", help="all code paths with random small weights and a handful of questions, under outputs/RECIPE-rehearsal")
             p.add_argument("--on", choices=["local", "slurm"], default="local", help="this machine, or jobs of a Slurm cluster (default: local)")
             p.add_argument("--cluster", metavar="FILE", help="what the jobs ask for; by default nbs/recipes/cluster/RECIPE.yaml")
         if f is status: p.add_argument("--jobs", action="store_true", help="the jobs that `run --on slurm` submitted")

@@ -171,6 +171,7 @@ class Common:
     batch: int = 8                      # samples per optimiser step (paper: 128, final model 512)
     lr: float = 1e-3                    # peak learning rate (paper: 5e-5, for 7B)
     warmup: float = 0.05                # share of the steps (paper: 0.01, final model 0.1)
+    cutoff: int = 2048                  # longest row in tokens, prompt and images with it; longer ones are dropped whole (left open by the paper)
     max_pixels: int = 12_544            # area of an image after smart resize (paper: 262,144)
     samples: int = 4                    # n responses drawn from the teacher a question (paper: 16)
     teacher_text: str = "clinic/reasoner"   # teacher of text-only questions (paper: DeepSeek-R1)

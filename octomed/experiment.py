@@ -106,7 +106,7 @@ def scoped(
 
 def schedule_of(common: Common, epochs: float, **changed) -> Schedule:
     "The recipe's schedule with a section's epochs."
-    return Schedule(epochs=epochs, batch=common.batch, lr=common.lr, warmup=common.warmup, **changed)
+    return Schedule(epochs=epochs, batch=common.batch, lr=common.lr, warmup=common.warmup, cutoff=common.cutoff, **changed)
 
 # %% ../nbs/15_experiment.ipynb #3f21d527
 @dataclass

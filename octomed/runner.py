@@ -206,6 +206,15 @@ def _stoppable():
     try: yield
     finally: signal.signal(signal.SIGTERM, old)
 
+@contextlib.contextmanager
+def _slice(minutes: float | None):
+    "SIGTERM to this process after so many minutes."
+    if not minutes: yield; return
+    timer = threading.Timer(60*minutes, os.kill, (os.getpid(), signal.SIGTERM)); timer.daemon = True
+    timer.start()
+    try: yield
+    finally: timer.cancel()
+
 def _minutes(recipe: Recipe, name: str) -> float | None:
     "How long a section took the last time, here or in the reference."
     for folder in (folder_of(recipe), reference_of(recipe)):
@@ -224,6 +233,7 @@ def run_recipe(
     only: str | None = None,        # sections, with commas between them; None: all
     arm: str | None = None,         # run only this arm's stages, no notebook
     fresh: bool = False,            # make every stage again; no generation is deleted
+    minutes: float | None = None,   # stop after so many, with everything kept; None: run to the end
     notebooks: Path | None = None,  # by default `notebooks_dir()`
 ) -> dict:                          # {"ran": sections, "skipped": sections}
     "Run a recipe's sections in the paper's order. Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."
@@ -233,7 +243,7 @@ def run_recipe(
     for s in sections(recipe, None, notebooks): parameters(s, recipe)
     old = os.environ.get("OCTOMED_FRESH")
     if fresh: os.environ["OCTOMED_FRESH"] = str(time.time())
-    with _stoppable():
+    with _stoppable(), _slice(minutes):
         try: return _run_arm(todo, recipe, arm) if arm else _run(todo, recipe, source)
         except KeyboardInterrupt: raise OctomedError(f"stopped: what was finished is kept, `octomed run {name}` goes on from there") from None
         finally:

@@ -137,6 +137,15 @@ def test_fault_2_signals(world, signum):
     assert not any(p.is_dir() for p in (world.folder/"store"/"work").glob("*"))
 
 
+def test_a_slice_of_time_ends_with_everything_kept(world):
+    world.section("1_a").section("2_b", body="time.sleep(600)")
+    world.run(only="1_a")
+    begun = time.time()
+    with pytest.raises(OctomedError, match="stopped: what was finished is kept"): world.run(minutes=0.1)
+    assert time.time() - begun < 120 and world.states() == {"1_a": "done", "2_b": "missing"}
+    assert world.section("2_b").run(minutes=60) == {"ran": ["2_b"], "skipped": ["1_a"]}   # the same command goes on
+
+
 def test_fault_3_killed_during_a_write(tmp_path):
     "A process that is killed between the bytes and the rename leaves the previous file whole."
     atomic_write(tmp_path/"a.json", "old")

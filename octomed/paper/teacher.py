@@ -18,8 +18,8 @@ from ..questions import source_of
 REASONER, INSTRUCT, SHORT, ALL, WRONG = "reasoner", "instruct", "instruct, same compute", "reasoner, no rejection", "reasoner, rejected only"
 IN, OUT = "clinic_ward:test", "clinic_boards:test"
 
-def claims() -> list[Claim]:
-    "What the paper says in Fig. 6, and the controls."
+def claims(IN: str = IN, OUT: str = OUT) -> list[Claim]:
+    "What the paper says in Fig. 6, and the controls; of a benchmark in distribution and of one out of it."
     simulated = "The teachers are simulated: how often each is right and how long it speaks is stated, not found."
     held = "Out of distribution here means conditions that no vignette has named; a student that answers in words may name none of the options."
     fig = "Fig. 6: both help, R1 more"
@@ -87,5 +87,5 @@ def reasoning(recipe: Recipe, arm: Arm, specs: list, amount: int) -> list[dict]:
 def figure(results: dict):
     "Fig. 6: arms by benchmark, in and out of distribution."
     from octomed.figures import bars_with_paper
-    where = {IN: "in distribution", OUT: "out of distribution"}
+    where = {results.get("inside", IN): "in distribution", results.get("outside", OUT): "out of distribution"}
     return bars_with_paper([{**r, "category": "", "benchmark": where.get(r["benchmark"], r["benchmark"])} for r in results["rows"]], title="Who teaches, and what is rejected (Fig. 6)")
