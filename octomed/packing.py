@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'bin_patterns', 'Packing', 'pack', 'packed_groups', 'packed_batch', 'check_packed', 'has_varlen',
            'packed_attention', 'packed_mask', 'choose_attention', 'use_packed_attention', 'check_isolation',
-           'linear_cross_entropy', 'packed_loss_sum']
+           'linear_cross_entropy', 'objective', 'on', 'packed_inputs', 'packed_loss_sum']
 
 # %% ../nbs/12b_packing.ipynb #00cf410d
 from dataclasses import dataclass
@@ -88,6 +88,7 @@ def packed_groups(
     seed: int = 0,
 ) -> list[list[Row]]:
     "The rows of a step in groups of at most `budget` tokens. Raises `OctomedError` for a row that is longer."
+    if sum(len(r.input_ids) for r in rows) <= budget: return [rows]
     p = pack([len(r.input_ids) for r in rows], budget, seed)
     if p.over_long: raise OctomedError(f"{len(p.over_long)} rows are longer than {budget} tokens: drop them by the cut-off, or raise micro_tokens")
     return [[rows[i] for i in p[b]] for b in range(len(p))]
@@ -104,12 +105,13 @@ def packed_batch(
     if not hasattr(model.model, "get_rope_index"): raise OctomedError(f"{type(model).__name__} gives no M-RoPE positions: train it padded")
     ids, kinds, positions, images = [], [], [], []
     for r in rows:
-        one = torch.tensor([r.input_ids]); kind = (one == processor.image_token_id).int()
-        got = [pixels(h) for h in r.images]
-        grid = torch.cat([g for _, g in got]) if got else None
-        thw, _ = model.model.get_rope_index(one, mm_token_type_ids=kind, image_grid_thw=grid)
-        positions.append(torch.cat([torch.arange(len(r.input_ids)).expand(1, 1, -1), thw.cpu()]))
-        ids.append(one); kinds.append(kind); images += got
+        one, places = torch.tensor([r.input_ids]), torch.arange(len(r.input_ids)).expand(4, 1, -1)
+        kind = (one == processor.image_token_id).int()
+        if r.images:
+            got = [pixels(h) for h in r.images]; images += got
+            thw, _ = model.model.get_rope_index(one, mm_token_type_ids=kind, image_grid_thw=torch.cat([g for _, g in got]))
+            places = torch.cat([places[:1], thw.cpu()])
+        ids.append(one); kinds.append(kind); positions.append(places)
     batch = {"input_ids": torch.cat(ids, 1), "position_ids": torch.cat(positions, 2), "mm_token_type_ids": torch.cat(kinds, 1), "use_cache": False}
     if images: batch |= {"pixel_values": torch.cat([p for p, _ in images]), "image_grid_thw": torch.cat([g for _, g in images])}
     check_packed(batch, [len(r.input_ids) for r in rows])
@@ -231,7 +233,7 @@ def linear_cross_entropy(
 ):                      # summed loss
     "Summed cross-entropy of `hidden @ weight.T`, its logits never whole."
     from importlib.util import find_spec
-    if hidden.is_cuda and find_spec("liger_kernel"):
+    if hidden.is_cuda and len(target) and find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
         return liger_fused_linear_cross_entropy(hidden, weight, target, reduction="sum")
     return _chunked()(hidden, weight, target, chunk)
@@ -262,14 +264,36 @@ def _chunked():
     return Chunked.apply
 
 # %% ../nbs/12b_packing.ipynb #0523e3a1
+@cache
+def objective():
+    "The class of `Objective(model, bf16)`: forward gives the summed cross-entropy of the tokens at `at`, places in the flattened batch."
+    import torch
+    class Objective(torch.nn.Module):
+        def __init__(self, model, bf16: bool = False, chunk: int = 1024):
+            super().__init__()
+            self.model, self.bf16, self.chunk = model, bf16, chunk
+            held = {type(m).__name__ for m in model.modules()}
+            self._no_split_modules = sorted({n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()} & held)   # what FSDP wraps
+        def tie_weights(self): self.model.tie_weights()
+        def forward(self, batch: dict, at):
+            with torch.autocast(at.device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.model.model(**batch).last_hidden_state.flatten(0, 1)
+                return linear_cross_entropy(hidden[at - 1], self.model.lm_head.weight, batch["input_ids"].flatten()[at], self.chunk)
+    return Objective
+
+def on(device, batch: dict, at) -> tuple:
+    "A batch where the model is."
+    return {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in batch.items()}, at.to(device)
+
+def packed_inputs(model, processor, rows: list[Row], pixels: Pixels) -> tuple:
+    "A packed batch, and the places of its response tokens."
+    import torch
+    batch = packed_batch(model, processor, rows, pixels)
+    trained = torch.cat([torch.arange(len(r.input_ids)) >= max(1, r.prompt) for r in rows])
+    return batch, (trained & (batch["mm_token_type_ids"][0] == 0)).nonzero()[:, 0]
+
 def packed_loss_sum(model, processor, rows: list[Row], pixels: Pixels, chunk: int = 1024):
     "Summed cross-entropy over the response tokens of packed rows, and how many they are."
-    import torch
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in packed_batch(model, processor, rows, pixels).items()}
-    trained = torch.cat([torch.arange(len(r.input_ids)) >= max(1, r.prompt) for r in rows]).to(device)
-    at = (trained & (batch["mm_token_type_ids"][0] == 0)).nonzero()[:, 0]
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-        hidden = model.model(**batch).last_hidden_state[0]
-        loss = linear_cross_entropy(hidden[at - 1], model.lm_head.weight, batch["input_ids"][0, at], chunk)
-    return loss, len(at)
+    weight = next(model.parameters())
+    batch, at = on(weight.device, *packed_inputs(model, processor, rows, pixels))
+    return objective()(model, weight.is_cuda, chunk)(batch, at), len(at)
