@@ -961,7 +961,7 @@ def peer_gradient(
     folder: Path, rows: list[Row],
     micro: int,  # rows of a micro-batch
 ) -> tuple[dict, list[list[Row]]]:  # gradient, the micro-batches that it is of
-    "What a peer hands to its optimiser when all rows are one step. Raises `OctomedError` where it reads other tokens than ours and what may follow them."
+    "What a peer hands to its optimiser when all rows are one step. Raises `OctomedError` where it reads a row that does not begin as one of ours."
     from safetensors.torch import load_file
     def ours(ids, prompt):
         for r in rows:
@@ -1017,7 +1017,7 @@ def entered(pythons: dict[str, Path]) -> dict[tuple[str, str], tuple]:  # (who, 
     found = {("octomed", "as it comes"): ours()}
     for t in (t for t in TRAINERS if t.name in pythons):
         found[t.name, f"as documented: {t.words}"] = pythons[t.name], t.script, t.documented, t.step
-        found[t.name, "full precision, nothing recomputed or frozen, steps of 128 rows by length"] = pythons[t.name], t.script, {**t.plain, "max_grad_norm": 1, **CAREFUL}, 128
+        found[t.name, "full precision, nothing recomputed or frozen, steps as ours, rows by length"] = pythons[t.name], t.script, {**t.plain, "max_grad_norm": 1, **CAREFUL}, 128
     if pythons: found |= {("octomed", "padded, not packed"): ours(how={"pack": False}), ("octomed", "images processed anew in each step"): ours(anew=True)}
     return found
 
@@ -1032,7 +1032,7 @@ def speeds(folder: Path, rows: list[Row], pythons: dict[str, Path], rounds: int)
             *(repeated("trainers", f"octomed / {who}", f"{how}; {what}", over(ours, x), "×") for (who, how), x in speed.items() if x is not ours)]
 
 # %% ../nbs/90_benchmarks.ipynb #7ea1be0d
-@benchmark(few=4, questions=64, rounds=5, peers=True)
+@benchmark(few=4, questions=48, rounds=7, peers=True)
 def bench_trainers(
     few: int = 2,        # questions of each of three categories, for the gradient
     questions: int = 2,  # the same, for the speed
