@@ -4,40 +4,47 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'TEXT', 'SIZES', 'LEVELS', 'QUANTILES', 'PLAIN', 'DATATROVE', 'PIPELINE', 'READERS', 'COUNT', 'EXPRESSIONS',
-           'HOSTILE', 'VLLM', 'LOOK_UP', 'TARGETS', 'row', 'spread', 'repeated', 'ratio', 'took', 'in_turns', 'over',
-           'benchmark', 'measured', 'Timed', 'timed', 'peer', 'lengths', 'salad', 'made_up', 'corpus',
+           'HOSTILE', 'VLLM', 'LOOK_UP', 'WATCH', 'OURS', 'TRL', 'FACTORY', 'CAREFUL', 'TRAINERS', 'ALONE', 'TARGETS',
+           'row', 'spread', 'repeated', 'ratio', 'took', 'in_turns', 'over', 'benchmark', 'measured', 'Timed', 'timed',
+           'peer', 'small_arm', 'small_student', 'small_rows', 'lengths', 'salad', 'made_up', 'corpus',
            'octomed_decontaminates', 'contestants', 'compared', 'alone', 'bench_decontaminate', 'bench_images',
            'bench_formats', 'traces', 'bench_answers', 'bench_answers_hostile', 'bench_engines', 'local_server',
            'bench_client', 'responses', 'bench_ledger', 'bench_ledger_index', 'recipe_lengths', 'first_fit',
-           'bench_packing', 'clinic_rows', 'batchings', 'computed', 'one_thread', 'bench_packed_training', 'judged',
-           'table_of']
+           'bench_packing', 'batchings', 'computed', 'one_thread', 'bench_packed_training', 'exported', 'kept_gradient',
+           'defined_gradient', 'fitted_gradient', 'beside', 'Trainer', 'peer_gradient', 'gradients', 'in_laps',
+           'entered', 'speeds', 'bench_trainers', 'judged', 'table_of']
 
 # %% ../nbs/90_benchmarks.ipynb #141c8d9e
-import asyncio, contextlib, csv, io, json, math, os, random, re, resource, shutil, sqlite3, subprocess, sys, threading, time
+import asyncio, contextlib, copy, csv, io, json, math, os, random, re, resource, shutil, sqlite3, subprocess, sys, threading, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 
 from .answers import judge
-from .core import OctomedError, UsageError, card, data_dir, digest, outputs_dir, progress, read_jsonl, root, shipped, store_dir, write_json, write_jsonl
+from .core import Common, OctomedError, UsageError, card, data_dir, digest, load_recipe, outputs_dir, progress, read_jsonl, root, shipped, store_dir, write_json, write_jsonl
 from .engines import Request, Sample, Sampling
+from .execution import Execution
+from .experiment import Arm, stages
+from .exports import llamafactory
 from .images import file_hashes, intake, intake_all, open_image, pixel_hash, resized, stored_size
 from .ledger import Keeper, Ledger
 from .packing import pack, packed_groups, packed_loss_sum, use_packed_attention
 from .questions import identity_of, load, source_of
+from .render import Pixels, Row, collate, load_rows, save_rows
 from .servers import OpenAIEngine
 from .stats import Interval
 from .store import locked, run, stage, workers_here
+from .train import Schedule, base_student, fit, load_student
 
 # %% ../nbs/90_benchmarks.ipynb #12e24c0a
 def row(bench: str, who: str, what: str, value: float | None, unit: str, interval=None) -> dict:
@@ -168,6 +175,22 @@ def peer(
             if got.returncode: raise OctomedError(f"{name} could not be installed ({(got.stderr.strip().splitlines() or ['uv said nothing'])[-1].strip()}): look at the network and the index")
         (folder/"ready").touch()
     return python
+
+# %% ../nbs/90_benchmarks.ipynb #c0ffee02
+def small_arm(
+    questions: int,  # of each category
+) -> tuple[Arm, Common]:
+    "An arm of the recipe `smoke`, with the test splits of its pools, which are soon drawn, and a base student that has read next to nothing."
+    common = replace(load_recipe("smoke").common, pretrain_tokens=1, samples=1)
+    return Arm(tuple((pool.replace(":train", ":test"), questions) for pool in common.train)), common
+
+def small_student() -> Path:
+    "The folder of that student."
+    return run(base_student(small_arm(0)[1]))
+
+def small_rows(questions: int) -> list[Row]:
+    "That arm's traces as the student learns them."
+    return load_rows(run(stages(*small_arm(questions))["rendered"]))
 
 # %% ../nbs/90_benchmarks.ipynb #a10f8a24
 TEXT = ("medqa:test", "headqa:test", "medmcqa:dev", "mmlu_pro_health:test", "medxpertqa_text:test")   # the paper's text benchmarks
@@ -563,11 +586,8 @@ def bench_answers_hostile(
 VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 def _asked(folder: Path):
-    "A tiny student and what it is asked, for the script that vLLM's own Python runs."
-    from octomed.clinic.students import Size, build_student
-    from octomed.train import save_student
+    "What a tiny student is asked, for the script that vLLM's own Python runs."
     words = "which is it ? one two three fever rash the option is user assistant : - ."
-    save_student(folder/"student", *build_student([words], Size(128, 2, 4, 2, 256, 64, 2), 0, 12_544), [])
     pictures = [intake(Image.effect_noise((112, 112), 20 + n).convert("RGB"), 12_544) for n in range(8)]
     chat = lambda text, *images: [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
     long = words.split()*32
@@ -586,7 +606,7 @@ def bench_engines(
         if not python.exists() or not script.exists(): raise OctomedError("the environment of vLLM is not there: make it with `python tests/vllm_env.py`")
         with TemporaryDirectory() as folder:
             _asked(Path(folder))
-            got = timed([python, script, Path(folder)/"student", Path(folder)/"chats.json", questions, rounds], env={**os.environ, **VLLM, "OCTOMED_STORE": str(store_dir())})
+            got = timed([python, script, small_student(), Path(folder)/"chats.json", questions, rounds], env={**os.environ, **VLLM, "OCTOMED_STORE": str(store_dir())})
     except OctomedError as e: return [row("engines", "VLLMEngine", f"not measured, {e}", None, "µs a sample")]
     rows = json.loads(next(l for l in got.out.splitlines() if l.startswith("ROWS "))[5:])
     return [{**r, "bench": "engines", "what": f"{r['bench'].removeprefix('engines, ')}: {r['what']}"} for r in rows]
@@ -758,19 +778,6 @@ def bench_packing(
     return rows
 
 # %% ../nbs/90_benchmarks.ipynb #4540b9e4
-def clinic_rows(n: int, max_pixels: int) -> tuple:  # student, processor, rows
-    "A tiny student with first weights, and the clinic teachers' traces for `n` questions of each category."
-    from octomed.clinic.students import SIZES, build_student
-    from octomed.clinic.teachers import INSTRUCT, REASONER, respond
-    from octomed.clinic.world import corpus, questions
-    from octomed.prompts import load_template, render, to_boxed
-    from octomed.render import render_rows
-    t = load_template("cot")
-    model, processor = build_student([*corpus(), t.text], SIZES["tiny"], 0, max_pixels)
-    asked = [q for source in ("clinic_ward", "clinic_rounds", "clinic_reading") for q in questions(source, "train", n, max_pixels)]
-    said = [(q, *respond(INSTRUCT if q.images else REASONER, q.id, 0)) for q in asked]
-    return model, processor, render_rows(processor, [(render(t, q), to_boxed(text, q.answer)) for q, text, finish in said if finish == "stop"], max_pixels, 2048)[0]
-
 def batchings(budget: int) -> dict[str, tuple[str, Callable, Callable]]:  # who → attention, the groups of a step, their loss
     "Ways to put the rows of a step into groups of at most `budget` tokens."
     from octomed.train import loss_sum, micro_batches
@@ -801,9 +808,8 @@ def bench_packed_training(
     budget: int = 2048,  # tokens that go through the model at once
 ) -> list[dict]:
     "Useful tokens a second of the processor in forward and backward, packed and padded."
-    from octomed.render import Pixels
-    model, processor, rows = clinic_rows(questions, 12_544)
-    pixels, order, ways = Pixels(processor, 12_544), np.random.default_rng(0).permutation(len(rows)), batchings(budget)
+    (model, processor), rows = load_student(small_student()), small_rows(questions)
+    pixels, order, ways = Pixels(processor, small_arm(0)[1].max_pixels), np.random.default_rng(0).permutation(len(rows)), batchings(budget)
     steps, tokens = [[rows[i] for i in order[at:at + batch]] for at in range(0, len(rows), batch)], sum(len(r.input_ids) for r in rows)
     def pass_over(who):
         attention, groups, loss = ways[who]
@@ -820,6 +826,241 @@ def bench_packed_training(
             *(row("packed_training", who, what, tokens/sum(computed(who, groups(s)) for s in steps), "useful share") for who, (_, groups, _) in ways.items()),
             *(repeated("packed_training", f"{best} / {who}", what, over(speed[best], x), "×") for who, x in speed.items() if "padded" in who)]
 
+# %% ../nbs/90_benchmarks.ipynb #7ea1be02
+def exported(folder: Path, questions: int) -> list[Row]:
+    "An arm's traces and student in `folder`, as all trainers find them; our rows."
+    arm, common = small_arm(questions)
+    llamafactory(arm, common, folder)
+    save_rows(folder, rows := small_rows(questions), {})
+    return rows
+
+def kept_gradient(model) -> dict: return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+def defined_gradient(
+    model, processor,
+    groups: list[list[Row]],  # micro-batches
+    pixels: Pixels,
+    means: bool = False,      # the mean of the micro-batches' own means, which is no definition
+) -> dict:  # parameter → gradient
+    "The gradient of the loss a trained token, each row alone in plain transformers."
+    from torch.nn.functional import cross_entropy
+    model.zero_grad()
+    sizes = [sum(len(r.input_ids) - r.prompt for r in group) for group in groups]
+    for group, size in zip(groups, sizes):
+        for r in group:
+            batch = collate(processor, [r.input_ids], [r.images], pixels)
+            logits = model(**batch, use_cache=False).logits[0, r.prompt - 1:-1]
+            (cross_entropy(logits, batch["input_ids"][0, r.prompt:], reduction="sum")/(size*len(groups) if means else sum(sizes))).backward()
+    got = kept_gradient(model)
+    model.zero_grad()
+    return got
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be03
+def fitted_gradient(
+    model, processor,
+    rows: list[Row],
+    budget: int,      # tokens of a micro-batch
+    max_pixels: int,
+) -> dict:
+    "What our own loop hands to the optimiser when all rows are one step."
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    model, got = copy.deepcopy(model), {}
+    hook = register_optimizer_step_pre_hook(lambda *_: got.update(kept_gradient(model)))
+    try: fit(model, processor, rows, Schedule(batch=len(rows), clip=math.inf), 0, 1, max_pixels, how=Execution(micro_tokens=budget))
+    finally: hook.remove()
+    return got
+
+def beside(
+    a: dict, b: dict,
+) -> tuple[float, float]:  # ‖a − b‖ over ‖b‖, ‖a‖ over ‖b‖
+    "How far one gradient is from another. Raises `OctomedError` where they are of different parameters."
+    import torch
+    if a.keys() != b.keys(): raise OctomedError(f"one gradient has {len(a)} parameters and the other {len(b)}: look at what is frozen")
+    x, y = (torch.cat([g[name].double().flatten() for name in sorted(b)]) for g in (a, b))
+    return float((x - y).norm()/y.norm()), float(x.norm()/y.norm())
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be05
+WATCH = """
+import json, os, sys, time
+from pathlib import Path
+from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import TrainerCallback
+settings, lap, state, seen = json.loads(sys.argv[1]), int(sys.argv[2]), {"steps": 0, "tokens": 0, "start": time.perf_counter()}, []
+
+def counted(module, args, kw):
+    mask = kw.get("attention_mask")
+    state["tokens"] += kw["input_ids"].numel() if mask is None else int(mask.sum())
+
+def timed(*_):
+    state["steps"] += 1
+    if state["steps"] % lap: return
+    print("LAP", state["tokens"], time.perf_counter() - state["start"], flush=True)
+    if not sys.stdin.readline(): os._exit(0)
+    state.update(tokens=0, start=time.perf_counter())
+
+def kept(module, args, kw):
+    seen.append([[i[m].tolist(), int((l[m] == -100).sum())] for i, m, l in zip(kw["input_ids"], kw["attention_mask"].bool(), kw["labels"])])
+
+def watch(model):
+    def stopped(*_):
+        save_file({n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, "gradient.safetensors")
+        Path("batches.json").write_text(json.dumps(seen)); os._exit(0)
+    (model.model if lap else model).register_forward_pre_hook(counted if lap else kept, with_kwargs=True)
+    register_optimizer_step_post_hook(timed) if lap else register_optimizer_step_pre_hook(stopped)
+
+class Watched(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kw): watch(model)
+"""
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be06
+OURS = WATCH + """
+from functools import partial
+from octomed import render, train
+from octomed.execution import Execution
+model, processor = train.load_student("student")
+watch(model)
+if settings.get("anew"): train.Pixels = partial(render.Pixels, keep=0)
+train.fit(model, processor, render.load_rows(Path(".")), train.Schedule(**settings["schedule"]), 0, 10**6, settings["max_pixels"], how=Execution(**settings["how"]))
+"""
+TRL = WATCH + """
+from datasets import Dataset, Image, Sequence
+from trl import SFTConfig, SFTTrainer
+def example(r):
+    plain = [{**m, "content": m["content"].removeprefix("<image>"*len(r["images"]))} for m in r["messages"]]
+    return {"prompt": plain[:-1], "completion": plain[-1:], "images": r["images"], "length": sum(len(m["content"]) for m in plain)}
+data = Dataset.from_list([example(json.loads(l)) for l in open("traces.jsonl")]).cast_column("images", Sequence(Image()))
+SFTTrainer("student", SFTConfig("saves", use_cpu=True, report_to="none", save_strategy="no", num_train_epochs=1000, **settings), train_dataset=data, callbacks=[Watched()]).train()
+"""
+FACTORY = WATCH + """
+import yaml
+from llamafactory.train.tuner import run_exp
+run_exp({**yaml.safe_load(Path("train.yaml").read_text()), "use_cpu": True, "save_strategy": "no", "num_train_epochs": 1000, **settings}, [Watched()])
+"""
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be08
+@dataclass(frozen=True)
+class Trainer:
+    "A peer, and how it is asked."
+    name: str
+    requirements: tuple[str, ...]
+    script: str
+    plain: dict       # full precision, nothing recomputed, nothing frozen, no gradient clipped
+    documented: dict
+    words: str        # what these come to
+    step: int         # rows of an optimiser step then
+
+    def python(self) -> Path:
+        "The interpreter of its environment. Raises `OctomedError` where it cannot be made."
+        return peer(self.name.lower(), *self.requirements)
+
+_TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+_PLAIN = {"bf16": False, "max_grad_norm": 0, "learning_rate": 1e-5}
+CAREFUL = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16, "train_sampling_strategy": "group_by_length"}
+TRAINERS = (
+    Trainer("TRL", ("trl==1.16.0", "transformers==5.19.0", "pillow", *_TORCH), TRL, {"max_length": None, "gradient_checkpointing": False, "length_column_name": "length", **_PLAIN},
+            {"max_length": None}, "8 rows a step, bf16, checkpointing", 8),
+    Trainer("LLaMA-Factory", ("llamafactory==0.9.5", *_TORCH), FACTORY, {"disable_gradient_checkpointing": True, **_PLAIN},
+            {"freeze_vision_tower": True, "freeze_multi_modal_projector": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "dataloader_num_workers": 4, "learning_rate": 1e-5, "warmup_ratio": .1},
+            "2 rows a step, one by one, bf16, checkpointing, 4 workers, tower and projector frozen", 2))
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": "cache", "OMP_NUM_THREADS": "2", "TQDM_DISABLE": "1", "DISABLE_VERSION_CHECK": "1"}   # of every trainer's process
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be09
+def peer_gradient(
+    python: Path, t: Trainer,
+    folder: Path, rows: list[Row],
+    micro: int,  # rows of a micro-batch
+) -> tuple[dict, list[list[Row]]]:  # gradient, the micro-batches that it is of
+    "What a peer hands to its optimiser when all rows are one step. Raises `OctomedError` where it reads a row that does not begin as one of ours."
+    from safetensors.torch import load_file
+    def ours(ids, prompt):
+        for r in rows:
+            if ids[:len(r.input_ids)] == r.input_ids and prompt == r.prompt: return Row(ids, prompt, r.images)
+        raise OctomedError(f"{t.name} reads other tokens than octomed: look at the export")
+    with TemporaryDirectory() as own:
+        shutil.copytree(folder, own, dirs_exist_ok=True)
+        settings = {**t.plain, "per_device_train_batch_size": micro, "gradient_accumulation_steps": -(-len(rows)//micro)}
+        timed([python, "-c", t.script, json.dumps(settings), 0], cwd=own, env={**os.environ, **ALONE})
+        return load_file(f"{own}/gradient.safetensors"), [[ours(*one) for one in group] for group in json.loads((Path(own)/"batches.json").read_text())]
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be0a
+def gradients(folder: Path, rows: list[Row], pythons: dict[str, Path]) -> list[dict]:
+    "The first step of each trainer with all rows in one micro-batch, and with a row in each."
+    (model, processor), max_pixels, found = load_student(folder/"student"), small_arm(0)[1].max_pixels, []
+    pixels, sizes = Pixels(processor, max_pixels), [len(r.input_ids) for r in rows]
+    right = lambda groups, means=False: defined_gradient(model, processor, groups, pixels, means)
+    def told(who, how, a, b, than="the definition"):
+        what = f"gradient of {len(rows)} rows of {min(sizes)} to {max(sizes)} tokens, {how}, beside {than}"
+        found.extend(row("trainers", who, what, x, unit) for x, unit in zip(beside(a, b), ("of its norm", "× its norm")))
+    for how, budget in (("in one micro-batch", sum(sizes)), ("in several micro-batches", max(sizes))):
+        told("octomed", how, fitted_gradient(model, processor, rows, budget, max_pixels), right([rows]))
+    for t in TRAINERS:
+        if t.name not in pythons: continue
+        whole, (group,) = peer_gradient(pythons[t.name], t, folder, rows, len(rows))
+        told(t.name, "in one micro-batch", whole, right([group]))
+        told(t.name, "by definition, with the line break that it trains after the end", right([group]), right([rows]), "without")
+        parts, groups = peer_gradient(pythons[t.name], t, folder, rows, 1)
+        told(t.name, "a row a micro-batch", parts, right(groups))
+        told(t.name, "a row a micro-batch", parts, right(groups, True), "the mean of the micro-batches' means")
+    return found
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be0b
+@contextlib.contextmanager
+def in_laps(command: list, folder: Path):
+    "A trainer that runs and waits: each call lets it go on for a lap, and gives its useful tokens a second. Its start and first lap are over then."
+    with TemporaryDirectory() as own, TemporaryFile("w+") as said:
+        shutil.copytree(folder, own, dirs_exist_ok=True)
+        p = subprocess.Popen([str(c) for c in command], cwd=own, env={**os.environ, **ALONE}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, preexec_fn=_two_cores)
+        def waited():
+            for line in p.stdout:
+                if line.startswith("LAP "): tokens, seconds = line.split()[1:]; return int(tokens)/float(seconds)
+            said.seek(0)
+            raise OctomedError(f"a trainer ended: {(said.read().strip().splitlines() or ['it said nothing'])[-1]}")
+        def lap(): p.stdin.write("\n"); p.stdin.flush(); return waited()
+        try: waited(); yield lap
+        finally: p.kill(); p.wait()
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be0c
+def entered(pythons: dict[str, Path]) -> dict[tuple[str, str], tuple]:  # (who, how) → its Python, script, settings, rows of an optimiser step
+    "All that run against each other; without peers, our loop alone."
+    ours = lambda **other: (sys.executable, OURS, {"schedule": {}, "how": {}, "max_pixels": small_arm(0)[1].max_pixels, **other}, Schedule().batch)
+    found = {("octomed", "as it comes"): ours()}
+    for t in (t for t in TRAINERS if t.name in pythons):
+        found[t.name, f"as documented: {t.words}"] = pythons[t.name], t.script, t.documented, t.step
+        found[t.name, "full precision, nothing recomputed or frozen, steps as ours, rows by length"] = pythons[t.name], t.script, {**t.plain, "max_grad_norm": 1, **CAREFUL}, 128
+    if pythons: found |= {("octomed", "padded, not packed"): ours(how={"pack": False}), ("octomed", "images processed anew in each step"): ours(anew=True)}
+    return found
+
+def speeds(folder: Path, rows: list[Row], pythons: dict[str, Path], rounds: int) -> list[dict]:
+    "Useful tokens a second, in turns; a lap is as many steps as read all rows once."
+    what = f"{len(rows)} clinic traces, mean {np.mean([len(r.input_ids) for r in rows]):.0f} tokens, two cores"
+    with contextlib.ExitStack() as running:
+        start = lambda python, script, settings, step: running.enter_context(in_laps([python, "-c", script, json.dumps(settings), math.ceil(len(rows)/step)], folder))
+        speed = in_turns({way: start(*asked) for way, asked in progress(entered(pythons).items(), desc="trainers start")}, rounds)
+    ours = speed["octomed", "as it comes"]
+    return [*(repeated("trainers", who, f"{how}; {what}", x, "useful tokens/s") for (who, how), x in speed.items()),
+            *(repeated("trainers", f"octomed / {who}", f"{how}; {what}", over(ours, x), "×") for (who, how), x in speed.items() if x is not ours)]
+
+# %% ../nbs/90_benchmarks.ipynb #7ea1be0d
+@benchmark(few=4, questions=48, rounds=7, peers=True)
+def bench_trainers(
+    few: int = 2,        # questions of each of three categories, for the gradient
+    questions: int = 2,  # the same, for the speed
+    rounds: int = 1,
+    peers: bool = False, # TRL and LLaMA-Factory too
+) -> list[dict]:
+    "The gradient and the speed of our loop beside those of TRL and LLaMA-Factory."
+    pythons, absent = {}, []
+    for t in TRAINERS:
+        try:
+            if not peers: raise OctomedError("peers are started at the full size only")
+            pythons[t.name] = t.python()
+        except OctomedError as e:
+            absent += [row("trainers", t.name, f"gradient in one micro-batch: not measured, {e}", None, "of its norm"), row("trainers", f"octomed / {t.name}", f"as documented: not measured, {e}", None, "×")]
+    with TemporaryDirectory() as d:
+        some, many = exported(Path(d)/"few", few), exported(Path(d)/"many", questions)
+        return [*gradients(Path(d)/"few", some, pythons), *speeds(Path(d)/"many", many, pythons, rounds), *absent]
+
 # %% ../nbs/90_benchmarks.ipynb #9118b204
 TARGETS = [   # benchmark, who, what, unit, the least or the most, the target in words
     ("decontaminate", "octomed", r"8,000,000 questions.*: time", "s", "≤", 60, "≤ 60 s and ≤ 2 GB"),
@@ -833,6 +1074,8 @@ TARGETS = [   # benchmark, who, what, unit, the least or the most, the target in
     ("ledger_index", "octomed", r"10,000,000 samples: memory.*", "GB", "≤", 2, "10 million keys ≤ 30 s and ≤ 2 GB"),
     ("packing", "octomed", r"8,000,000 lengths.*", "s", "≤", 60, "8 million lengths ≤ 60 s, ≥ 99.5 %"),
     ("packing", "octomed", r"8,000,000 lengths.*", "useful share", "≥", .995, "8 million lengths ≤ 60 s, ≥ 99.5 %"),
+    *(("trainers", who, what, "of its norm", "≤", 1e-4, "the same gradient to 1e-4") for who, what in (("octomed", r"gradient.*"), ("TRL", r"gradient.* in one micro-batch.*"), ("LLaMA-Factory", r"gradient.* in one micro-batch.*"))),
+    *(("trainers", f"octomed / {who}", r"as documented.*", "×", "≥", 1.5, "≥ 1.5 × as documented") for who in ("TRL", "LLaMA-Factory")),
 ]
 
 def judged(r: dict) -> dict:  # the row with its target and whether it is met; both None where there is none

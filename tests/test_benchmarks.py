@@ -1,3 +1,4 @@
+import ast
 import functools
 import json
 import math
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 
 from octomed import benchmarks
-from octomed.benchmarks import (BENCHES, LOOK_UP, READERS, TARGETS, benchmark, bench_answers, bench_decontaminate, bench_engines, bench_formats, bench_ledger_index, compared, first_fit,
-                                in_turns, judged, lengths, made_up, measured, over, peer, ratio, recipe_lengths, repeated, row, table_of, timed, took, traces)
+from octomed.benchmarks import (BENCHES, LOOK_UP, READERS, TARGETS, TRAINERS, benchmark, bench_answers, bench_decontaminate, bench_engines, bench_formats, bench_ledger_index, beside, compared,
+                                defined_gradient, exported, first_fit, fitted_gradient, in_laps, in_turns, judged, lengths, made_up, measured, over, peer, peer_gradient, ratio, recipe_lengths, repeated, row,
+                                table_of, timed, took, traces)
 from octomed.cli import main
-from octomed.core import OctomedError, UsageError
+from octomed.core import OctomedError, UsageError, root
 from octomed.decontaminate import decontaminate
+from octomed.render import Pixels
+from octomed.render import row as row_of
+from octomed.train import load_student
 
 STEMS = [" ".join(f"w{i}_{k}" for k in range(60)) for i in range(40)]
 
@@ -183,3 +188,57 @@ def test_the_table_of_everything_measured(tmp_path, places):
     for name, r in lines.items(): (places/"bench"/f"{name}.json").write_text(json.dumps({"bench": name, "rows": [r], "card": {}}))
     assert table_of() == table_of(places/"bench") == [{**lines["images"], "target": None, "met": None}, {**lines["packing"], "target": "8 million lengths ≤ 60 s, ≥ 99.5 %", "met": True},
                                                       {**lines["another"], "target": None, "met": None}]
+
+@pytest.mark.parametrize("room", sorted(p.name for p in (root()/"octomed").glob("*.py")))
+def test_no_library_room_imports_a_section_or_the_clinic(room):
+    found = [f"{'.'*n.level}{n.module or ''}.{a.name}" if isinstance(n, ast.ImportFrom) else a.name for n in ast.walk(ast.parse((root()/"octomed"/room).read_text())) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    assert not [name for name in found if {"clinic", "paper"} & set(name.split("."))]
+
+@pytest.fixture(scope="module")
+def uneven(student, picture):
+    "A student, its processor, and three rows of which one has an image and another is short."
+    model, processor = student
+    ask = lambda text, *images: [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+    return model, processor, [row_of(processor, ask("which is it ?", *images), said, 12_544) for images, said in (((), "one two three fever"), ((picture,), "rash"), ((), "two three one two three one two"))]
+
+def test_fault_27_the_gradient_by_definition_and_the_mean_of_means(uneven):
+    model, processor, rows = uneven
+    pixels, each = Pixels(processor, 12_544), [[r] for r in rows]
+    right, means = defined_gradient(model, processor, [rows], pixels), defined_gradient(model, processor, each, pixels, means=True)
+    assert beside(defined_gradient(model, processor, each, pixels), right)[0] < 1e-5 and beside(defined_gradient(model, processor, [rows], pixels, means=True), right)[0] < 1e-5
+    far, size = beside(means, right)
+    assert far > .05 and size != 1
+    alone = [defined_gradient(model, processor, [g], pixels) for g in each]
+    assert beside({k: sum(g[k] if k in g else 0*v for g in alone)/3 for k, v in right.items()}, means)[0] < 1e-5
+    with pytest.raises(OctomedError, match="look at what is frozen"): beside(alone[0], right)   # a row without an image trains no vision tower
+
+def test_fault_27_our_loop_hands_the_defined_gradient_to_the_optimiser(uneven):
+    model, processor, rows = uneven
+    right = defined_gradient(model, processor, [rows], Pixels(processor, 12_544))
+    before = [p.detach().clone() for p in model.parameters()]
+    for budget in (10_000, max(len(r.input_ids) for r in rows)): assert beside(fitted_gradient(model, processor, rows, budget, 12_544), right)[0] < 1e-4
+    assert all((a == b).all() for a, b in zip(before, model.parameters()))
+
+def test_a_trainer_runs_lap_by_lap_and_its_last_words_are_heard(tmp_path):
+    (tmp_path/"file").write_text("2")
+    laps = "import sys\nfor n in range(1, 4):\n    print('noise'); print('LAP', 100*n, open('file').read(), flush=True)\n    if not sys.stdin.readline(): break\nprint('out of rows', file=sys.stderr)"
+    with in_laps([sys.executable, "-c", laps], tmp_path) as lap:
+        assert [lap(), lap()] == [100, 150]
+        with pytest.raises(OctomedError, match="a trainer ended: out of rows"): lap()
+    with pytest.raises(OctomedError, match="a trainer ended: it said nothing"), in_laps([sys.executable, "-c", ""], tmp_path): pass
+
+def test_trainers_that_cannot_be_made_are_rows_with_a_reason(places, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *a, **k: None)
+    for name in ("exported", "gradients", "speeds"): monkeypatch.setattr(benchmarks, name, lambda *a: [])
+    rows = benchmarks.bench_trainers(peers=True)
+    for r in rows: well_formed(r)
+    assert [r["who"] for r in rows] == ["TRL", "octomed / TRL", "LLaMA-Factory", "octomed / LLaMA-Factory"] and all("not measured, uv is not there" in r["what"] for r in rows)
+
+@pytest.mark.parametrize("t", TRAINERS, ids=lambda t: t.name)
+def test_fault_27_a_peer_in_one_micro_batch_agrees_with_the_definition(t, tmp_path):
+    made = root()/"outputs"/"store"/"peers"/f"{t.name.lower()}-{benchmarks.digest(t.requirements)}"
+    if not (made/"ready").exists(): pytest.skip(f"the environment of {t.name} is not there: `octomed bench trainers` makes it")
+    rows = exported(tmp_path/"few", 1)
+    got, groups = peer_gradient(made/"bin"/"python", t, tmp_path/"few", rows, len(rows))
+    model, processor = load_student(tmp_path/"few"/"student")
+    assert len(groups) == 1 and beside(got, defined_gradient(model, processor, groups, Pixels(processor, 12_544)))[0] < 1e-4

@@ -1,13 +1,12 @@
 """The real LLaMA-Factory reads an export of ours, tokenises it as we do, and trains a few steps on a CPU.
 
-    python tests/soak/llamafactory.py [FOLDER]      makes .venv-llamafactory; writes outputs/reference/soak/llamafactory.json
-
-FOLDER: where its environment is, or is made.
+    python tests/soak/llamafactory.py      in the environment of `octomed bench trainers`; writes outputs/reference/soak/llamafactory.json
 """
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
+from octomed.benchmarks import TRAINERS
 
-PINS = ("llamafactory==0.9.5", "torch==2.13.0", "torchvision==0.28.0")
+FACTORY = next(t for t in TRAINERS if t.name == "LLaMA-Factory")
 STEPS = 3
 
 # runs in LLaMA-Factory's environment: what it makes of every row, by its own functions
@@ -25,15 +24,6 @@ def grid(images):
     return {} if not got else {"grid": got["image_grid_thw"].tolist(), "sum": float(got["pixel_values"].double().sum()), "shape": list(got["pixel_values"].shape)}
 json.dump([{"input_ids": r["input_ids"], "labels": r["labels"], **grid(r["images"] or [])} for r in rows], open(sys.argv[1], "w"))
 '''
-
-
-def environment(folder: Path) -> Path:  # its python
-    if not (folder/"ready").exists():
-        uv = str(Path(sys.executable).parent/"uv")
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run([uv, "pip", "install", "--quiet", "--python", str(folder/"bin"/"python"), *PINS], check=True)
-        (folder/"ready").write_text("\n".join(PINS))
-    return folder/"bin"/"python"
 
 
 def compared(theirs: list[dict], arm, common) -> dict:
@@ -63,15 +53,15 @@ def compared(theirs: list[dict], arm, common) -> dict:
     return {**found, "first": {"ours": len(ours.input_ids), "theirs": len(t["input_ids"]), "trained_ours": len(ours.input_ids) - ours.prompt, "trained_theirs": sum(l != -100 for l in t["labels"]), "end_of_ours": processor.tokenizer.convert_ids_to_tokens(ours.input_ids[-3:]), "end_of_theirs": processor.tokenizer.convert_ids_to_tokens(t["input_ids"][-3:])}}
 
 
-def main(folder: Path):
+def main():
     import yaml
+    python = FACTORY.python()
     begun, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-llamafactory-"))
     os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work/"store")}
     import octomed.clinic.students, octomed.clinic.teachers, octomed.clinic.world
     from octomed.core import Common, card, root, write_json
     from octomed.experiment import Arm, schedule_of
     from octomed.exports import llamafactory
-    python = environment(folder)
     common = Common(train=("clinic_ward:train", "clinic_rounds:train"), samples=2, pretrain_tokens=2000, answer="text", batch=4)
     arm = Arm((("clinic_ward:train", 8), ("clinic_rounds:train", 8)), schedule=schedule_of(common, 1.0))
     counts = llamafactory(arm, common, out := work/"export")
@@ -89,11 +79,9 @@ def main(folder: Path):
     losses = [l["loss"] for l in log if l.get("loss") is not None]
     n = counts["kept"]
     good = not read and not trained and len(losses) == STEPS and found["rows"] == n == found["same_mask"] and found["same_ids"] + found["same_but_a_line_break_after_the_end"] == n and found["same_grid"] == found["with_images"] > 0 and found["largest_pixel_sum_difference"] < 1e-2
-    write_json(root()/"outputs"/"reference"/"soak"/"llamafactory.json", {"pins": PINS, "counts": counts, "rc_read": read, "rc_train": trained, "losses": losses, "compared": found, "good": good, "card": card(minutes=round((time.time() - begun)/60, 1))})
+    write_json(root()/"outputs"/"reference"/"soak"/"llamafactory.json", {"pins": FACTORY.requirements, "counts": counts, "rc_read": read, "rc_train": trained, "losses": losses, "compared": found, "good": good, "card": card(minutes=round((time.time() - begun)/60, 1))})
     print(json.dumps({"rc": [read, trained], "losses": losses, **found}, indent=1))
     sys.exit(not good)
 
 
-if __name__ == "__main__":
-    here = Path(__file__).resolve().parents[2]
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else here/".venv-llamafactory").resolve())
+if __name__ == "__main__": main()
