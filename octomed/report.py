@@ -177,7 +177,7 @@ STYLE = """
 main{max-width:68rem;margin:0 auto;padding:1.25rem}h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0 .25rem}h2{font-size:1.35rem;margin:2.75rem 0 .5rem;padding-top:1rem;border-top:2px solid var(--ink)}
 h3{font-size:1.02rem;margin:1.75rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--soft);font-size:.92rem}code{background:var(--wash);padding:.1em .35em;border-radius:4px;font-size:.9em;overflow-wrap:anywhere}
 .banner{background:#fff6d6;border-left:4px solid #c99700;padding:.75rem 1rem;margin:1rem 0;border-radius:4px}.note{background:var(--wash);border-left:4px solid #7c8b99;padding:.6rem 1rem;margin:.6rem 0;border-radius:4px}
-.wide{overflow-x:auto;margin:.75rem 0;border:1px solid var(--rule);border-radius:6px}table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto;margin:.75rem 0;border:1px solid var(--rule);border-radius:6px}table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}tr:last-child td{border-bottom:0}th{background:var(--wash);font-weight:600;white-space:nowrap}
 td.num{text-align:right;white-space:nowrap}.wide th.num{text-align:right}td.text{min-width:17rem}td.key{min-width:9.5rem}tr.overall td{font-weight:600;background:var(--wash)}.verdict{font-weight:700;white-space:nowrap}.agrees{color:var(--yes)}.disagrees{color:var(--no)}.undecided{color:var(--open)}
 nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}nav a{display:block;padding:.15rem 0;color:inherit;break-inside:avoid;text-decoration:none}nav a:hover{text-decoration:underline}nav small{color:var(--soft)}
@@ -215,13 +215,14 @@ def _claims(claims: list[dict]) -> str:
 
 # %% ../nbs/23_report.ipynb #7b1e0854
 def _scores(rows: list[dict]) -> str:
-    "The table of accuracies and of what stands beside them, in per cent, arm after arm."
+    "The table of accuracies and of what stands beside them, in per cent: arm after arm, or all arms under the one benchmark that there is."
     shown = filled([score_row(r) | rate_row(r) for r in rows])
-    keys = [k for k in shown[0] if k != "arm"]
-    kind = lambda k: "key" if k == "benchmark" else "num"
+    head, key = ("arm", "benchmark") if len({s["benchmark"] for s in shown}) > 1 else ("benchmark", "arm")
+    keys = [key, *(k for k in shown[0] if k not in (head, key))]
+    kind = lambda k: "key" if k == key else "num"
     body, last = "", None
     for r, s in zip(rows, shown):
-        if r["arm"] != last: body += f'<tr class="arm"><th colspan="{len(keys)}">{_text(last := r["arm"])}</th></tr>'
+        if s[head] != last: body += f'<tr class="arm"><th colspan="{len(keys)}">{_text(last := s[head])}</th></tr>'
         body += f'<tr{" class=overall" if r["benchmark"] == "Overall" else ""}>' + "".join(f'<td class="{kind(k)}">{_text(s[k]).strip()}</td>' for k in keys) + "</tr>"
     return f'<div class="wide"><table class="scores"><thead><tr>{"".join(f"""<th class="{kind(k)}">{k}</th>""" for k in keys)}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -257,7 +258,7 @@ def _fact(key: str, v) -> str:
     title = FACTS[key] if known else key.replace("_", " ").capitalize()
     if not isinstance(v, (dict, list)): return f"<p>{_text(title)}: {_text(_shown(v))}</p>"
     rows = _rows_of(v); keys = list(dict.fromkeys(k for r in rows for k in r))
-    kind = lambda k: "num" if all(isinstance(r.get(k), (int, float)) or r.get(k) is None for r in rows) else "long" if any(len(_shown(r.get(k))) > 30 for r in rows) else "text"
+    kind = lambda k: "num" if all(isinstance(r.get(k), (int, float)) or r.get(k) is None for r in rows) else "long" if any(len(_shown(r.get(k))) > 30 for r in rows) else "cell"
     head = "".join(f'<th class="{kind(k)}">{"" if isinstance(k, int) else _text(k.replace("_", " "))}</th>' for k in keys)
     body = "".join("<tr>" + "".join(f'<td class="{kind(k)}">{_text(_shown(r[k]) if k in r else "")}</td>' for k in keys) + "</tr>" for r in rows)
     return f'<details{" open" if key in OPEN else ""}><summary>{_text(title)}</summary><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
