@@ -220,24 +220,27 @@ def train(args):
 
 # %% ../nbs/25_cli.ipynb #e4b77943
 def evaluate(args):
-    "A student's accuracy on benchmarks."
-    from dataclasses import replace
+    "Whoever answers, on benchmarks: accuracies first, then what stands beside them."
+    from octomed.evaluate import contender, evaluation, paper_of, sampling_of, student_of
     from octomed.core import load_recipe
-    from octomed.evaluate import evaluation, rates, sampling_of, scores
+    from octomed.engines import teacher_revision
+    from octomed.experiment import Results, table
     from octomed.prompts import load_template
     from octomed.questions import identity_of
-    from octomed.stats import bootstrap
-    from octomed.store import Outside, run
-    from octomed.train import base_student
-    common, rows = load_recipe(args.recipe).common, []
-    student = Outside(Path(args.student).resolve()) if Path(args.student).is_dir() else base_student(replace(common, student=args.student))
-    for b in args.benchmarks or common.benchmarks:
-        s = evaluation(student=student, benchmark=b, limit=args.limit or common.benchmark_limit or None, form=args.form, seeds=args.seeds or common.eval_seeds,
-                       sampling=sampling_of(common, load_template(args.form).think_first), max_pixels=common.max_pixels, data=identity_of(b))
-        got = read_jsonl(run(s)/"rows.jsonl")
-        i = bootstrap(scores(got), n=common.bootstrap, seed=common.base_seed)
-        rows.append({"benchmark": b, "n": i.n, "accuracy": i.estimate, "low": i.low, "high": i.high, **rates(got, common.base_seed)})
-    show(rows, args.json)
+    from octomed.report import filled, rate_row, score_row
+    from octomed.store import run
+    common, wanted = load_recipe(args.recipe).common, {}
+    student, form = student_of(args.student, common)
+    sampling = sampling_of(common, load_template(args.form or form).think_first, args.answer_tokens)
+    benchmarks = args.benchmarks or common.benchmarks
+    for b in benchmarks:
+        wanted[b] = evaluation(student=student, benchmark=b, limit=args.limit or common.benchmark_limit or None, form=args.form or form, seeds=args.seeds or common.eval_seeds, sampling=sampling,
+                               max_pixels=common.max_pixels, data=identity_of(b), control=args.control, vote=args.vote if b in (args.voted or benchmarks) else 0, grader=args.grader, revision=teacher_revision(args.grader) if args.grader else "")
+    found = {args.student: {b: [read_jsonl(run(s)/"rows.jsonl")] for b, s in wanted.items()}}
+    known = contender(args.student.partition("@")[0].split(":")[-1])
+    rows = table(Results(common, found), {(args.student, k): v for k, v in paper_of(known.name if known else "", benchmarks).items()})
+    if args.json: return show(rows, True)
+    for row in (score_row, rate_row): show(filled([{k: v for k, v in row(r).items() if k != "arm"} for r in rows]), False); print()
 
 # %% ../nbs/25_cli.ipynb #8d561acb
 def export(args):
@@ -321,10 +324,15 @@ def _stage_commands(command):
     p.add_argument("--report-to", metavar="NAME", help="tensorboard, trackio or wandb; several with commas between")
     p.add_argument("--how", nargs="+", default=[], metavar="NAME=VALUE", help="what changes speed and not the student, such as pack=0 micro_tokens=16384 checkpoint_every=100; the same words as in OCTOMED_TRAIN")
     p = command(evaluate, "a student's accuracy on benchmarks")
-    p.add_argument("student", metavar="STUDENT", help="a folder, a hub id, or a registered name")
+    p.add_argument("student", metavar="STUDENT", help="a folder, a registered name, a model of Table 2 or of the hub with its revision (OctoMed-7B@REVISION, vllm:…), or one behind a server (openai:NAME@SERVER)")
     p.add_argument("benchmarks", nargs="*", metavar="SOURCE:SPLIT", help="by default the recipe's")
-    p.add_argument("--recipe", default="smoke"); p.add_argument("--form", choices=["cot", "direct"], default="cot"); p.add_argument("--limit", type=_whole)
-    p.add_argument("--seeds", type=_whole, help="runs that are averaged (paper: 5)"); p.add_argument("--json", action="store_true")
+    p.add_argument("--recipe", default="smoke"); p.add_argument("--limit", type=_whole); p.add_argument("--seeds", type=_whole, help="runs that are averaged (paper: 5)")
+    p.add_argument("--form", metavar="TEMPLATE", help="by default the model's own in data/models.yaml, else cot")
+    p.add_argument("--vote", type=_whole, default=0, metavar="N", help="a majority vote of N samples beside the single ones (paper: 10)")
+    p.add_argument("--voted", nargs="+", metavar="SOURCE:SPLIT", help="benchmarks that are voted on (paper: MedQA alone); by default all")
+    p.add_argument("--control", type=_whole, default=0, metavar="N", help="ask N questions of each again with shuffled options")
+    p.add_argument("--grader", default="", metavar="NAME", help="who reads what the parser cannot (paper: GPT-4.1-mini), beside the parser's number")
+    p.add_argument("--answer-tokens", type=_count, metavar="N", help="budget after a forced exit; 0: none, for servers that cannot continue a response"); p.add_argument("--json", action="store_true")
     _export_commands(command(export, "the same data for other tools"))
 
 def _training_arguments(p):

@@ -9,7 +9,7 @@ __all__ = ['CATEGORIES', 'LOADED', 'OctomedError', 'UsageError', 'root', 'shippe
            'hardware', 'commit', 'card', 'progress']
 
 # %% ../nbs/00_core.ipynb #f32346ce
-import contextlib, hashlib, importlib, json, os, platform, subprocess, sys, tempfile, time, warnings
+import contextlib, hashlib, importlib, json, os, platform, re, subprocess, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -212,10 +212,13 @@ def recipes() -> list[str]:
     return sorted(p.stem for p in (root()/"nbs"/"recipes").glob("*.yaml"))
 
 def load_recipe(
-    name: str,  # `smoke`, `course`, …, or the path of a YAML file
+    name: str,  # `smoke`, `course`, …, with other seeds `course@1`, or the path of a YAML file
 ) -> Recipe:
     "Read a recipe, refuse what it does not know, and import its plugins. Raises `UsageError` for an unknown name or key."
     import yaml
+    if other := re.fullmatch(r"(\w+)@(\d+)", name):
+        recipe = load_recipe(other[1])
+        return replace(recipe, name=name, common=replace(recipe.common, base_seed=int(other[2])))
     path = Path(name) if name.endswith((".yaml", ".yml")) else root()/"nbs"/"recipes"/f"{name}.yaml"
     if not path.exists(): raise UsageError(f"there is no recipe {name}: choose from {', '.join(recipes())}, or name a YAML file")
     try: raw = yaml.safe_load(path.read_text()) or {}

@@ -10,6 +10,7 @@ __all__ = ['Arm', 'stages', 'evaluated', 'warm_up', 'scoped', 'schedule_of', 'Re
 # %% ../nbs/15_experiment.ipynb #aa128e24
 import json, time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 from .core import CATEGORIES, Common, OctomedError, Recipe, UsageError, card, read_jsonl, root, write_json
@@ -18,7 +19,7 @@ from .questions import identity_of, source_of
 from .engines import Sampling, teacher_revision
 from .train import Schedule, base_student, sft
 from .distill import FILTERS, MODES, accepted, chats, filtered, questions, rated, rendered, rendered_chats, samples, student_samples
-from .evaluate import evaluation, rates, sampling_of, scores
+from .evaluate import evaluation, rates, regraded, sampling_of, scores, voted
 from .prompts import load_template
 from .stats import bootstrap, paired_bootstrap, trend, verdict
 
@@ -37,9 +38,11 @@ class Arm:
     teacher: str = ""                     # one teacher for all questions; empty: routed by modality (paper §4)
     keep: str = "correct"                 # which traces: `correct` (eq. 2), `all` or `wrong`
     filter: tuple = ()                    # (name in distill.FILTERS, lowest, highest value) of the questions that are kept; empty: no filter (paper §5)
-    grader: str = ""                      # of the filter by difficulty; empty: the recipe's
+    grader: str = ""                      # of the filter by difficulty, and of responses; empty: the recipe's
     base: "Arm | None" = None             # start from this arm's student in place of `student`
     control: int = 0                      # questions of each benchmark that its student is asked again with shuffled options
+    votes: tuple[tuple[str, int], ...] = ()  # (benchmark, samples): where a majority vote stands beside the single samples (paper: 10, on MedQA alone)
+    graded: bool = False                  # what the parser cannot read, the grader reads too; its number stands beside the parser's
 
 # %% ../nbs/15_experiment.ipynb #b8cc223b
 def _teachers(arm: Arm, common: Common, one: str = "") -> dict:
@@ -83,9 +86,10 @@ def stages(arm: Arm, common: Common) -> dict[str, Stage]:
 
 def evaluated(arm: Arm, benchmark: str, common: Common, mode: str = "") -> Stage:
     "The evaluation of an arm's student on a benchmark, declared. `mode`: the template that a hybrid student is asked with, by default that which thinks first."
-    t = load_template(form := mode or MODES.get(arm.form, (arm.form,))[0])
+    t, grader = load_template(form := mode or MODES.get(arm.form, (arm.form,))[0]), (arm.grader or common.grader) if arm.graded else ""
     return evaluation(student=stages(arm, common)["student"], benchmark=benchmark, limit=common.benchmark_limit or None, form=form, seeds=common.eval_seeds,
-                      sampling=sampling_of(common, t.think_first), max_pixels=common.max_pixels, data=identity_of(benchmark), control=arm.control)
+                      sampling=sampling_of(common, t.think_first), max_pixels=common.max_pixels, data=identity_of(benchmark), control=arm.control,
+                      vote=dict(arm.votes).get(benchmark, 0), grader=grader, revision=teacher_revision(grader) if grader else "")
 
 def warm_up(
     recipe: Recipe,
@@ -126,12 +130,12 @@ class Results:
         found = [b for b in self.benchmarks if b == where or category_of(b) == where]
         if not found: raise OctomedError(f"no benchmark of this recipe is {where}: choose from {', '.join(self.benchmarks)}")
         return found
-    def scores(self, arm: str, where: str, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        "((questions, training seeds × runs) of 0 and 1, the benchmark of each question)."
+    def scores(self, arm: str, where: str, seed: int | None = None, of=scores) -> tuple[np.ndarray, np.ndarray]:
+        "((questions, training seeds × runs) of 0 and 1, the benchmark of each question); `of` reads rows: `scores`, `voted` or `regraded`."
         parts, groups = [], []
         for b in self.within(where):
             runs = self.rows[arm][b] if seed is None else [self.rows[arm][b][seed]]
-            parts.append(np.concatenate([scores(r) for r in runs], 1)); groups += [b]*len(parts[-1])
+            parts.append(np.concatenate([of(r) for r in runs], 1)); groups += [b]*len(parts[-1])
         return np.concatenate(parts), np.array(groups)
     @property
     def training_seeds(self) -> int: return len(next(iter(next(iter(self.rows.values())).values())))
@@ -194,16 +198,26 @@ def table(
     paper: dict | None = None,  # (arm, benchmark or category) → the paper's accuracy, 0–1
 ) -> list[dict]:
     "The rows of a section's results, in the contract of the results file."
-    out, parts = [], any(" · " in b for b in results.benchmarks)   # parts of one benchmark have no Overall
+    out, parts, common = [], any(" · " in b for b in results.benchmarks), results.common   # parts of one benchmark have no Overall
     for arm, per in results.rows.items():
         for where in [*results.benchmarks, *(c for c in CATEGORIES if not parts and any(category_of(b) == c for b in results.benchmarks))]:
             s, groups = results.scores(arm, where)
-            got = bootstrap(s, n=results.common.bootstrap, seed=results.common.base_seed, groups=groups)
-            told = [rates([row for run in per[b] for row in run], results.common.base_seed) for b in results.within(where)]
+            got = bootstrap(s, n=common.bootstrap, seed=common.base_seed, groups=groups)
+            told = [rates([row for run in per[b] for row in run], common.base_seed) for b in results.within(where)]
             out.append({"arm": arm, "category": where if where in CATEGORIES else category_of(where), "benchmark": "Overall" if where in CATEGORIES else where, "n": len(groups),
-                        "seeds": s.shape[1], "accuracy": got.difference, "interval": list(got.interval), **{k: float(np.mean([t[k] for t in told])) for k in told[0] if all(k in t for t in told)},
-                        "paper": (paper or {}).get((arm, where))})
+                        "seeds": s.shape[1], "accuracy": got.difference, "interval": list(got.interval), **_beside(results, arm, where),
+                        **{k: float(np.mean([t[k] for t in told])) for k in told[0] if all(k in t for t in told)}, "paper": (paper or {}).get((arm, where))})
     return out
+
+def _beside(results: Results, arm: str, where: str) -> dict:
+    "The majority vote's accuracy and the grader's, each with its interval, where they were asked."
+    common, first, out = results.common, [results.rows[arm][b][0][0] for b in results.within(where)], {}
+    for key, of in (("vote", partial(voted, seed=common.base_seed)), ("graded", regraded)):
+        if any(key in r for r in first):
+            s, groups = results.scores(arm, where, of=of)
+            got = bootstrap(s, n=common.bootstrap, seed=common.base_seed, groups=groups)
+            out |= {key: got.difference, f"{key}_interval": list(got.interval)}
+    return out | ({"votes": max(len(r.get("vote", ())) for r in first)} if "vote" in out else {})
 
 def above_chance(rows: list[dict]) -> list[dict]:
     "Rows whose interval reaches down to chance: a student that learnt nothing there, or not enough questions to tell."
@@ -214,7 +228,7 @@ def rows_frame(rows: list[dict]):
     "The table as a data frame, in per cent, with the rates that an accuracy hides; a column that no row fills is left out; no interval is broken over two lines."
     import pandas as pd
     per = lambda v: None if v is None else round(100*v, 1)
-    told = ("chance", "unparsed", "truncated", "forced_exit", "in_order", "shuffled", "moved", "paper")
+    told = ("vote", "graded", "chance", "unparsed", "truncated", "failed", "forced_exit", "in_order", "shuffled", "moved", "paper")
     found = pd.DataFrame([{"arm": r["arm"], "benchmark": r["benchmark"] if r["benchmark"] != "Overall" else f"Overall, {r['category'].replace('_', ' ')}", "n": r["n"], "runs": r["seeds"], "accuracy": per(r["accuracy"]), "interval": f"{100*r['interval'][0]:.1f}\u00a0to\u00a0{100*r['interval'][1]:.1f}",
                            **{k: per(r.get(k)) for k in told}, "tokens": round(r["mean_tokens"], 1)} for r in rows])
     return found.dropna(axis=1, how="all").fillna("")
