@@ -213,7 +213,7 @@ def train(args):
     from octomed.experiment import stages
     from octomed.store import run
     arm, common = _arm(args)
-    words = [*args.how, *([f"accelerate='{Path(args.accelerate).resolve()}'"] if args.accelerate else []), *([f"report_to={args.report_to}"] if args.report_to else [])]
+    words = [args.how, *([f"accelerate='{Path(args.accelerate).resolve()}'"] if args.accelerate else []), *([f"report_to={args.report_to}"] if args.report_to else [])]
     with with_execution(" ".join(words)): folder = run(stages(arm, common)["student"])
     log = read_jsonl(folder/"log.jsonl")
     show([{"steps": len(log), "loss": log[-1]["loss"], "tokens": sum(r["tokens"] for r in log), "folder": str(folder)}], args.json)
@@ -322,7 +322,7 @@ def _stage_commands(command):
     p = command(train, "fine-tune a student on the accepted traces"); _training_arguments(p)
     p.add_argument("--accelerate", metavar="FILE", help="train with the processes of an accelerate configuration, such as nbs/recipes/accelerate/fsdp2.yaml")
     p.add_argument("--report-to", metavar="NAME", help="tensorboard, trackio or wandb; several with commas between")
-    p.add_argument("--how", nargs="+", default=[], metavar="NAME=VALUE", help="what changes speed and not the student, such as pack=0 micro_tokens=16384 checkpoint_every=100; the same words as in OCTOMED_TRAIN")
+    p.add_argument("--how", default="", metavar="WORDS", help="what changes speed and not the student, such as 'pack=0 checkpoint_every=100'; the same words as in OCTOMED_TRAIN")
     p = command(evaluate, "a student's accuracy on benchmarks")
     p.add_argument("student", metavar="STUDENT", help="a folder, a registered name, a model of Table 2 or of the hub with its revision (OctoMed-7B@REVISION, vllm:…), or one behind a server (openai:NAME@SERVER)")
     p.add_argument("benchmarks", nargs="*", metavar="SOURCE:SPLIT", help="by default the recipe's")
@@ -340,7 +340,7 @@ def _training_arguments(p):
     p.add_argument("--student", default="", help="base student: a registered name, a hub id, or a folder; by default the recipe's")
     p.add_argument("--form", choices=["cot", "direct", "hybrid"], default="cot"); p.add_argument("--epochs", type=float, default=1.0); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--optimizer", help="adamw (default), muon, adamw_8bit or paged_adamw_8bit"); p.add_argument("--precision", help="fp32, bf16 or bf16_pure; by default bf16 on an accelerator, fp32 on a processor")
-    p.add_argument("--freeze", nargs="+", metavar="PREFIX", help="parameters that are not trained, such as model.visual"); p.add_argument("--lora", type=_whole, metavar="RANK", help="low-rank additions in place of full fine-tuning: a departure from the paper")
+    p.add_argument("--freeze", action="append", metavar="PREFIX", help="parameters that are not trained, such as model.visual; may be given again"); p.add_argument("--lora", type=_whole, metavar="RANK", help="low-rank additions in place of full fine-tuning: a departure from the paper")
 
 def _export_commands(top):
     sub = top.add_subparsers(dest="kind", metavar="KIND", required=True)
