@@ -9,11 +9,13 @@ ROWS = [{"category": c, "benchmark": b, "arm": a, "accuracy": p, "interval": (p 
 FINDINGS = [{"text": "CoT beats direct", "difference": .05, "interval": (.01, .09), "verdict": "agrees", "n": 500, "paper": .1507},
             {"text": "Mixing sources does not interfere", "difference": .0, "interval": (-.05, .05), "verdict": "undecided", "margin": .02, "paper": "no number given"}]
 SERIES = {"k = 1": [(1, .5, (.45, .55)), (2, .6, (.55, .65))], "k = 4": [(1, .61), (2, .61)]}
+MODELS = [{"name": n, "x": x, "y": y, "size": k, "paper": k > 1} for n, x, y, k in (("ours", .4, .45, 1), ("ours, smaller", .3, .41, .25), ("a model with a rather long name-7B", .5, .451, 7), ("27B", .7, .452, 27))]
 SHELVES = {"Kind": [{"name": "novels with a rather long name", "paper": 227_000, "here": 900}, {"name": "atlases", "here": 4}],
            "Place": [{"name": "left", "group": "text_only", "paper": 700}, {"name": "right", "group": "multimodal_reasoning", "here": 500, "there": 7}]}
 DRAW = {"overview": lambda: F.overview(SHELVES, ["paper", "here", "there"], [("traces", "over 8 M", "at most 162,512", "235,360")], "Title"),
         "overview without facts": lambda: F.overview(SHELVES, ["paper", "here"], title="Title"), "bars": lambda: F.bars_with_paper(ROWS, "Title"), "forest": lambda: F.forest(FINDINGS, "Title"),
-        "lines": lambda: F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, .7516)]}), "grid": lambda: F.image_grid([np.eye(8)]*5, list("abcde"), title="Title")}
+        "lines": lambda: F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, .7516)]}), "lines with a curve and a level": lambda: F.lines(SERIES, "Title", dotted={"k = 1": [(1, .52), (2, .58)], "start": [(1, .4), (2, .4)]}),
+        "circles": lambda: F.circles(MODELS, "Title", "text, %", "images, %"), "grid": lambda: F.image_grid([np.eye(8)]*5, list("abcde"), title="Title")}
 
 def inside(fig):
     "Every visible text lies on the canvas."
@@ -37,6 +39,18 @@ def test_paper_points_are_hollow_and_in_per_cent():
     def hollow(fig): return sorted(round(float(l.get_xdata()[0]), 2) for l in fig.axes[0].lines if l.get_markerfacecolor() == "white")
     assert hollow(F.bars_with_paper(ROWS)) == [43, 43, 63, 63, 73, 73]
     assert hollow(F.bars_with_paper([r | {"paper": None} for r in ROWS])) == []
+
+def test_a_fitted_curve_has_its_series_colour_and_a_level_its_own_name():
+    ax = F.lines(SERIES, dotted={"k = 1": [(1, .52), (2, .58)], "start": [(1, .4), (2, .4)]}).axes[0]
+    (fit, level) = [l for l in ax.lines if l.get_marker() == "None"]
+    assert fit.get_color() == ax.lines[0].get_color() == F.COLOURS[0] and list(fit.get_ydata()) == pytest.approx([52, 58]) and level.get_color() == F.FAINT
+    assert [t.get_text() for t in ax.texts] == ["k = 1", "k = 4", "start"]
+
+def test_circles_are_as_large_as_their_models_within_ours_and_within_the_paper():
+    ax = F.circles(MODELS).axes[0]
+    drawn = {tuple(c.get_offsets()[0].round(1)): (float(c.get_sizes()[0]), tuple(c.get_facecolor()[0][:3]) == (1, 1, 1)) for c in ax.collections}
+    assert drawn[40, 45][0] == drawn[70, 45.2][0] == 4*drawn[30, 41][0] and [hollow for _, hollow in drawn.values()].count(True) == 2
+    with pytest.raises(OctomedError, match="at least one point"): F.circles([])
 
 def test_counts_are_where_their_axis_says_and_the_paper_is_hollow():
     kind = DRAW["overview"]().axes[0]

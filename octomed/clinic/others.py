@@ -6,7 +6,7 @@
 __all__ = ['MANNERS', 'POOLS', 'said', 'chat', 'chats']
 
 # %% ../../nbs/clinic/19d_others.ipynb #4119c517
-from functools import partial
+from functools import lru_cache, partial
 import numpy as np
 from ..core import digest, seed_for
 from ..prompts import question_text
@@ -49,9 +49,12 @@ def chat(q: Question, manner: str) -> dict:  # as `octomed.questions.read_chats`
     first = [{"type": "image", "image": i} for i in q.images] + [{"type": "text", "text": turns[0]["content"]}]
     return {"messages": [{"role": "user", "content": first}, *turns[1:]], "images": q.images, "origin": q.id}
 
+@lru_cache
+def _cases(limit, max_pixels) -> list[Question]: return [q for pool in POOLS for q in world.questions(pool, "train", limit, max_pixels)]
+
 def chats(manner: str, limit: int | None = None, max_pixels: int | None = None) -> list[dict]:
     "The training cases with pictures, in a manner."
-    return [chat(q, manner) for pool in POOLS for q in world.questions(pool, "train", limit, max_pixels)]
+    return [chat(q, manner) for q in _cases(limit, max_pixels)]
 
 for _manner, _source in MANNERS.items():
     register(Source(_source, _manner, "multimodal_reasoning", "comparison", expected=sum(SIZES[pool, "train"] for pool in POOLS), licence="Apache-2.0, made by this project", make=partial(chats, _manner),

@@ -73,7 +73,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, the parts of the questions, the epochs, a smaller student and the control at equal tokens."
     p, common = recipe.of("51_scaling"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
-    part = lambda share: tuple((s, max(1, round(share*(p["questions"] or source_of(s).expected)))) for s in common.train)
+    part = lambda share: tuple((s, (n := p["questions"] or source_of(s).expected or 0) and max(1, round(share*n))) for s in common.train)   # of a source of unknown size, all in every part
     one = lambda share, epochs: Arm(part(share), k=p["k"], schedule=replace(schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]), base=first)
     grid = {name(s): one(s, 3) for s in SHARES} | {name(1/2, e): one(1/2, e) for e in EPOCHS}
     small = {SMALLER: replace(grid[CENTRE], student=p["smaller"], base=first and replace(first, student=p["smaller"]))} if p["smaller"] else {}
