@@ -244,7 +244,7 @@ def evaluate(args):
 
 # %% ../nbs/25_cli.ipynb #8d561acb
 def export(args):
-    "Write an export into a new folder; nothing is sent anywhere."
+    "Write an export into a new folder; nothing is sent anywhere unless `--push` names where."
     from octomed import exports
     from octomed.core import load_recipe
     if args.kind == "lm-eval":
@@ -254,7 +254,9 @@ def export(args):
         arm, common = _arm(args)
         if args.kind != "llamafactory":
             make, sort = (exports.hub, "dataset") if args.kind == "hub" else (exports.student, "model")
-            rows, then = [make(arm, common, args.out, args.name)], f"nothing was sent: `hf upload OWNER/{args.name} {args.out} --repo-type {sort}` would"
+            if args.push: exports.may_push(arm, args.push)
+            rows, then = [make(arm, common, args.out, args.name)], f"nothing was sent: `--push OWNER/{args.name}` in a new folder, or `hf upload OWNER/{args.name} {args.out} --repo-type {sort}`, would"
+            if args.push: then = f"sent to {exports.push(args.out, args.push, sort)}, private until its owner opens it"
         else: rows, then = [exports.llamafactory(arm, common, args.out, args.devices, args.per_device)], f"`cd {args.out} && llamafactory-cli train train.yaml` trains"
     show(rows, args.json)
     print(then, file=sys.stderr)
@@ -342,6 +344,8 @@ def _training_arguments(p):
     p.add_argument("--optimizer", help="adamw (default), muon, adamw_8bit or paged_adamw_8bit"); p.add_argument("--precision", help="fp32, bf16 or bf16_pure; by default bf16 on an accelerator, fp32 on a processor")
     p.add_argument("--freeze", action="append", metavar="PREFIX", help="parameters that are not trained, such as model.visual; may be given again"); p.add_argument("--lora", type=_whole, metavar="RANK", help="low-rank additions in place of full fine-tuning: a departure from the paper")
 
+def _push(p): p.add_argument("--push", default="", metavar="OWNER/NAME", help="then send it to the hub, into a private repository, with the token in HF_TOKEN; by default nothing is sent")
+
 def _export_commands(top):
     sub = top.add_subparsers(dest="kind", metavar="KIND", required=True)
     def kind(name, help):
@@ -350,9 +354,9 @@ def _export_commands(top):
         return p
     p = kind("llamafactory", "data, images and configuration of the same training run in LLaMA-Factory"); _training_arguments(p)
     p.add_argument("--devices", type=_whole, default=1, help="that will train (default: 1)"); p.add_argument("--per-device", type=_whole, default=1, help="rows that a device reads at once (default: 1)")
-    p = kind("hub", "the accepted traces as a data set: Parquet and its card; nothing is sent"); _training_arguments(p)
+    p = kind("hub", "the accepted traces as a data set: Parquet and its card"); _training_arguments(p); _push(p)
     p.add_argument("--name", default="octomed-traces", help="of the data set (default: octomed-traces)")
-    p = kind("student", "the trained student as a model with its card; nothing is sent"); _training_arguments(p)
+    p = kind("student", "the trained student as a model with its card"); _training_arguments(p); _push(p)
     p.add_argument("--name", default="octomed-student", help="of the model (default: octomed-student)")
     p = kind("lm-eval", "benchmarks as tasks of lm-evaluation-harness")
     p.add_argument("benchmarks", nargs="*", metavar="SOURCE:SPLIT", help="by default the recipe's")

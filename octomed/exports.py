@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'ZERO3', 'SHARD', 'NO_ADVICE', 'UTILS', 'HARNESS', 'Trace', 'traces', 'copy_images', 'factory_settings',
-           'llamafactory', 'hub_row', 'hub', 'provenance', 'dataset_card', 'student', 'model_card', 'task_name',
-           'task_row', 'task_yaml', 'lm_eval']
+           'llamafactory', 'hub_row', 'hub', 'contamination', 'lineage', 'provenance', 'dataset_card', 'student',
+           'model_card', 'may_push', 'push', 'task_name', 'task_row', 'task_yaml', 'lm_eval']
 
 # %% ../nbs/24_exports.ipynb #596476ce
-import json, shutil
+import json, os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from .core import Common, OctomedError, UsageError, atomic_write, canonical, card, progress, read_jsonl, write_json, write_jsonl
 from .questions import Question, load, source_of
 from .images import image_path
+from .decontaminate import decontaminate, question_twins
 from .prompts import load_template, render
 from .distill import read_questions, subset
 from .engines import Sampling
@@ -168,7 +169,7 @@ def hub(
     out,                          # a new folder
     name: str = "octomed-traces", # how the card calls it
 ) -> dict:                        # counts
-    "An arm's traces as a data set for the hub: Parquet, cards of its stages, and a README with counts and provenance. Nothing is sent."
+    "An arm's traces as a data set for the hub: Parquet, cards of its stages, and a README with counts, provenance and contamination. Nothing is sent."
     from datasets import Dataset
     out = _empty(out)
     found, funnel = traces(arm, common)
@@ -176,10 +177,14 @@ def hub(
     (out/"data").mkdir()
     for n, part in enumerate(parts):
         Dataset.from_list([hub_row(x, common.max_pixels) for x in part], features=_features()).to_parquet(out/"data"/f"train-{n:05d}-of-{len(parts):05d}.parquet")
-    counts = {**funnel, "images": len({h for x in found for h in x.question.images})}
-    atomic_write(out/"README.md", dataset_card(name, arm, common, found, counts, _steps(arm, common, out, funnel)))
-    write_json(out/"card.json", _card(arm, common, counts))
+    counts, shared = {**funnel, "images": len({h for x in found for h in x.question.images})}, contamination(_asked(found), common)
+    atomic_write(out/"README.md", dataset_card(name, arm, common, found, counts, _steps(arm, common, out, funnel), shared))
+    write_json(out/"card.json", _card(arm, common, counts) | {"contamination": shared})
     return counts
+
+def _asked(found: list[Trace]) -> list[Question]:
+    "The questions of these traces, each once."
+    return list({x.question.id: x.question for x in found}.values())
 
 def _steps(arm: Arm, common: Common, out: Path, funnel: dict) -> dict:
     "Copy the cards of the steps that led to the traces; what became of what in each."
@@ -194,22 +199,47 @@ def _funnel(s: Stage) -> dict:
 def _table(head: tuple, rows: list) -> str:
     return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in (head, ["---"]*len(head), *rows))
 
+def contamination(
+    qs: list[Question],  # that traces were made of
+    common: Common,
+) -> list[dict]:         # {benchmark, items, words, stem, image, unseen}; of a benchmark that is not at hand, its name alone
+    "What these questions share with the recipe's benchmarks: 16 words in a row, a whole stem, an image by its pixels; and how many items are too short for the rule of words."
+    def one(spec):
+        try: items = load(spec, max_pixels=common.max_pixels)
+        except OctomedError: return {"benchmark": spec}
+        r = decontaminate(qs, items)
+        return {"benchmark": spec, "items": len(items), "words": len(r.flagged), "stem": len(r.exact), "image": len(question_twins(qs, items).train), "unseen": len(r.blind)}
+    return [one(spec) for spec in common.benchmarks]
+
+def _contaminated(rows: list[dict]) -> str:
+    head = ("benchmark", "its items", "questions that share 16 words in a row", "… a whole stem", "… an image", "items too short for the rule of words")
+    keys = ("benchmark", "items", "words", "stem", "image", "unseen")
+    return _table(head, [[r["benchmark"], *(f"{r[k]:,}" if k in r else "not at hand" for k in keys[1:])] for r in rows]) if rows else "The recipe names no benchmark."
+
+# %% ../nbs/24_exports.ipynb #0c96d9f0
+def lineage(arm: Arm) -> list[Arm]:
+    "The arm and those whose students it started from."
+    return [arm, *(lineage(arm.base) if arm.base else [])]
+
 def provenance(
     arm: Arm, common: Common,
     found: list[Trace],
-    funnels: dict,      # what became of what, by step
+    funnels: dict,       # what became of what, by step
+    shared: list[dict],  # what `contamination` gives
 ) -> str:
     "What a reader of a card must know: sources and licences, teachers, what was dropped, contamination."
     count = lambda key: {k: sum(key(x) == k for x in found) for k in dict.fromkeys(map(key, found))}
     by_source, dropped = count(lambda x: f"{x.question.source}:{x.question.split}"), lambda d: ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in d.items() if isinstance(v, int))
-    rows = [(s.spec, by_source.get(s.spec, 0), s.category, s.licence, s.hub or "made by octomed") for s in (source_of(spec) for spec, _ in arm.sources)]
-    against = "; ".join(f"{spec} by {rule}" for spec, rule in arm.against) or "none: `octomed decontaminate` compares them with any benchmark"
+    specs = dict.fromkeys(spec for a in lineage(arm) for spec, _ in a.sources)
+    rows = [(s.spec, by_source.get(s.spec, 0), s.category, s.licence, s.hub or "made by octomed") for s in map(source_of, specs)]
+    before = "\n\nA source without traces here taught the student that this one started from." if arm.base else ""
+    against = "; ".join(f"{spec} by {rule}" for spec, rule in arm.against) or "none"
     kept = f"At most {arm.k} of {common.samples} responses of a question are kept, by the rule `{arm.keep}`" + (f", of questions that the filter {arm.filter[0]} keeps ({arm.filter[1]} to {arm.filter[2]})" if arm.filter else "")
     return f"""## Where the questions come from
 
 {_table(("source", "traces", "category", "licence", "publisher"), rows)}
 
-The licence of each part is that of its source.
+The licence of each part is that of its source, and the terms of a teacher's publisher hold for what it wrote.{before}
 
 ## Where the traces come from
 
@@ -221,7 +251,9 @@ The licence of each part is that of its source.
 
 ## Contamination
 
-Benchmarks held against these questions: {against}.
+Benchmarks held against these questions before anything was drawn: {against}. What the questions of these traces still share with the recipe's benchmarks:
+
+{_contaminated(shared)}
 """
 
 # %% ../nbs/24_exports.ipynb #6b40e44a
@@ -229,7 +261,7 @@ NO_ADVICE = "It is no medical advice, and the reasoning of a trace with a right 
 
 def _send(name: str, kind: str) -> str: return f"    hf upload OWNER/{name} . --repo-type {kind}\n\nsends this folder to the hub.\n"
 
-def dataset_card(name: str, arm: Arm, common: Common, found: list[Trace], counts: dict, funnels: dict) -> str:
+def dataset_card(name: str, arm: Arm, common: Common, found: list[Trace], counts: dict, funnels: dict, shared: list[dict]) -> str:
     "The README of a data set: front matter for the hub, counts, provenance, and how to send it."
     size = next(s for top, s in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"), (float("inf"), "n>10M")) if len(found) < top)
     return f"""---
@@ -248,7 +280,7 @@ configs:
 
 {counts['kept']:,} traces for supervised fine-tuning of a vision-language model, with {counts['images']:,} images, made by the recipe of OctoMed (arXiv 2511.23269). {NO_ADVICE}
 
-{provenance(arm, common, found, funnels)}
+{provenance(arm, common, found, funnels, shared)}
 ## Files
 
 `data/` holds the rows: `messages` is a chat in which `<image>` stands for the next of `images`; `question` is the question's id, `index` the number of the teacher's response. `cards/` holds the identity cards of the steps: parameters, code, versions, seeds.
@@ -266,12 +298,12 @@ def student(
     out, base = _empty(out), arm.student or common.student
     shutil.copytree(run(s), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("card.json"))
     (found, funnel), log = traces(arm, common), read_jsonl(out/"log.jsonl")
-    counts = {**funnel, "steps": len(log), "tokens": sum(r["tokens"] for r in log), "loss": log[-1]["loss"]}
-    atomic_write(out/"README.md", model_card(name, arm, common, found, counts, _steps(arm, common, out, funnel), "" if Path(base).is_dir() or base in STUDENTS else base))
-    write_json(out/"card.json", _card(arm, common, counts))
+    counts, shared = {**funnel, "steps": len(log), "tokens": sum(r["tokens"] for r in log), "loss": log[-1]["loss"]}, contamination(_asked(found), common)
+    atomic_write(out/"README.md", model_card(name, arm, common, found, counts, _steps(arm, common, out, funnel), shared, "" if Path(base).is_dir() or base in STUDENTS else base))
+    write_json(out/"card.json", _card(arm, common, counts) | {"contamination": shared})
     return counts
 
-def model_card(name: str, arm: Arm, common: Common, found: list[Trace], counts: dict, funnels: dict, base: str = "") -> str:
+def model_card(name: str, arm: Arm, common: Common, found: list[Trace], counts: dict, funnels: dict, shared: list[dict], base: str = "") -> str:
     "The README of a student: front matter for the hub, how it was trained, on what, and how to send it. `base`: its hub id, where it has one."
     s = arm.schedule
     settings = [("epochs", s.epochs), ("rows a step", s.batch), ("peak learning rate", s.lr), ("warm-up", s.warmup), ("optimizer", s.optimizer), ("frozen", ", ".join(s.freeze) or "nothing"), ("seed", arm.seed), ("steps", f"{counts['steps']:,}"), ("tokens read", f"{counts['tokens']:,}"), ("loss of the last step", f"{counts['loss']:.3f}")]
@@ -285,18 +317,41 @@ pipeline_tag: image-text-to-text
 
 # {name}
 
-{base or 'A small student of the class Qwen2.5-VL'}, fine-tuned in full on {counts['kept']:,} traces by the recipe of OctoMed (arXiv 2511.23269). {NO_ADVICE} It has been shown to no patient and to no doctor: for research only.
+{base or 'A small student of the class Qwen2.5-VL'}, fine-tuned in full on {counts['kept']:,} traces by the recipe of OctoMed (arXiv 2511.23269). {NO_ADVICE} It has been shown to no patient and to no doctor: for research only.{' The licence of ' + base + ' holds too.' if base else ''}
 
 ## How it was trained
 
 {_table(("setting", "value"), settings)}
 
-{provenance(arm, common, found, funnels)}
+{provenance(arm, common, found, funnels, shared)}
 ## Files
 
 Weights are safetensors; `log.jsonl` is the loss of each step. `cards/` holds the identity cards of the steps: parameters, code, versions, seeds.
 
 {_send(name, "model")}"""
+
+# %% ../nbs/24_exports.ipynb #8ccff6ad
+def may_push(arm: Arm, name: str):
+    "Raises `UsageError` for a name that is not OWNER/NAME or a missing token, `OctomedError` for a source that may not be passed on: before anything is made."
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name): raise UsageError(f"{name} names no repository: write OWNER/NAME")
+    if not os.environ.get("HF_TOKEN"): raise UsageError("there is no token to push with: set HF_TOKEN to one that may write")
+    closed = [spec for a in lineage(arm) for spec, _ in a.sources if source_of(spec).licence.startswith("not redistributable")]
+    if closed: raise OctomedError(f"{closed[0]} may not be passed on: leave it out, or keep the export to yourself")
+
+def push(
+    out,        # a folder that `hub` or `student` wrote
+    name: str,  # OWNER/NAME
+    kind: str,  # `dataset` or `model`
+) -> str:       # its address
+    "Send an export to the hub, into a private repository. Raises `OctomedError` where the hub refuses; the folder stays."
+    from huggingface_hub import HfApi
+    from octomed.runner import redacted
+    try:
+        api = HfApi(token=os.environ["HF_TOKEN"])
+        api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, repo_type=kind, folder_path=str(out), commit_message="octomed export").commit_url)
+    except Exception as e: why = " ".join(redacted(str(e)).split())[:200] or type(e).__name__
+    raise OctomedError(f"the hub did not take {name} ({why}): see that HF_TOKEN may write there, then `hf upload {name} {Path(out).name} --repo-type {kind}`")
 
 # %% ../nbs/24_exports.ipynb #f321383b
 UTILS = '''"The tasks of this folder: their rows, their images, and octomed's verdict on a response."

@@ -345,5 +345,6 @@ def show_in_notebook(section: Section, recipe: str):
     shown = [c for c in nb["cells"] if "show_reference(" in "".join(c["source"]) and c["cell_type"] == "code"]
     if recipe != "course" or not shown: return
     bundles = [{k: v.splitlines(keepends=True) if k.startswith("text/") else v for k, v in b.items()} for b in reference_view(section.name, recipe)]
-    shown[0]["outputs"] = [{"output_type": "display_data", "data": b, "metadata": {}} for b in bundles]
+    named = lambda b: {"image/png": {"alt": f"{section.name}: a figure of the reference run, its numbers in the results file"}} if "image/png" in b else {}
+    shown[0]["outputs"] = [{"output_type": "display_data", "data": b, "metadata": named(b)} for b in bundles]
     atomic_write(section.path, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")

@@ -178,6 +178,34 @@ def test_a_student_that_is_not_there(capsys, tmp_path):
     assert not list((tmp_path/"store").rglob("card.json"))
 
 
+class Always:
+    "A simulated model that answers A with every question."
+    model, name = "always@1", "toy"
+    def generate(self, requests, sampling):
+        from octomed.engines import Sample
+        for r in requests:
+            for i in r.indices: yield Sample(r.question, self.model, r.prompt, sampling.key, i, "<think>x</think>\n\n\\boxed{A}" if i < 9 else "<think>so", "stop", 4)
+
+
+def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns(capsys, tmp_path):
+    from octomed.engines import register_teacher
+    from octomed.questions import Question, Source, register
+    for name in ("alpha", "beta"):
+        register(Source(f"{name}_of_a_long_name", "test", "multimodal_classification", "benchmark", revision="1",
+                        make=lambda name=name, **_: [Question(f"{name} {n}?", ("one", "two"), "AB"[n % 2], f"{name}_of_a_long_name", "test", "multimodal_classification") for n in range(6)]))
+    register_teacher("toy/always", Always, "1"); (tmp_path/"r.yaml").write_text("common: {bootstrap: 200}")
+    ask = ["evaluate", "toy/always", "alpha_of_a_long_name:test", "beta_of_a_long_name:test", "--recipe", tmp_path/"r.yaml", "--seeds", "5", "--vote", "10", "--voted", "alpha_of_a_long_name:test"]
+    code, out, _ = call(capsys, *ask, "--json")
+    a, b, overall = json.loads(out)
+    assert code == 0 and [r["benchmark"] for r in (a, b, overall)] == ["alpha_of_a_long_name:test", "beta_of_a_long_name:test", "Overall"]
+    assert (a["accuracy"], a["vote"], a["votes"], a["seeds"], a["n"]) == (0.5, 0.5, 10, 5, 6) and "vote" not in b and (overall["accuracy"], overall["vote"]) == (0.5, 0.5)
+    assert {"interval", "unparsed", "truncated", "failed", "forced_exit", "ties", "mean_tokens", "chance"} <= set(overall)
+    code, out, _ = call(capsys, *ask)
+    assert code == 0 and max(map(len, out.splitlines())) <= 120 and "by vote" in out and "Overall, multimodal classification" in out and "truncated" in out
+    assert call(capsys, "evaluate", "OctoMed-7B")[2] == "octomed: OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION, or name a server that has it, openai:OctoMed-7B@SERVER\n"
+    assert call(capsys, *ask[:4], "--form", "none")[0] == 2
+
+
 # Plan and report
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import yaml
 import octomed.clinic.teachers, octomed.clinic.world
 from octomed.clinic.students import blank
 from octomed.answers import judge
+import octomed.exports as exports
 from octomed.core import Common, OctomedError, UsageError, read_jsonl, root
 from octomed.distill import subset
 from octomed.engines import Sampling
@@ -109,7 +110,6 @@ def test_freeze_flags_say_what_our_prefixes_freeze(student):
 
 
 def test_a_text_with_a_placeholder_is_dropped_and_counted(tmp_path, monkeypatch):
-    import octomed.exports as exports
     found, funnel = traces(ARM, COMMON)
     monkeypatch.setattr(exports, "traces", lambda *_: ([replace(found[0], response="<think>an <image> ?</think>\\boxed{A}"), *found[1:]], funnel))
     counts = llamafactory(ARM, COMMON, tmp_path/"out")
@@ -207,8 +207,7 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
 
 
 def test_a_student_goes_with_its_card_and_loads(tmp_path):
-    from octomed.exports import student
-    counts = student(ARM, COMMON, tmp_path/"s", "mine")
+    counts = exports.student(ARM, COMMON, tmp_path/"s", "mine")
     model, _ = load_student(tmp_path/"s")
     kept = load_student(run(stages(ARM, COMMON)["student"]))[0].state_dict()
     assert all((p == kept[n]).all() for n, p in model.state_dict().items())
@@ -216,10 +215,71 @@ def test_a_student_goes_with_its_card_and_loads(tmp_path):
     front = yaml.safe_load(told.split("---")[1])
     assert (front["pipeline_tag"], "base_model" in front) == ("image-text-to-text", False) and f"| steps | {counts['steps']} |" in told and "hf upload OWNER/mine . --repo-type model" in told
     assert all(s in told for s, _ in ARM.sources) and "## Contamination" in told and {f.stem for f in (tmp_path/"s"/"cards").glob("*")} == {"data", "samples", "accepted", "student"}
-    with pytest.raises(OctomedError, match="trains nothing"): student(replace(ARM, schedule=replace(ARM.schedule, epochs=0)), COMMON, tmp_path/"n")
+    with pytest.raises(OctomedError, match="trains nothing"): exports.student(replace(ARM, schedule=replace(ARM.schedule, epochs=0)), COMMON, tmp_path/"n")
 
 
 def test_the_card_says_which_benchmarks_were_held_against_the_questions(tmp_path):
     arm = replace(ARM, against=(("clinic_ward:train", "text"),), sources=(("clinic_ward:test", 4),))
     hub(arm, COMMON, tmp_path/"h")
-    assert "held against these questions: clinic_ward:train by text." in (tmp_path/"h"/"README.md").read_text()
+    assert "held against these questions before anything was drawn: clinic_ward:train by text." in (tmp_path/"h"/"README.md").read_text()
+
+
+def test_the_cards_report_what_is_still_shared_with_the_benchmarks(tmp_path):
+    common = replace(COMMON, benchmarks=(*BENCHES, "nejm:test"))   # the export's questions are taken from the first two
+    for make in (hub, exports.student):
+        make(ARM, common, out := tmp_path/make.__name__)
+        told, kept = (out/"README.md").read_text(), {x.question.id: x.question for x in traces(ARM, common)[0]}.values()
+        ward, rounds, nejm = json.loads((out/"card.json").read_text())["contamination"]
+        assert (ward["stem"], rounds["stem"]) == tuple(sum(q.source == b.split(":")[0] for q in kept) for b in BENCHES) and rounds["image"] == rounds["stem"] > 0 == ward["image"]
+        assert nejm == {"benchmark": "nejm:test"} and "| nejm:test | not at hand |" in told and f"| {BENCHES[0]} | {ward['items']:,} | " in told
+        assert told.count("made by this project") == 2   # the licence of each source
+
+
+def test_a_card_names_what_taught_the_student_before(tmp_path):
+    hub(replace(ARM, sources=ARM.sources[:1], base=replace(ARM, sources=ARM.sources[1:])), COMMON, tmp_path/"h")
+    told = (tmp_path/"h"/"README.md").read_text()
+    assert f"| {BENCHES[1]} | 0 |" in told and "taught the student that this one started from" in told
+
+
+class Hub:
+    "Stands in for the hub's client."
+    sent, fails = [], ""
+    def __init__(self, token): self.token = token
+    def create_repo(self, name, **kw): self.sent.append(("create", name, kw, self.token))
+    def upload_folder(self, **kw):
+        if self.fails: raise ValueError(f"403 Forbidden for {self.token}: {self.fails}")
+        self.sent.append(("upload", kw["repo_id"], kw["repo_type"], sorted(f.name for f in Path(kw["folder_path"]).iterdir())))
+        return type("Commit", (), {"commit_url": f"https://hub/{kw['repo_id']}/commit/1"})
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub); monkeypatch.setattr(Hub, "sent", []); monkeypatch.setattr(Hub, "fails", "")
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_5081")
+    return Hub
+
+
+def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(tmp_path, capsys, stand_in):
+    from octomed.cli import main
+    ask = ["export", "hub", BENCHES[0], "--student", "tests/blank", "--limit", "2"]
+    assert main([*ask, "--out", str(tmp_path/"a")]) == 0 and not stand_in.sent and "nothing was sent" in capsys.readouterr().err
+    assert main([*ask, "--out", str(tmp_path/"b"), "--push", "me/traces"]) == 0
+    assert stand_in.sent == [("create", "me/traces", {"repo_type": "dataset", "private": True, "exist_ok": True}, "hf_canary_5081"), ("upload", "me/traces", "dataset", ["README.md", "card.json", "cards", "data"])]
+    told = capsys.readouterr()
+    assert "sent to https://hub/me/traces/commit/1, private" in told.err and "canary" not in told.out + told.err
+    stand_in.fails = "no rights"
+    assert main([*ask, "--out", str(tmp_path/"c"), "--push", "me/traces"]) == 1
+    told = capsys.readouterr()
+    assert "the hub did not take me/traces (403 Forbidden for [HF_TOKEN]: no rights)" in told.err and "Traceback" not in told.err and "canary" not in told.out + told.err
+    assert not any("canary" in f.read_text(errors="replace") for f in tmp_path.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("name, token, says", [("me", "t0ken-1", "write OWNER/NAME"), ("me/x", "", "set HF_TOKEN")])
+def test_a_push_that_cannot_be_is_refused_before_anything_is_made(tmp_path, monkeypatch, stand_in, name, token, says):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UsageError, match=says): exports.may_push(ARM, name)
+    assert not stand_in.sent
+
+
+def test_what_may_not_be_passed_on_is_not_pushed(stand_in):
+    with pytest.raises(OctomedError, match="nejm:test may not be passed on"): exports.may_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")

@@ -172,3 +172,12 @@ def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     kept = sorted((core.root()/"outputs"/"reference"/"course"/"results").glob("*.json"))
     text = as_html("course").read_text(); p = Page(); p.feed(text)
     assert not p.open and {f.stem for f in kept} <= set(p.ids) and len(p.images) >= 2*len(kept) and str(core.root()) not in text
+
+
+def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path, monkeypatch):
+    from octomed.plan import Section
+    path = tmp_path/"44_samples.ipynb"
+    path.write_text((core.root()/"nbs"/"paper"/"44_samples.ipynb").read_text())
+    report.show_in_notebook(Section("44_samples", path), "course")
+    out = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
+    assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == ["44_samples:"]*2 and any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
