@@ -87,7 +87,7 @@ def code_digest(
             if not _ours(obj.__module__, home): continue
             text, nodes = _read(obj)
             texts.append(text); todo += _reached(obj, nodes, home)
-        elif name.isupper() and not callable(obj):
+        elif name.isupper() and not callable(obj) and obj != {}:   # a registry is empty until something registers
             with contextlib.suppress(TypeError, ValueError): texts.append(f"{name}={canonical(obj)}")
     return digest(sorted(texts))
 
