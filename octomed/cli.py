@@ -101,7 +101,8 @@ def run(args):
     if args.rehearse:
         from octomed.rehearsal import rehearse
         if args.arm or args.fresh: raise UsageError("--arm and --fresh are for real runs: leave out --rehearse")
-        return rehearse(args.recipe, args.only) and None
+        rehearse(args.recipe, args.only)
+        return
     from octomed.runner import run_recipe
     run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes)
 

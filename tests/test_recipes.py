@@ -47,6 +47,7 @@ def test_the_gpu_recipe_has_three_training_seeds_an_arm_and_pools_that_are_large
     for p in recipe.sections.values(): assert all(p.get("questions", 0) + p.get("warm", 0) <= SOURCES[pool].expected for pool in recipe.common.train)
 
 
+@pytest.mark.timeout(900)
 def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own(tmp_path, monkeypatch):
     from octomed.rehearsal import rehearse
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path/"out")); monkeypatch.delenv("OCTOMED_STORE", raising=False); monkeypatch.delenv("OCTOMED_DATA", raising=False)
