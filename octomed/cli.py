@@ -187,8 +187,9 @@ def _arm(args):
     specs = args.sources or common.train
     if not specs: raise UsageError(f"recipe {args.recipe} names no training pool: give name:split")
     arm = Arm(tuple((s, args.limit) for s in specs), form=getattr(args, "form", "cot"), k=args.k)
-    if hasattr(args, "epochs"): arm = replace(arm, schedule=schedule_of(common, args.epochs), seed=args.seed, student=args.student)
-    if not arm.k and arm.form == "cot": raise UsageError("-k 0 keeps no trace to learn from: add --form direct")
+    changed = {k: tuple(v) if k == "freeze" else v for k in ("optimizer", "precision", "lora", "freeze") if (v := getattr(args, k, None))}
+    if hasattr(args, "epochs"): arm = replace(arm, schedule=schedule_of(common, args.epochs, **changed), seed=args.seed, student=args.student)
+    if not arm.k and arm.form != "direct": raise UsageError("-k 0 keeps no trace to learn from: add --form direct")
     return arm, common
 
 def _funnel(folder: Path) -> dict:
@@ -204,10 +205,12 @@ def distill(args):
 
 def train(args):
     "Fine-tune a student."
+    from octomed.execution import with_execution
     from octomed.experiment import stages
     from octomed.store import run
     arm, common = _arm(args)
-    folder = run(stages(arm, common)["student"])
+    words = [args.how, *([f"accelerate='{Path(args.accelerate).resolve()}'"] if args.accelerate else []), *([f"report_to={args.report_to}"] if args.report_to else [])]
+    with with_execution(" ".join(words)): folder = run(stages(arm, common)["student"])
     log = read_jsonl(folder/"log.jsonl")
     show([{"steps": len(log), "loss": log[-1]["loss"], "tokens": sum(r["tokens"] for r in log), "folder": str(folder)}], args.json)
 
@@ -307,7 +310,10 @@ def _data_commands(command):
 
 def _stage_commands(command):
     _stage_arguments(command(distill, "sample the teacher and keep what is right"))
-    _training_arguments(command(train, "fine-tune a student on the accepted traces"))
+    p = command(train, "fine-tune a student on the accepted traces"); _training_arguments(p)
+    p.add_argument("--accelerate", metavar="FILE", help="train with the processes of an accelerate configuration, such as nbs/recipes/accelerate/fsdp2.yaml")
+    p.add_argument("--report-to", metavar="NAME", help="tensorboard, trackio or wandb; several with commas between")
+    p.add_argument("--how", default="", metavar="WORDS", help="what changes speed and not the student, such as 'pack=0 checkpoint_every=100'; the same words as in OCTOMED_TRAIN")
     p = command(evaluate, "a student's accuracy on benchmarks")
     p.add_argument("student", metavar="STUDENT", help="a folder, a hub id, or a registered name")
     p.add_argument("benchmarks", nargs="*", metavar="SOURCE:SPLIT", help="by default the recipe's")
@@ -318,7 +324,9 @@ def _stage_commands(command):
 def _training_arguments(p):
     _stage_arguments(p, _count)
     p.add_argument("--student", default="", help="base student: a registered name, a hub id, or a folder; by default the recipe's")
-    p.add_argument("--form", choices=["cot", "direct"], default="cot"); p.add_argument("--epochs", type=float, default=1.0); p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--form", choices=["cot", "direct", "hybrid"], default="cot"); p.add_argument("--epochs", type=float, default=1.0); p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--optimizer", help="adamw (default), muon, adamw_8bit or paged_adamw_8bit"); p.add_argument("--precision", help="fp32, bf16 or bf16_pure; by default bf16 on an accelerator, fp32 on a processor")
+    p.add_argument("--freeze", action="append", metavar="PREFIX", help="parameters that are not trained, such as model.visual; may be given again"); p.add_argument("--lora", type=_whole, metavar="RANK", help="low-rank additions in place of full fine-tuning: a departure from the paper")
 
 def _export_commands(top):
     sub = top.add_subparsers(dest="kind", metavar="KIND", required=True)

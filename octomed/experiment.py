@@ -17,7 +17,7 @@ from .store import Stage, run, run_all, section_code
 from .questions import identity_of, source_of
 from .engines import Sampling, teacher_revision
 from .train import Schedule, base_student, sft
-from .distill import FILTERS, accepted, filtered, questions, rated, rendered, samples, student_samples
+from .distill import FILTERS, MODES, accepted, filtered, questions, rated, rendered, samples, student_samples
 from .evaluate import evaluation, rates, sampling_of, scores
 from .prompts import load_template
 from .stats import bootstrap, paired_bootstrap, trend, verdict
@@ -27,7 +27,7 @@ from .stats import bootstrap, paired_bootstrap, trend, verdict
 class Arm:
     "One way to make a student."
     sources: tuple[tuple[str, int], ...]  # (name:split, number of questions; 0: all; below 0: so many of the last)
-    form: str = "cot"                     # the student's template: `cot` or `direct`
+    form: str = "cot"                     # the student's template: `cot`, `direct`, or `hybrid` for one student of both
     k: int = 1                            # correct samples kept a question (paper §4: 1, 4, 16); 0: no teacher, the known answers
     against: tuple[tuple[str, str], ...] = ()  # (benchmark, rule): what may not be trained on (paper §3)
     student: str = ""                     # the base student; empty: the recipe's
@@ -74,10 +74,10 @@ def stages(arm: Arm, common: Common) -> dict[str, Stage]:
     found["student"] = base if arm.schedule.epochs == 0 else sft(base=base, rendered=found["rendered"], schedule=arm.schedule, seed=arm.seed, max_pixels=common.max_pixels, match=match)
     return found
 
-def evaluated(arm: Arm, benchmark: str, common: Common) -> Stage:
-    "The evaluation of an arm's student on a benchmark, declared."
-    t = load_template(arm.form)
-    return evaluation(student=stages(arm, common)["student"], benchmark=benchmark, limit=common.benchmark_limit or None, form=arm.form, seeds=common.eval_seeds,
+def evaluated(arm: Arm, benchmark: str, common: Common, mode: str = "") -> Stage:
+    "The evaluation of an arm's student on a benchmark, declared. `mode`: the template that a hybrid student is asked with, by default that which thinks first."
+    t = load_template(form := mode or MODES.get(arm.form, (arm.form,))[0])
+    return evaluation(student=stages(arm, common)["student"], benchmark=benchmark, limit=common.benchmark_limit or None, form=form, seeds=common.eval_seeds,
                       sampling=sampling_of(common, t.think_first), max_pixels=common.max_pixels, data=identity_of(benchmark), control=arm.control)
 
 def warm_up(

@@ -103,6 +103,7 @@ def factory_settings(
     "An arm's run as LLaMA-Factory's arguments. Raises `OctomedError` for a run that it cannot make."
     s = arm.schedule
     if arm.compute_of: raise OctomedError("this arm reads as many tokens as another arm and has no epochs of its own: export that other arm")
+    if s.lora: raise OctomedError("this arm trains low-rank additions, which LLaMA-Factory sets up its own way: export a run without lora")
     if s.optimizer != "adamw": raise OctomedError(f"LLaMA-Factory's {s.optimizer} is another one than ours: export a run with adamw")
     if s.batch % (devices*per_device): raise OctomedError(f"a batch of {s.batch} is no multiple of {devices} devices × {per_device}: change --devices")
     return {

@@ -13,7 +13,7 @@ import contextlib, json, math, os, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from .core import OctomedError, Common, digest, progress, seed_for, write_jsonl, write_json
+from .core import OctomedError, UsageError, Common, digest, progress, seed_for, write_jsonl, write_json
 from .render import Pixels, Row, collate, load_rows
 from .packing import check_isolation, choose_attention, objective, on, packed_groups, packed_inputs, use_packed_attention
 from .checkpoints import checkpoints, random_states, read_checkpoint, restore_random, restore_state, state_of, write_checkpoint
@@ -23,7 +23,7 @@ from .store import Stage, stage
 # %% ../nbs/13_train.ipynb #ed87b921
 @dataclass(frozen=True)
 class Schedule:
-    "How a student is trained. Fractions of an epoch are allowed."
+    "How a student is trained. Fractions of an epoch are allowed. Raises `UsageError` for an optimiser or a precision that does not exist."
     epochs: float = 3.0           # passes over the rows (paper: 3)
     batch: int = 128              # rows of one optimiser step (paper: 128; final model 512)
     lr: float = 5e-5              # peak learning rate (paper)
@@ -35,6 +35,10 @@ class Schedule:
     freeze: tuple[str, ...] = ()  # parameter name prefixes that are not trained; left open by the paper
     precision: str = "auto"       # one of PRECISIONS; left open by the paper
     lora: int = 0                 # rank of low-rank additions that are trained in place of the weights; 0: full fine-tuning (paper)
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS: raise UsageError(f"there is no optimizer {self.optimizer}: choose from {', '.join(OPTIMIZERS)}")
+        if self.precision not in PRECISIONS: raise UsageError(f"there is no precision {self.precision}: choose from {', '.join(PRECISIONS)}")
 
 OPTIMIZERS = ("adamw", "muon", "adamw_8bit", "paged_adamw_8bit")
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_pure")
@@ -92,9 +96,8 @@ def _adam(params: list, s: Schedule):
     return (bitsandbytes.optim.PagedAdamW8bit if s.optimizer.startswith("paged") else bitsandbytes.optim.AdamW8bit)(params, **given)
 
 def optimizers(model, s: Schedule) -> list:
-    "The optimisers of the parameters that are trained. Raises `OctomedError` for a name that is none, or where everything is frozen."
+    "The optimisers of the parameters that are trained. Raises `OctomedError` where everything is frozen, or bitsandbytes is not installed."
     from torch.optim import Muon
-    if s.optimizer not in OPTIMIZERS: raise OctomedError(f"there is no optimizer {s.optimizer}: choose from {', '.join(OPTIMIZERS)}")
     for name, p in model.named_parameters(): p.requires_grad_(not name.startswith(tuple(s.freeze)) and (not s.lora or "lora_" in name))
     matrix = lambda name, p: s.optimizer == "muon" and p.ndim == 2 and "embed" not in name and "lm_head" not in name
     by = {kind: [p for name, p in model.named_parameters() if p.requires_grad and matrix(name, p) == kind] for kind in (False, True)}
@@ -130,8 +133,7 @@ def loss_sum(model, processor, group: list[Row], pixels: Pixels):
 SHARDED = ("FSDP", "DEEPSPEED")   # accelerate's names for processes that hold a part each
 
 def decided(how: Execution, model, s: Schedule, device: str) -> Execution:
-    "An execution with nothing left open. Raises `OctomedError` for a precision that is none, and for a model that cannot be packed."
-    if s.precision not in PRECISIONS: raise OctomedError(f"there is no precision {s.precision}: choose from {', '.join(PRECISIONS)}")
+    "An execution with nothing left open. Raises `OctomedError` when a model that cannot be packed shall be."
     can = hasattr(model.model, "get_rope_index")
     if how.pack and not can: raise OctomedError(f"{type(model).__name__} gives no M-RoPE positions: train it padded, with pack=0")
     pack, large = can if how.pack is None else how.pack, sum(p.numel() for p in model.parameters()) > 1e9
@@ -307,7 +309,8 @@ def _whole(model):
         with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0): yield first, None
     elif hasattr(p, "full_tensor"):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        yield first, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        once = {n for n, _ in (*model.named_parameters(), *model.named_buffers())}   # tied weights one time
+        yield first, {n: t for n, t in get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).items() if n in once}
     else: yield first, None
 
 # %% ../nbs/13_train.ipynb #44c51593
@@ -322,14 +325,14 @@ def matched_steps(rows: list[Row], s: Schedule, tokens: float) -> int:
 def make_student(out: Path, base, rendered, schedule: Schedule, seed: int, steps: int, max_pixels: int):
     "Train `base` on `rendered` rows and leave the student in `out`; every process of a run calls it."
     import torch
-    how = execution()
-    accelerator = accelerator_of(how)
+    accelerator = accelerator_of(how := execution())
     torch.manual_seed(seed_for("sft", seed))
     model, processor = load_student(base)
+    how = decided(how, model, schedule, accelerator.device.type)
     if accelerator.distributed_type.value not in SHARDED: model = model.to(accelerator.device)
     log = fit(model, processor, load_rows(Path(rendered)), schedule, seed, steps, max_pixels, f"student, seed {seed}", how, out/"checkpoints", accelerator)
     save_student(out, model, processor, log)
-    if accelerator.is_main_process: write_json(out/"execution.json", {**asdict(how), "device": str(accelerator.device), "processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value})
+    if accelerator.is_main_process: write_json(out/"execution.json", {**asdict(how), "accelerate": Path(how.accelerate).name, "device": str(accelerator.device), "processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value})
 
 @stage(resumable=True)
 def sft(out, base, rendered, schedule, seed, max_pixels, match=None):

@@ -133,3 +133,21 @@ def test_a_saved_student_is_the_same_student(student, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     messages = chat("which is it ?")
     assert chat_text(p, messages, PIXELS) == chat_text(processor, messages, PIXELS)
+
+
+def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(student, tmp_path):
+    from octomed.core import write_jsonl
+    from octomed.distill import rendered
+    from octomed.questions import Question
+    model, processor = student
+    for d in ("questions", "accepted", "base", "cot", "direct", "hybrid"): (tmp_path/d).mkdir()
+    qs = [Question(f"which is it ? {w}", ("fever", "rash"), "B", "x", "train", "text_only") for w in ("one", "two", "three")]
+    write_jsonl(tmp_path/"questions"/"questions.jsonl", [q.to_json() for q in qs])
+    write_jsonl(tmp_path/"accepted"/"traces.jsonl", [{"question": q.id, "response": f"<think>{w}</think>\n\n\\boxed{{B}}"} for q in qs[:2] for w in ("one", "two")])
+    save_student(tmp_path/"base", model, processor, [])
+    def rows(form, accepted):
+        rendered.fn(tmp_path/form, questions=tmp_path/"questions", accepted=accepted and tmp_path/"accepted", base=tmp_path/"base", form=form, answer="letter", max_pixels=PIXELS, cutoff=200)
+        return load_rows(tmp_path/form)
+    thinking, direct, hybrid = rows("cot", True), rows("direct", False), rows("hybrid", True)
+    assert (len(thinking), len(direct)) == (4, 3) and hybrid == thinking + direct
+    assert not {tuple(r.input_ids[:r.prompt]) for r in thinking} & {tuple(r.input_ids[:r.prompt]) for r in direct}, "the prompt does not tell the modes apart"
