@@ -958,7 +958,7 @@ _TORCH = ("torch==2.13.0", "torchvision==0.28.0")
 _PLAIN = {"bf16": False, "max_grad_norm": 0, "learning_rate": 1e-5}
 CAREFUL = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16, "train_sampling_strategy": "group_by_length"}
 TRAINERS = (
-    Trainer("TRL", ("trl==1.16.0", "transformers==5.19.0", "pillow", *_TORCH), TRL, {"max_length": None, "gradient_checkpointing": False, "length_column_name": "length", **_PLAIN},
+    Trainer("TRL", ("trl==1.16.0", "transformers==5.19.0", "pillow", *_TORCH), TRL, {"max_length": None, "gradient_checkpointing": False, "remove_unused_columns": False, **_PLAIN},
             {"max_length": None}, "8 rows a step, bf16, checkpointing", 8),
     Trainer("LLaMA-Factory", ("llamafactory==0.9.5", *_TORCH), FACTORY, {"disable_gradient_checkpointing": True, **_PLAIN},
             {"freeze_vision_tower": True, "freeze_multi_modal_projector": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "dataloader_num_workers": 4, "learning_rate": 1e-5, "warmup_ratio": .1},
