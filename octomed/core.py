@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'LOADED', 'OctomedError', 'UsageError', 'root', 'shipped', 'data_dir', 'outputs_dir', 'store_dir',
-           'canonical', 'digest', 'read_ahead', 'file_digest', 'content', 'seed_for', 'atomic_write', 'disk_error',
-           'write_json', 'write_jsonl', 'read_jsonl', 'Common', 'Recipe', 'recipes', 'load_recipe', 'versions',
-           'hardware', 'commit', 'card', 'progress']
+           'canonical', 'digest', 'read_ahead', 'file_digest', 'content', 'pinned', 'seed_for', 'atomic_write',
+           'disk_error', 'write_json', 'write_jsonl', 'read_jsonl', 'Common', 'Recipe', 'recipes', 'load_recipe',
+           'versions', 'hardware', 'commit', 'card', 'progress']
 
 # %% ../nbs/00_core.ipynb #f32346ce
 import contextlib, hashlib, importlib, json, os, platform, re, subprocess, sys, tempfile, time, warnings
@@ -106,6 +106,13 @@ def content(
     if not p.exists(): raise OctomedError(f"{p.name} is missing: see `octomed sources` for where it is expected")
     known = lambda f: _file_digest(str(f), (st := f.stat()).st_size, st.st_mtime_ns)
     return digest([[str(f.relative_to(p)), known(f)] for f in sorted(p.rglob("*")) if f.is_file()] if p.is_dir() else known(p))
+
+def pinned(
+    model,  # a folder, or `owner/model@revision`
+) -> tuple[str, str | None]:
+    "Where a model is, and its revision on the hub."
+    name, _, revision = (str(model), "", "") if Path(model).is_dir() else str(model).partition("@")
+    return name, revision or None
 
 def seed_for(*objs) -> int:
     "A 32-bit seed that is a function of its arguments, so that no draw depends on the order of the draws before it."

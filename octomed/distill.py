@@ -278,9 +278,8 @@ MODES = {"hybrid": ("cot", "direct")}  # one student with both modes: the templa
 @stage
 def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
     "The accepted set as the student's tokens; None: the known answers. `form`: the student's template, `cot`, `direct`, or `hybrid`: every accepted trace, and every question once with an empty trace (paper §4, CoT's limiting case)."
-    from transformers import AutoProcessor
-    from octomed.render import render_rows, save_rows
-    processor, qs, pairs = AutoProcessor.from_pretrained(base, trust_remote_code=False), {q.id: q for q in read_questions(questions)}, []
+    from octomed.render import processor_of, render_rows, save_rows
+    processor, qs, pairs = processor_of(base), {q.id: q for q in read_questions(questions)}, []
     for t in map(load_template, MODES.get(form, (form,))):
         once = not accepted or form in MODES and not t.think_first
         target = (lambda r: r["response"]) if t.think_first else (lambda r: direct_target(boxed_as(qs[r["question"]], answer)))
@@ -309,10 +308,9 @@ def chats(out, sources, seed, max_pixels):
 @stage
 def rendered_chats(out, chats, base, max_pixels, cutoff):
     "Every answer of every chat as the student's tokens."
-    from transformers import AutoProcessor
-    from octomed.render import render_rows, save_rows
+    from octomed.render import processor_of, render_rows, save_rows
     pairs = [pair for c in read_jsonl(chats/"chats.jsonl") for pair in turns(c)]
-    save_rows(out, *render_rows(AutoProcessor.from_pretrained(base, trust_remote_code=False), pairs, max_pixels, cutoff))
+    save_rows(out, *render_rows(processor_of(base), pairs, max_pixels, cutoff))
 
 # %% ../nbs/11_distill.ipynb #368e1a93
 def distinct(texts: list[str], n: int = 2) -> float:

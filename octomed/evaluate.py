@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-from .core import CATEGORIES, Common, OctomedError, UsageError, seed_for, write_jsonl
+from .core import CATEGORIES, Common, OctomedError, UsageError, pinned, seed_for, write_jsonl
 from .questions import Question, load
 from .engines import KINDS, TEACHERS, Engine, Sampling, TransformersEngine, VLLMEngine, teacher
 from .ledger import Ledger, draw
@@ -40,9 +40,9 @@ def engine_of(
     name = str(student)
     try:
         if name in TEACHERS or name.partition(":")[0] in KINDS: return teacher(name, max_pixels)
-        path, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        path, revision = pinned(name)
         kind = {"transformers": TransformersEngine, "vllm": VLLMEngine}[engine_here()]
-        return kind(path, identity(student), max_pixels, revision=revision or None)
+        return kind(path, identity(student), max_pixels, revision=revision)
     except OSError as e: raise OctomedError(f"the model {name} cannot be loaded ({str(e).splitlines()[0][:120]}): give a folder, or download it first") from e
 
 # %% ../nbs/14_evaluate.ipynb #30f4a193

@@ -11,7 +11,7 @@ __all__ = ['MARKS', 'ZERO3', 'SHARD', 'NO_ADVICE', 'UTILS', 'HARNESS', 'Trace', 
 import json, os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Common, OctomedError, UsageError, atomic_write, canonical, card, progress, read_jsonl, write_json, write_jsonl
+from .core import Common, OctomedError, UsageError, atomic_write, canonical, card, pinned, progress, read_jsonl, write_json, write_jsonl
 from .questions import Question, load, source_of
 from .images import image_path
 from .decontaminate import decontaminate, question_twins
@@ -41,12 +41,12 @@ def traces(
     arm: Arm, common: Common,
 ) -> tuple[list[Trace], dict]:  # traces, and what became of the pairs
     "The traces of an arm as its student reads them; their stages are made unless they are there. Raises `OctomedError` when nothing is left."
-    from transformers import AutoProcessor
     from octomed.distill import boxed_as
+    from octomed.render import processor_of
     from octomed.prompts import direct_target
     from octomed.render import row
     p = stages(arm, common)["rendered"].params
-    t, qs, processor = load_template(p["form"]), {q.id: q for q in read_questions(run(p["questions"]))}, AutoProcessor.from_pretrained(_base(stages(arm, common)["rendered"]), trust_remote_code=False)
+    t, qs, processor = load_template(p["form"]), {q.id: q for q in read_questions(run(p["questions"]))}, processor_of(_base(stages(arm, common)["rendered"]))
     rows = read_jsonl(run(p["accepted"])/"traces.jsonl") if p["accepted"] else [{"question": id} for id in qs]
     said = lambda r: r["response"] if t.think_first else direct_target(boxed_as(qs[r["question"]], p["answer"]))
     found = [Trace(qs[r["question"]], render(t, qs[r["question"]]), said(r), r.get("index"), r.get("model")) for r in rows]
@@ -108,7 +108,7 @@ def factory_settings(
     if s.optimizer != "adamw": raise OctomedError(f"LLaMA-Factory's {s.optimizer} is another one than ours: export a run with adamw")
     if s.batch % (devices*per_device): raise OctomedError(f"a batch of {s.batch} is no multiple of {devices} devices × {per_device}: change --devices")
     return {
-        "model_name_or_path": model, "trust_remote_code": False, "image_max_pixels": common.max_pixels, "image_min_pixels": 28*28,
+        "model_name_or_path": (at := pinned(model))[0], **({"model_revision": at[1]} if at[1] else {}), "trust_remote_code": False, "image_max_pixels": common.max_pixels, "image_min_pixels": 28*28,
         "stage": "sft", "do_train": True, "finetuning_type": "full", **_frozen(s.freeze),
         "dataset_dir": ".", "dataset": "octomed", "template": "qwen2_vl", "default_system": system, "cutoff_len": s.cutoff, "preprocessing_num_workers": 1, "overwrite_cache": True,
         "output_dir": "saves", "logging_steps": 1, "save_strategy": "epoch", "save_only_model": True, "report_to": "none", "plot_loss": False,
@@ -127,9 +127,9 @@ def llamafactory(
 ) -> dict:              # counts
     "Data, images and configuration of LLaMA-Factory (0.9.5) for an arm's run; then `llamafactory-cli train train.yaml` in that folder."
     import yaml
-    from transformers import AutoProcessor
+    from octomed.render import processor_of
     base = _base(stages(arm, common)["rendered"])
-    settings = factory_settings(arm, common, "student" if Path(base).is_dir() else base, _system(AutoProcessor.from_pretrained(base, trust_remote_code=False)), devices, per_device)
+    settings = factory_settings(arm, common, "student" if Path(base).is_dir() else base, _system(processor_of(base)), devices, per_device)
     out = _empty(out)
     found, funnel = traces(arm, common)
     text = lambda x: "".join(p["text"] for m in x.messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "text") + x.response

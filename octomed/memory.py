@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from .core import OctomedError, shipped
+from .core import OctomedError, pinned, shipped
 
 # %% ../nbs/13d_memory.ipynb #073e09a4
 def configuration(
@@ -20,11 +20,11 @@ def configuration(
 ):
     "A model's real configuration. Raises `OctomedError` where it is neither shipped nor to be had."
     from transformers import AutoConfig
-    name, _, commit = str(student).partition("@")
+    name, commit = pinned(student)
     kept = shipped("configs", name.replace("/", "--") + ".json")
     if kept.exists(): return AutoConfig.for_model(**{k: v for k, v in json.loads(kept.read_text()).items() if k != "source"})
     if not commit and not Path(name).is_dir(): raise OctomedError(f"the student {name} names no commit: write {name}@COMMIT, so that the same model is meant tomorrow")
-    try: return AutoConfig.from_pretrained(name, revision=commit or None, trust_remote_code=False)
+    try: return AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=False)
     except Exception as e: raise OctomedError(f"the configuration of {name} cannot be had ({type(e).__name__}): give a folder, or download it first") from None
 
 # %% ../nbs/13d_memory.ipynb #3699b9d8

@@ -168,8 +168,8 @@ def _bill(arm, steps: dict, asked: int, drawn: int, amounts: dict) -> dict:
         said, read = round(share*(RATES["clinic_tokens"][kind] if name.startswith("clinic/") else RATES["paper_tokens"])), round(share*(size[form] + size.get(kind, 0)))
         cost = money(_named(name), read, said, table) if n else 0.0
         prompts += read; tokens += said; bill = None if cost is None or bill is None else bill + cost
-    ratings = asked*(arm.filter[0] == "difficulty") if arm.filter else 0
-    return {"prompt_tokens": prompts, "teacher_tokens": tokens, "money": bill, "ratings": money(_named(arm.grader), ratings*(size["rating"] + size["image"]*amounts["image"]/whole), 4*ratings, table) if ratings else 0.0}
+    grader = steps["filtered"].params["evidence"][0].params["grader"] if arm.filter and arm.filter[0] == "difficulty" else ""
+    return {"prompt_tokens": prompts, "teacher_tokens": tokens, "money": bill, "ratings": money(_named(grader), asked*(size["rating"] + size["image"]*amounts["image"]/whole), 4*asked, table) if grader else 0.0}
 
 # %% ../nbs/21_plan.ipynb #45d9f465
 QUANTITIES = ("questions", "samples", "prompt_tokens", "teacher_tokens", "money", "traces", "training_tokens", "responses", "training_hours", "generation_hours", "evaluation_hours")

@@ -13,7 +13,7 @@ import contextlib, json, math, os, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from .core import OctomedError, UsageError, Common, digest, progress, seed_for, write_jsonl, write_json
+from .core import OctomedError, UsageError, Common, digest, pinned, progress, seed_for, write_jsonl, write_json
 from .render import Pixels, Row, collate, load_rows
 from .packing import check_isolation, choose_attention, objective, on, packed_groups, packed_inputs, use_packed_attention
 from .checkpoints import checkpoints, random_states, read_checkpoint, restore_random, restore_state, state_of, write_checkpoint
@@ -284,11 +284,12 @@ STOP = 1000   # in what processes tell each other: one of them was told to stop
 
 # %% ../nbs/13_train.ipynb #5c73834c
 def load_student(path, revision: str | None = None, dtype=None):
-    "(model, processor) of a folder or hub id. Raises `OctomedError` when the weights are not safetensors."
+    "(model, processor) of a folder or of `owner/model@revision`. Raises `OctomedError` when the weights are not safetensors."
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, logging
     logging.disable_progress_bar()
-    kw = {"revision": revision, "trust_remote_code": False}
+    path, at = pinned(path)
+    kw = {"revision": revision or at, "trust_remote_code": False}
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise OctomedError(f"{Path(path).name} holds no safetensors weights: save the model with save_pretrained, pickled weights are not read")
     try: return (AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True, **kw), AutoProcessor.from_pretrained(path, **kw))

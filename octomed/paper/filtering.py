@@ -50,7 +50,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     p, common = recipe.of("43_filtering"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
     pool = tuple((s, p["questions"]) for s in common.train if source_of(s).category == "multimodal_reasoning")
-    plain = {at: Arm(pool, k=1, schedule=schedule_of(common, at*p["epochs"]), base=first, grader=common.grader) for at in (0, *POINTS)}
+    plain = {at: Arm(pool, k=1, schedule=schedule_of(common, at*p["epochs"]), base=first) for at in (0, *POINTS)}
     window = lambda f: (f, p["lowest"] if f == "student" else FILTERS[f][0], FILTERS[f][1])
     kept = {name(f, at): replace(plain[at], filter=window(f), compute_of=plain[at]) for f in NAMES for at in POINTS}
     return {"before": plain[0], **{name(NONE, at): plain[at] for at in POINTS}, **kept}
