@@ -88,6 +88,7 @@ def parameters(section: Section, recipe: Recipe) -> dict:
 # %% ../nbs/21_plan.ipynb #4b0c7bfb
 def _cell(v) -> str:
     if v is None: return ""
+    if isinstance(v, (list, tuple)): return " to ".join(map(_cell, v))
     if isinstance(v, float): return f"{v:,.3g}" if abs(v) < 1000 else f"{v:,.0f}"
     return f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
 
@@ -100,7 +101,7 @@ def columns(rows: list[dict], wrap: int = 60) -> str:
         parts = [textwrap.wrap(_cell(r.get(k)), wrap) or [""] for k in keys]
         lines += [[p[i] if i < len(p) else "" for p in parts] for i in range(max(map(len, parts)))]
     widths = [max(len(l[i]) for l in lines) for i in range(len(keys))]
-    number = lambda v: v is None or isinstance(v, (int, float)) or re.fullmatch(r"[\d.,]+( [kMB×]( \d+)?)?|\?", v)
+    number = lambda v: v is None or isinstance(v, (int, float)) or re.fullmatch(r"[\d.,]+( [kMB×]( \d+)?)?|\?", _cell(v))
     right = [all(number(r.get(k)) for r in rows) for k in keys]
     return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(l, widths, right)).rstrip() for l in lines)
 
