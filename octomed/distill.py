@@ -93,7 +93,7 @@ def prompt_size(messages: list[dict]) -> int:
 def on_grid(qs: list[Question], max_pixels: int, processor):
     "See that a model finds the images of these questions on its own family's grid: what the store cannot make from an original is taken in from its source. A model that reads no images needs none."
     lacking = set()
-    for q in (q for q in qs if q.images and hasattr(processor, "image_token")):
+    for q in (q for q in qs if q.images and hasattr(processor, "image_processor")):
         try: [stored(i, max_pixels, family_of(processor)) for i in q.images]
         except OctomedError: lacking.add(f"{q.source}:{q.split}")
     for spec in sorted(lacking): load(spec, max_pixels=max_pixels, family=family_of(processor))

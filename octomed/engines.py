@@ -264,7 +264,7 @@ def _prompt(self: VLLMEngine, messages: list) -> tuple[str, list, int]:
     from octomed.images import load_image, visual_tokens
     from octomed.render import chat_images
     images = chat_images(messages)
-    if images and not hasattr(self.processor, "image_token"): raise OctomedError(f"{self.model} reads no images: name another teacher_image in the recipe")
+    if images and not hasattr(self.processor, "image_processor"): raise OctomedError(f"{self.model} reads no images: name another teacher_image in the recipe")
     text = self.processor.apply_chat_template(_plain(messages), add_generation_prompt=True, tokenize=False)
     seen = [load_image(h, self.max_pixels) for h in images]
     return text, images, len(self._ids(text)) + sum(visual_tokens(im.height, im.width, max_pixels=self.max_pixels) - 1 for im in seen)

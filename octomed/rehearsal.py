@@ -10,10 +10,11 @@ import json, os, re, threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from .core import OctomedError, Recipe, atomic_write, content, data_dir, load_recipe, outputs_dir, read_jsonl, seed_for, shipped, write_jsonl
-from .questions import SOURCES, Question, Source, load, question_sources, register, source_of
+from .questions import SOURCES, Question, Source, load, question_sources, read_chats, register, source_of
 from .plan import declared, registered, sections
 
 # %% ../nbs/22c_rehearsal.ipynb #d2f06e84
@@ -48,17 +49,21 @@ def lot_server():
     finally: server.shutdown(); server.server_close()
 
 # %% ../nbs/22c_rehearsal.ipynb #b8e3f708
-def handful(spec: str, n: int, max_pixels: int) -> tuple[list[Question], str]:
-    "(a few questions of a source, where they are from); none where it is nowhere at hand."
+def _few(spec: str, n: int, max_pixels: int, folder: Path) -> list[dict]:
+    if source_of(spec).role == "comparison": return list(islice(read_chats(spec, images=True, max_pixels=max_pixels, folder=folder), n))
+    return [q.to_json() for q in load(spec, limit=2*n, max_pixels=max_pixels, folder=folder) if q.at_hand][:n]
+
+def handful(spec: str, n: int, max_pixels: int) -> tuple[list[dict], str]:
+    "(a few questions of a source, or chats, where they are from); none where it is nowhere at hand."
     for folder, where in ((data_dir(), "OCTOMED_DATA"), (shipped("examples"), "the examples")):
         if not folder or not question_sources(spec, folder): continue
-        if qs := [q for q in load(spec, limit=2*n, max_pixels=max_pixels, folder=folder) if q.at_hand][:n]: return qs, where
+        if rows := _few(spec, n, max_pixels, folder): return rows, where
     return [], "nowhere at hand"
 
 def _file(folder: Path, spec: str) -> Path: return folder/f"{spec.replace(':', '.')}.jsonl"
 
-def _made(path: Path, limit=None, max_pixels=None) -> list[Question]:
-    return [Question.from_json(r) for r in read_jsonl(path)][:limit]
+def _made(path: Path, limit=None, max_pixels=None) -> list:
+    return [r if "messages" in r else Question.from_json(r) for r in read_jsonl(path)][:limit]
 
 def registered_from(folder: Path) -> list[Source]:
     "The sources whose handful lies in a folder, to be registered in place of those of the same name."
@@ -69,7 +74,7 @@ if "OCTOMED_REHEARSAL" in os.environ:   # this process works for a rehearsal
     for s in registered_from(Path(os.environ["OCTOMED_REHEARSAL"])): register(s)
 
 # %% ../nbs/22c_rehearsal.ipynb #2d5694a1
-AMOUNTS = ("questions", "samples", "epochs", "limit", "each", "images", "control", "lowest", "warm_epochs", "seeds", "opened", "drawn")
+AMOUNTS = ("questions", "samples", "epochs", "limit", "each", "images", "control", "lowest", "warm_epochs", "seeds", "opened", "drawn", "batch", "k", "votes", "cases")
 SMALL = dict(student="clinic/tiny", pretrain_tokens=2000, batch=4, samples=4, benchmark_limit=2, max_tokens=16, answer_tokens=4, cutoff=2048, eval_seeds=2, bootstrap=200)
 PLUGINS = ("octomed.clinic.students", "octomed.rehearsal")
 
@@ -113,7 +118,7 @@ def rehearse(
         log.say(f"rehearsal of {recipe.name}: random small weights, a handful of questions, answers by lot; nothing of it is a finding")
         if gone := [s for s, (qs, _) in found.items() if not qs]: log.say(f"left out, since nowhere at hand: {', '.join(gone)}")
         for s, (qs, _) in found.items():
-            if qs: write_jsonl(_file(folder/"questions", s), [q.to_json() for q in qs])
+            if qs: write_jsonl(_file(folder/"questions", s), qs)
         stack.enter_context(registered(registered_from(folder/"questions")))
         small = cut(recipe, {s for s, (qs, _) in found.items() if qs})
         url, teachers = stack.enter_context(lot_server()), (small.common.teacher_text, small.common.teacher_image, small.common.grader)
@@ -123,5 +128,5 @@ def rehearse(
 
 def _named(recipe: Recipe) -> list[str]:
     "Every source that a recipe names, in `common` or in a section."
-    own = [v for p in recipe.sections.values() for v in p.values() if isinstance(v, str) and v in SOURCES]
+    own = [s for p in recipe.sections.values() for v in p.values() if isinstance(v, str) for s in v.split(", ") if s in SOURCES]
     return list(dict.fromkeys([*recipe.common.train, *recipe.common.benchmarks, *own]))

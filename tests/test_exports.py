@@ -188,10 +188,11 @@ def test_accelerate_launch_takes_its_configurations(monkeypatch):
     assert (zero.use_deepspeed, zero.zero_stage) == (True, 3)
 
 
-def test_the_layers_that_fsdp_wraps_are_the_models():
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as m
-    conf = yaml.safe_load((root()/"nbs"/"recipes"/"accelerate"/"fsdp2.yaml").read_text())
-    assert all(hasattr(m, c) for c in conf["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(","))
+def test_fsdp_wraps_the_layers_that_the_model_names(student):
+    from octomed.packing import objective
+    conf = yaml.safe_load((root()/"nbs"/"recipes"/"accelerate"/"fsdp2.yaml").read_text())["fsdp_config"]
+    assert conf["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP" and "fsdp_transformer_layer_cls_to_wrap" not in conf
+    assert {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(objective()(student[0], False)._no_split_modules)
 
 
 def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, capsys):
