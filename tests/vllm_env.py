@@ -15,7 +15,7 @@ def main(folder: Path):
     uv = next((str(p) for p in (Path(sys.executable).parent/"uv", Path(shutil.which("uv") or "")) if p.is_file()), None)
     if not uv: sys.exit("uv is missing: pip install uv")
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-    subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", "--python", str(folder/"bin"/"python"), "-r", str(pins)], check=True)
+    subprocess.run([uv, "pip", "install", "--quiet", "--compile-bytecode", "--no-deps", "--python", str(folder/"bin"/"python"), "-r", str(pins)], check=True)
     ready.write_text(wanted)
     print(f"{folder.name} is ready")
 
