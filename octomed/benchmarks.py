@@ -1042,7 +1042,7 @@ def speeds(folder: Path, rows: list[Row], pythons: dict[str, Path], rounds: int)
             *(repeated("trainers", f"octomed / {who}", f"{how}; {what}", over(ours, x), "×") for (who, how), x in speed.items() if x is not ours)]
 
 # %% ../nbs/90_benchmarks.ipynb #7ea1be0d
-@benchmark(few=4, questions=48, rounds=7, peers=True)
+@benchmark(few=4, questions=32, rounds=5, peers=True)
 def bench_trainers(
     few: int = 2,        # questions of each of three categories, for the gradient
     questions: int = 2,  # the same, for the speed
