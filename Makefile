@@ -26,13 +26,14 @@ reproduce: install
 	$(BIN)/octomed report $(RECIPE)
 
 # Is it clean, is it exported, is it still true?
-test: install clean-check notebooks units smoke
+# The notebooks come after smoke and share its store: what a section makes there is not made again.
+test: install clean-check smoke notebooks units
 
 clean-check: install
 	$(BIN)/python tests/clean_check.py
 
 notebooks: install
-	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --n_workers 2 --timing
+	cd nbs && OMP_NUM_THREADS=1 OCTOMED_STORE=$(CURDIR)/outputs/test-smoke/store ../$(BIN)/nbdev_test --n_workers 2 --timing
 
 units: install
 	$(BIN)/python -m pytest tests -q -rs --timeout 300
