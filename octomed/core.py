@@ -86,12 +86,14 @@ def read_ahead(path):
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as f: _soon(f)
 
 def file_digest(path) -> str:
-    "SHA-256 of a file's bytes, the identity of anything that comes from outside; while a part is hashed, the next is read from the disk."
-    key, at = hashlib.sha256(), 0
+    "BLAKE3 of a file's bytes, the identity of anything that comes from outside; while a part is hashed, the next is read from the disk."
+    from blake3 import blake3   # as safe as SHA-256 and faster than a disk, on any processor
+    key, at = blake3(), 0
     with open(path, "rb", buffering=0) as f:
-        buffer = memoryview(bytearray(min(os.fstat(f.fileno()).st_size, 1 << 20) or 1 << 16))
+        size = os.fstat(f.fileno()).st_size
+        buffer = memoryview(bytearray(min(size, 1 << 20) or 1 << 16))
         while n := f.readinto(buffer):
-            _soon(f, at := at + n, len(buffer))
+            if (at := at + n) < size: _soon(f, at, len(buffer))
             key.update(buffer[:n])
     return key.hexdigest()
 

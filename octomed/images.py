@@ -201,8 +201,9 @@ def open_image(
 
 # %% ../nbs/02_images.ipynb #bd8b916e
 def file_hash(source) -> str:
-    "SHA-256 of an image file's bytes; of the bytes themselves where they are given."
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else file_digest(source)
+    "BLAKE3 of an image file's bytes; of the bytes themselves where they are given. Equal bytes are what the paper's hash finds (§3), whichever it is."
+    from blake3 import blake3
+    return blake3(source).hexdigest() if isinstance(source, bytes) else file_digest(source)
 
 def pixel_hash(img: Image.Image) -> str:
     "32 hexadecimal characters over mode, width × height and pixels: the same picture whatever its encoding."
@@ -352,7 +353,7 @@ def image_keys(
 class Picture:
     "An image of a set, by its keys."
     row: int                     # whose image it is: a place in the rows that were given
-    file: str | None = None      # SHA-256 of the file's bytes; None where only the pixels are known
+    file: str | None = None      # BLAKE3 of the file's bytes; None where only the pixels are known
     pixels: str | None = None    # pixel hash; None where it cannot be read
     label: str | None = None
     stem: str = ""               # of a question: another question about the same picture may well have another answer

@@ -1,9 +1,10 @@
 "Images: opened safely, resized by each family's rule, named, kept, and seen alike by training, inference and the model's own processor."
-import hashlib, io, json, os, struct, subprocess, sys, zlib
+import io, json, os, struct, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import assume, given, settings, strategies as st
 from PIL import Image
 
@@ -373,7 +374,7 @@ def test_file_hashes_are_those_of_the_bytes_with_and_without_reading_ahead(tmp_p
     data = [os.urandom(n) for n in (0, 1, 20_000, (1 << 20) - 1, 1 << 20, (3 << 20) + 7)]*3
     paths = [tmp_path/str(n) for n in range(len(data))]
     for p, d in zip(paths, data): p.write_bytes(d)
-    for workers in (1, 2): assert file_hashes(paths, workers) == [hashlib.sha256(d).hexdigest() for d in data]
+    for workers in (1, 2): assert file_hashes(paths, workers) == [blake3(d).hexdigest() for d in data]
     with pytest.raises(FileNotFoundError): file_hashes([*paths, tmp_path/"gone"])
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
