@@ -77,24 +77,24 @@ def digest(
     return hashlib.blake2b(canonical(objs).encode(), digest_size=size//2).hexdigest()
 
 # %% ../nbs/00_core.ipynb #1fc6263c
-def _soon(f, at: int = 0, size: int = 0):
-    "Have the system read a part of an open file meanwhile (size 0: the rest, or as much as it takes at once), where it offers that."
-    with contextlib.suppress(AttributeError, OSError): os.posix_fadvise(f.fileno(), at, size, os.POSIX_FADV_WILLNEED)
+def _advise(f: int, advice: str):
+    "Tell the system how an open file will be read, where it takes advice."
+    with contextlib.suppress(AttributeError, OSError): os.posix_fadvise(f, 0, 0, getattr(os, f"POSIX_FADV_{advice}"))
 
 def read_ahead(path):
     "Have the system begin to read a file, so that whoever reads it next need not wait; what cannot be opened is left to them."
-    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as f: _soon(f)
+    with contextlib.suppress(OSError):
+        f = os.open(path, os.O_RDONLY)
+        _advise(f, "WILLNEED"); os.close(f)
 
 def file_digest(path) -> str:
-    "BLAKE3 of a file's bytes, the identity of anything that comes from outside; while a part is hashed, the next is read from the disk."
+    "BLAKE3 of a file's bytes, the identity of anything that comes from outside; while a part is hashed, the next are read from the disk."
     from blake3 import blake3   # as safe as SHA-256 and faster than a disk, on any processor
-    key, at = blake3(), 0
     with open(path, "rb", buffering=0) as f:
-        size = os.fstat(f.fileno()).st_size
-        buffer = memoryview(bytearray(min(size, 1 << 20) or 1 << 16))
-        while n := f.readinto(buffer):
-            if (at := at + n) < size: _soon(f, at, len(buffer))
-            key.update(buffer[:n])
+        if os.fstat(f.fileno()).st_size <= 1 << 20: return blake3(f.readall()).hexdigest()
+        key, buffer = blake3(), memoryview(bytearray(1 << 20))
+        _advise(f.fileno(), "SEQUENTIAL")
+        while n := f.readinto(buffer): key.update(buffer[:n])
     return key.hexdigest()
 
 @lru_cache(1 << 16)
