@@ -311,8 +311,14 @@ def file_hashes(
     workers: int | None = None,  # threads; by default the cores
     desc: str = "file hashes",
 ) -> list[str]:
-    "`file_hash` of many files, in order."
-    return _in_order(paths, file_hash, workers, desc)
+    "`file_hash` of many files, in order; of a few at a time, which the system reads while the first of them is hashed."
+    def some(part):
+        for p in part: read_ahead(p)
+        return [file_hash(p) for p in part]
+    paths = list(paths)
+    parts = [paths[n:n + AHEAD] for n in range(0, len(paths), AHEAD)]
+    with ThreadPoolExecutor(workers or _cores()) as pool:
+        return [h for part in progress(pool.map(some, parts), total=len(parts), desc=desc) for h in part]
 
 # %% ../nbs/02_images.ipynb #0b1c9c09
 def intake_all(

@@ -384,7 +384,8 @@ def test_files_are_read_ahead_of_their_turn_and_no_further(tmp_path, monkeypatch
     monkeypatch.setattr(images, "read_ahead", lambda p: events.append(("ahead", int(p.name))))
     monkeypatch.setattr(images, "file_hash", lambda p: events.append(("hash", int(p.name))))
     file_hashes(paths, 1)
-    assert events == [e for n in range(30) for e in ([("ahead", n + images.AHEAD)] if n + images.AHEAD < 30 else []) + [("hash", n)]]
+    parts = [range(n, min(n + images.AHEAD, 30)) for n in range(0, 30, images.AHEAD)]
+    assert events == [(what, n) for part in parts for what in ("ahead", "hash") for n in part]
 
 # --- the report ----------------------------------------------------------------------------------------------------------
 
