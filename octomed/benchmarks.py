@@ -8,9 +8,9 @@ __all__ = ['BENCHES', 'TEXT', 'SIZES', 'LEVELS', 'QUANTILES', 'PLAIN', 'DATATROV
            'row', 'spread', 'repeated', 'ratio', 'took', 'in_turns', 'over', 'benchmark', 'measured', 'Timed', 'timed',
            'peer', 'small_arm', 'small_student', 'small_rows', 'lengths', 'salad', 'made_up', 'corpus',
            'octomed_decontaminates', 'contestants', 'compared', 'alone', 'bench_decontaminate', 'bench_images',
-           'bench_formats', 'traces', 'bench_answers', 'bench_answers_hostile', 'bench_engines', 'local_server',
-           'bench_client', 'responses', 'bench_ledger', 'bench_ledger_index', 'recipe_lengths', 'first_fit',
-           'bench_packing', 'batchings', 'computed', 'one_thread', 'bench_packed_training', 'exported', 'kept_gradient',
+           'bench_formats', 'traces', 'bench_answers', 'bench_answers_hostile', 'bench_engines', 'bench_client',
+           'responses', 'bench_ledger', 'bench_ledger_index', 'recipe_lengths', 'first_fit', 'bench_packing',
+           'batchings', 'computed', 'one_thread', 'bench_packed_training', 'exported', 'kept_gradient',
            'defined_gradient', 'fitted_gradient', 'beside', 'Trainer', 'peer_gradient', 'gradients', 'in_laps',
            'entered', 'speeds', 'bench_trainers', 'judged', 'table_of']
 
@@ -19,7 +19,7 @@ import asyncio, contextlib, copy, csv, io, json, math, os, random, re, resource,
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,7 +41,7 @@ from .ledger import Keeper, Ledger
 from .packing import pack, packed_groups, packed_loss_sum, use_packed_attention
 from .questions import identity_of, load, source_of
 from .render import Pixels, Row, collate, load_rows, save_rows
-from .servers import OpenAIEngine
+from .servers import OpenAIEngine, on_loopback
 from .stats import Interval
 from .store import locked, run, stage, workers_here
 from .train import Schedule, base_student, fit, load_student
@@ -624,14 +624,6 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self): self.reply(b'{"object": "list", "data": []}')
     def do_POST(self): self.rfile.read(int(self.headers["Content-Length"])); self.reply(_PART*16 + _LAST)
 
-@contextlib.contextmanager
-def local_server():
-    "The address of a server that answers every chat at once, in sixteen pieces."
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers); server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
-    try: yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally: server.shutdown(); server.server_close()
-
 # %% ../nbs/90_benchmarks.ipynb #6edc1165
 def _official(url: str, samples: int):
     "The official client alone."
@@ -651,7 +643,7 @@ def _by_engine(engine: OpenAIEngine, samples: int):
 @benchmark(samples=1000, rounds=5)
 def bench_client(samples: int = 20, rounds: int = 1) -> list[dict]:
     "Microseconds a sample of `OpenAIEngine` beside the official client alone."
-    with local_server() as url, patch.dict(os.environ, BENCH_BASE_URL=url):
+    with on_loopback(_Answers) as url, patch.dict(os.environ, BENCH_BASE_URL=url):
         engine = OpenAIEngine("m", "BENCH", model="m")
         ways = {"OpenAIEngine": lambda: took(_by_engine, engine, samples), "openai, its client alone": lambda: took(_official, url, samples)}
         for way in ways.values(): way()   # both are warm then

@@ -277,33 +277,23 @@ def _cores() -> int:
 
 AHEAD = 8   # files that are read from the disk while others are hashed
 
-def _in_order(
-    sources,              # files, or anything that `f` takes
-    f,
-    workers: int | None,  # threads; by default the cores
-    desc: str,
-) -> list:  # f of each source
-    def one(source, later):
-        if isinstance(later, (str, os.PathLike)): read_ahead(later)
-        return f(source)
-    sources = list(sources)
-    with ThreadPoolExecutor(workers or _cores()) as pool:
-        return list(progress(pool.map(one, sources, sources[AHEAD:] + [None]*AHEAD), total=len(sources), desc=desc))
-
 def _each(
     sources,              # image files, or anything that `open_image` takes
     do,                   # (source, its bytes or None, its file hash or None) → result
     workers: int | None,
     desc: str,
 ) -> list:  # for each source its result, or the `OctomedError` that refused it
-    def one(source):
+    def one(source, later):
+        if isinstance(later, (str, os.PathLike)): read_ahead(later)
         try:
             data = None if isinstance(source, Image.Image) else _bytes(source)
             return do(source, data, data and file_hash(data))
         except OctomedError as e:
             if isinstance(e.__cause__, OSError): raise   # the disk's fault, not the image's
             return e
-    return _in_order(sources, one, workers, desc)
+    sources = list(sources)
+    with ThreadPoolExecutor(workers or _cores()) as pool:
+        return list(progress(pool.map(one, sources, sources[AHEAD:] + [None]*AHEAD), total=len(sources), desc=desc))
 
 # %% ../nbs/02_images.ipynb #3908190c
 def file_hashes(

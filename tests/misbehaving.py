@@ -1,7 +1,8 @@
 """A local server that speaks OpenAI's protocol and misbehaves on purpose."""
 import json, threading, time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from octomed.servers import on_loopback
 
 
 def chunks(text="<think>I see.</think> <answer>B</answer>", finish="stop", model="fake-1", **delta):
@@ -106,8 +107,4 @@ def out_of_resources(h, body): h.stream(chunks("<think>I", finish="insufficient_
 def serving():
     "(what it does, its address) of a server on a free port."
     fake = Fake()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(fake))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True); thread.start()
-    try: yield fake, f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally: server.shutdown(); server.server_close(); thread.join()
+    with on_loopback(handler(fake)) as url: yield fake, url

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'EPOCHS', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED', 'TEACHERS', 'VOTE', 'SINGLE', 'CURVE',
-           'BESIDE', 'name', 'claims', 'scope', 'benchmarks', 'arms', 'taught_by', 'again', 'voted', 'paper_rows',
+           'BESIDE', 'scope', 'benchmarks', 'name', 'claims', 'arms', 'taught_by', 'again', 'voted', 'paper_rows',
            'medqa_rows', 'accuracies', 'curve', 'fit', 'foretold', 'judged', 'figure', 'epochs_figure', 'table_figure',
            'progress_figure', 'parameters_of', 'models_figure']
 
 # %% ../../nbs/paper/51_scaling.ipynb #fa23bf9c
 import re, time
+from functools import partial
 from dataclasses import replace
 from fractions import Fraction
 from math import log2
@@ -20,7 +21,7 @@ from ..answers import judge, majority_vote
 from ..distill import requests, route, subset
 from ..engines import teacher
 from ..evaluate import sampling_of
-from ..experiment import Arm, Claim, Results, above_chance, category_of, evaluations, finding, findings_frame, rows_frame, run_arms, schedule_of, stages, table, warm_up, write_results
+from ..experiment import Arm, Claim, Results, above_chance, evaluations, finding, findings_frame, first_of_each, rows_frame, run_arms, schedule_of, scoped, stages, table, warm_up, write_results
 from ..ledger import Ledger, draw
 from .sourcing import BEFORE, EVERYWHERE, Everywhere
 from ..prompts import load_template
@@ -58,15 +59,9 @@ def claims() -> list[Claim]:
     ]
 
 # %% ../../nbs/paper/51_scaling.ipynb #90c1aa38
-def scope(recipe: Recipe) -> Recipe:
-    "The recipe as this section uses it: its own number of samples and of test questions."
-    p = recipe.of("51_scaling")
-    return replace(recipe, common=replace(recipe.common, samples=p["samples"], benchmark_limit=p["limit"]))
+scope = partial(scoped, section="51_scaling")   # the recipe as this section uses it: its own number of samples and of test questions
 
-def benchmarks(recipe: Recipe) -> tuple[str, ...]:
-    "The recipe's benchmarks, or the first few of each category."
-    n, found = recipe.of("51_scaling")["each"], {c: [b for b in recipe.common.benchmarks if category_of(b) == c] for c in CATEGORIES}
-    return tuple(b for bs in found.values() for b in bs[:n or None])
+benchmarks = partial(first_of_each, section="51_scaling")   # the recipe's benchmarks, or the first few of each category
 
 # %% ../../nbs/paper/51_scaling.ipynb #0b2aa32b
 def arms(recipe: Recipe) -> dict[str, Arm]:
