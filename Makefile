@@ -26,14 +26,15 @@ reproduce: install
 	$(BIN)/octomed report $(RECIPE)
 
 # Is it clean, is it exported, is it still true?
-# The notebooks come after smoke and share its store: what a section makes there is not made again.
+# The sections' notebooks come after smoke and share its store: what they make there is not made again.
 test: install clean-check smoke notebooks units
 
 clean-check: install
 	$(BIN)/python tests/clean_check.py
 
 notebooks: install
-	cd nbs && OMP_NUM_THREADS=1 OCTOMED_STORE=$(CURDIR)/outputs/test-smoke/store ../$(BIN)/nbdev_test --n_workers 2 --timing
+	cd nbs && OMP_NUM_THREADS=1 OCTOMED_STORE=$(CURDIR)/outputs/test-smoke/store ../$(BIN)/nbdev_test --path paper --n_workers 2 --timing
+	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --skip_folder_re '^([_.]|paper$$)' --n_workers 2 --timing
 
 units: install
 	$(BIN)/python -m pytest tests -q -rs --timeout 300
@@ -41,7 +42,7 @@ units: install
 # Into a store of its own, so that nothing found there makes it shorter.
 smoke: install
 	rm -rf outputs/test-smoke
-	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed run smoke
+	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed run smoke --jobs 2
 	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed report smoke
 
 # Results, figures and cards of a complete run on a clean tree, kept in the repository.

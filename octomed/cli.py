@@ -104,7 +104,8 @@ def run(args):
         rehearse(args.recipe, args.only)
         return
     from octomed.runner import run_recipe
-    run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes)
+    if args.jobs > 1 and args.arm: raise UsageError("--jobs runs sections side by side and --arm runs none: leave out one of them")
+    run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes, jobs=args.jobs)
 
 def status(args):
     "Where a recipe stands."
@@ -298,6 +299,7 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--arm", metavar="NAME", help="make only this arm's stages")
             p.add_argument("--fresh", action="store_true", help="make every stage again; no generation is deleted")
             p.add_argument("--minutes", type=float, metavar="N", help="stop after so many minutes with everything kept; the same command goes on")
+            p.add_argument("--jobs", type=_whole, default=1, metavar="N", help="so many sections at a time (default: 1)")
             p.add_argument("--rehearse", action="store_true", help="all code paths with random small weights and a handful of questions, under outputs/RECIPE-rehearsal")
             p.add_argument("--on", choices=["local", "slurm"], default="local", help="this machine, or jobs of a Slurm cluster (default: local)")
             p.add_argument("--cluster", metavar="FILE", help="what the jobs ask for; by default nbs/recipes/cluster/RECIPE.yaml")

@@ -283,7 +283,7 @@ def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
     for t in map(load_template, MODES.get(form, (form,))):
         once = not accepted or form in MODES and not t.think_first
         target = (lambda r: r["response"]) if t.think_first else (lambda r: direct_target(boxed_as(qs[r["question"]], answer)))
-        pairs += [(render(t, qs[r["question"]]), target(r)) for r in ([{"question": id} for id in qs] if once else read_jsonl(accepted/"traces.jsonl"))]
+        pairs += [(render(t, qs[r["question"]]), target(r), r["question"]) for r in ([{"question": id} for id in qs] if once else read_jsonl(accepted/"traces.jsonl"))]
     on_grid(list(qs.values()), max_pixels, processor)
     save_rows(out, *render_rows(processor, pairs, max_pixels, cutoff))
 
@@ -309,7 +309,7 @@ def chats(out, sources, seed, max_pixels):
 def rendered_chats(out, chats, base, max_pixels, cutoff):
     "Every answer of every chat as the student's tokens."
     from octomed.render import processor_of, render_rows, save_rows
-    pairs = [pair for c in read_jsonl(chats/"chats.jsonl") for pair in turns(c)]
+    pairs = [(*pair, c["origin"]) for c in read_jsonl(chats/"chats.jsonl") for pair in turns(c)]
     save_rows(out, *render_rows(processor_of(base), pairs, max_pixels, cutoff))
 
 # %% ../nbs/11_distill.ipynb #368e1a93

@@ -337,7 +337,7 @@ def _judged(s: Source, rows: list, images: bool, max_pixels: int, family: str) -
 def load_report(
     spec: str,                     # `name:split`, as `octomed sources` lists them
     limit: int | None = None,      # at most so many rows, drawn by a seed of the source's own
-    images: bool = True,           # take images into the store; False only names them, which gives other ids
+    images: bool = True,           # take images into the store; False only names them, which gives other ids. Pictures that are made here are always stored
     max_pixels: int = MAX_PIXELS,  # size of the stored images (paper: 262,144)
     family: str = "qwen2_5_vl",    # whose grid
     folder=None,                   # where the files lie; by default OCTOMED_DATA
@@ -347,7 +347,7 @@ def load_report(
     s = source_of(spec)
     if s.role == "comparison": raise UsageError(f"{spec} holds chats and no questions: read it with octomed.questions.read_chats")
     if s.make:
-        made = list(s.make(limit=limit, max_pixels=max_pixels if images else None))
+        made = list(s.make(limit=limit, max_pixels=max_pixels))
         bad = [(q.origin or q.id, why) for q in made if (why := flaw(q, s.role == "benchmark"))]
         return Loaded(spec, "made here", len(made), [q for q in made if not flaw(q, s.role == "benchmark")], bad)
     where, pairs = _rows(s, folder, revision, pictures=images)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['processor_of', 'chat_images', 'chat_text', 'Pixels', 'collate', 'encode', 'Row', 'row', 'render_rows', 'save_rows',
-           'load_rows']
+           'Rows', 'load_rows', 'tokens_of']
 
 # %% ../nbs/12_render.ipynb #66584ea7
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from .core import OctomedError, pinned, read_jsonl, write_json
@@ -85,26 +86,27 @@ def encode(processor, texts: list[str], images: list[list[str]], max_pixels: int
 # %% ../nbs/12_render.ipynb #03e4d3df
 @dataclass(frozen=True)
 class Row:
-    "One example: token ids, how many of them are prompt, and its images."
+    "One example: token ids, how many of them are prompt, its images, and the question that it is of."
     input_ids: list[int]
     prompt: int
     images: list[str]
+    question: str = ""
 
-def row(processor, messages: list, response: str, max_pixels: int) -> Row:
+def row(processor, messages: list, response: str, max_pixels: int, question: str = "") -> Row:
     "A trace as tokens: everything after the first `prompt` ids is trained, the end token too. Raises `OctomedError` for an empty response."
     tok = processor.tokenizer
     if not response.strip(): raise OctomedError("a sample has no token to train on: drop samples with an empty response")
     prompt = tok(chat_text(processor, messages, max_pixels))["input_ids"]
-    return Row(prompt + tok(response)["input_ids"] + [tok.eos_token_id], len(prompt), chat_images(messages))
+    return Row(prompt + tok(response)["input_ids"] + [tok.eos_token_id], len(prompt), chat_images(messages), question)
 
 def render_rows(
     processor,
-    pairs: list,       # (messages, response)
+    pairs: list,       # (messages, response), or (messages, response, question)
     max_pixels: int,
     cutoff: int,       # longest row in tokens
 ) -> tuple[list[Row], dict]:  # rows, and what became of the pairs
     "Render traces, and say what was dropped. Raises `OctomedError` when nothing is left."
-    rows = [row(processor, m, r, max_pixels) for m, r in pairs]
+    rows = [row(processor, m, r, max_pixels, *of) for m, r, *of in pairs]
     kept = [r for r in rows if len(r.input_ids) <= cutoff]
     funnel = {"in": len(rows), "over_long": len(rows) - len(kept), "kept": len(kept), "tokens": sum(len(r.input_ids) for r in kept),
               "response_tokens": sum(len(r.input_ids) - r.prompt for r in kept), "visual_tokens": sum(i == processor.image_token_id for r in kept for i in r.input_ids)}
@@ -113,12 +115,27 @@ def render_rows(
 
 # %% ../nbs/12_render.ipynb #32d854c4
 def save_rows(out: Path, rows: list[Row], funnel: dict):
-    "Rendered rows as Parquet, their counts beside them."
-    import pyarrow as pa, pyarrow.parquet as pq
-    pq.write_table(pa.table({"input_ids": [r.input_ids for r in rows], "prompt": [r.prompt for r in rows], "images": pa.array([r.images for r in rows], pa.list_(pa.string()))}), out/"rows.parquet")
+    "Rendered rows as an Arrow file, their counts beside them."
+    import pyarrow as pa
+    schema = pa.schema({"input_ids": pa.list_(pa.int32()), "prompt": pa.int32(), "images": pa.list_(pa.string()), "question": pa.string()})
+    with pa.ipc.new_file(str(out/"rows.arrow"), schema) as f: f.write_table(pa.table({n: [getattr(r, n) for r in rows] for n in schema.names}, schema=schema), max_chunksize=10_000)
     write_json(out/"funnel.json", funnel)
 
-def load_rows(folder: Path) -> list[Row]:
+class Rows(Sequence):
+    "Saved rows, mapped from the disk: one is read when it is asked for, and all processes of a machine share the pages."
+    def __init__(self, path: Path):
+        import pyarrow as pa
+        self.columns = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    def __len__(self): return self.columns.num_rows
+    def __getitem__(self, i: int) -> Row:
+        ids, *rest = (c[i] for c in self.columns.columns)
+        return Row(ids.values.to_numpy().tolist(), *(v.as_py() for v in rest))
+def load_rows(folder: Path) -> Rows:
     "The rows that `save_rows` wrote."
-    import pyarrow.parquet as pq
-    return [Row(**r) for r in pq.read_table(folder/"rows.parquet").to_pylist()]
+    return Rows(folder/"rows.arrow")
+
+def tokens_of(rows: list[Row] | Rows) -> int:
+    "Tokens of all rows together."
+    import pyarrow.compute as pc
+    if isinstance(rows, Rows): return pc.sum(pc.list_value_length(rows.columns["input_ids"])).as_py() or 0
+    return sum(len(r.input_ids) for r in rows)

@@ -7,10 +7,11 @@ __all__ = ['SECRET', 'NOISE', 'ANSI', 'LINES', 'redacted', 'Log', 'SectionFailed
            'notebook_stage', 'check_results', 'publish', 'run_recipe', 'status']
 
 # %% ../nbs/22_runner.ipynb #525e20f2
-import contextlib, json, os, re, shutil, signal, sys, threading, time
+import contextlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
+from tqdm.auto import tqdm
 from .core import LOADED, OctomedError, Recipe, UsageError, atomic_write, load_recipe, root, shipped
-from .store import Outside, Stage, StageFunction, modules_digest, run, section_code
+from .store import Outside, Stage, StageFunction, modules_digest, run, section_code, workers_here
 from .plan import Section, asked, folder_of, parameters, read_json, reference_of, sections
 
 # %% ../nbs/22_runner.ipynb #63d82f84
@@ -37,7 +38,6 @@ class Log:
     "Lines for the terminal and for `outputs/<recipe>/run.log`, without secrets."
     def __init__(self, path: Path): self.path, self.rest, self.last = path, "", 0.0
     def say(self, line: str):
-        from tqdm.auto import tqdm
         line = redacted(line)
         tqdm.write(line, file=sys.stderr)
         with contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.ERROR); logging.getLogger("traitlets").setLevel(logging.CRITICAL)
     _engine()
     keep, error, names = [], None, paths_of(out, shown)
-    ready = [f"--IPKernelApp.exec_lines=from octomed.store import warm; warm('octomed.experiment', *{[*LOADED]})"]*hasattr(section.module, "arms")   # its workers' server imports while it starts
+    ready = [f"--IPKernelApp.exec_lines=from octomed.store import warm; warm('octomed.experiment', *{[*LOADED]})"]*(hasattr(section.module, "arms") and os.environ.get("OCTOMED_WORKERS") != "1")   # its workers' server imports while it starts
     try:
         papermill.execute_notebook(
             str(section.path), None, values, engine_name="octomed", keep=keep, kernel_name="python3", cwd=str(root()), request_save_on_cell_execute=False,
@@ -235,6 +235,7 @@ def run_recipe(
     fresh: bool = False,            # make every stage again; no generation is deleted
     minutes: float | None = None,   # stop after so many, with everything kept; None: run to the end
     notebooks: Path | None = None,  # by default `notebooks_dir()`
+    jobs: int = 1,                  # sections that run at a time; each makes its stages in so much fewer processes
 ) -> dict:                          # {"ran": sections, "skipped": sections}
     "Run a recipe's sections in the paper's order. Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."
     recipe = load_recipe(name)
@@ -244,7 +245,7 @@ def run_recipe(
     old = os.environ.get("OCTOMED_FRESH")
     if fresh: os.environ["OCTOMED_FRESH"] = str(time.time())
     with _stoppable(), _slice(minutes):
-        try: return _run_arm(todo, recipe, arm) if arm else _run(todo, recipe, source)
+        try: return _run_arm(todo, recipe, arm) if arm else _run_beside(todo, recipe, source, jobs) if jobs > 1 else _run(todo, recipe, source)
         except KeyboardInterrupt: raise OctomedError(f"stopped: what was finished is kept, `octomed run {name}` goes on from there") from None
         finally:
             if fresh: os.environ.pop("OCTOMED_FRESH") if old is None else os.environ.update(OCTOMED_FRESH=old)
@@ -267,6 +268,29 @@ def _run(todo: list[Section], recipe: Recipe, source: str) -> dict:
     log.say(f"{recipe.name}: {len(ran)} sections in {_span(time.time() - started)}; see {where}, or `octomed report {source}`" if ran else
             f"{recipe.name}: nothing to do, all {len(todo)} sections are done")
     return {"ran": ran, "skipped": skipped}
+
+# %% ../nbs/22_runner.ipynb #e5b7a3c1
+def _run_beside(todo: list[Section], recipe: Recipe, source: str, jobs: int) -> dict:
+    "Run sections in processes of their own, so many at a time. Raises `SectionFailed` when those that run have ended."
+    waiting = [s for s in todo if not notebook_stage(s, recipe, source).done]
+    done, running, ran, failed = _run([s for s in todo if s not in waiting], recipe, source) if len(waiting) < len(todo) else {"skipped": []}, {}, [], []
+    env = {**os.environ, "OCTOMED_WORKERS": str(max(1, workers_here()//jobs)), "OMP_NUM_THREADS": "1", "OCTOMED_NOTEBOOKS": str(todo[0].path.parent)}
+    with tempfile.TemporaryDirectory() as said, tqdm(total=len(waiting), desc=recipe.name, file=sys.stderr, leave=False, disable=None) as bar:
+        try:
+            while running or waiting and not failed:
+                while waiting and not failed and len(running) < jobs:
+                    s = waiting.pop(0)
+                    with open(Path(said)/s.name, "w") as f: running[subprocess.Popen([sys.executable, "-m", "octomed.cli", "run", source, "--only", s.name], env=env, stdout=f, stderr=f)] = s.name, time.time()
+                    tqdm.write(f"{s.name} starts", file=sys.stderr)
+                time.sleep(0.1)
+                for p in [p for p in running if p.poll() is not None]:
+                    name, begun = running.pop(p); (failed if p.returncode else ran).append(name); bar.update()
+                    tqdm.write(f"{name} done in {_span(time.time() - begun)}" if not p.returncode else (Path(said)/name).read_text(), file=sys.stderr)
+        finally:
+            for p in running: p.terminate()
+            for p in running: p.wait()
+    if failed: raise SectionFailed(f"{' and '.join(failed)} failed, as told above: mend it and run again, what was finished is kept")
+    return {"ran": ran, "skipped": done["skipped"]}
 
 # %% ../nbs/22_runner.ipynb #7adbceea
 def _run_arm(todo: list[Section], recipe: Recipe, name: str) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWS', 'NEEDED', 'code_digest', 'modules_digest', 'section_code', 'Outside', 'Stage', 'StageFunction', 'stage',
-           'made', 'locked', 'run', 'warm', 'workers_here', 'run_all']
+           'made', 'locked', 'run', 'warm', 'workers_here', 'run_all', 'mapped']
 
 # %% ../nbs/01_store.ipynb #fef1ed87
 import ast, contextlib, fcntl, functools, importlib, inspect, json, linecache, os, shutil, sys, textwrap, time
@@ -320,7 +320,17 @@ def run_all(
     if not (groups := [g for g in ([s for s in group if not s.done] for group in groups) if g]): return
     if (n := workers_here()) == 1: return [_run_group(g) for g in groups]
     jobs, before = _jobs(groups)
+    with _pool(min(n, len(jobs))) as pool:
+        for _ in progress(_finished(pool, jobs, before), total=len(jobs), desc=desc): pass
+
+def _pool(n: int) -> ProcessPoolExecutor:
     log = store_dir()/"workers.log"   # what the workers say; their bars would write over each other
     log.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(min(n, len(jobs)), get_context(_start_method()), _worker, (_modules(), dict(os.environ), str(log))) as pool:
-        for _ in progress(_finished(pool, jobs, before), total=len(jobs), desc=desc): pass
+    return ProcessPoolExecutor(n, get_context(_start_method()), _worker, (_modules(), dict(os.environ), str(log)))
+
+def mapped(fn, items: list, few: int = 100) -> list:
+    "What a function of a module gives for each item; more than a `few` of them in the processes that stages run in. Alone where this is one of those, or a script, which they would run again."
+    main = sys.modules["__main__"]
+    script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")
+    if len(items) <= few or parent_process() or script or (n := workers_here()) == 1: return [fn(i) for i in items]
+    with _pool(n) as pool: return list(pool.map(fn, items, chunksize=max(1, few//4)))

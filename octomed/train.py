@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from .core import OctomedError, UsageError, Common, digest, pinned, progress, seed_for, write_jsonl, write_json
-from .render import Pixels, Row, collate, load_rows
+from .render import Pixels, Row, collate, load_rows, tokens_of
 from .packing import check_isolation, choose_attention, objective, on, packed_groups, packed_inputs, use_packed_attention
 from .checkpoints import checkpoints, random_states, read_checkpoint, restore_random, restore_state, state_of, write_checkpoint
 from .execution import Curve, Execution, accelerator_of, execution, launch, launch_command, stopping
@@ -232,10 +232,11 @@ class Keeper:
         print(f"  goes on from {found[-1].name}", file=sys.stderr, flush=True)
         return facts["log"]
 
-    def refuse(self, step: int, numbers: list[int]):
+    def refuse(self, step: int, numbers: list[int], chosen: list[Row]):
         "The sentence for a loss that is no number."
         found = checkpoints(self.folder) if self.folder else []
-        rows = ", ".join(map(str, sorted(numbers)[:64])) + (f" and {len(numbers) - 64} more" if len(numbers) > 64 else "")
+        named = [f"{n} ({r.question})" if r.question else str(n) for n, r in sorted(zip(numbers, chosen), key=lambda x: x[0])]
+        rows = ", ".join(named[:64]) + (f" and {len(named) - 64} more" if len(named) > 64 else "")
         kept = f", {found[-1]} is kept" if found else ""
         raise OctomedError(f"the loss is no longer a number at step {step}, whose rows are {rows}{kept}: look at them, or lower lr (now {self.loop.s.lr:g})")
 
@@ -269,7 +270,7 @@ def _fit(loop: Loop, rows, seed, steps, desc, folder) -> list[dict]:
         for numbers in bar:
             chosen, lr = [rows[i] for i in numbers], learning_rate(done, steps, loop.s)
             total, norm, note = loop.step(chosen, lr, STOP*bool(told) + keeper.due(done + 1))
-            if not (math.isfinite(total) and math.isfinite(norm)): keeper.refuse(done, numbers)
+            if not (math.isfinite(total) and math.isfinite(norm)): keeper.refuse(done, numbers, chosen)
             trained = sum(len(r.input_ids) - max(1, r.prompt) for r in chosen)
             log.append({"step": done, "lr": lr, "loss": total/trained, "norm": norm, "tokens": sum(len(r.input_ids) for r in chosen), "seconds": round(time.time() - start, 2)})
             done += 1; tell({"loss": total/trained, "norm": norm, "lr": lr}, step=done); curve(log)
@@ -321,7 +322,7 @@ def steps_for(rows: list[Row], s: Schedule) -> int:
 
 def matched_steps(rows: list[Row], s: Schedule, tokens: float) -> int:
     "Optimiser steps after which these rows have given that many tokens."
-    return max(1, round(tokens/(sum(len(r.input_ids) for r in rows)/len(rows)*min(s.batch, len(rows)))))
+    return max(1, round(tokens/(tokens_of(rows)/len(rows)*min(s.batch, len(rows)))))
 
 def make_student(out: Path, base, rendered, schedule: Schedule, seed: int, steps: int, max_pixels: int):
     "Train `base` on `rendered` rows and leave the student in `out`; every process of a run calls it."
@@ -342,7 +343,7 @@ def sft(out, base, rendered, schedule, seed, max_pixels, match=None):
     `base`: stage of a built student, or a hub id as text; `match`: rendered rows of the arm whose tokens this one shall read."""
     rows = load_rows(rendered)
     steps = steps_for(rows, schedule)
-    if match is not None: steps = matched_steps(rows, schedule, schedule.epochs*sum(len(r.input_ids) for r in load_rows(match)))
+    if match is not None: steps = matched_steps(rows, schedule, schedule.epochs*tokens_of(load_rows(match)))
     job = {"base": str(base), "rendered": str(rendered), "schedule": asdict(schedule), "seed": seed, "steps": steps, "max_pixels": max_pixels}
     if config := execution().accelerate:
         write_json(out/"job.json", job)

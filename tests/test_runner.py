@@ -236,6 +236,29 @@ def test_fault_7_two_runners_at_once(world):
     assert len(errs) == 2 and count.read_text() == "x" and world.states() == {"1_a": "done"}
 
 
+def test_sections_side_by_side(world, capfd):
+    meet = lambda me, other: f"pathlib.Path('{world.folder}/{me}').touch()\nwhile not pathlib.Path('{world.folder}/{other}').exists(): time.sleep(0.05)\nfinish({me!r}, n=n)"
+    world.section("0_z"); world.run(only="0_z")
+    world.section("1_a", body=meet("1_a", "2_b")).section("2_b", body=meet("2_b", "1_a")).section("3_c", values={"n": 7})
+    assert (got := world.run(jobs=2))["skipped"] == ["0_z"] and sorted(got["ran"]) == ["1_a", "2_b", "3_c"]   # one at a time, the first would wait for ever
+    assert world.rows("3_c") == [{"n": 7}] and set(world.states().values()) == {"done"} and "3_c done in" in capfd.readouterr().err
+    assert world.run(jobs=2) == {"ran": [], "skipped": ["0_z", "1_a", "2_b", "3_c"]}
+
+
+def test_a_failure_beside_others_lets_them_end_and_starts_no_more(world, capfd):
+    world.section("1_a", body="1/0").section("2_b", body="time.sleep(4)\nfinish('2_b')").section("3_c")
+    with pytest.raises(SectionFailed, match="1_a failed, as told above"): world.run(jobs=2)
+    assert "ZeroDivisionError" in capfd.readouterr().err and world.states() == {"1_a": "failed", "2_b": "done", "3_c": "missing"}
+
+
+def test_side_by_side_stops_with_everything_it_started(world):
+    for n in "ab": world.section(f"1_{n}", body="time.sleep(600)")
+    begun = time.time()
+    with pytest.raises(OctomedError, match="stopped: what was finished is kept"): world.run(jobs=2, minutes=0.15)
+    assert not [p for p in children(os.getpid()) if "octomed.cli" in Path(f"/proc/{p}/cmdline").read_text()]
+    assert time.time() - begun < 60 and set(world.states().values()) == {"missing"}
+
+
 def test_fault_8_a_finished_run_does_nothing(world, capfd):
     world.section("1_a"); world.run()
     before = world.bytes(); capfd.readouterr()

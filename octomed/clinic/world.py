@@ -7,20 +7,20 @@ __all__ = ['WORLD_REVISION', 'STEPS', 'HARMLESS', 'SIZES', 'PICTURES', 'KINDS', 
            'conditions', 'harms', 'factor_of', 'listed', 'pick', 'some', 'say', 'decides', 'facts_of', 'values',
            'option_practice', 'glossary', 'textbook', 'Truth', 'chain', 'result', 'mates', 'distractors',
            'shown_with_image', 'patient', 'stem_of', 'vignette', 'placed', 'picture_key', 'drawn', 'key_name',
-           'pictures', 'looking', 'reasoning', 'plan', 'for_test', 'asked', 'questions', 'reference', 'ties',
-           'phrases_in', 'one_fact_oracle', 'asks_for', 'full_oracle', 'oracle_table', 'atlas', 'strings', 'corpus',
-           'vocabulary', 'world_identity']
+           'pictures', 'looking', 'reasoning', 'plan', 'for_test', 'asked', 'plans', 'planned', 'questions',
+           'reference', 'ties', 'phrases_in', 'one_fact_oracle', 'asks_for', 'full_oracle', 'oracle_table', 'atlas',
+           'strings', 'corpus', 'vocabulary', 'world_identity']
 
 # %% ../../nbs/clinic/18_world.ipynb #2bbecd9d
-import json, re
-from dataclasses import dataclass
+import json, os, random, re
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import combinations
+from itertools import combinations, count
 import numpy as np
-from ..core import OctomedError, atomic_write, content, digest, seed_for, shipped, store_dir
-from ..images import MAX_PIXELS, image_path, intake, pixel_hash
+from ..core import OctomedError, atomic_write, content, digest, read_jsonl, seed_for, shipped, store_dir, write_jsonl
+from ..images import MAX_PIXELS, image_path, intake
 from ..questions import Question, Source, register
-from ..store import code_digest
+from ..store import code_digest, locked, mapped, run, stage
 from .drawings import CLASSES, DRAWINGS_REVISION, draw
 
 # %% ../../nbs/clinic/18_world.ipynb #688c7a42
@@ -286,16 +286,25 @@ def key_name(key: tuple) -> str: return "/".join(map(str, key))
 
 def pictures(
     keys,                          # arguments of `draw`
-    max_pixels: int | None = None, # area of the stored picture; None gives the hashes alone
+    max_pixels: int | None = None, # area of the stored picture; None: any will do
 ) -> list[str]:                    # pixel hashes
     "The drawings' pixel hashes; draws and stores what is not there."
-    known = drawn(); before = len(known)
-    for key in dict.fromkeys(keys):
-        name = key_name(key)
-        if name in known and (max_pixels is None or image_path(known[name], max_pixels).exists()): continue
-        known[name] = pixel_hash(draw(*key)) if max_pixels is None else intake(draw(*key), max_pixels=max_pixels)
-    if len(known) > before: atomic_write(_index(), json.dumps({**drawn(), **known}))
+    classes = {}
+    for k in _lacking(keys, max_pixels): classes.setdefault((*k[:2], k[2]//100_000, k[3]), []).append(k)
+    together = list(classes.values()); random.Random(os.getpid()).shuffle(together)   # processes that need the same begin at different classes
+    mapped(partial(_draw_class, max_pixels), together, few=4)
+    known = drawn()
     return [known[key_name(k)] for k in keys]
+
+def _lacking(keys, max_pixels: int | None) -> list[tuple]:
+    known, there = drawn(), lambda hash: max_pixels is None or image_path(hash, max_pixels).exists()
+    return [k for k in dict.fromkeys(keys) if not ((hash := known.get(key_name(k))) and there(hash))]
+
+def _draw_class(max_pixels: int | None, keys: list[tuple]):
+    "Draw and store what is not there of one class and pool."
+    with locked(f"drawing {key_name((*keys[0][:2], keys[0][2]//100_000, keys[0][3]))}".replace("/", " ")):
+        new = {key_name(k): intake(draw(*k), max_pixels=max_pixels or MAX_PIXELS) for k in _lacking(keys, max_pixels)}
+        with locked("drawings"): atomic_write(_index(), json.dumps({**drawn(), **new}))
 
 # %% ../../nbs/clinic/18_world.ipynb #348bd1fc
 def looking(source: str, split: str, i: int) -> tuple[str, Truth, tuple]: # stem, truth, picture
@@ -339,23 +348,35 @@ def asked(source: str, split: str, i: int, stem: str, t: Truth, image: str | Non
     return q
 
 # %% ../../nbs/clinic/18_world.ipynb #d40d5b24
+@stage
+def plans(out, source, split, world):
+    "Every question of a split before its picture is drawn: (its place, stem, truth, picture). `world`: the world's identity, part of the key."
+    if CATEGORY[source] != "text_only": found = {i: plan(source, split, i) for i in range(SIZES[source, split])}
+    else:
+        found, ids = {}, set()
+        for i in count():
+            if len(found) == SIZES[source, split]: break
+            stem, t, _ = plan(source, split, i); id = asked(source, split, i, stem, t, None).id
+            if id not in ids and (source == "clinic_boards" or for_test(id) == (split == "test")): found[i] = (stem, t, None); ids.add(id)
+    write_jsonl(out/"plans.jsonl", [[i, stem, asdict(t), key] for i, (stem, t, key) in found.items()])
+
+@lru_cache
+def planned(source: str, split: str, store) -> list[tuple[int, str, Truth, tuple | None]]:
+    "The rows of `plans`, which a store makes once."
+    rows, tuples = read_jsonl(run(plans(source=source, split=split, world=world_identity()))/"plans.jsonl"), ("findings", "options")
+    return [(i, stem, Truth(**{**t, **{k: tuple(t[k]) for k in tuples}}), key and tuple(key)) for i, stem, t, key in rows]
+
 def questions(
     source: str,                          # a clinic source
     split: str = "test",
     limit: int | None = None,             # only the first so many
-    max_pixels: int | None = MAX_PIXELS,  # area of the stored pictures; None stores none
+    max_pixels: int | None = MAX_PIXELS,  # area of the stored pictures
 ) -> list[Question]:
     "The questions of a split, always the same. Raises `OctomedError` for a split that does not exist."
     if (source, split) not in SIZES: raise OctomedError(f"the clinic has no {source}:{split}; choose from {', '.join(map(':'.join, SIZES))}")
-    n = min(SIZES[source, split] if limit is None else limit, SIZES[source, split])
-    if CATEGORY[source] != "text_only":
-        plans = [plan(source, split, i) for i in range(n)]
-        return [asked(source, split, i, stem, t, image) for i, ((stem, t, _), image) in enumerate(zip(plans, pictures([p[2] for p in plans], max_pixels)))]
-    out, i = {}, 0
-    while len(out) < n:
-        stem, t, _ = plan(source, split, i); q = asked(source, split, i, stem, t, None); i += 1
-        if source == "clinic_boards" or for_test(q.id) == (split == "test"): out.setdefault(q.id, q)
-    return list(out.values())
+    found = planned(source, split, store_dir())[:limit]
+    images = pictures([key for *_, key in found if key], max_pixels) or [None]*len(found)
+    return [asked(source, split, i, stem, t, image) for (i, stem, t, _), image in zip(found, images)]
 
 # %% ../../nbs/clinic/18_world.ipynb #8fc20b15
 @lru_cache
@@ -366,10 +387,9 @@ def _recall_text() -> None: # fills TRUTHS
 @lru_cache
 def _recall_images(n: int) -> None: # fills TRUTHS; n: pictures in the store, so that new ones are seen
     have = drawn()
-    for (source, split), size in SIZES.items():
-        plans = [(i, *plan(source, split, i)) for i in range(size)] if CATEGORY[source] != "text_only" else []
-        for i, stem, t, key in plans:
-            if key_name(key) in have: asked(source, split, i, stem, t, have[key_name(key)])
+    for source, split in SIZES:
+        for i, stem, t, key in planned(source, split, store_dir()):
+            if key and key_name(key) in have: asked(source, split, i, stem, t, have[key_name(key)])
 
 def reference(
     question_id: str,
@@ -472,7 +492,7 @@ def vocabulary() -> list[str]:
 @lru_cache
 def world_identity() -> str:
     "What a stage must know of the clinic: digest of its knowledge and of the code that asks, draws and writes."
-    return digest(WORLD_REVISION, DRAWINGS_REVISION, content(shipped("clinic", "world.yaml")), code_digest(questions, uses=(textbook, atlas, draw)))
+    return digest(WORLD_REVISION, DRAWINGS_REVISION, content(shipped("clinic", "world.yaml")), code_digest(plans, uses=(pictures, textbook, atlas, draw)))
 
 for (_name, _split), _size in SIZES.items():
     register(Source(_name, _split, CATEGORY[_name], "train" if _split == "train" else "benchmark", expected=_size, licence="Apache-2.0, made by this project",

@@ -194,8 +194,8 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     return (TEST,)
 
 def scope(recipe: Recipe) -> Recipe:
-    "The recipe as this section uses it: every test image is read."
-    return replace(recipe, common=replace(recipe.common, benchmark_limit=0))
+    "The recipe as this section uses it: its own number of test images."
+    return replace(recipe, common=replace(recipe.common, benchmark_limit=recipe.of("30_dataset")["tests"]))
 
 def inputs(recipe: Recipe) -> list:
     "The real files that this section reads, where they are at hand."
