@@ -42,7 +42,7 @@ def tasks(tmp_path_factory):
 
 def test_traces_are_the_rows_that_the_student_reads(processor):
     rendered = load_rows(run(stages(ARM, COMMON)["rendered"]))
-    assert [row(processor, x.messages, x.response, COMMON.max_pixels) for x in traces(ARM, COMMON)[0]] == rendered
+    assert [row(processor, x.messages, x.response, COMMON.max_pixels) for x in traces(ARM, COMMON)[0]] == [replace(r, question="") for r in rendered]
 
 
 def test_fault_31_over_long_traces_are_dropped_whole_before_others_cut_them(processor):

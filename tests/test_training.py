@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from octomed.core import OctomedError
-from octomed.render import Pixels, Row, collate, encode, chat_text, chat_images, load_rows, render_rows, row, save_rows
+from octomed.render import Pixels, Row, collate, encode, chat_text, chat_images, load_rows, render_rows, row, save_rows, tokens_of
 from octomed.train import Schedule, fit, load_student, loss_sum, matched_steps, micro_batches, save_student, steps_for
 
 PIXELS = 12_544
@@ -63,9 +63,10 @@ def test_fault_31_over_long_rows_are_dropped_whole_and_counted(student, picture)
 
 def test_rows_survive_the_disk(student, picture, tmp_path):
     _, processor = student
-    rows, funnel = render_rows(processor, [(chat("which is it ?", picture), "\\boxed{A}"), (chat("which is it ?"), "\\boxed{B}")], PIXELS, 500)
+    rows, funnel = render_rows(processor, [(chat("which is it ?", picture), "\\boxed{A}"), (chat("which is it ?"), "\\boxed{B}", "q2")], PIXELS, 500)
     save_rows(tmp_path, rows, funnel)
-    assert load_rows(tmp_path) == rows
+    assert list(found := load_rows(tmp_path)) == rows and len(found) == 2 and found[1].question == "q2"
+    assert tokens_of(found) == tokens_of(rows) == sum(len(r.input_ids) for r in rows) == funnel["tokens"]
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
@@ -99,8 +100,8 @@ def test_a_loss_that_is_no_number_stops_the_run(student):
     model, processor = student
     m = copy.deepcopy(model)
     with torch.no_grad(): m.lm_head.weight[0, 0] = math.nan
-    rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)]
-    with pytest.raises(OctomedError, match="no longer a number at step 0"): fit(m, processor, rows, Schedule(batch=1), 0, 1, PIXELS)
+    rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS, "q7")]
+    with pytest.raises(OctomedError, match=r"no longer a number at step 0, whose rows are 0 \(q7\)"): fit(m, processor, rows, Schedule(batch=1), 0, 1, PIXELS)
 
 
 def test_frozen_parameters_do_not_move(student):
@@ -147,7 +148,7 @@ def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(
     save_student(tmp_path/"base", model, processor, [])
     def rows(form, accepted):
         rendered.fn(tmp_path/form, questions=tmp_path/"questions", accepted=accepted and tmp_path/"accepted", base=tmp_path/"base", form=form, answer="letter", max_pixels=PIXELS, cutoff=200)
-        return load_rows(tmp_path/form)
+        return list(load_rows(tmp_path/form))
     thinking, direct, hybrid = rows("cot", True), rows("direct", False), rows("hybrid", True)
     assert (len(thinking), len(direct)) == (4, 3) and hybrid == thinking + direct
     assert not {tuple(r.input_ids[:r.prompt]) for r in thinking} & {tuple(r.input_ids[:r.prompt]) for r in direct}, "the prompt does not tell the modes apart"
