@@ -45,9 +45,9 @@ smoke: install
 	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed run smoke --jobs 2
 	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed report smoke
 
-# Results, figures and cards of a complete run on a clean tree, kept in the repository.
+# Results, figures and cards of a complete run on a clean tree, kept in the repository; ONLY=54_families keeps those of one section.
 reference: install
-	$(BIN)/python -c "from octomed.report import reference; print(reference('$(RECIPE)'))"
+	$(BIN)/python -c "from octomed.report import reference; print(reference('$(RECIPE)', only='$(ONLY)' or None))"
 
 # Beside its peers, alone on the machine; rows and cards go to outputs/bench/.
 bench: install

@@ -324,18 +324,20 @@ def _dirty() -> bool:
 def reference(
     name: str,                      # a recipe's name
     notebooks: Path | None = None,
+    only: str | None = None,        # sections, with commas between them; None: all
 ) -> Path:                          # outputs/reference/<recipe>
-    "Copy results, figures and cards of a complete run to the reference. Raises `OctomedError` if the run is not complete, or the tree not clean."
+    "Copy results, figures and cards of a complete run to the reference. Raises `OctomedError` if one of the sections is not done, or the tree not clean."
     from octomed.runner import status
     recipe = load_recipe(name)
-    if left := [r["section"] for r in status(name, notebooks) if r["state"] != "done"]:
+    wanted = sections(recipe, only, notebooks)
+    if left := [r["section"] for r in status(name, notebooks) if r["state"] != "done" and r["section"] in {s.name for s in wanted}]:
         raise OctomedError(f"the run of {recipe.name} is not complete ({', '.join(left)}): run `octomed run {name}` first")
     if _dirty(): raise OctomedError("the working tree has changes: commit them, run the recipe again if code changed, then keep the reference")
     into, here = outputs_dir()/"reference"/recipe.name, folder_of(recipe)
-    kept = {f.relative_to(here): f for s in sections(recipe, None, notebooks) for part in ("results", "figures", "cards") for f in sorted((here/part).glob(f"{s.name}*")) if f.is_file()}
+    kept = {f.relative_to(here): f for s in wanted for part in ("results", "figures", "cards") for f in sorted((here/part).glob(f"{s.name}*")) if f.is_file()}
     for to, f in kept.items(): atomic_write(into/to, f.read_bytes())
-    for old in [f for part in ("results", "figures", "cards") for f in (into/part).glob("*") if f.relative_to(into) not in kept]: old.unlink()
-    for s in sections(recipe, None, notebooks): show_in_notebook(s, recipe.name)
+    for old in [f for part in ("results", "figures", "cards") for f in (into/part).glob("*") if f.relative_to(into) not in kept and (not only or f.name.startswith(tuple(s.name for s in wanted)))]: old.unlink()
+    for s in wanted: show_in_notebook(s, recipe.name)
     return into
 
 def show_in_notebook(section: Section, recipe: str):

@@ -95,14 +95,32 @@ def _adam(params: list, s: Schedule):
     import bitsandbytes
     return (bitsandbytes.optim.PagedAdamW8bit if s.optimizer.startswith("paged") else bitsandbytes.optim.AdamW8bit)(params, **given)
 
+def _muon(params: list, s: Schedule):
+    "Muon of a schedule. On a processor it orthogonalises in the weights' own precision: PyTorch's takes bf16 everywhere, which most processors only imitate, several times slower."
+    import torch
+    class InFull(torch.optim.Muon):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for g in self.param_groups:
+                (a, b, c), beta = g["ns_coefficients"], g["momentum"]
+                for p in (p for p in g["params"] if p.grad is not None):
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)).lerp_(p.grad, 1 - beta)
+                    wide = p.shape[0] <= p.shape[1]
+                    x = torch.nn.functional.normalize(p.grad.lerp(self.state[p]["momentum_buffer"], beta), dim=(0, 1), eps=g["eps"])
+                    x = x if wide else x.T
+                    for _ in range(g["ns_steps"]):
+                        gram = x @ x.T
+                        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                    p.mul_(1 - g["lr"]*g["weight_decay"]).add_(x if wide else x.T, alpha=-g["lr"]*0.2*max(p.shape)**0.5)   # match_rms_adamw
+    return (InFull if params[0].device.type == "cpu" else torch.optim.Muon)(params, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
+
 def optimizers(model, s: Schedule) -> list:
     "The optimisers of the parameters that are trained. Raises `OctomedError` where everything is frozen, or bitsandbytes is not installed."
-    from torch.optim import Muon
     for name, p in model.named_parameters(): p.requires_grad_(not name.startswith(tuple(s.freeze)) and (not s.lora or "lora_" in name))
     matrix = lambda name, p: s.optimizer == "muon" and p.ndim == 2 and "embed" not in name and "lm_head" not in name
     by = {kind: [p for name, p in model.named_parameters() if p.requires_grad and matrix(name, p) == kind] for kind in (False, True)}
     if not by[False] + by[True]: raise OctomedError("every parameter is frozen: shorten `freeze`")
-    return [*([_adam(by[False], s)] if by[False] else []), *([Muon(by[True], lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")] if by[True] else [])]
+    return [*([_adam(by[False], s)] if by[False] else []), *([_muon(by[True], s)] if by[True] else [])]
 
 # %% ../nbs/13_train.ipynb #13de0005
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from octomed import store
-from octomed.core import OctomedError
-from octomed.store import _jobs, made, run_all, stage
+from octomed.core import OctomedError, digest
+from octomed.store import _jobs, made, mapped, run_all, stage
 
 CODE = '''
 import os, signal, time
@@ -103,3 +103,11 @@ def test_fault_2_workers_and_their_server_end_with_the_process(stages, tmp_path,
 def _session(pid):
     try: return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
     except (OSError, IndexError): return None
+
+
+def test_many_items_are_worked_on_in_processes_with_the_same_result(monkeypatch, tmp_path):
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path)); monkeypatch.setenv("OCTOMED_WORKERS", "2")
+    pools, pool = [], store._pool
+    monkeypatch.setattr(store, "_pool", lambda n: pools.append(n) or pool(n))
+    assert mapped(digest, list(range(12)), few=4) == [digest(i) for i in range(12)] and pools == [2]
+    assert mapped(digest, list(range(4)), few=4) == [digest(i) for i in range(4)] and pools == [2]

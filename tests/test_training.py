@@ -152,3 +152,18 @@ def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(
     thinking, direct, hybrid = rows("cot", True), rows("direct", False), rows("hybrid", True)
     assert (len(thinking), len(direct)) == (4, 3) and hybrid == thinking + direct
     assert not {tuple(r.input_ids[:r.prompt]) for r in thinking} & {tuple(r.input_ids[:r.prompt]) for r in direct}, "the prompt does not tell the modes apart"
+
+
+def test_muon_on_a_processor_is_pytorchs_in_full_precision():
+    from octomed.train import _muon
+    s, shapes = Schedule(lr=0.01, weight_decay=0.1, optimizer="muon"), ((24, 24), (64, 24), (24, 64))
+    def trained(make):
+        weights = [torch.nn.Parameter(torch.randn(x, generator=torch.Generator().manual_seed(7))) for x in shapes]
+        o = make(weights)
+        for n in range(20):
+            for w in weights: w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(n))
+            o.step()
+        return torch.cat([w.detach().flatten() for w in weights])
+    ours, theirs = trained(lambda ws: _muon(ws, s)), trained(lambda ws: torch.optim.Muon(ws, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    moved = trained(lambda ws: torch.optim.SGD(ws, lr=0.0))
+    assert (ours - theirs).norm() < 0.02*(theirs - moved).norm()   # theirs rounds to bf16

@@ -1,5 +1,5 @@
 "One step is the same step on one process and on many, in one piece and in many."
-import copy, json, math, subprocess, sys
+import copy, json, math, shutil, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import pytest
@@ -130,11 +130,26 @@ def test_fault_27_two_processes_that_hold_a_part_each_are_one(job, tmp_path, mon
     for name in ("alone", "wide"): (tmp_path/name).mkdir()
     train.make_student(tmp_path/"alone", **job, steps=2)
     write_json(tmp_path/"wide"/"job.json", {**job, "schedule": asdict(job["schedule"]), "steps": 2})
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", Path(__file__).parent/"sharded_worker.py", tmp_path/"wide"], check=True)
+    sharded(tmp_path/"wide")
     kept, = checkpoints(tmp_path/"wide"/"checkpoints")
     parts, whole = [read_checkpoint(kept, r, 2)[0] for r in (0, 1)], dict(load_student(tmp_path/"wide")[0].named_parameters())
     for n, p in whole.items(): assert sum(part[f"exp_avg/{n}"].numel() for part in parts) == sum(part[f"weight/{n}"].numel() for part in parts) == p.numel(), "what is sharded is held once"
     compared(tmp_path/"alone", tmp_path/"wide")
+
+
+def sharded(folder):
+    "The job of a folder in two processes with a part of the weights each."
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", Path(__file__).parent/"sharded_worker.py", folder], check=True, stderr=subprocess.PIPE, text=True).stderr
+
+
+def test_fault_34_processes_that_hold_a_part_each_go_on_bit_for_bit(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_TRAIN", "micro_tokens=110 checkpoint_every=2"); monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in ("whole", "again"): write_json(tmp_path/name/"job.json", {**job, "schedule": asdict(job["schedule"]), "steps": 3})
+    assert "goes on" not in sharded(tmp_path/"whole")
+    shutil.copytree(tmp_path/"whole"/"checkpoints", tmp_path/"again"/"checkpoints")   # of the second of three steps
+    assert "goes on from" in sharded(tmp_path/"again")
+    one, two = (load_student(tmp_path/name)[0].state_dict() for name in ("whole", "again"))
+    assert all(torch.equal(one[n], two[n]) for n in one)
 
 
 # How it is said
