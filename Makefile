@@ -37,7 +37,7 @@ notebooks: install
 	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --skip_folder_re '^([_.]|paper$$)' --n_workers 2 --timing
 
 units: install
-	$(BIN)/python -m pytest tests -q -rs --timeout 300
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -rs --timeout 300 -n 2 --dist loadfile
 
 # Into a store of its own, so that nothing found there makes it shorter.
 smoke: install
