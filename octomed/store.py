@@ -329,8 +329,8 @@ def _pool(n: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(n, get_context(_start_method()), _worker, (_modules(), dict(os.environ), str(log)))
 
 def mapped(fn, items: list, few: int = 100) -> list:
-    "What a function of a module gives for each item; more than a `few` of them in the processes that stages run in. Alone where this is one of those, or a script, which they would run again."
-    main = sys.modules["__main__"]
+    "What a function of a module gives for each item; more than a `few` of them in the processes that stages run in. Alone where this is one of those, or a script, which they would run again, or where the function is a notebook's own."
+    main, module = sys.modules["__main__"], getattr(fn, "func", fn).__module__
     script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")
-    if len(items) <= few or parent_process() or script or (n := workers_here()) == 1: return [fn(i) for i in items]
+    if len(items) <= few or parent_process() or script or module == "__main__" or (n := workers_here()) == 1: return [fn(i) for i in items]
     with _pool(n) as pool: return list(pool.map(fn, items, chunksize=max(1, few//4)))

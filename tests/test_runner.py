@@ -255,7 +255,7 @@ def test_side_by_side_stops_with_everything_it_started(world):
     for n in "ab": world.section(f"1_{n}", body="time.sleep(600)")
     begun = time.time()
     with pytest.raises(OctomedError, match="stopped: what was finished is kept"): world.run(jobs=2, minutes=0.15)
-    assert not [p for p in children(os.getpid()) if "octomed.cli" in Path(f"/proc/{p}/cmdline").read_text()]
+    assert not [p for p in children(os.getpid()) if "\0octomed.cli\0run" in Path(f"/proc/{p}/cmdline").read_text()]
     assert time.time() - begun < 60 and set(world.states().values()) == {"missing"}
 
 

@@ -349,8 +349,8 @@ def asked(source: str, split: str, i: int, stem: str, t: Truth, image: str | Non
 
 # %% ../../nbs/clinic/18_world.ipynb #d40d5b24
 @stage
-def plans(out, source, split, world):
-    "Every question of a split before its picture is drawn: (its place, stem, truth, picture). `world`: the world's identity, part of the key."
+def plans(out, source, split, knowledge):
+    "Every question of a split before its picture is drawn: (its place, stem, truth, picture). `knowledge`: the content of the YAML file, part of the key."
     if CATEGORY[source] != "text_only": found = {i: plan(source, split, i) for i in range(SIZES[source, split])}
     else:
         found, ids = {}, set()
@@ -363,7 +363,7 @@ def plans(out, source, split, world):
 @lru_cache
 def planned(source: str, split: str, store) -> list[tuple[int, str, Truth, tuple | None]]:
     "The rows of `plans`, which a store makes once."
-    rows, tuples = read_jsonl(run(plans(source=source, split=split, world=world_identity()))/"plans.jsonl"), ("findings", "options")
+    rows, tuples = read_jsonl(run(plans(source=source, split=split, knowledge=content(shipped("clinic", "world.yaml"))))/"plans.jsonl"), ("findings", "options")
     return [(i, stem, Truth(**{**t, **{k: tuple(t[k]) for k in tuples}}), key and tuple(key)) for i, stem, t, key in rows]
 
 def questions(

@@ -59,8 +59,8 @@ def kept(folder: Path) -> dict[bytes, dict]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    "Digests of what the stages wrote, cards apart."
-    found = [f for f in sorted((folder/"store"/"stages").rglob("*")) if f.is_file() and f.name != "card.json"]
+    "Digests of what the stages wrote, cards apart, and the clinic's plans, of which a run that goes on reads more."
+    found = [f for f in sorted((folder/"store"/"stages").rglob("*")) if f.is_file() and f.name != "card.json" and not f.parent.name.startswith("plans-")]
     return {f"{f.parent.name.rsplit('-', 1)[0]}/{f.name}": file_digest(f) for f in found}
 
 
