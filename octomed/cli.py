@@ -92,6 +92,7 @@ def plan(args):
 
 def run(args):
     "Run a recipe's sections, here or as jobs of a cluster."
+    if args.jobs > 1 and (args.arm or args.rehearse or args.on == "slurm"): raise UsageError("--jobs is for whole sections on this machine: leave out --arm, --rehearse and --on slurm")
     if args.on == "slurm":
         from octomed.cluster import submit
         if args.arm or args.fresh or args.rehearse: raise UsageError("--arm, --fresh and --rehearse are for runs on this machine: leave out --on slurm")
@@ -104,7 +105,6 @@ def run(args):
         rehearse(args.recipe, args.only)
         return
     from octomed.runner import run_recipe
-    if args.jobs > 1 and args.arm: raise UsageError("--jobs runs sections side by side and --arm runs none: leave out one of them")
     run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes, jobs=args.jobs)
 
 def status(args):
