@@ -1,6 +1,7 @@
 # The two commands are `make reproduce` and `make test`; both set up .venv first.
 PYTHON ?= python3
 RECIPE ?= course
+JOBS ?= 2
 BIN := .venv/bin
 
 .venv/ready: settings.ini setup.py constraints.txt
@@ -18,10 +19,10 @@ install: .venv/ready
 vllm: install
 	$(BIN)/python tests/vllm_env.py
 
-# The paper, executed: every section of RECIPE (smoke, course), then the report.
+# The paper, executed: every section of RECIPE (smoke, course), JOBS at a time, then the report.
 reproduce: install
 	$(BIN)/octomed check
-	$(BIN)/octomed run $(RECIPE)
+	$(BIN)/octomed run $(RECIPE) --jobs $(JOBS)
 	$(BIN)/octomed report $(RECIPE) --html
 	$(BIN)/octomed report $(RECIPE)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FINISHES', 'TEACHERS', 'KINDS', 'END_OF_THINK', 'FORCED', 'Sampling', 'Request', 'Sample', 'Engine', 'sample_seed',
-           'register_teacher', 'teacher', 'teacher_revision', 'nucleus_choice', 'forced_exit', 'no_room',
-           'TransformersEngine', 'VLLMEngine', 'hub_teacher']
+           'register_teacher', 'teacher', 'teacher_revision', 'nucleus_choice', 'shrinking', 'use_grouped_attention',
+           'forced_exit', 'no_room', 'TransformersEngine', 'VLLMEngine', 'hub_teacher']
 
 # %% ../nbs/08_engines.ipynb #b753cbcf
 import importlib, itertools, json, time
@@ -108,12 +108,51 @@ def nucleus_choice(logits, u, temperature: float, top_p: float):
     `logits`: (rows, vocabulary); `u`: (rows,) uniforms in [0, 1); returns (rows,) token ids. Temperature 0 is the argmax."""
     import torch
     if temperature == 0: return logits.argmax(-1)
-    p, order = torch.sort(torch.softmax(logits.float()/temperature, -1), dim=-1, descending=True, stable=True)
+    p = torch.softmax(logits.float()/temperature, -1)
+    first, at = p.topk(min(64, p.shape[-1]))   # a nucleus is seldom larger, and sorting the vocabulary takes longer than the model's step
+    p, order = (first, at) if top_p < 1 and bool((first.sum(-1) > top_p).all()) else torch.sort(p, dim=-1, descending=True, stable=True)
     mass = p.cumsum(-1)
     p = p.masked_fill(mass - p >= top_p, 0)
     mass = p.cumsum(-1)
     at = (mass < u[:, None]*mass[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
     return order.gather(-1, at)[:, 0]
+
+# %% ../nbs/08_engines.ipynb #7b0c1d2f
+def shrinking(model, input_ids, logits_processor, stopping_criteria, generation_config, choose, **kw):
+    """A decoding loop for `generate(custom_generate=shrinking)` that leaves rows out once they have ended.
+
+    `choose(scores, rows, step)`: the tokens of the rows with these numbers, given scores (rows, vocabulary). Returns ids (rows, length), padded on the right."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    ids, pad = input_ids, generation_config.pad_token_id
+    rows, ended = torch.arange(len(ids), device=ids.device), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    whole, width = [None]*len(ids), ids.shape[1]
+    while len(rows):
+        first = ids.shape[1] == width
+        step = model(**model.prepare_inputs_for_generation(ids, next_sequence_length=None if first else 1, is_first_iteration=first, **kw), return_dict=True)
+        kw = model._update_model_kwargs_for_generation(step, kw)
+        chosen = choose(logits_processor(ids, step.logits[:, -1].float()), rows, ids.shape[1] - width)
+        ids = torch.cat([ids, chosen.masked_fill(ended, pad)[:, None]], -1)
+        ended = ended | stopping_criteria(ids, None)
+        if 8*int(ended.sum()) < len(rows): continue   # leaving rows out copies the cache
+        for n, row in zip(rows[ended].tolist(), ids[ended]): whole[n] = row
+        left = (~ended).nonzero()[:, 0]
+        ids, rows, ended = ids[left], rows[left], ended[left]
+        kw |= {k: kw[k].index_select(-2, left) for k in ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids") if kw.get(k) is not None}
+        kw["past_key_values"].batch_select_indices(left)
+    return pad_sequence(whole, batch_first=True, padding_value=pad)
+
+def use_grouped_attention(model):
+    "Attention on a processor that reads the keys of a group of heads where they lie; transformers copies them for every head and step as soon as rows are padded."
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+    def grouped(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
+        if attention_mask is None: return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+        return scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
+    AttentionInterface.register("octomed_grouped", grouped); AttentionMaskInterface.register("octomed_grouped", sdpa_mask)
+    model.set_attn_implementation("octomed_grouped")
 
 # %% ../nbs/08_engines.ipynb #cbdcbcdc
 END_OF_THINK = "</think>"
@@ -142,7 +181,7 @@ class TransformersEngine:
         path,                       # folder or hub id
         model: str,                 # its identity in the ledger
         max_pixels: int = 262_144,  # area of an image after smart resize
-        batch: int = 128,           # rows answered together
+        batch: int = 256,           # rows answered together, at first
         revision: str | None = None,
     ):
         import torch
@@ -154,6 +193,7 @@ class TransformersEngine:
         self.processor.tokenizer.padding_side = "left"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.net = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(self.device).eval()
+        if self.device == "cpu": use_grouped_attention(self.net)
         self.limit = getattr(self.net.config.get_text_config(), "max_position_embeddings", 32_768)
 
     def generate(self, requests, sampling: Sampling):
@@ -191,20 +231,16 @@ class TransformersEngine:
     def _complete(self, texts, images, s: Sampling, budget: int, seeds):
         "(text, finish, token ids) for each prompt; one uniform a row and a step."
         import numpy as np, torch
-        from transformers import LogitsProcessor, LogitsProcessorList
         from octomed.render import encode
         inputs = encode(self.processor, texts, images, self.max_pixels).to(self.device)
         width = inputs["input_ids"].shape[1]
         u = torch.tensor(np.stack([np.random.default_rng(x).random(budget) for x in seeds]), device=self.device)
-        class Choose(LogitsProcessor):
-            def __call__(self, ids, scores):
-                pick = nucleus_choice(scores, u[:, ids.shape[1] - width], s.temperature, s.top_p)
-                return torch.full_like(scores, -torch.inf).scatter_(-1, pick[:, None], 0.0)
         tok = self.processor.tokenizer
         with torch.inference_mode():
             ids = self.net.generate(**inputs, max_new_tokens=budget, do_sample=False, repetition_penalty=s.repetition_penalty,
                                     temperature=None, top_p=None, top_k=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-                                    logits_processor=LogitsProcessorList([Choose()]), **({"stop_strings": list(s.stop), "tokenizer": tok} if s.stop else {}))[:, width:]
+                                    custom_generate=shrinking, choose=lambda scores, rows, step: nucleus_choice(scores, u[rows, step], s.temperature, s.top_p),
+                                    **({"stop_strings": list(s.stop), "tokenizer": tok} if s.stop else {}))[:, width:]
         return [self._cut(row, tok, s) for row in ids.tolist()]
 
     def _cut(self, ids, tok, s: Sampling):

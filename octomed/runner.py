@@ -235,7 +235,7 @@ def run_recipe(
     fresh: bool = False,            # make every stage again; no generation is deleted
     minutes: float | None = None,   # stop after so many, with everything kept; None: run to the end
     notebooks: Path | None = None,  # by default `notebooks_dir()`
-    jobs: int = 1,                  # sections that run at a time; each makes its stages in so much fewer processes
+    jobs: int = 1,                  # sections that run at a time; each makes its stages in as many processes as ever, and the system shares the cores among them
 ) -> dict:                          # {"ran": sections, "skipped": sections}
     "Run a recipe's sections in the paper's order. Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."
     recipe = load_recipe(name)
@@ -274,7 +274,7 @@ def _run_beside(todo: list[Section], recipe: Recipe, source: str, jobs: int) -> 
     "Run sections in processes of their own, so many at a time. Raises `SectionFailed` when those that run have ended."
     waiting = [s for s in todo if not notebook_stage(s, recipe, source).done]
     done, running, ran, failed = _run([s for s in todo if s not in waiting], recipe, source) if len(waiting) < len(todo) else {"skipped": []}, {}, [], []
-    env = {**os.environ, "OCTOMED_WORKERS": str(max(1, workers_here()//jobs)), "OMP_NUM_THREADS": "1", "OCTOMED_NOTEBOOKS": str(todo[0].path.parent)}
+    env = {**os.environ, "OCTOMED_BESIDE": str(jobs), "OMP_NUM_THREADS": "1", "OCTOMED_NOTEBOOKS": str(todo[0].path.parent)}
     with tempfile.TemporaryDirectory() as said, tqdm(total=len(waiting), desc=recipe.name, file=sys.stderr, leave=False, disable=None) as bar:
         try:
             while running or waiting and not failed:

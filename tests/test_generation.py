@@ -4,8 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 from octomed.core import OctomedError
-from octomed.engines import FORCED, Request, Sample, Sampling, TransformersEngine, nucleus_choice, sample_seed
+from octomed.engines import FORCED, Request, Sample, Sampling, TransformersEngine, nucleus_choice, sample_seed, shrinking
 from octomed.ledger import Ledger, draw, sample_key
 from octomed.train import save_student
 
@@ -36,6 +37,27 @@ def test_a_sample_does_not_depend_on_its_neighbours(engine):
     assert alone == among
 
 
+def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
+    """The same tokens as from transformers' own loop and attention, in fewer steps of rows."""
+    from octomed.render import chat_text, encode
+    tok, sizes = engine.processor.tokenizer, []
+    prompts = [chat_text(engine.processor, ask("q", text=t).messages, 12_544) for t in ("which is it ?", "one two three", "which ?", "it is one", "two", "three which one")]
+    inputs = encode(engine.processor, prompts, [[] for _ in prompts], 12_544)
+    plain = type(engine.net).from_pretrained(engine.net.name_or_path, attn_implementation="sdpa").eval()
+    u, width = torch.rand(len(prompts), 24), inputs["input_ids"].shape[1]
+    class Choose(LogitsProcessor):
+        def __call__(self, ids, scores):
+            return torch.full_like(scores, -torch.inf).scatter_(-1, nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)[:, None], 0.0)
+    how = dict(max_new_tokens=24, do_sample=False, repetition_penalty=1.1, pad_token_id=tok.pad_token_id)
+    draw = lambda ends: plain.generate(**inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()]))
+    ends = draw(tok.eos_token_id)[:3, width + 2].tolist() + [tok.eos_token_id]   # tokens with which some rows end early
+    whole = draw(ends)
+    watch = engine.net.register_forward_pre_hook(lambda _, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
+    ours = engine.net.generate(**inputs, **how, eos_token_id=ends, custom_generate=shrinking, choose=lambda scores, rows, step: nucleus_choice(scores, u[rows, step], 1.0, 0.95))
+    watch.remove()
+    assert torch.equal(ours, whole) and sizes[0] == len(prompts) > sizes[-1]
+
+
 def test_temperature_zero_is_the_likeliest_token():
     logits = torch.randn(50, 30)
     assert torch.equal(nucleus_choice(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
@@ -46,6 +68,15 @@ def test_nucleus_draws_by_probability():
     drawn = nucleus_choice(p.log().repeat(20_000, 1), torch.from_numpy(np.random.default_rng(0).random(20_000)), 1.0, 0.9)
     share = torch.bincount(drawn, minlength=4)/20_000
     assert share[3] == 0 and torch.allclose(share[:3], p[:3]/0.95, atol=0.015)
+
+
+def test_a_wide_nucleus_is_drawn_as_by_sorting_everything():
+    logits, u = torch.randn(40, 500)*torch.linspace(0.1, 6, 40)[:, None], torch.rand(40)   # some nuclei hold four tokens, some four hundred
+    p, order = torch.sort(logits.softmax(-1), dim=-1, descending=True)
+    p = p*(p.cumsum(-1) - p < 0.95)
+    at = (p.cumsum(-1) < u[:, None]*p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), order.gather(-1, at)[:, 0])
+    assert torch.equal(nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), order.gather(-1, at)[-8:, 0])   # alone, without wide neighbours
 
 
 def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):

@@ -12,6 +12,7 @@ __all__ = ['TEXT_TRAIN', 'TEXT_BENCH', 'PAPER', 'NAMES', 'SHOWN', 'UNTOLD', 'TRA
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from ..core import CATEGORIES, OctomedError, Recipe, load_recipe, shipped
 from ..questions import NAMED, SOURCES, Question, explained, image_file, load, load_report, question_sources
@@ -173,20 +174,20 @@ def claims() -> list[Claim]:
     ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #350ff444
-def mri_student(common):
+def mri_student(common, size: str = "mini"):
     "A student that has read nothing and knows the words of the MRI question."
     from octomed.clinic.students import blank
     from octomed.prompts import load_template, question_text
     asked = load(TRAIN, folder=shipped("examples"), images=False)[0]
-    return blank(size="tiny", texts=(question_text(asked), load_template("direct").text), seed=common.base_seed, max_pixels=common.max_pixels)
+    return blank(size=size, texts=(question_text(asked), load_template("direct").text), seed=common.base_seed, max_pixels=common.max_pixels)
 
-register_student("scratch/mri", mri_student)
+for s in ("mini", "tiny", "small"): register_student(f"scratch/mri-{s}", partial(mri_student, size=s))
 
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "All training images; without those whose file is a test image's (the paper's rule); without those whose pixels are. None where the set is not at hand."
     if not at_hand([TRAIN, TEST]): return {}
     p = recipe.of("30_dataset")
-    everything = Arm(((TRAIN, p["images"]),), "direct", k=0, student="scratch/mri", schedule=replace(schedule_of(recipe.common, p["epochs"]), lr=p["lr"], optimizer=p["optimizer"]))
+    everything = Arm(((TRAIN, p["images"]),), "direct", k=0, student=f"scratch/mri-{p['size']}", schedule=replace(schedule_of(recipe.common, p["epochs"]), lr=p["lr"], optimizer=p["optimizer"]))
     return {"all images": everything, "no twin by bytes": replace(everything, against=((TEST, "bytes"),)), "no twin by pixels": replace(everything, against=((TEST, "pixels"),))}
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
