@@ -1,11 +1,12 @@
 "Arms, and the findings that claims get."
+import time
 from dataclasses import replace
 import numpy as np
 import pytest
 import octomed.clinic.graders, octomed.clinic.near, octomed.clinic.students
 from octomed.core import Common, OctomedError, Recipe
 from octomed.distill import FILTERS
-from octomed.experiment import Arm, Claim, Results, finding, findings_frame, rows_frame, schedule_of, stages, table, warm_up
+from octomed.experiment import Arm, Claim, Results, finding, findings_frame, rows_frame, schedule_of, stages, table, warm_up, write_results
 from octomed.train import Schedule
 
 COMMON = Common(train=("clinic_ward:train", "clinic_rounds:train", "clinic_reading:train"), benchmarks=("clinic_ward:test",), samples=4)
@@ -166,3 +167,10 @@ def test_the_warm_up_reads_no_question_of_an_arm():
         ids = lambda sources: {q.id for spec, n in sources if spec in pool for q in subset(pool[spec], n, recipe.common.base_seed)}
         assert not ids(wanted) & ids(first.sources)
         for spec, n in first.sources: assert dict(wanted).get(spec, 0) - n <= SOURCES[spec].expected
+
+
+def test_minutes_of_sections_side_by_side_are_their_share_of_the_machine(monkeypatch):
+    minutes = lambda: write_results(None, "42_formatting", Recipe("r", Common(), {}), [], [], time.time() - 600)["card"]["minutes"]
+    assert 10 <= minutes() < 11
+    monkeypatch.setenv("OCTOMED_BESIDE", "2")
+    assert 5 <= minutes() < 5.5
