@@ -11,7 +11,7 @@ import contextlib, json, os, re, shutil, signal, subprocess, sys, tempfile, thre
 from pathlib import Path
 from tqdm.auto import tqdm
 from .core import LOADED, OctomedError, Recipe, UsageError, atomic_write, load_recipe, root, shipped
-from .store import Outside, Stage, StageFunction, modules_digest, run, section_code, workers_here
+from .store import Outside, Stage, StageFunction, modules_digest, run, section_code
 from .plan import Section, asked, folder_of, parameters, read_json, reference_of, sections
 
 # %% ../nbs/22_runner.ipynb #63d82f84
