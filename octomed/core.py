@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CATEGORIES', 'LOADED', 'OctomedError', 'UsageError', 'root', 'shipped', 'data_dir', 'outputs_dir', 'store_dir',
            'canonical', 'digest', 'read_ahead', 'file_digest', 'content', 'pinned', 'seed_for', 'atomic_write',
-           'disk_error', 'write_json', 'write_jsonl', 'read_jsonl', 'Common', 'Recipe', 'recipes', 'load_recipe',
-           'versions', 'hardware', 'commit', 'card', 'progress']
+           'disk_error', 'write_json', 'write_jsonl', 'read_jsonl', 'Common', 'Scalars', 'Recipe', 'recipes',
+           'load_recipe', 'versions', 'hardware', 'commit', 'card', 'progress']
 
 # %% ../nbs/00_core.ipynb #f32346ce
 import contextlib, hashlib, importlib, json, os, platform, re, subprocess, sys, tempfile, time, warnings
@@ -196,6 +196,11 @@ class Common:
     base_seed: int = 0                  # moves every seed at once: a second run with other seeds changes this alone
 
 # %% ../nbs/00_core.ipynb #4d2989b5
+class Scalars(dict):
+    "What a recipe gives one section. Raises `UsageError` for a name that it does not give."
+    def __init__(self, recipe: str, section: str, values: dict): super().__init__(values); self.recipe, self.section = recipe, section
+    def __missing__(self, name: str): raise UsageError(f"recipe {self.recipe} gives {self.section} no {name}, which another section reads there: add it, as the section's notebook declares it")
+
 @dataclass(frozen=True)
 class Recipe:
     "A named size of the paper: `common` and, for each section, its own scalars."
@@ -207,7 +212,7 @@ class Recipe:
         "The scalars of one section. Raises `UsageError` for a section that the recipe does not have."
         if section not in self.sections:
             raise UsageError(f"recipe {self.name} has no section {section}: choose from {', '.join(self.sections)}")
-        return self.sections[section]
+        return Scalars(self.name, section, self.sections[section])
 
     def having(self, section: str, **scalars) -> "Recipe":
         "The same recipe with a section's scalars replaced: what a notebook does with its parameters cell."

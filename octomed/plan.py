@@ -297,10 +297,11 @@ def _refuse(**kw): raise OctomedError("this source is not at hand: it can be pla
 def registered(sources: list):
     "These sources in the registry, in place of those of the same name."
     from octomed.questions import SOURCES
-    old = dict(SOURCES)
+    old = {s.spec: SOURCES.get(s.spec) for s in sources}
     SOURCES.update({s.spec: s for s in sources})
     try: yield
-    finally: SOURCES.clear(); SOURCES.update(old)
+    finally:   # what a module registered meanwhile stays
+        for spec, s in old.items(): SOURCES.update({spec: s}) if s else SOURCES.pop(spec)
 
 @contextmanager
 def _remembered(experiment):

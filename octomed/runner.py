@@ -271,8 +271,8 @@ def _run(todo: list[Section], recipe: Recipe, source: str) -> dict:
 
 # %% ../nbs/22_runner.ipynb #e5b7a3c1
 def _run_beside(todo: list[Section], recipe: Recipe, source: str, jobs: int) -> dict:
-    "Run sections in processes of their own, so many at a time. Raises `SectionFailed` when those that run have ended."
-    waiting = [s for s in todo if not notebook_stage(s, recipe, source).done]
+    "Run sections in processes of their own, so many at a time, first those that took longest the last time. Raises `SectionFailed` when those that run have ended."
+    waiting = sorted((s for s in todo if not notebook_stage(s, recipe, source).done), key=lambda s: -(_minutes(recipe, s.name) or 0))
     done, running, ran, failed = _run([s for s in todo if s not in waiting], recipe, source) if len(waiting) < len(todo) else {"skipped": []}, {}, [], []
     env = {**os.environ, "OCTOMED_BESIDE": str(jobs), "OMP_NUM_THREADS": "1", "OCTOMED_NOTEBOOKS": str(todo[0].path.parent)}
     with tempfile.TemporaryDirectory() as said, tqdm(total=len(waiting), desc=recipe.name, file=sys.stderr, leave=False, disable=None) as bar:

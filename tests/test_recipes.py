@@ -1,7 +1,7 @@
 "Whether every recipe can be run as it stands, says of the paper what the paper says, and can be rehearsed."
 import json, os
 import pytest
-from octomed.core import load_recipe, recipes
+from octomed.core import Recipe, UsageError, load_recipe, recipes
 from octomed.engines import KINDS, teacher_revision
 from octomed.plan import declared, parameters, sections
 from octomed.questions import NAMED, SOURCES, source_of
@@ -63,3 +63,8 @@ def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own
     models = {json.loads(line)["model"] for f in (folder/"store").rglob("requests.jsonl") for line in f.open()}
     assert models == {"deepseek-ai/DeepSeek-R1@rehearsal"}   # never taken for the real model's
     assert rehearse("paper", "44_samples") == {"ran": [], "skipped": ["44_samples"]}   # a second rehearsal finds it done
+
+
+def test_a_name_that_another_section_reads_and_no_recipe_gives_is_told():
+    recipe = Recipe("mine", sections={"51_scaling": {"questions": 8}})
+    with pytest.raises(UsageError, match="recipe mine gives 51_scaling no warm_epochs, which another section reads there: add it"): recipe.of("51_scaling")["warm_epochs"]

@@ -245,6 +245,14 @@ def test_sections_side_by_side(world, capfd):
     assert world.run(jobs=2) == {"ran": [], "skipped": ["0_z", "1_a", "2_b", "3_c"]}
 
 
+def test_what_took_longest_is_started_first_beside_others(world, capfd):
+    for name, slow in (("1_a", 0), ("2_b", 0), ("3_c", 4)): world.section(name, body=f"time.sleep({slow})\nfinish({name!r}, n=n)")
+    world.run(); world.write(lr=0.5); capfd.readouterr()
+    world.run(jobs=2)
+    said = capfd.readouterr().err
+    assert said.index("3_c starts") < said.index("1_a starts") and said.index("3_c starts") < said.index("2_b starts")
+
+
 def test_a_failure_beside_others_lets_them_end_and_starts_no_more(world, capfd):
     world.section("1_a", body="1/0").section("2_b", body="time.sleep(4)\nfinish('2_b')").section("3_c")
     with pytest.raises(SectionFailed, match="1_a failed, as told above"): world.run(jobs=2)
