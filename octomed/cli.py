@@ -93,6 +93,8 @@ def plan(args):
 def run(args):
     "Run a recipe's sections, here or as jobs of a cluster."
     if args.jobs > 1 and (args.arm or args.rehearse or args.on == "slurm"): raise UsageError("--jobs is for whole sections on this machine: leave out --arm, --rehearse and --on slurm")
+    if args.minutes and (args.rehearse or args.on == "slurm"): raise UsageError("--minutes is for sections that run on this machine: leave it out, or leave out --rehearse and --on slurm")
+    if args.cluster and args.on != "slurm": raise UsageError("--cluster says what jobs ask for: add --on slurm")
     if args.on == "slurm":
         from octomed.cluster import submit
         if args.arm or args.fresh or args.rehearse: raise UsageError("--arm, --fresh and --rehearse are for runs on this machine: leave out --on slurm")
@@ -116,6 +118,7 @@ def status(args):
 def report(args):
     "What a recipe found."
     from octomed.report import as_html, as_json, as_text
+    if args.html and args.json: raise UsageError("--html writes a page and --json prints: choose one")
     if args.html: print(as_html(args.recipe))
     else: print(json.dumps(as_json(args.recipe), indent=1, ensure_ascii=False) if args.json else as_text(args.recipe))
 
@@ -234,7 +237,8 @@ def evaluate(args):
     common, wanted = load_recipe(args.recipe).common, {}
     student, form = student_of(args.student, common)
     sampling = sampling_of(common, load_template(args.form or form).think_first, args.answer_tokens)
-    benchmarks = args.benchmarks or common.benchmarks
+    if not (benchmarks := args.benchmarks or common.benchmarks): raise UsageError(f"recipe {args.recipe} names no benchmark: give name:split")
+    if lost := sorted(set(args.voted or ()) - set(benchmarks)): raise UsageError(f"--voted names {lost[0]}, which is not asked: add it to the benchmarks")
     for b in benchmarks:
         wanted[b] = evaluation(student=student, benchmark=b, limit=args.limit or common.benchmark_limit or None, form=args.form or form, seeds=args.seeds or common.eval_seeds, sampling=sampling,
                                max_pixels=common.max_pixels, data=identity_of(b), control=args.control, vote=args.vote if b in (args.voted or benchmarks) else 0, grader=args.grader, revision=teacher_revision(args.grader) if args.grader else "")
@@ -251,14 +255,15 @@ def export(args):
     from octomed.core import load_recipe
     if args.kind == "lm-eval":
         common = load_recipe(args.recipe).common
-        rows, then = exports.lm_eval(tuple(args.benchmarks or common.benchmarks), common, args.out, args.form, args.limit or common.benchmark_limit or None), "README.md has the command of lm_eval"
+        if not (benchmarks := args.benchmarks or common.benchmarks): raise UsageError(f"recipe {args.recipe} names no benchmark: give name:split")
+        rows, then = exports.lm_eval(tuple(benchmarks), common, args.out, args.form, args.limit or common.benchmark_limit or None), "README.md has the command of lm_eval"
     else:
         arm, common = _arm(args)
         if args.kind != "llamafactory":
             make, sort = (exports.hub, "dataset") if args.kind == "hub" else (exports.student, "model")
             if args.push: exports.may_push(arm, args.push)
             rows, then = [make(arm, common, args.out, args.name)], f"nothing was sent: `--push OWNER/{args.name}` in a new folder, or `hf upload OWNER/{args.name} {args.out} --repo-type {sort}`, would"
-            if args.push: then = f"sent to {exports.push(args.out, args.push, sort)}, private until its owner opens it"
+            if args.push: then = f"sent to {exports.push(args.out, args.push, sort)}, private if it is new"
         else: rows, then = [exports.llamafactory(arm, common, args.out, args.devices, args.per_device)], f"`cd {args.out} && llamafactory-cli train train.yaml` trains"
     show(rows, args.json)
     print(then, file=sys.stderr)
@@ -302,7 +307,7 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--jobs", type=_whole, default=1, metavar="N", help="so many sections at a time (default: 1)")
             p.add_argument("--rehearse", action="store_true", help="all code paths with random small weights and a handful of questions, under outputs/RECIPE-rehearsal")
             p.add_argument("--on", choices=["local", "slurm"], default="local", help="this machine, or jobs of a Slurm cluster (default: local)")
-            p.add_argument("--cluster", metavar="FILE", help="what the jobs ask for; by default nbs/recipes/cluster/RECIPE.yaml")
+            p.add_argument("--cluster", metavar="FILE", help="what the jobs ask for; by default nbs/recipes/cluster/RECIPE.yaml, or default.yaml beside it")
         if f is status: p.add_argument("--jobs", action="store_true", help="the jobs that `run --on slurm` submitted")
     _data_commands(command); _stage_commands(command)
     return top
@@ -340,14 +345,14 @@ def _stage_commands(command):
     p.add_argument("--answer-tokens", type=_count, metavar="N", help="budget after a forced exit; 0: none, for servers that cannot continue a response"); p.add_argument("--json", action="store_true")
     _export_commands(command(export, "the same data for other tools"))
 
-def _training_arguments(p):
+def _training_arguments(p, forms=("cot", "direct", "hybrid")):
     _stage_arguments(p, _count)
     p.add_argument("--student", default="", help="base student: a registered name, a hub id, or a folder; by default the recipe's")
-    p.add_argument("--form", choices=["cot", "direct", "hybrid"], default="cot"); p.add_argument("--epochs", type=float, default=1.0); p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--form", choices=forms, default="cot"); p.add_argument("--epochs", type=float, default=1.0); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--optimizer", help="adamw (default), muon, adamw_8bit or paged_adamw_8bit"); p.add_argument("--precision", help="fp32, bf16 or bf16_pure; by default bf16 on an accelerator, fp32 on a processor")
     p.add_argument("--freeze", action="append", metavar="PREFIX", help="parameters that are not trained, such as model.visual; may be given again"); p.add_argument("--lora", type=_whole, metavar="RANK", help="low-rank additions in place of full fine-tuning: a departure from the paper")
 
-def _push(p): p.add_argument("--push", default="", metavar="OWNER/NAME", help="then send it to the hub, into a private repository, with the token in HF_TOKEN; by default nothing is sent")
+def _push(p): p.add_argument("--push", default="", metavar="OWNER/NAME", help="then send it to the hub with the token in HF_TOKEN, a new repository being private; by default nothing is sent")
 
 def _export_commands(top):
     sub = top.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -355,11 +360,11 @@ def _export_commands(top):
         p = sub.add_parser(name, help=help, description=help)
         p.add_argument("--out", required=True, metavar="DIR", help="a new folder")
         return p
-    p = kind("llamafactory", "data, images and configuration of the same training run in LLaMA-Factory"); _training_arguments(p)
+    p = kind("llamafactory", "data, images and configuration of the same training run in LLaMA-Factory"); _training_arguments(p, ("cot", "direct"))
     p.add_argument("--devices", type=_whole, default=1, help="that will train (default: 1)"); p.add_argument("--per-device", type=_whole, default=1, help="rows that a device reads at once (default: 1)")
-    p = kind("hub", "the accepted traces as a data set: Parquet and its card"); _training_arguments(p); _push(p)
+    p = kind("hub", "the accepted traces as a data set: Parquet and its card"); _training_arguments(p, ("cot", "direct")); _push(p)
     p.add_argument("--name", default="octomed-traces", help="of the data set (default: octomed-traces)")
-    p = kind("student", "the trained student as a model with its card"); _training_arguments(p); _push(p)
+    p = kind("student", "the trained student as a model with its card"); _training_arguments(p, ("cot", "direct")); _push(p)
     p.add_argument("--name", default="octomed-student", help="of the model (default: octomed-student)")
     p = kind("lm-eval", "benchmarks as tasks of lm-evaluation-harness")
     p.add_argument("benchmarks", nargs="*", metavar="SOURCE:SPLIT", help="by default the recipe's")

@@ -155,7 +155,7 @@ def queued(folder: Path) -> list[str]:
 
 def _executor(folder: Path, cluster: str):
     try: import submitit
-    except ImportError: raise OctomedError("submitit is missing: install it with `pip install octomed[cluster]`") from None
+    except ImportError: raise OctomedError("submitit is missing: install it with `pip install -e '.[cluster]'`") from None
     try: return submitit.AutoExecutor(folder, cluster=cluster, **({"slurm_max_num_timeout": 100} if cluster == "slurm" else {}))
     except RuntimeError: raise OctomedError("there is no Slurm here (srun is not found): log in to the cluster, or leave out --on slurm") from None
 
@@ -193,7 +193,7 @@ def state(name: str) -> list[dict]:  # {job, id, state, log}
     from octomed.runner import status
     recipe = load_recipe(name)
     folder = folder_of(recipe)/"slurm"
-    if not (folder/"jobs.json").exists(): raise OctomedError(f"no job of {recipe.name} was submitted: `octomed run {recipe.name} --on slurm` does")
+    if not (folder/"jobs.json").exists(): raise OctomedError(f"no job of {recipe.name} was submitted: `octomed run {name} --on slurm` does")
     seen, ran = set(queued(folder)), {r["section"] for r in status(name) if r["state"] == "done"}
     def where(j):
         if j["section"] in ran if j["section"] else all(made(store_dir()/"stages"/s) for s in j["stages"]): return "done"

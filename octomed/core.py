@@ -235,8 +235,10 @@ def load_recipe(
         return replace(recipe, name=name, common=replace(recipe.common, base_seed=int(other[2])))
     path = Path(name) if name.endswith((".yaml", ".yml")) else root()/"nbs"/"recipes"/f"{name}.yaml"
     if not path.exists(): raise UsageError(f"there is no recipe {name}: choose from {', '.join(recipes())}, or name a YAML file")
-    try: raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as e: raise UsageError(f"{path.name} is not YAML: {str(e).splitlines()[0]}") from None
+    try: raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UsageError(f"{path.name} is not YAML: {str(e).splitlines()[0]}") from None
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(part) or {}, dict) for part in ("common", "sections")) or not all(isinstance(v or {}, dict) for v in (raw.get("sections") or {}).values()):
+        raise UsageError(f"{path.name} is no recipe: write names and values under common, and under sections a name with its values each")
     common, known = raw.get("common") or {}, {f.name for f in fields(Common)}
     if unknown := [*(set(raw) - {"common", "sections"}), *(set(common) - known)]:
         raise UsageError(f"{path.name} has an unknown key {sorted(unknown)[0]}: the keys of common are {', '.join(sorted(known))}")
@@ -253,8 +255,9 @@ def _typed(values: dict, where: str) -> dict:
         if f.name not in values: continue
         v, want = values[f.name], type(f.default)
         if want is float and isinstance(v, int): v = float(v)
+        if want is float and isinstance(v, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", v): v = float(v)   # YAML reads 5e-5 as text
         if want is tuple and isinstance(v, list): v = tuple(v)
-        if type(v) is not want: raise UsageError(f"{where}: {f.name} must be {want.__name__}, not {v!r}")
+        if type(v) is not want: raise UsageError(f"{where}: {f.name} must be {'list' if want is tuple else want.__name__}, not {v!r}")
         out[f.name] = v
     return out
 

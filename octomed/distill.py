@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from .core import OctomedError, Common, UsageError, content, digest, progress, read_jsonl, shipped, write_json, write_jsonl
+from .core import OctomedError, Common, UsageError, content, digest, pinned, progress, read_jsonl, shipped, write_json, write_jsonl
 from .images import family_of, stored
 from .questions import Question, balanced, conserved, dedupe, image_file, load, read_chats, source_of
 from .decontaminate import decontaminate, file_twins, question_twins
@@ -134,7 +134,8 @@ def identity(student) -> str:
 @stage
 def student_samples(out, questions, student, form, n, sampling, max_pixels):
     "`n` responses of a student to each question, as `samples` has the teacher's. `student`: stage, folder or hub id."
-    engine = TransformersEngine(student, identity(student), max_pixels)
+    path, revision = pinned(student)
+    engine = TransformersEngine(path, identity(student), max_pixels, revision=revision)
     write_jsonl(out/"requests.jsonl", ask(engine, read_questions(questions), form, n, sampling, "the student answers"))
 
 @lru_cache

@@ -21,7 +21,7 @@ class Execution:
     micro_tokens: int = 8192        # tokens that go through the model at once
     recompute: bool | None = None   # activation checkpointing; None: on an accelerator, above a billion parameters
     checkpoint_every: int = 0       # steps between checkpoints; 0: by time
-    checkpoint_minutes: float = 10  # between checkpoints
+    checkpoint_minutes: float = 4   # between checkpoints
     report_to: str = "none"         # one of REPORTERS, or several with commas between
     accelerate: str = ""            # an accelerate configuration: the student is trained by the processes that it names
 

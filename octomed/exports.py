@@ -45,7 +45,7 @@ def traces(
     from octomed.render import processor_of
     from octomed.prompts import direct_target
     from octomed.render import row
-    p = stages(arm, common)["rendered"].params
+    if "form" not in (p := stages(arm, common)["rendered"].params): raise UsageError(f"{arm.sources[0][0]} holds the chats of others: take them from their publisher")
     t, qs, processor = load_template(p["form"]), {q.id: q for q in read_questions(run(p["questions"]))}, processor_of(_base(stages(arm, common)["rendered"]))
     rows = read_jsonl(run(p["accepted"])/"traces.jsonl") if p["accepted"] else [{"question": id} for id in qs]
     said = lambda r: r["response"] if t.think_first else direct_target(boxed_as(qs[r["question"]], p["answer"]))

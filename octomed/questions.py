@@ -293,7 +293,7 @@ def _hub_rows(s: Source, revision: str, streaming: bool) -> Iterator[tuple[str, 
 
 def _missing(s: Source) -> OctomedError:
     if not s.normal: return OctomedError(f"{s.spec} cannot be loaded by this version: it is registered for its counts only, and is to be had from {s.hub}")
-    hub = f", or give the revision (a commit) of the hub's {s.hub} to load it from there" if s.hub_split else f" ({s.note})" if s.note else ""
+    hub = f", or load the hub's {s.hub} in Python, with the revision (a commit) of your choice" if s.hub_split else f" ({s.note})" if s.note else ""
     return OctomedError(f"{s.spec} is not at hand: put {' and '.join(s.files)} from {s.hub} under the folder that OCTOMED_DATA names{hub}")
 
 def _rows(s: Source, folder=None, revision=None, pictures=False, streaming=False) -> tuple[str, Iterator]:

@@ -16,10 +16,11 @@ from .core import OctomedError, pinned, read_jsonl, write_json
 def processor_of(
     model,  # a folder, or `owner/model@revision`
 ):
-    "A model's own processor."
+    "A model's own processor. Raises `OctomedError` where it is neither here nor to be had."
     from transformers import AutoProcessor
     path, revision = pinned(model)
-    return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    try: return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except OSError as e: raise OctomedError(f"the processor of {path} cannot be loaded ({str(e).splitlines()[0][:120]}): give a folder, or download the model first") from e
 
 def chat_images(messages: list) -> list[str]:
     "The pixel hashes in a chat, in order."

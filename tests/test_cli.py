@@ -69,7 +69,8 @@ def test_unknown_recipe(capsys, tmp_path, command):
 
 @pytest.mark.parametrize("text, sentence", [
     ("a: [", "is not YAML"), ("comon: {}", "unknown key comon"), ("common: {lr: fast}", "lr must be float"), ("common: {batch: 1.5}", "batch must be int"),
-    ("sections: {42_formating: {}}", "42_formating, which has no notebook"), ("common: {speed: 3}", "unknown key speed")])
+    ("sections: {42_formating: {}}", "42_formating, which has no notebook"), ("common: {speed: 3}", "unknown key speed"),
+    ("[1, 2]", "is no recipe"), ("sections: [42_formatting]", "is no recipe"), ("sections: {42_formatting: 3}", "is no recipe"), ("common: {train: medqa}", "train must be list"), ("common: {lr: 5e-5}", "runs no section")])
 def test_malformed_recipe(capsys, tmp_path, text, sentence):
     (tmp_path/"r.yaml").write_text(text)
     code, out, err = call(capsys, "run", tmp_path/"r.yaml")
@@ -81,6 +82,17 @@ def test_unknown_section(capsys, tmp_path):
     (tmp_path/"r.yaml").write_text("sections: {}")
     code, _, err = call(capsys, "run", tmp_path/"r.yaml", "--only", "42_formatting")
     assert code == 2 and "recipe r has no section 42_formatting" in err
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("run smoke --minutes 1 --rehearse", "--minutes is for sections that run on this machine"), ("run smoke --cluster x.yaml", "add --on slurm"), ("report smoke --html --json", "choose one"),
+    ("export hub clinic_ward:train --out there --form hybrid", "invalid choice: 'hybrid'"), ("export lm-eval --recipe RECIPE --out there", "names no benchmark"), ("evaluate clinic/tiny --recipe RECIPE", "names no benchmark"),
+    ("evaluate clinic/tiny clinic_ward:test --voted clinic_boards:test", "--voted names clinic_boards:test, which is not asked")])
+def test_what_would_be_ignored_is_refused(capsys, tmp_path, monkeypatch, line, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"r.yaml").write_text("common: {plugins: [octomed.clinic.world, octomed.clinic.students]}")
+    code, _, err = call(capsys, *line.replace("RECIPE", "r.yaml").split())
+    assert code == 2 and sentence in err and "Traceback" not in err and not (tmp_path/"there").exists() and not (tmp_path/"store"/"stages").exists()
 
 
 def test_data_folder_that_is_none(capsys, monkeypatch):

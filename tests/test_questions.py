@@ -225,7 +225,7 @@ def test_no_network_is_one_sentence(monkeypatch):
 
 def test_missing_files_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
-    with pytest.raises(OctomedError, match=r"put headqa/dev_HEAD_EN.json from dvilares/head_qa under the folder that OCTOMED_DATA names, or give the revision"): load("headqa:dev")
+    with pytest.raises(OctomedError, match=r"put headqa/dev_HEAD_EN.json from dvilares/head_qa under the folder that OCTOMED_DATA names, or load the hub.s dvilares/head_qa in Python, with the revision"): load("headqa:dev")
     with pytest.raises(OctomedError, match="kaggle.com/datasets/sartajbhuvaji"): load("brain_tumor:train", folder=tmp_path)
     with pytest.raises(OctomedError, match="octomed.formats.from_nejm describes"): load("nejm:test")
     register(Source("counted", "test", "text_only", "benchmark", 7, hub="a page"))

@@ -108,6 +108,16 @@ def test_verdicts_that_changed_under_other_seeds_are_named(places):
     assert "undecided +2.0" in page(found) and "<details open><summary>Verdicts that changed" in page(found)
 
 
+def test_values_that_the_recipe_gave_otherwise_are_told(places):
+    out = places/"out"/"smoke"
+    put(out, [claim("a")]); (out/"cards").mkdir()
+    common = json.loads(json.dumps(core.asdict(core.load_recipe(str(places/"smoke.yaml")).common)))
+    card = lambda **changed: (out/"cards"/"42_b.json").write_text(json.dumps({"params": {"common": common | changed, "scalars": {}}}))
+    card(); assert not as_json(str(places/"smoke.yaml"))["sections"][0]["values_moved"]
+    card(batch=32); assert as_json(str(places/"smoke.yaml"))["sections"][0]["values_moved"] == ["batch 32, now 8"]
+    assert "The recipe gave other values when these results were made: 42_b (batch 32, now 8)." in " ".join(as_text(str(places/"smoke.yaml")).split())
+
+
 def test_a_recipe_with_other_seeds_is_held_against_the_first(places):
     put(places/"out"/"smoke", [claim("a")]); put(places/"out"/"smoke@1", [claim("a", "undecided", 0)])
     there = report.found_of(Recipe("smoke@1"), "42_b")[2]

@@ -75,8 +75,8 @@ def claims() -> list[Measured]:
     gap = lambda text, a, b, benchmark, **kw: Measured(text, a, b, benchmark, measure="gap", not_proved=told, **kw)
     track = lambda text, measure, arm=ROUTED, where=several: Measured(text, arm, arm, where, measure=measure, not_proved=small)
     return [
-        gap("In distribution, responses are longer on multimodal reasoning than on classification", ROUTED, ROUTED, f"{ROUNDS}, {READING}", paper="Fig. 8: PMC-VQA about 320 tokens, Brain Tumor short"),
-        gap("Out of distribution, responses are longer on multimodal reasoning than on classification", ROUTED, ROUTED, f"{GRAND}, {SCANNER}", paper="Fig. 8: longer on MedXpertQA and MMMU-Pro"),
+        gap("In distribution, responses are longer on multimodal reasoning than on classification", ROUTED, ROUTED, f"{ROUNDS}, {READING}", paper="Fig. 8, by its bars alone: PMC-VQA about 320 tokens, Brain Tumor short"),
+        gap("Out of distribution, responses are longer on multimodal reasoning than on classification", ROUTED, ROUTED, f"{GRAND}, {SCANNER}"),
         gap("Responses to multimodal reasoning are longer out of distribution, where more steps are needed", ROUTED, ROUTED, f"{GRAND}, {ROUNDS}", paper="Fig. 8: longer on MedXpertQA and MMMU-Pro"),
         gap("In distribution, lengths differ more than those of a student trained on one length", ROUTED, ONE_LENGTH, f"{ROUNDS}, {READING}", paper="Fig. 8: QoQ-Med is flat"),
         gap("A student trained on one length writes equally long on multimodal reasoning and on classification", ONE_LENGTH, ONE_LENGTH, f"{ROUNDS}, {READING}", kind="equivalent", margin=0.10, paper="Fig. 8: QoQ-Med is flat"),

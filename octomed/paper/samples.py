@@ -28,7 +28,7 @@ def claims() -> list[Claim]:
     where = "text_only"
     return [
         Claim("At three epochs, sixteen traces a question beat one", name(16, 3), name(1, 3), where, paper="85.01 (its peak) against 75.16", not_proved=steps),
-        Claim("Four traces for one epoch beat one trace for three epochs", name(4, 1), name(1, 3), where, paper="76.50 against 75.16", not_proved=steps),
+        Claim("Four traces for one epoch beat one trace for three epochs", name(4, 1), name(1, 3), where, paper="76.50 against 75.16", not_proved=steps + " The paper itself calls these two similar."),
         Claim("At three epochs, accuracy rises with each doubling of k", name(16, 3), name(1, 3), where, kind="trend", paper="75.16 at k = 1, 85.01 at k = 16", along=tuple((name(k, 3), log2(k)) for k in KS), not_proved=steps),
         Claim("At equal steps, sixteen different traces beat one that is repeated", name(16, 1), REPEATED, where, not_proved=tokens),
         Claim("Sixteen traces of one question teach as much as sixteen wordings with one trace each", name(16, 1), REWORDED, where, kind="equivalent", margin=0.10,

@@ -179,14 +179,14 @@ def table_figure(results: dict):
     return bars_with_paper(rows, title="A student and its teachers (Table 2)", arms=names.values())
 
 def progress_figure(results: dict):
-    "Fig. 1, right: MedQA's counterpart along the questions, single responses and the vote."
+    "MedQA's counterpart along the questions, single responses and the vote, with the numbers of Fig. 1, right, whose axis is the time at which systems came out."
     from octomed.figures import lines
     where = results["votes"][0]["benchmark"]
     at = {r["arm"]: r for r in [*results["rows"], *results["votes"]] if r["benchmark"] == where}
     point = lambda x, arm: (x, at[arm]["accuracy"], at[arm]["interval"])
     series = {"single response": [point(0, BEFORE), *(point(s, name(s)) for s in SHARES)], "vote": [point(1, VOTE)], "its teacher": [point(1, TEACHERS)]}
     of = lambda model: paper_number(2, "MedQA", model, "text_only")/100
-    return lines(series, title="MedQA and its counterpart (Fig. 1, right)", xlabel="share of the questions", xticks=(0, .25, .5, 1), paper={"single response": [(0, of("Qwen2.5-VL-7B"))], "vote": [(1, of("OctoMed-7B"))], "its teacher": [(1, of("DeepSeek-R1"))]})
+    return lines(series, title="MedQA and its counterpart (numbers of Fig. 1, right)", xlabel="share of the questions", xticks=(0, .25, .5, 1), paper={"single response": [(0, of("Qwen2.5-VL-7B"))], "vote": [(1, of("OctoMed-7B"))], "its teacher": [(1, of("DeepSeek-R1"))]})
 
 # %% ../../nbs/paper/51_scaling.ipynb #9064c318
 def parameters_of(student) -> int:
