@@ -237,27 +237,25 @@ def run_recipe(
     notebooks: Path | None = None,  # by default `notebooks_dir()`
     jobs: int = 1,                  # sections that run at a time; each makes its stages in as many processes as ever, and the system shares the cores among them
 ) -> dict:                          # {"ran": sections, "skipped": sections}
-    "Run a recipe's sections in the paper's order. Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."
+    "Run a recipe's sections in the paper's order, or several at a time. Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."
     recipe = load_recipe(name)
     source = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     if not (todo := sections(recipe, only, notebooks)): raise UsageError(f"recipe {name} runs no section: name some under sections, or use octomed distill, train and evaluate with it")
     for s in sections(recipe, None, notebooks): parameters(s, recipe)
-    old = os.environ.get("OCTOMED_FRESH")
+    old, started = os.environ.get("OCTOMED_FRESH"), time.time()
     if fresh: os.environ["OCTOMED_FRESH"] = str(time.time())
     with _stoppable(), _slice(minutes):
-        try: return _run_arm(todo, recipe, arm) if arm else _run_beside(todo, recipe, source, jobs) if jobs > 1 else _run(todo, recipe, source)
+        try: got = _run_arm(todo, recipe, arm) if arm else _run_beside(todo, recipe, source, jobs) if jobs > 1 else _run(todo, recipe, source)
         except KeyboardInterrupt: raise OctomedError(f"stopped: what was finished is kept, `octomed run {name}` goes on from there") from None
         finally:
             if fresh: os.environ.pop("OCTOMED_FRESH") if old is None else os.environ.update(OCTOMED_FRESH=old)
+    where = redacted(str(folder_of(recipe)), [(f"{root()}/", "")])
+    if not arm: Log(folder_of(recipe)/"run.log").say(f"{recipe.name}: {len(got['ran'])} sections in {_span(time.time() - started)}; see {where}, or `octomed report {source}`" if got["ran"] else f"{recipe.name}: nothing to do, all {len(todo)} sections are done")
+    return got
 
 # %% ../nbs/22_runner.ipynb #846a26f0
-def _told(log, recipe: Recipe, source: str, ran: int, count: int, started: float):
-    where = redacted(str(folder_of(recipe)), [(f"{root()}/", "")])
-    log.say(f"{recipe.name}: {ran} sections in {_span(time.time() - started)}; see {where}, or `octomed report {source}`" if ran else
-            f"{recipe.name}: nothing to do, all {count} sections are done")
-
-def _run(todo: list[Section], recipe: Recipe, source: str, told: bool = True) -> dict:
-    log, ran, skipped, started = Log(folder_of(recipe)/"run.log"), [], [], time.time()
+def _run(todo: list[Section], recipe: Recipe, source: str) -> dict:
+    log, ran, skipped = Log(folder_of(recipe)/"run.log"), [], []
     for n, section in enumerate(todo):
         stage, title = notebook_stage(section, recipe, source), f"[{n + 1}/{len(todo)}] {section.name}"
         if stage.done:
@@ -269,15 +267,13 @@ def _run(todo: list[Section], recipe: Recipe, source: str, told: bool = True) ->
         run(stage)
         publish(stage, recipe); ran.append(section.name)
         log.say(f"{title} done in {_span(time.time() - begun)}{_left(recipe, [s.name for s in todo[n + 1:]])}")
-    if told: _told(log, recipe, source, len(ran), len(todo), started)
     return {"ran": ran, "skipped": skipped}
 
 # %% ../nbs/22_runner.ipynb #e5b7a3c1
 def _run_beside(todo: list[Section], recipe: Recipe, source: str, jobs: int) -> dict:
     "Run sections in processes of their own, so many at a time, first those that took longest the last time. Raises `SectionFailed` when those that run have ended."
     waiting = sorted((s for s in todo if not notebook_stage(s, recipe, source).done), key=lambda s: -(_minutes(recipe, s.name) or 0))
-    started, running, ran, failed = time.time(), {}, [], []
-    done = _run([s for s in todo if s not in waiting], recipe, source, told=False)
+    done, running, ran, failed = _run([s for s in todo if s not in waiting], recipe, source), {}, [], []
     env = {**os.environ, "OCTOMED_BESIDE": str(jobs), "OMP_NUM_THREADS": "1", "OCTOMED_NOTEBOOKS": str(todo[0].path.parent)}
     with tempfile.TemporaryDirectory() as said, tqdm(total=len(waiting), desc=recipe.name, file=sys.stderr, leave=False, disable=None) as bar:
         try:
@@ -294,7 +290,6 @@ def _run_beside(todo: list[Section], recipe: Recipe, source: str, jobs: int) -> 
             for p in running: p.terminate()
             for p in running: p.wait()
     if failed: raise SectionFailed(f"{' and '.join(failed)} failed, as told above: mend it and run again, what was finished is kept")
-    _told(Log(folder_of(recipe)/"run.log"), recipe, source, len(ran), len(todo), started)
     return {"ran": ran, "skipped": done["skipped"]}
 
 # %% ../nbs/22_runner.ipynb #7adbceea

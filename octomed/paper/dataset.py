@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from ..core import CATEGORIES, OctomedError, Recipe, load_recipe, shipped
+from ..core import CATEGORIES, Common, OctomedError, Recipe, load_recipe, shipped
 from ..questions import NAMED, SOURCES, Question, explained, image_file, load, load_report, question_sources
 from ..decontaminate import Index, drops, funnel, part_of, reports_of, twins
 from ..graders import source_tags, tags
@@ -198,8 +198,8 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
 
 def scope(recipe: Recipe) -> Recipe:
     "The recipe as this section uses it: its own number of test images, and what suits a small student from scratch, whatever the recipe's own is."
-    own = dict(batch=8, warmup=0.05, max_pixels=12_544, max_tokens=128, answer_tokens=8, answer="text")
-    return replace(recipe, common=replace(recipe.common, benchmark_limit=recipe.of("30_dataset")["tests"], **own))
+    small = {name: getattr(Common(), name) for name in ("batch", "warmup", "max_pixels", "max_tokens", "answer_tokens")}
+    return replace(recipe, common=replace(recipe.common, benchmark_limit=recipe.of("30_dataset")["tests"], answer="text", **small))
 
 def inputs(recipe: Recipe) -> list:
     "The real files that this section reads, where they are at hand."
