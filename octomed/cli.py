@@ -173,6 +173,7 @@ def decontaminate(args):
     from octomed.decontaminate import as_html, as_pairs, drops, reports
     from octomed.questions import SOURCES
     if any(s not in SOURCES and not Path(s).is_file() for s in args.train + args.against): load_recipe(args.recipe)
+    if folder := next((f for f in (args.html, args.drops) if f and Path(f).is_dir()), None): raise UsageError(f"{folder} is a folder: name a file in it")
     found = reports(args.train, args.against, n=args.n)
     if args.html: as_html(found, args.html)
     if args.drops: write_jsonl(args.drops, drops(found))

@@ -19,13 +19,18 @@ def resources(
     recipe: str,         # a recipe's name
     file=None,           # another file, such as one with your own partition
 ) -> dict:               # {"default": …, "stages": {name: …}}
-    "What the jobs of a recipe ask for. Raises `UsageError` for a file that is missing or has another key."
+    "What the jobs of a recipe ask for. Raises `UsageError` for a file that is missing, is no YAML, or has another key or shape."
     import yaml
     folder = root()/"nbs"/"recipes"/"cluster"
     path = Path(file) if file else next(p for p in (folder/f"{recipe}.yaml", folder/"default.yaml") if p.exists() or p.stem == "default")
     if not path.is_file(): raise UsageError(f"there is no file {path.name} of cluster resources: copy nbs/recipes/cluster/default.yaml and name it")
-    found = {"default": {}, "stages": {}, **(yaml.safe_load(path.read_text()) or {})}
+    try: raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e: raise UsageError(f"{path.name} is not YAML ({str(e).splitlines()[0]}): mend its syntax") from None
+    mend = "copy nbs/recipes/cluster/default.yaml and change its values"
+    if not isinstance(raw, dict): raise UsageError(f"{path.name} holds no keys: {mend}")
+    found = {"default": {}, "stages": {}} | {k: v or {} for k, v in raw.items()}
     if unknown := sorted(set(found) - {"default", "stages"}): raise UsageError(f"{path.name} has an unknown key {unknown[0]}: its keys are default and stages")
+    if any(not isinstance(v or {}, dict) for part in (found, found["stages"]) for v in part.values()): raise UsageError(f"{path.name} has a value where a mapping belongs: {mend}")
     return found
 
 def asks(name: str, found: dict) -> dict:

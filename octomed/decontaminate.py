@@ -9,7 +9,7 @@ __all__ = ['SAME_BOTH', 'SAME_STEM', 'LARGE', 'STYLE', 'RULES', 'words', 'normal
            'by_ratio', 'without_punctuation', 'compare', 'Twins', 'twins', 'file_twins', 'question_twins']
 
 # %% ../nbs/04_decontaminate.ipynb #335556dd
-import gzip, html, json, os, re, signal, threading, unicodedata
+import gzip, html, json, os, re, signal, threading, unicodedata, zlib
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -215,11 +215,13 @@ def pieces(
     path: Path,           # JSON lines, perhaps packed as .gz
     size: int = 1 << 22,  # bytes, roughly
 ) -> Iterator[tuple[int, bytes, int]]:  # number of its first line, whole lines, bytes of the file read so far
-    "A file cut between lines."
+    "A file cut between lines. Raises `OctomedError` for a .gz that is damaged or not whole."
     first = 1
     with open(path, "rb") as raw, (gzip.open(raw) if path.suffix == ".gz" else raw) as f:
-        while piece := f.read(size):
-            piece += f.readline()
+        while True:
+            try: piece = f.read(size) + f.readline()
+            except (gzip.BadGzipFile, zlib.error, EOFError) as e: raise OctomedError(f"{path.name} is no whole gzip file ({e}): fetch it again") from e
+            if not piece: return
             yield first, piece.removeprefix(b"\xef\xbb\xbf") if first == 1 else piece, raw.tell()
             first += piece.count(b"\n")
 

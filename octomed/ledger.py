@@ -252,7 +252,8 @@ def top_up(
                 kept.add(s); wanted.discard(sample_key(*_key(s))); drawn += 1
                 if stop and (why := stop(s)) and wanted: raise Stopped(f"{why}: {total - len(wanted)} of {total} samples are kept, run again to go on")
     except KeyboardInterrupt:
-        print(f"  {desc}: stopped, {total - len(wanted)} of {total} are kept, run again to go on", file=sys.stderr, flush=True)
+        kept = len(ledger.has(_keys(requests, engine, sampling)))   # not counted here: the signal may fall between a sample's keeping and its counting
+        print(f"  {desc}: stopped, {kept} of {total} are kept, run again to go on", file=sys.stderr, flush=True)
         raise
     if wanted: raise OctomedError(f"the engine {engine.name} gave {len(wanted)} samples too few: run again to draw them")
     return drawn

@@ -86,6 +86,11 @@ def test_resources_are_the_recipes_file_or_the_default_and_submitits_own_names(t
     (tmp_path/"bad.yaml").write_text("partition: x")
     with pytest.raises(UsageError, match="unknown key partition"): resources("x", tmp_path/"bad.yaml")
     with pytest.raises(UsageError, match="no file none.yaml"): resources("x", tmp_path/"none.yaml")
+    for text, said in (("- a", "holds no keys"), ("stages: [sft]", "where a mapping belongs"), ("stages: {sft: 120}", "where a mapping belongs"), ("default: {a", "is not YAML")):
+        (tmp_path/"bad.yaml").write_text(text)
+        with pytest.raises(UsageError, match=said): resources("x", tmp_path/"bad.yaml")
+    (tmp_path/"ok.yaml").write_text("default:\nstages: {sft: }")
+    assert asks("sft", resources("x", tmp_path/"ok.yaml")) == {}
 
 
 def test_fault_6_a_job_whose_code_has_moved_on_refuses():

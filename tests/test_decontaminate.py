@@ -151,6 +151,12 @@ def test_pairs_says_what_is_wrong(tmp_path):
     f.write_text('{"question": "a"}')
     with pytest.raises(OctomedError, match="neither a JSONL file nor a registered source"): pairs(["nowhere.jsonl"], [str(f)])
 
+def test_a_gz_that_is_cut_short_or_none_is_named(tmp_path):
+    whole = gzip.compress(b'{"question": "a"}\n'*500)
+    for data in (whole[:-6], whole[:20] + bytes(30), b"plain text"):
+        (tmp_path/"t.jsonl.gz").write_bytes(data)
+        with pytest.raises(OctomedError, match="t.jsonl.gz is no whole gzip file"): pairs([str(tmp_path/"t.jsonl.gz")], [str(tmp_path/"t.jsonl.gz")])
+
 def jsonl(path, items, packed=False):
     data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in items).encode()
     path.write_bytes(gzip.compress(data) if packed else data)
