@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from .core import OctomedError, Recipe, atomic_write, content, data_dir, load_recipe, outputs_dir, read_jsonl, seed_for, shipped, write_jsonl
+from .core import Common, OctomedError, Recipe, atomic_write, content, data_dir, load_recipe, outputs_dir, read_jsonl, seed_for, shipped, write_jsonl
 from .questions import SOURCES, Question, Source, load, question_sources, read_chats, register, source_of
 from .plan import declared, registered, sections
 from .servers import on_loopback
@@ -46,11 +46,11 @@ def _few(spec: str, n: int, max_pixels: int, folder: Path) -> list[dict]:
     if source_of(spec).role == "comparison": return list(islice(read_chats(spec, images=True, max_pixels=max_pixels, folder=folder), n))
     return [q.to_json() for q in load(spec, limit=2*n, max_pixels=max_pixels, folder=folder) if q.at_hand][:n]
 
-def handful(spec: str, n: int, max_pixels: int) -> tuple[list[dict], str]:
-    "(a few questions of a source, or chats, where they are from); none where it is nowhere at hand."
+def handful(spec: str, n: int, sizes: tuple[int, ...]) -> tuple[list[dict], str]:
+    "(a few questions of a source, or chats, where they are from), their images stored at each of the sizes; none where it is nowhere at hand."
     for folder, where in ((data_dir(), "OCTOMED_DATA"), (shipped("examples"), "the examples")):
         if not folder or not question_sources(spec, folder): continue
-        if rows := _few(spec, n, max_pixels, folder): return rows, where
+        if rows := [_few(spec, n, size, folder) for size in sizes][0]: return rows, where
     return [], "nowhere at hand"
 
 def _file(folder: Path, spec: str) -> Path: return folder/f"{spec.replace(':', '.')}.jsonl"
@@ -107,7 +107,8 @@ def rehearse(
     env = {"OCTOMED_STORE": str(folder/"store"), "OCTOMED_REHEARSAL": str(folder/"questions"), **({} if data_dir() else {"OCTOMED_DATA": str(shipped("examples"))})}
     with ExitStack() as stack:
         stack.enter_context(_environment(**env))
-        log, found = Log(folder/"run.log"), {s: handful(s, questions, recipe.common.max_pixels) for s in _named(recipe)}
+        sizes = tuple({recipe.common.max_pixels, Common().max_pixels})   # the second for a section's own small student
+        log, found = Log(folder/"run.log"), {s: handful(s, questions, sizes) for s in _named(recipe)}
         log.say(f"rehearsal of {recipe.name}: random small weights, a handful of questions, answers by lot; nothing of it is a finding")
         if gone := [s for s, (qs, _) in found.items() if not qs]: log.say(f"left out, since nowhere at hand: {', '.join(gone)}")
         for s, (qs, _) in found.items():

@@ -1,7 +1,7 @@
 "Whether every recipe can be run as it stands, says of the paper what the paper says, and can be rehearsed."
 import json, os
 import pytest
-from octomed.core import Recipe, UsageError, load_recipe, recipes
+from octomed.core import Common, Recipe, UsageError, load_recipe, recipes
 from octomed.engines import KINDS, teacher_revision
 from octomed.plan import declared, parameters, sections
 from octomed.questions import NAMED, SOURCES, source_of
@@ -63,6 +63,16 @@ def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own
     models = {json.loads(line)["model"] for f in (folder/"store").rglob("requests.jsonl") for line in f.open()}
     assert models == {"deepseek-ai/DeepSeek-R1@rehearsal"}   # never taken for the real model's
     assert rehearse("paper", "44_samples") == {"ran": [], "skipped": ["44_samples"]}   # a second rehearsal finds it done
+
+
+@pytest.mark.timeout(900)
+def test_a_rehearsal_has_the_images_at_the_size_that_a_sections_own_student_sees(tmp_path, monkeypatch):
+    from octomed.rehearsal import rehearse
+    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path/"out")); monkeypatch.delenv("OCTOMED_STORE", raising=False); monkeypatch.delenv("OCTOMED_DATA", raising=False)
+    assert load_recipe("paper").common.max_pixels > Common().max_pixels
+    assert rehearse("paper", "30_dataset") == {"ran": ["30_dataset"], "skipped": []}
+    rows = json.loads((tmp_path/"out"/"paper-rehearsal"/"results"/"30_dataset.json").read_text())["rows"]
+    assert {r["benchmark"] for r in rows} >= {"brain_tumor:test"} and all(r["n"] for r in rows)
 
 
 def test_a_name_that_another_section_reads_and_no_recipe_gives_is_told():
