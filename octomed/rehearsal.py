@@ -42,8 +42,14 @@ class _Lot(BaseHTTPRequestHandler):
         else: self.reply(json.dumps(one("message")))
 
 # %% ../nbs/22c_rehearsal.ipynb #b8e3f708
+def _seen(chat: dict) -> dict:
+    "A chat without the pictures of which only the name is at hand: LLaVA-Med's come apart from its conversations."
+    there = lambda part: not part.get("image", "").startswith("name:")
+    first, *rest = chat["messages"]
+    return {**chat, "messages": [{**first, "content": [p for p in first["content"] if there(p)]}, *rest], "images": [i for i in chat["images"] if there({"image": i})]}
+
 def _few(spec: str, n: int, max_pixels: int, folder: Path) -> list[dict]:
-    if source_of(spec).role == "comparison": return list(islice(read_chats(spec, images=True, max_pixels=max_pixels, folder=folder), n))
+    if source_of(spec).role == "comparison": return [_seen(c) for c in islice(read_chats(spec, images=True, max_pixels=max_pixels, folder=folder), n)]
     return [q.to_json() for q in load(spec, limit=2*n, max_pixels=max_pixels, folder=folder) if q.at_hand][:n]
 
 def handful(spec: str, n: int, sizes: tuple[int, ...]) -> tuple[list[dict], str]:

@@ -75,6 +75,16 @@ def test_a_rehearsal_has_the_images_at_the_size_that_a_sections_own_student_sees
     assert {r["benchmark"] for r in rows} >= {"brain_tumor:test"} and all(r["n"] for r in rows)
 
 
+def test_a_rehearsals_chats_ask_for_no_picture_that_is_not_at_hand(tmp_path, monkeypatch):
+    from octomed.rehearsal import handful
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path)); monkeypatch.delenv("OCTOMED_DATA", raising=False)
+    for spec, pictures in (("pubmedvision:alignment", True), ("pubmedvision:instruct", True), ("llava_med:instruct", False)):
+        rows, where = handful(spec, 4, (12_544,))
+        parts = [p for r in rows for p in r["messages"][0]["content"]]
+        assert rows and where == "the examples" and "name:" not in json.dumps(rows) and all(p["text"] for p in parts if p["type"] == "text")
+        assert any(r["images"] for r in rows) == any(p["type"] == "image" for p in parts) == pictures
+
+
 def test_a_name_that_another_section_reads_and_no_recipe_gives_is_told():
     recipe = Recipe("mine", sections={"51_scaling": {"questions": 8}})
     with pytest.raises(UsageError, match="recipe mine gives 51_scaling no warm_epochs, which another section reads there: add it"): recipe.of("51_scaling")["warm_epochs"]
