@@ -113,7 +113,7 @@ def rehearse(
     env = {"OCTOMED_STORE": str(folder/"store"), "OCTOMED_REHEARSAL": str(folder/"questions"), **({} if data_dir() else {"OCTOMED_DATA": str(shipped("examples"))})}
     with ExitStack() as stack:
         stack.enter_context(_environment(**env))
-        sizes = tuple({recipe.common.max_pixels, Common().max_pixels})   # the second for a section's own small student
+        sizes = tuple(dict.fromkeys((recipe.common.max_pixels, Common().max_pixels)))   # the second for a section's own small student
         log, found = Log(folder/"run.log"), {s: handful(s, questions, sizes) for s in _named(recipe)}
         log.say(f"rehearsal of {recipe.name}: random small weights, a handful of questions, answers by lot; nothing of it is a finding")
         if gone := [s for s, (qs, _) in found.items() if not qs]: log.say(f"left out, since nowhere at hand: {', '.join(gone)}")
