@@ -1,128 +1,329 @@
 "The parser against its golden corpus, its properties, a time bound, and real models' answers."
-import os, random, re, sys, time, unicodedata
+
+import os
+import random
+import re
+import sys
+import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
+
 import pytest
-from hypothesis import given, settings, strategies as st
-from octomed.answers import AGREEMENT, FORMS, STATUSES, Verdict, _lower, agreement, judge, lettered, majority_vote, published, score, tally
-from octomed.core import OctomedError, read_jsonl, shipped
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octomed.core.files import read_jsonl
+from octomed.core.paths import OctomedError, shipped
+from octomed.generate.answers import (
+    AGREEMENT,
+    FORMS,
+    STATUSES,
+    Verdict,
+    _lower,
+    agreement,
+    judge,
+    lettered,
+    majority_vote,
+    published,
+    score,
+    tally,
+)
 
 GOLDEN = read_jsonl(shipped("answers", "golden.jsonl"))
 TISSUE = {"A": "Tumor", "B": "Stroma", "C": "Inflammatory", "D": "Necrosis"}
 
+
 @pytest.mark.parametrize("row", GOLDEN, ids=[r["note"] for r in GOLDEN])
 def test_fault_38_golden_corpus(row):
-    got = judge(row["text"], row["options"], row["answer"], row["think_first"], row.get("forms", FORMS))
+    got = judge(
+        row["text"], row["options"], row["answer"], row["think_first"], row.get("forms", FORMS)
+    )
     assert got == Verdict(row["letter"], row["status"])
 
+
 def test_fault_38_unparsed_rate_of_the_corpus():
-    n = tally(judge(r["text"], r["options"], r["answer"], r["think_first"], r.get("forms", FORMS)) for r in GOLDEN)
+    n = tally(
+        judge(r["text"], r["options"], r["answer"], r["think_first"], r.get("forms", FORMS))
+        for r in GOLDEN
+    )
     assert len(GOLDEN) >= 400 and sum(n.values()) == len(GOLDEN)
     assert n["unparsed"] == sum(r["status"] == "unparsed" for r in GOLDEN)
 
-PIECES = [r"\boxed{", r"\boxed", "{", "}", r"\{", r"\}", "<answer>", "</answer>", "<ANSWER>", "the answer is ", "answer", "answer:", "the ", "The ", "best ", "most ", "correct ", "final ",
-          "option", "choice", "letter ", "is ", "would be ", "to this question ", "is", ":", " ", "\n", "\t", "*", "$", "(", "B", "B.", ")", r"\text{", r"\text", r"\mathrm", "\\", "</think>",
-          "<think>", "~", "É", "İ", "Stroma", "vitamin d [d3]", ".", ";", "[", "]", "`", "<|end_of_box|>", "<|", "I"]
-CONTENTS = st.sampled_from(["A", "b", "(B)", "B.", "C:", "D) ", "[B]", "E", "i", "B: Tumor", "stroma", "Stroma.", "(Vitamin D [D3])", "Vitamin D [D3].", "grade e, since", "Stroma; it is", "", "?", "B or C", "**B**", r"\text{B}", r"\mathrm{(B}"])
-CONTAINERS = st.sampled_from([r"\boxed{@}", r"$\boxed {@}$", r"\boxed{@", r"\boxed{so @}", r"\boxed{C: @}", r"\boxed{\text{@}}", r"\boxed{{@}", "{@}", "<answer>@</answer>", "<Answer>@", "the answer is @", "The best answer is (@).", "Answer: @\n", "**best option:** @\n",
-    "The most the final answer is @", "the correct choice is option @.", "Final choice: @\n", "the most likely option to this question would be: @\n", "breathe answer is @", "unanswer: @", "</think>@"])
-CHUNKS = st.one_of(st.sampled_from(PIECES), CONTENTS, st.builds(lambda outer, inner: outer.replace("@", inner), CONTAINERS, CONTENTS), st.builds(lambda a, b, c: a.replace("@", b.replace("@", c)), CONTAINERS, CONTAINERS, CONTENTS))
+
+PIECES = [
+    r"\boxed{",
+    r"\boxed",
+    "{",
+    "}",
+    r"\{",
+    r"\}",
+    "<answer>",
+    "</answer>",
+    "<ANSWER>",
+    "the answer is ",
+    "answer",
+    "answer:",
+    "the ",
+    "The ",
+    "best ",
+    "most ",
+    "correct ",
+    "final ",
+    "option",
+    "choice",
+    "letter ",
+    "is ",
+    "would be ",
+    "to this question ",
+    "is",
+    ":",
+    " ",
+    "\n",
+    "\t",
+    "*",
+    "$",
+    "(",
+    "B",
+    "B.",
+    ")",
+    r"\text{",
+    r"\text",
+    r"\mathrm",
+    "\\",
+    "</think>",
+    "<think>",
+    "~",
+    "É",
+    "İ",
+    "Stroma",
+    "vitamin d [d3]",
+    ".",
+    ";",
+    "[",
+    "]",
+    "`",
+    "<|end_of_box|>",
+    "<|",
+    "I",
+]
+CONTENTS = st.sampled_from(
+    [
+        "A",
+        "b",
+        "(B)",
+        "B.",
+        "C:",
+        "D) ",
+        "[B]",
+        "E",
+        "i",
+        "B: Tumor",
+        "stroma",
+        "Stroma.",
+        "(Vitamin D [D3])",
+        "Vitamin D [D3].",
+        "grade e, since",
+        "Stroma; it is",
+        "",
+        "?",
+        "B or C",
+        "**B**",
+        r"\text{B}",
+        r"\mathrm{(B}",
+    ]
+)
+CONTAINERS = st.sampled_from(
+    [
+        r"\boxed{@}",
+        r"$\boxed {@}$",
+        r"\boxed{@",
+        r"\boxed{so @}",
+        r"\boxed{C: @}",
+        r"\boxed{\text{@}}",
+        r"\boxed{{@}",
+        "{@}",
+        "<answer>@</answer>",
+        "<Answer>@",
+        "the answer is @",
+        "The best answer is (@).",
+        "Answer: @\n",
+        "**best option:** @\n",
+        "The most the final answer is @",
+        "the correct choice is option @.",
+        "Final choice: @\n",
+        "the most likely option to this question would be: @\n",
+        "breathe answer is @",
+        "unanswer: @",
+        "</think>@",
+    ]
+)
+CHUNKS = st.one_of(
+    st.sampled_from(PIECES),
+    CONTENTS,
+    st.builds(lambda outer, inner: outer.replace("@", inner), CONTAINERS, CONTENTS),
+    st.builds(lambda a, b, c: a.replace("@", b.replace("@", c)), CONTAINERS, CONTAINERS, CONTENTS),
+)
 TEXTS = st.lists(CHUNKS, max_size=8).map("".join)
-OPTIONS = st.sampled_from([TISSUE, {"A": "Vitamin D [D3]", "B": "I", "C": "stroma."}, {"a": "B", "b": "İ", "i": r"\text{É}"}, {c: f"Grade {c}" for c in "ABCDEFGHIJKL"}])
+OPTIONS = st.sampled_from(
+    [
+        TISSUE,
+        {"A": "Vitamin D [D3]", "B": "I", "C": "stroma."},
+        {"a": "B", "b": "İ", "i": r"\text{É}"},
+        {c: f"Grade {c}" for c in "ABCDEFGHIJKL"},
+    ]
+)
 
 # A slow reader, written from the rules and for plainness: the parser must say what it says.
+
 
 def plain_boxed(text):
     found, i = None, 0
     while (i := text.find(r"\boxed", i)) >= 0:
         i = start = i + len(r"\boxed")
-        while text[start:start+1].isspace(): start += 1
-        if text[start:start+1] != "{": continue
+        while text[start : start + 1].isspace():
+            start += 1
+        if text[start : start + 1] != "{":
+            continue
         depth, j = 1, start + 1
         while j < len(text) and depth:
-            if text[j] in "{}" and (text[j-1] != "\\"): depth += 1 if text[j] == "{" else -1
+            if text[j] in "{}" and (text[j - 1] != "\\"):
+                depth += 1 if text[j] == "{" else -1
             j += 1
-        if not depth and (found is None or j > found[1]): found = start + 1, j
-    return found and text[found[0]:found[1]-1]
+        if not depth and (found is None or j > found[1]):
+            found = start + 1, j
+    return found and text[found[0] : found[1] - 1]
+
 
 def plain_tagged(text):
-    at = [i for i in range(len(text)) if text[i:i+8].lower() == "<answer>"]
-    if not at: return None
-    content = text[at[-1]+8:]
-    ends = [i for i in range(len(content)) if content[i:i+9].lower() == "</answer>"]
-    return content[:ends[0]] if ends else content
+    at = [i for i in range(len(text)) if text[i : i + 8].lower() == "<answer>"]
+    if not at:
+        return None
+    content = text[at[-1] + 8 :]
+    ends = [i for i in range(len(content)) if content[i : i + 9].lower() == "</answer>"]
+    return content[: ends[0]] if ends else content
 
-PLAIN_PHRASE = re.compile(r"""\b(?:the\s+(?:(?:final|correct|best|right|closest|most\s+\w+)\s+){0,2}(?:answer|option|choice)(?:\s+(?:choice|option|letter))?(?:\s+to\s+th(?:e|is)\s+question)?
-    \s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*:?|(?:answer|(?:correct|best|final)\s+(?:option|choice))[\s*]*:)[\s*]*(?:(?:option|choice|letter)\b\s*)?""", re.I | re.X)
+
+PLAIN_PHRASE = re.compile(
+    r"""\b(?:the\s+(?:(?:final|correct|best|right|closest|most\s+\w+)\s+){0,2}(?:answer|option|choice)(?:\s+(?:choice|option|letter))?(?:\s+to\s+th(?:e|is)\s+question)?
+    \s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*:?|(?:answer|(?:correct|best|final)\s+(?:option|choice))[\s*]*:)[\s*]*(?:(?:option|choice|letter)\b\s*)?""",
+    re.I | re.X,
+)
+
 
 def plain_phrase(text):
     ends = [m.end() for i in range(len(text)) if (m := PLAIN_PHRASE.match(text, i))]
-    return text[max(ends):].split("\n")[0] if ends else None
+    return text[max(ends) :].split("\n")[0] if ends else None
+
 
 def plain_markup(text):
-    for blank in (r"\ ", r"\,", r"\;", r"\~", "~"): text = text.replace(blank, " ")
+    for blank in (r"\ ", r"\,", r"\;", r"\~", "~"):
+        text = text.replace(blank, " ")
     text = re.sub(r"\\(text|math)[a-z]*|\\left|\\right|\\[][()]|<\|[a-z_]*\|>|[${}*`]", "", text)
     return " ".join(text.split())
+
 
 def plain_words(text):
     text = unicodedata.normalize("NFC", plain_markup(text)).casefold().strip("()[] ")
     return (text[:-1] if text.endswith(".") else text).strip("()[] ")
 
+
 def plain_letter(text):
     "(letter, what follows it) or None."
     text = plain_markup(text).lstrip("([ ")
-    if not (text[:1].isascii() and text[:1].isalpha()): return None
-    if not text[1:].strip(")] ") or text[1] in ")]:.": return text[0], text[1:].strip(" :.)]")
+    if not (text[:1].isascii() and text[:1].isalpha()):
+        return None
+    if not text[1:].strip(")] ") or text[1] in ")]:.":
+        return text[0], text[1:].strip(" :.)]")
+
 
 def plain_read(form, content, options):
-    content, room = content.strip(), 4*max(map(len, options.values())) + 100
-    if len(content) > room: content = content[:room] + "…"
-    if form == "boxed": content = content.replace(r"\boxed", "")
+    content, room = content.strip(), 4 * max(map(len, options.values())) + 100
+    if len(content) > room:
+        content = content[:room] + "…"
+    if form == "boxed":
+        content = content.replace(r"\boxed", "")
     named = lambda x: next((o for o in options if o.upper() == x.upper()), None)
     texts = lambda x: [o for o in options if plain_words(options[o]) == plain_words(x) != ""]
     said = plain_letter(content)
-    if form == "whole" and said and said[1] and not any(plain_words(said[1]) == plain_words(o) for o in options.values()): said = None
-    if said: return named(said[0])
+    if (
+        form == "whole"
+        and said
+        and said[1]
+        and not any(plain_words(said[1]) == plain_words(o) for o in options.values())
+    ):
+        said = None
+    if said:
+        return named(said[0])
     found = texts(content)
-    if form == "phrase" and len(found) != 1: found = texts(re.split(r"[.;,]\s", content)[0])
+    if form == "phrase" and len(found) != 1:
+        found = texts(re.split(r"[.;,]\s", content)[0])
     return found[0] if len(found) == 1 else None
 
+
 def plain_judge(text, options, think_first=False, forms=FORMS):
-    if think_first and "</think>" not in text: return Verdict(None, "truncated")
-    if think_first: text = text.split("</think>")[-1]
+    if think_first and "</think>" not in text:
+        return Verdict(None, "truncated")
+    if think_first:
+        text = text.split("</think>")[-1]
     for form in forms:
-        content = {"boxed": plain_boxed, "answer": plain_tagged, "phrase": plain_phrase, "whole": str}[form](text)
-        if content is not None: break
+        content = {
+            "boxed": plain_boxed,
+            "answer": plain_tagged,
+            "phrase": plain_phrase,
+            "whole": str,
+        }[form](text)
+        if content is not None:
+            break
     letter = None if content is None else plain_read(form, content, options)
     return Verdict(letter, "parsed" if letter else "unparsed")
+
 
 @settings(max_examples=1500, deadline=None)
 @given(TEXTS, OPTIONS, st.booleans(), st.permutations(FORMS), st.integers(1, 4))
 def test_fault_38_agrees_with_a_plain_reader(text, options, think_first, forms, n):
-    assert judge(text, options, None, think_first, forms[:n]) == plain_judge(text, options, think_first, forms[:n])
+    assert judge(text, options, None, think_first, forms[:n]) == plain_judge(
+        text, options, think_first, forms[:n]
+    )
+
 
 @pytest.mark.parametrize("row", GOLDEN, ids=[r["note"] for r in GOLDEN])
 def test_fault_38_the_plain_reader_knows_the_corpus(row):
-    assert plain_judge(row["text"], row["options"], row["think_first"], row.get("forms", FORMS)).letter == row["letter"]
+    assert (
+        plain_judge(row["text"], row["options"], row["think_first"], row.get("forms", FORMS)).letter
+        == row["letter"]
+    )
+
 
 @settings(max_examples=400, deadline=None)
-@given(st.one_of(TEXTS, st.text(st.characters(), max_size=40)), OPTIONS, st.booleans(), st.sampled_from([None, "A", "B"]))
+@given(
+    st.one_of(TEXTS, st.text(st.characters(), max_size=40)),
+    OPTIONS,
+    st.booleans(),
+    st.sampled_from([None, "A", "B"]),
+)
 def test_any_text_gets_a_lawful_verdict(text, options, think_first, answer):
     v = judge(text, options, answer, think_first)
     assert v.status in STATUSES and (v.letter is None) == (v.status in ("unparsed", "truncated"))
     assert v.letter in (None, *options)
     assert (v.status == "truncated") == (think_first and "</think>" not in text)
-    if v.letter and answer: assert v.status == ("correct" if v.letter.upper() == answer else "wrong")
+    if v.letter and answer:
+        assert v.status == ("correct" if v.letter.upper() == answer else "wrong")
     assert score(v) == (v.status == "correct")
+
 
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, TEXTS, st.text(max_size=40))
 def test_what_stands_before_the_last_end_of_thinking_changes_nothing(before, padding, after):
-    assert judge(before + "</think>" + after, TISSUE, "B", True) == judge(padding + "</think>" + after, TISSUE, "B", True)
+    assert judge(before + "</think>" + after, TISSUE, "B", True) == judge(
+        padding + "</think>" + after, TISSUE, "B", True
+    )
+
 
 def test_lower_case_keeps_every_character_in_its_place():
     text = "".join(map(chr, range(sys.maxunicode + 1)))
     assert len(_lower(text)) == len(text)
+
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60).filter(lambda s: "</think>" not in s.lower()), st.sampled_from("ABCD"))
@@ -130,56 +331,108 @@ def test_reasoning_cannot_change_what_follows_it(reasoning, letter):
     said = rf"\boxed{{{letter}: {TISSUE[letter]}}}"
     assert judge(f"<think>{reasoning}</think>{said}", TISSUE, think_first=True).letter == letter
 
+
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from("ABCD"), st.sampled_from(["{}", "({})", "[{}]", "{}.", "{})", "{}: x", r"\text{{{}}}", "$ {} $", "**{}**"]), st.booleans(),
-       st.sampled_from([r"\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}", "Answer: {}"]))
+@given(
+    st.sampled_from("ABCD"),
+    st.sampled_from(
+        ["{}", "({})", "[{}]", "{}.", "{})", "{}: x", r"\text{{{}}}", "$ {} $", "**{}**"]
+    ),
+    st.booleans(),
+    st.sampled_from([r"\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}", "Answer: {}"]),
+)
 def test_a_letter_is_read_in_every_container(letter, dress, lower, container):
     said = container.format(dress.format(letter.lower() if lower else letter))
     assert judge(f"Some reasoning.\n{said}", TISSUE, letter) == Verdict(letter, "correct")
 
+
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz ", min_size=2, max_size=20), st.sampled_from(list(TISSUE.values())))
+@given(
+    st.text(alphabet="abcdefghijklmnopqrstuvwxyz ", min_size=2, max_size=20),
+    st.sampled_from(list(TISSUE.values())),
+)
 def test_only_the_exact_text_of_an_option_is_credited(text, option):
     exact = [k for k, v in TISSUE.items() if v.casefold() == " ".join(text.split())]
     alone = len(text.strip()) == 1 and text.strip().upper() in TISSUE
-    assert judge(rf"\boxed{{{text}}}", TISSUE).letter == (text.strip().upper() if alone else exact[0] if exact else None)
+    assert judge(rf"\boxed{{{text}}}", TISSUE).letter == (
+        text.strip().upper() if alone else exact[0] if exact else None
+    )
 
-HOSTILE = {"boxes never closed": r"\boxed{"*140_000, "nested and closed": r"\boxed{"*70_000 + "B" + "}"*70_000, "closing braces": "}"*1_000_000, "opening braces": "{"*1_000_000,
-           "box then blanks": (r"\boxed" + " "*500_000)*2, "tags never closed": "<answer>"*125_000, "closing tags": "</answer>"*110_000, "the and blanks": ("the" + " "*250_000)*4,
-           "the best best": "the " + "best "*200_000, "answer and blanks": ("answer" + " "*250_000)*4, "answers and stars": ("answer" + "*"*250_000)*4, "answer is": "the answer is "*70_000,
-           "brackets": "("*1_000_000 + "B", "text wrappers": r"\text"*200_000, "one word": r"\text" + "a"*1_000_000, "a letter and blanks": "B" + " "*1_000_000 + "x",
-           "phrase and brackets": "the answer is " + "("*1_000_000, "ends of thinking": "</think>"*125_000, "full stops": "the answer is x" + ". "*500_000, "most": "the most "*110_000}
+
+HOSTILE = {
+    "boxes never closed": r"\boxed{" * 140_000,
+    "nested and closed": r"\boxed{" * 70_000 + "B" + "}" * 70_000,
+    "closing braces": "}" * 1_000_000,
+    "opening braces": "{" * 1_000_000,
+    "box then blanks": (r"\boxed" + " " * 500_000) * 2,
+    "tags never closed": "<answer>" * 125_000,
+    "closing tags": "</answer>" * 110_000,
+    "the and blanks": ("the" + " " * 250_000) * 4,
+    "the best best": "the " + "best " * 200_000,
+    "answer and blanks": ("answer" + " " * 250_000) * 4,
+    "answers and stars": ("answer" + "*" * 250_000) * 4,
+    "answer is": "the answer is " * 70_000,
+    "brackets": "(" * 1_000_000 + "B",
+    "text wrappers": r"\text" * 200_000,
+    "one word": r"\text" + "a" * 1_000_000,
+    "a letter and blanks": "B" + " " * 1_000_000 + "x",
+    "phrase and brackets": "the answer is " + "(" * 1_000_000,
+    "ends of thinking": "</think>" * 125_000,
+    "full stops": "the answer is x" + ". " * 500_000,
+    "most": "the most " * 110_000,
+}
+
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_fault_38_time_bound(name):
     text = HOSTILE[name]
+
     def seconds(t):
-        start = time.process_time(); judge(t, TISSUE, "B"); judge("</think>" + t, TISSUE, "B", think_first=True); return time.process_time() - start
-    whole, quarter = seconds(text), seconds(text[:len(text)//4])
+        start = time.process_time()
+        judge(t, TISSUE, "B")
+        judge("</think>" + t, TISSUE, "B", think_first=True)
+        return time.process_time() - start
+
+    whole, quarter = seconds(text), seconds(text[: len(text) // 4])
     assert whole < 4, f"{whole:.2f} s for {len(text):,} characters"
-    assert whole < 12*quarter + .3, f"{quarter:.3f} s for a quarter and {whole:.3f} s for all: more than linear"
+    assert whole < 12 * quarter + 0.3, (
+        f"{quarter:.3f} s for a quarter and {whole:.3f} s for all: more than linear"
+    )
+
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join))
 def test_fault_38_any_repetition_takes_time_that_grows_with_its_length(unit):
     "Sixteen times the text may take sixteen times as long, not 256 times: what is allowed lies between, since machines are noisy."
+
     def seconds(n):
-        text, best = unit*(n//len(unit)), 9.
+        text, best = unit * (n // len(unit)), 9.0
         for _ in range(2):
-            start = time.process_time(); judge(text, TISSUE, "B"); best = min(best, time.process_time() - start)
+            start = time.process_time()
+            judge(text, TISSUE, "B")
+            best = min(best, time.process_time() - start)
         return best
+
     short, long = seconds(5_000), seconds(80_000)
-    assert long < 64*short + .1, f"{short:.4f} s for 5,000 characters of {unit!r} and {long:.4f} s for 80,000"
+    assert long < 64 * short + 0.1, (
+        f"{short:.4f} s for 5,000 characters of {unit!r} and {long:.4f} s for 80,000"
+    )
+
 
 def test_fault_23_answers_and_options_that_cannot_be():
-    with pytest.raises(OctomedError, match="none of the options"): judge("B", TISSUE, "E")
-    with pytest.raises(OctomedError, match="at most 26"): judge("B", ["x"]*27)
-    with pytest.raises(OctomedError, match="one letter"): judge("B", {"AA": "x"})
-    with pytest.raises(OctomedError, match="no form"): judge("B", TISSUE, forms=("nearest",))
+    with pytest.raises(OctomedError, match="none of the options"):
+        judge("B", TISSUE, "E")
+    with pytest.raises(OctomedError, match="at most 26"):
+        judge("B", ["x"] * 27)
+    with pytest.raises(OctomedError, match="one letter"):
+        judge("B", {"AA": "x"})
+    with pytest.raises(OctomedError, match="no form"):
+        judge("B", TISSUE, forms=("nearest",))
     assert judge(r"\boxed{Same}", ["Same", "same"]).status == "unparsed"
     assert judge("B", TISSUE, "").status == "parsed"
     assert judge(None, TISSUE, "B") == Verdict(None, "unparsed")
-    assert list(lettered(["x"]*26))[-1] == "Z"
+    assert list(lettered(["x"] * 26))[-1] == "Z"
+
 
 def test_fault_42_ties_are_broken_the_same_way_and_fairly():
     letters = ["A", "B", "C", "A", "B", None]
@@ -189,21 +442,58 @@ def test_fault_42_ties_are_broken_the_same_way_and_fairly():
     assert set(won) == {"A", "B"} and abs(won["A"] - 200) < 60
     assert majority_vote([]).letter is None and not majority_vote(["C"]).tied
 
+
 def test_agreement_names_what_differs_and_why():
-    rows = [("The answer is (B).", TISSUE, "B"), ("I cannot say.", TISSUE, ""), ("I cannot say.", TISSUE, "D"), ("Perhaps necrosis.", TISSUE, "D"), ("I lean to (D), I think", TISSUE, "D"), ("The answer is B.", TISSUE, None),
-            ("Not A. The answer is B.", TISSUE, "A"), ("The answer is B.", TISSUE, "A")]
+    rows = [
+        ("The answer is (B).", TISSUE, "B"),
+        ("I cannot say.", TISSUE, ""),
+        ("I cannot say.", TISSUE, "D"),
+        ("Perhaps necrosis.", TISSUE, "D"),
+        ("I lean to (D), I think", TISSUE, "D"),
+        ("The answer is B.", TISSUE, None),
+        ("Not A. The answer is B.", TISSUE, "A"),
+        ("The answer is B.", TISSUE, "A"),
+    ]
     n, differ = agreement(rows)
-    assert n == {"same": 2, "guessed": 2, "only theirs": 2, "only ours": 1, "different": 1} and list(n) == list(AGREEMENT)
-    assert [d["kind"] for d in differ] == ["guessed", "only theirs", "only theirs", "only ours", "different", "guessed"]
+    assert n == {
+        "same": 2,
+        "guessed": 2,
+        "only theirs": 2,
+        "only ours": 1,
+        "different": 1,
+    } and list(n) == list(AGREEMENT)
+    assert [d["kind"] for d in differ] == [
+        "guessed",
+        "only theirs",
+        "only theirs",
+        "only ours",
+        "different",
+        "guessed",
+    ]
     assert agreement(rows[:1], forms=("boxed",))[0]["only theirs"] == 1
+
 
 REAL = Path(os.environ.get("OCTOMED_DATA") or "none")
 
-@pytest.mark.skipif(not (REAL/"mmlu_pro_health").is_dir() or not (REAL/"mmmu_pro").is_dir(), reason="OCTOMED_DATA does not hold mmlu_pro_health and mmmu_pro")
+
+@pytest.mark.skipif(
+    not (REAL / "mmlu_pro_health").is_dir() or not (REAL / "mmmu_pro").is_dir(),
+    reason="OCTOMED_DATA does not hold mmlu_pro_health and mmmu_pro",
+)
 def test_real_answers_agree_with_their_publishers_extraction():
     n = {model: (len(rows), agreement(rows)[0]) for model, rows in published(REAL).items()}
     assert len(n) == 16 and all(sum(kinds.values()) == total for total, kinds in n.values())
     text = {m: x for m, x in n.items() if not m.startswith("gpt-4o")}
-    assert all(k["same"] + k["guessed"] >= .97*total for m, (total, k) in text.items() if m != "Qwen1.5-7B-Chat"), text
-    assert sum(k["different"] for _, k in text.values()) <= 20 and sum(k["guessed"] for _, k in text.values()) >= 90
-    assert n["gpt-4o_standard_10opt_cot"][1]["same"] >= .98*1730 and n["gpt-4o_standard_10opt_direct"][1]["guessed"] >= 30
+    assert all(
+        k["same"] + k["guessed"] >= 0.97 * total
+        for m, (total, k) in text.items()
+        if m != "Qwen1.5-7B-Chat"
+    ), text
+    assert (
+        sum(k["different"] for _, k in text.values()) <= 20
+        and sum(k["guessed"] for _, k in text.values()) >= 90
+    )
+    assert (
+        n["gpt-4o_standard_10opt_cot"][1]["same"] >= 0.98 * 1730
+        and n["gpt-4o_standard_10opt_direct"][1]["guessed"] >= 30
+    )

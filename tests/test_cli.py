@@ -1,28 +1,41 @@
 """The command line: exit codes, sentences, JSON shapes, and what it leaves behind when something is wrong."""
-import json, os, subprocess, sys
+
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from octomed import cli, core, plan, report
-from octomed.cli import main
+from octomed.core import paths as core
+from octomed.run import cli, plan, report
+from octomed.run.cli import main
 
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
-    for name, part in (("OCTOMED_STORE", "store"), ("OCTOMED_OUTPUTS", "out"), ("OCTOMED_NOTEBOOKS", "nbs")): monkeypatch.setenv(name, str(tmp_path/part))
+    for name, part in (
+        ("OCTOMED_STORE", "store"),
+        ("OCTOMED_OUTPUTS", "out"),
+        ("OCTOMED_NOTEBOOKS", "nbs"),
+    ):
+        monkeypatch.setenv(name, str(tmp_path / part))
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
-    (tmp_path/"nbs").mkdir()
+    (tmp_path / "nbs").mkdir()
 
 
 def call(capsys, *argv):
     "(exit code, stdout, stderr) of a command."
-    try: code = main([str(a) for a in argv])
-    except SystemExit as e: code = e.code
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as e:
+        code = e.code
     return code, *capsys.readouterr()
 
 
-def jsonl(path, *rows): path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)); return path
+def jsonl(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
 
 
 ROW = {"id": "q1", "text": "so the answer is \\boxed{b}", "options": {"A": "yes", "B": "no"}}
@@ -30,11 +43,12 @@ ROW = {"id": "q1", "text": "so the answer is \\boxed{b}", "options": {"A": "yes"
 
 # What is imported, and when.
 
+
 def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
-    f = jsonl(tmp_path/"r.jsonl", ROW)
+    f = jsonl(tmp_path / "r.jsonl", ROW)
     code = f"""
 import sys
-from octomed.cli import main
+from octomed.run.cli import main
 try: main(["--help"])
 except SystemExit as e: assert e.code == 0
 assert main(["judge", {str(f)!r}]) == 0
@@ -43,10 +57,16 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in "check plan run status report sources decontaminate judge distill train evaluate".split(): assert name in done.stdout
+    for (
+        name
+    ) in ["check", "plan", "run", "status", "report", "sources", "decontaminate", "judge", "distill", "train", "evaluate"]:
+        assert name in done.stdout
 
 
-@pytest.mark.parametrize("command", "check plan run status report sources decontaminate judge distill train evaluate".split())
+@pytest.mark.parametrize(
+    "command",
+    ["check", "plan", "run", "status", "report", "sources", "decontaminate", "judge", "distill", "train", "evaluate"],
+)
 def test_every_command_has_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and f"octomed {command}" in out
@@ -54,243 +74,577 @@ def test_every_command_has_help(capsys, command):
 
 # Wrong usage is 2, with one sentence.
 
-@pytest.mark.parametrize("argv", [[], ["nothing"], ["run"], ["judge", "a", "--n", "3"], ["decontaminate", "a"], ["decontaminate", "a", "--against", "b", "--n", "0"]])
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["run"],
+        ["judge", "a", "--n", "3"],
+        ["decontaminate", "a"],
+        ["decontaminate", "a", "--against", "b", "--n", "0"],
+    ],
+)
 def test_wrong_arguments(capsys, argv):
     code, out, err = call(capsys, *argv)
     assert code == 2 and not out and "usage: octomed" in err
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "report", "distill --recipe", "train --recipe"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "status", "report", "distill --recipe", "train --recipe"]
+)
 def test_unknown_recipe(capsys, tmp_path, command):
     code, out, err = call(capsys, *command.split(), "corse")
-    assert code == 2 and err.startswith("octomed: there is no recipe corse: choose from ") and err.count("\n") == 1
-    assert not (tmp_path/"out").exists() and not (tmp_path/"store").exists()
+    assert (
+        code == 2
+        and err.startswith("octomed: there is no recipe corse: choose from ")
+        and err.count("\n") == 1
+    )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("a: [", "is not YAML"), ("comon: {}", "unknown key comon"), ("common: {lr: fast}", "lr must be float"), ("common: {batch: 1.5}", "batch must be int"),
-    ("sections: {42_formating: {}}", "42_formating, which has no notebook"), ("common: {speed: 3}", "unknown key speed"),
-    ("[1, 2]", "is no recipe"), ("sections: [42_formatting]", "is no recipe"), ("sections: {42_formatting: 3}", "is no recipe"), ("common: {train: medqa}", "train must be list"), ("common: {lr: 5e-5}", "runs no section")])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("a: [", "is not YAML"),
+        ("comon: {}", "unknown key comon"),
+        ("common: {lr: fast}", "lr must be float"),
+        ("common: {batch: 1.5}", "batch must be int"),
+        ("sections: {42_formating: {}}", "42_formating, which has no notebook"),
+        ("common: {speed: 3}", "unknown key speed"),
+        ("[1, 2]", "is no recipe"),
+        ("sections: [42_formatting]", "is no recipe"),
+        ("sections: {42_formatting: 3}", "is no recipe"),
+        ("common: {train: medqa}", "train must be list"),
+        ("common: {lr: 5e-5}", "runs no section"),
+    ],
+)
 def test_malformed_recipe(capsys, tmp_path, text, sentence):
-    (tmp_path/"r.yaml").write_text(text)
-    code, out, err = call(capsys, "run", tmp_path/"r.yaml")
+    (tmp_path / "r.yaml").write_text(text)
+    code, out, err = call(capsys, "run", tmp_path / "r.yaml")
     assert code == 2 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
-    assert not (tmp_path/"out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_section(capsys, tmp_path):
-    (tmp_path/"r.yaml").write_text("sections: {}")
-    code, _, err = call(capsys, "run", tmp_path/"r.yaml", "--only", "42_formatting")
+    (tmp_path / "r.yaml").write_text("sections: {}")
+    code, _, err = call(capsys, "run", tmp_path / "r.yaml", "--only", "42_formatting")
     assert code == 2 and "recipe r has no section 42_formatting" in err
 
 
-@pytest.mark.parametrize("line, sentence", [
-    ("run smoke --minutes 1 --rehearse", "--minutes is for sections that run on this machine"), ("run smoke --cluster x.yaml", "add --on slurm"), ("report smoke --html --json", "choose one"),
-    ("export hub clinic_ward:train --out there --form hybrid", "invalid choice: 'hybrid'"), ("export lm-eval --recipe RECIPE --out there", "names no benchmark"), ("evaluate clinic/tiny --recipe RECIPE", "names no benchmark"),
-    ("evaluate clinic/tiny clinic_ward:test --voted clinic_boards:test", "--voted names clinic_boards:test, which is not asked")])
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("run smoke --minutes 1 --rehearse", "--minutes is for sections that run on this machine"),
+        ("run smoke --cluster x.yaml", "add --on slurm"),
+        ("report smoke --html --json", "choose one"),
+        ("export hub clinic_ward:train --out there --form hybrid", "invalid choice: 'hybrid'"),
+        ("export lm-eval --recipe RECIPE --out there", "names no benchmark"),
+        ("evaluate clinic/tiny --recipe RECIPE", "names no benchmark"),
+        (
+            "evaluate clinic/tiny clinic_ward:test --voted clinic_boards:test",
+            "--voted names clinic_boards:test, which is not asked",
+        ),
+    ],
+)
 def test_what_would_be_ignored_is_refused(capsys, tmp_path, monkeypatch, line, sentence):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/"r.yaml").write_text("common: {plugins: [octomed.clinic.world, octomed.clinic.students]}")
+    (tmp_path / "r.yaml").write_text(
+        "common: {plugins: [octomed.clinic.world, octomed.clinic.students]}"
+    )
     code, _, err = call(capsys, *line.replace("RECIPE", "r.yaml").split())
-    assert code == 2 and sentence in err and "Traceback" not in err and not (tmp_path/"there").exists() and not (tmp_path/"store"/"stages").exists()
+    assert (
+        code == 2
+        and sentence in err
+        and "Traceback" not in err
+        and not (tmp_path / "there").exists()
+        and not (tmp_path / "store" / "stages").exists()
+    )
 
 
 def test_data_folder_that_is_none(capsys, monkeypatch):
     monkeypatch.setenv("OCTOMED_DATA", "/no/such/folder")
     code, _, err = call(capsys, "sources")
-    assert code == 1 and "OCTOMED_DATA names /no/such/folder, which is no folder: correct it or unset it" in err
+    assert (
+        code == 1
+        and "OCTOMED_DATA names /no/such/folder, which is no folder: correct it or unset it" in err
+    )
 
 
 def test_store_that_cannot_be_written(capsys, monkeypatch, tmp_path):
-    (tmp_path/"file").write_text(""); monkeypatch.setenv("OCTOMED_STORE", str(tmp_path/"file"/"store"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "file" / "store"))
     monkeypatch.setattr(cli, "CHECKS", {"store": cli.CHECKS["store"]})
     code, out, _ = call(capsys, "check")
-    assert code == 1 and out.startswith("[FAIL] store: cannot be written") and "point OCTOMED_STORE at a folder of your own" in out
+    assert (
+        code == 1
+        and out.startswith("[FAIL] store: cannot be written")
+        and "point OCTOMED_STORE at a folder of your own" in out
+    )
 
 
 def test_check_tells_every_part(capsys, monkeypatch):
-    def broken(): raise ValueError("two\nlines")
-    monkeypatch.setattr(cli, "CHECKS", {"python": cli.CHECKS["python"], "nbdev": cli.CHECKS["nbdev"], "kernel": cli.CHECKS["kernel"], "broken": broken})
+    def broken():
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(
+        cli,
+        "CHECKS",
+        {
+            "python": cli.CHECKS["python"],
+            "nbdev": cli.CHECKS["nbdev"],
+            "kernel": cli.CHECKS["kernel"],
+            "broken": broken,
+        },
+    )
     code, out, _ = call(capsys, "check")
-    assert code == 1 and [l.split(":")[0] for l in out.splitlines()] == ["[OK]   python", "[OK]   nbdev", "[OK]   kernel", "[FAIL] broken"] and "lines" not in out
+    assert (
+        code == 1
+        and [l.split(":")[0] for l in out.splitlines()]
+        == ["[OK]   python", "[OK]   nbdev", "[OK]   kernel", "[FAIL] broken"]
+        and "lines" not in out
+    )
 
 
 # judge
 
+
 def test_judge_rows_and_counts(capsys, tmp_path):
-    f = jsonl(tmp_path/"r.jsonl", {**ROW, "answer": "B"}, "", {**ROW, "id": 2}, {**ROW, "id": "q3", "text": "I do not know"})
+    f = jsonl(
+        tmp_path / "r.jsonl",
+        {**ROW, "answer": "B"},
+        "",
+        {**ROW, "id": 2},
+        {**ROW, "id": "q3", "text": "I do not know"},
+    )
     for flags in ([], ["--json"]):
         code, out, _ = call(capsys, "judge", f, *flags)
         assert code == 0 and [json.loads(l) for l in out.splitlines()] == [
-            {"id": "q1", "letter": "B", "status": "correct"}, {"id": 2, "letter": "B", "status": "parsed"}, {"id": "q3", "letter": None, "status": "unparsed"},
-            {"counts": {"correct": 1, "wrong": 0, "parsed": 1, "unparsed": 1, "truncated": 0}}]
+            {"id": "q1", "letter": "B", "status": "correct"},
+            {"id": 2, "letter": "B", "status": "parsed"},
+            {"id": "q3", "letter": None, "status": "unparsed"},
+            {"counts": {"correct": 1, "wrong": 0, "parsed": 1, "unparsed": 1, "truncated": 0}},
+        ]
     code, out, _ = call(capsys, "judge", f, "--think-first")
     assert json.loads(out.splitlines()[-1])["counts"]["truncated"] == 3
 
 
-@pytest.mark.parametrize("bad, sentence", [
-    ("{", "line 2 of r.jsonl is not JSON"), ("[1]", "line 2 of r.jsonl is no object"), ({"id": 1}, "line 2 of r.jsonl lacks text"), ({**ROW, "options": ["a"]}, "line 2 of r.jsonl lacks options"),
-    ({**ROW, "options": {}}, "line 2 of r.jsonl has no options"), ({**ROW, "answer": "E"}, "line 2 of r.jsonl: the answer 'E' is none of the options"), ({**ROW, "answer": 2}, "line 2 of r.jsonl: the answer 2"),
-    ({**ROW, "options": {"AB": "x"}}, "line 2 of r.jsonl: an option is named 'AB'"), ({**ROW, "text": None}, "line 2 of r.jsonl lacks text")])
+@pytest.mark.parametrize(
+    "bad, sentence",
+    [
+        ("{", "line 2 of r.jsonl is not JSON"),
+        ("[1]", "line 2 of r.jsonl is no object"),
+        ({"id": 1}, "line 2 of r.jsonl lacks text"),
+        ({**ROW, "options": ["a"]}, "line 2 of r.jsonl lacks options"),
+        ({**ROW, "options": {}}, "line 2 of r.jsonl has no options"),
+        ({**ROW, "answer": "E"}, "line 2 of r.jsonl: the answer 'E' is none of the options"),
+        ({**ROW, "answer": 2}, "line 2 of r.jsonl: the answer 2"),
+        ({**ROW, "options": {"AB": "x"}}, "line 2 of r.jsonl: an option is named 'AB'"),
+        ({**ROW, "text": None}, "line 2 of r.jsonl lacks text"),
+    ],
+)
 def test_judge_bad_row(capsys, tmp_path, bad, sentence):
-    code, out, err = call(capsys, "judge", jsonl(tmp_path/"r.jsonl", ROW, bad))
+    code, out, err = call(capsys, "judge", jsonl(tmp_path / "r.jsonl", ROW, bad))
     assert code == 1 and not out and sentence in err and err.count("\n") == 1
 
 
 def test_judge_bad_file(capsys, tmp_path):
-    for path in (tmp_path/"none.jsonl", tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
         code, out, err = call(capsys, "judge", path)
         assert code == 1 and not out and "cannot be read" in err and "Traceback" not in err
-    (tmp_path/"b.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert "is not UTF-8 text" in call(capsys, "judge", tmp_path/"b.jsonl")[2]
-    (tmp_path/"e.jsonl").write_text("")
-    assert json.loads(call(capsys, "judge", tmp_path/"e.jsonl")[1])["counts"]["correct"] == 0
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in call(capsys, "judge", tmp_path / "b.jsonl")[2]
+    (tmp_path / "e.jsonl").write_text("")
+    assert json.loads(call(capsys, "judge", tmp_path / "e.jsonl")[1])["counts"]["correct"] == 0
 
 
 # sources, decontaminate
 
+
 def test_sources_shape(capsys):
     code, out, _ = call(capsys, "sources", "--json")
     rows = json.loads(out)
-    assert code == 0 and len(rows) > 10 and all(list(r) == ["source", "split", "category", "expected", "found", "where", "licence"] for r in rows)
-    assert {r["source"] for r in rows} >= {"medqa", "medmcqa", "headqa", "brain_tumor"} and {r["category"] for r in rows} == set(core.CATEGORIES)
+    assert (
+        code == 0
+        and len(rows) > 10
+        and all(
+            list(r) == ["source", "split", "category", "expected", "found", "where", "licence"]
+            for r in rows
+        )
+    )
+    assert {r["source"] for r in rows} >= {"medqa", "medmcqa", "headqa", "brain_tumor"} and {
+        r["category"] for r in rows
+    } == set(core.CATEGORIES)
 
 
 def test_decontaminate_contract(capsys, tmp_path):
     words = " ".join(f"w{n}" for n in range(20))
-    train = jsonl(tmp_path/"t.jsonl", {"question": f"before {words} after"}, {"question": "What  is this?"}, {"question": "another one"})
-    bench = jsonl(tmp_path/"b.jsonl", {"question": f"{words} again"}, {"question": "what is THIS?"})
+    train = jsonl(
+        tmp_path / "t.jsonl",
+        {"question": f"before {words} after"},
+        {"question": "What  is this?"},
+        {"question": "another one"},
+    )
+    bench = jsonl(
+        tmp_path / "b.jsonl", {"question": f"{words} again"}, {"question": "what is THIS?"}
+    )
     code, out, _ = call(capsys, "decontaminate", train, "--against", bench, "--json")
-    assert code == 0 and json.loads(out) == {"pairs": [{"train": str(train), "bench": str(bench), "n": 16, "rows": 3, "flagged": 1, "exact": 1, "blind": 1}]}
+    assert code == 0 and json.loads(out) == {
+        "pairs": [
+            {
+                "train": str(train),
+                "bench": str(bench),
+                "n": 16,
+                "rows": 3,
+                "flagged": 1,
+                "exact": 1,
+                "blind": 1,
+            }
+        ]
+    }
     assert "flagged" in call(capsys, "decontaminate", train, "--against", bench)[1]
-    for argv, sentence in (([train, "--against", tmp_path/"none"], "neither a JSONL file nor a registered source"), ([jsonl(tmp_path/"x.jsonl", {"q": 1}), "--against", bench], "has no text `question`")):
+    for argv, sentence in (
+        ([train, "--against", tmp_path / "none"], "neither a JSONL file nor a registered source"),
+        ([jsonl(tmp_path / "x.jsonl", {"q": 1}), "--against", bench], "has no text `question`"),
+    ):
         code, out, err = call(capsys, "decontaminate", *argv)
         assert code == 1 and not out and sentence in err
 
 
 # Errors of our own, and of others.
 
+
 def test_unexpected_errors_have_a_traceback_without_secrets(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MY_TOKEN", "canary-98765")
-    def broken(*a): raise ValueError("sent canary-98765")
+
+    def broken(*a):
+        raise ValueError("sent canary-98765")
+
     monkeypatch.setattr(cli, "judged", broken)
-    code, _, err = call(capsys, "judge", tmp_path/"x")
+    code, _, err = call(capsys, "judge", tmp_path / "x")
     assert code == 1 and "Traceback" in err and "[MY_TOKEN]" in err and "98765" not in err
 
 
 def test_interrupt(capsys, monkeypatch, tmp_path):
-    def interrupted(*a): raise KeyboardInterrupt
+    def interrupted(*a):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(cli, "judged", interrupted)
-    assert call(capsys, "judge", tmp_path/"x") == (1, "", "octomed: stopped: run it again to go on\n")
+    assert call(capsys, "judge", tmp_path / "x") == (
+        1,
+        "",
+        "octomed: stopped: run it again to go on\n",
+    )
 
 
 def test_a_student_that_is_not_there(capsys, tmp_path):
     code, _, err = call(capsys, "evaluate", "clinic/none", "clinic_ward:test", "--limit", "2")
-    assert code == 1 and "no student is registered as clinic/none: choose from" in err and "Traceback" not in err
-    assert not list((tmp_path/"store").rglob("card.json"))
+    assert (
+        code == 1
+        and "no student is registered as clinic/none: choose from" in err
+        and "Traceback" not in err
+    )
+    assert not list((tmp_path / "store").rglob("card.json"))
 
 
 class Always:
     "A simulated model that answers A with every question."
+
     model, name = "always@1", "toy"
+
     def generate(self, requests, sampling):
-        from octomed.engines import Sample
+        from octomed.generate.engines import Sample
+
         for r in requests:
-            for i in r.indices: yield Sample(r.question, self.model, r.prompt, sampling.key, i, "<think>x</think>\n\n\\boxed{A}" if i < 9 else "<think>so", "stop", 4)
+            for i in r.indices:
+                yield Sample(
+                    r.question,
+                    self.model,
+                    r.prompt,
+                    sampling.key,
+                    i,
+                    "<think>x</think>\n\n\\boxed{A}" if i < 9 else "<think>so",
+                    "stop",
+                    4,
+                )
 
 
 def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns(capsys, tmp_path):
-    from octomed.engines import register_teacher
-    from octomed.questions import Question, Source, register
+    from octomed.data.questions import Question
+    from octomed.data.sources import Source, register
+    from octomed.generate.engines import register_teacher
+
     for name in ("alpha", "beta"):
-        register(Source(f"{name}_of_a_long_name", "test", "multimodal_classification", "benchmark", revision="1",
-                        make=lambda name=name, **_: [Question(f"{name} {n}?", ("one", "two"), "AB"[n % 2], f"{name}_of_a_long_name", "test", "multimodal_classification") for n in range(6)]))
-    register_teacher("toy/always", Always, "1"); (tmp_path/"r.yaml").write_text("common: {bootstrap: 200}")
-    ask = ["evaluate", "toy/always", "alpha_of_a_long_name:test", "beta_of_a_long_name:test", "--recipe", tmp_path/"r.yaml", "--seeds", "5", "--vote", "10", "--voted", "alpha_of_a_long_name:test"]
+        register(
+            Source(
+                f"{name}_of_a_long_name",
+                "test",
+                "multimodal_classification",
+                "benchmark",
+                revision="1",
+                make=lambda name=name, **_: [
+                    Question(
+                        f"{name} {n}?",
+                        ("one", "two"),
+                        "AB"[n % 2],
+                        f"{name}_of_a_long_name",
+                        "test",
+                        "multimodal_classification",
+                    )
+                    for n in range(6)
+                ],
+            )
+        )
+    register_teacher("toy/always", Always, "1")
+    (tmp_path / "r.yaml").write_text("common: {bootstrap: 200}")
+    ask = [
+        "evaluate",
+        "toy/always",
+        "alpha_of_a_long_name:test",
+        "beta_of_a_long_name:test",
+        "--recipe",
+        tmp_path / "r.yaml",
+        "--seeds",
+        "5",
+        "--vote",
+        "10",
+        "--voted",
+        "alpha_of_a_long_name:test",
+    ]
     code, out, _ = call(capsys, *ask, "--json")
     a, b, overall = json.loads(out)
-    assert code == 0 and [r["benchmark"] for r in (a, b, overall)] == ["alpha_of_a_long_name:test", "beta_of_a_long_name:test", "Overall"]
-    assert (a["accuracy"], a["vote"], a["votes"], a["seeds"], a["n"]) == (0.5, 0.5, 10, 5, 6) and "vote" not in b and (overall["accuracy"], overall["vote"]) == (0.5, 0.5)
-    assert {"interval", "unparsed", "truncated", "failed", "forced_exit", "ties", "mean_tokens", "chance"} <= set(overall)
+    assert code == 0 and [r["benchmark"] for r in (a, b, overall)] == [
+        "alpha_of_a_long_name:test",
+        "beta_of_a_long_name:test",
+        "Overall",
+    ]
+    assert (
+        (a["accuracy"], a["vote"], a["votes"], a["seeds"], a["n"]) == (0.5, 0.5, 10, 5, 6)
+        and "vote" not in b
+        and (overall["accuracy"], overall["vote"]) == (0.5, 0.5)
+    )
+    assert {
+        "interval",
+        "unparsed",
+        "truncated",
+        "failed",
+        "forced_exit",
+        "ties",
+        "mean_tokens",
+        "chance",
+    } <= set(overall)
     code, out, _ = call(capsys, *ask)
-    assert code == 0 and max(map(len, out.splitlines())) <= 120 and "by vote" in out and "Overall, multimodal classification" in out and "truncated" in out
-    assert call(capsys, "evaluate", "OctoMed-7B")[2] == "octomed: OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION, or name a server that has it, openai:OctoMed-7B@SERVER\n"
+    assert (
+        code == 0
+        and max(map(len, out.splitlines())) <= 120
+        and "by vote" in out
+        and "Overall, multimodal classification" in out
+        and "truncated" in out
+    )
+    assert (
+        call(capsys, "evaluate", "OctoMed-7B")[2]
+        == "octomed: OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION, or name a server that has it, openai:OctoMed-7B@SERVER\n"
+    )
     assert call(capsys, *ask[:4], "--form", "none")[0] == 2
 
 
 # Plan and report
 
+
 @pytest.fixture
 def results(tmp_path):
     "A recipe of one section with results, made elsewhere."
-    (tmp_path/"r.yaml").write_text("sections: {42_b: {}}")
-    (tmp_path/"nbs"/"42_b.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": 'recipe = "smoke"\nout = None', "outputs": [], "execution_count": None, "id": "a"}],
-                                                         "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
-    claim = {"text": "<b>one</b> beats two", "kind": "greater", "paper": "38 against 23", "a": "x", "b": "y", "benchmark": "text_only", "n": 1300, "training_seeds": 1, "difference": 0.125, "interval": [0.02, 0.2], "verdict": "agrees", "not_proved": "everything else"}
-    row = {"arm": "x", "category": "text_only", "benchmark": "demo:test", "n": 1300, "seeds": 1, "accuracy": 0.5, "interval": [0.2, 0.55], "unparsed": 0.3, "truncated": 0.0, "forced_exit": 0.0, "ties": 0.0, "mean_tokens": 30.0, "chance": 0.25, "paper": 0.52}
+    (tmp_path / "r.yaml").write_text("sections: {42_b: {}}")
+    (tmp_path / "nbs" / "42_b.ipynb").write_text(
+        json.dumps(
+            {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "metadata": {"tags": ["parameters"]},
+                        "source": 'recipe = "smoke"\nout = None',
+                        "outputs": [],
+                        "execution_count": None,
+                        "id": "a",
+                    }
+                ],
+                "metadata": {
+                    "kernelspec": {
+                        "name": "python3",
+                        "language": "python",
+                        "display_name": "python3",
+                    }
+                },
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        )
+    )
+    claim = {
+        "text": "<b>one</b> beats two",
+        "kind": "greater",
+        "paper": "38 against 23",
+        "a": "x",
+        "b": "y",
+        "benchmark": "text_only",
+        "n": 1300,
+        "training_seeds": 1,
+        "difference": 0.125,
+        "interval": [0.02, 0.2],
+        "verdict": "agrees",
+        "not_proved": "everything else",
+    }
+    row = {
+        "arm": "x",
+        "category": "text_only",
+        "benchmark": "demo:test",
+        "n": 1300,
+        "seeds": 1,
+        "accuracy": 0.5,
+        "interval": [0.2, 0.55],
+        "unparsed": 0.3,
+        "truncated": 0.0,
+        "forced_exit": 0.0,
+        "ties": 0.0,
+        "mean_tokens": 30.0,
+        "chance": 0.25,
+        "paper": 0.52,
+    }
+
     def put(folder, code="old"):
-        (folder/"results").mkdir(parents=True); (folder/"figures").mkdir()
-        (folder/"results"/"42_b.json").write_text(json.dumps({"section": "42_b", "recipe": "r", "claims": [claim], "rows": [row], "card": {"versions": {"torch": "1"}, "hardware": "2 cores", "minutes": 3.5, "code": code, "parents": []}}))
-        (folder/"figures"/"42_b.png").write_bytes(b"\x89PNG"); (folder/"figures"/"42_b.svg").write_text("<svg/>")
-        return tmp_path/"r.yaml"
+        (folder / "results").mkdir(parents=True)
+        (folder / "figures").mkdir()
+        (folder / "results" / "42_b.json").write_text(
+            json.dumps(
+                {
+                    "section": "42_b",
+                    "recipe": "r",
+                    "claims": [claim],
+                    "rows": [row],
+                    "card": {
+                        "versions": {"torch": "1"},
+                        "hardware": "2 cores",
+                        "minutes": 3.5,
+                        "code": code,
+                        "parents": [],
+                    },
+                }
+            )
+        )
+        (folder / "figures" / "42_b.png").write_bytes(b"\x89PNG")
+        (folder / "figures" / "42_b.svg").write_text("<svg/>")
+        return tmp_path / "r.yaml"
+
     return put
 
 
 def test_report_needs_results(capsys, tmp_path):
-    (tmp_path/"r.yaml").write_text("sections: {}")
-    code, out, err = call(capsys, "report", tmp_path/"r.yaml")
+    (tmp_path / "r.yaml").write_text("sections: {}")
+    code, out, err = call(capsys, "report", tmp_path / "r.yaml")
     assert code == 1 and not out and "has no results yet: run `octomed run" in err
 
 
 def test_report_as_text_and_json(capsys, tmp_path, results):
-    recipe = results(tmp_path/"out"/"r")
+    recipe = results(tmp_path / "out" / "r")
     code, out, _ = call(capsys, "report", recipe)
-    assert code == 0 and "+12.5" in out and "+2.0 to +20.0" in out and "38 against 23" in out and "1,300" in out and "One training seed" in out and "Not told from chance: x on demo:test" in out
+    assert (
+        code == 0
+        and "+12.5" in out
+        and "+2.0 to +20.0" in out
+        and "38 against 23" in out
+        and "1,300" in out
+        and "One training seed" in out
+        and "Not told from chance: x on demo:test" in out
+    )
     found = json.loads(call(capsys, "report", recipe, "--json")[1])
-    assert found["sections"][0]["claims"][0]["difference"] == 0.125 and found["sections"][0]["origin"] == "here" and found["missing"] == []
+    assert (
+        found["sections"][0]["claims"][0]["difference"] == 0.125
+        and found["sections"][0]["origin"] == "here"
+        and found["missing"] == []
+    )
 
 
 def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, results):
-    recipe = results(tmp_path/"out"/"reference"/"r")
+    recipe = results(tmp_path / "out" / "reference" / "r")
     code, out, _ = call(capsys, "report", recipe)
-    assert code == 0 and "Not run here, shown from the reference run that the project keeps: 42_b." in out and "The code has changed since these results were made" in out
-    from octomed.store import section_code
-    path = tmp_path/"out"/"reference"/"r"/"results"/"42_b.json"
-    path.write_text(path.read_text().replace('"old"', json.dumps(section_code("42_b", tmp_path/"nbs"))))
+    assert (
+        code == 0
+        and "Not run here, shown from the reference run that the project keeps: 42_b." in out
+        and "The code has changed since these results were made" in out
+    )
+    from octomed.core.code import section_code
+
+    path = tmp_path / "out" / "reference" / "r" / "results" / "42_b.json"
+    path.write_text(
+        path.read_text().replace('"old"', json.dumps(section_code("42_b", tmp_path / "nbs")))
+    )
     assert "The code has changed" not in call(capsys, "report", recipe)[1]
 
 
 def test_report_page_is_self_contained(capsys, tmp_path, results):
-    recipe = results(tmp_path/"out"/"r")
+    recipe = results(tmp_path / "out" / "r")
     code, out, _ = call(capsys, "report", recipe, "--html")
     page = Path(out.strip()).read_text()
-    assert code == 0 and Path(out.strip()) == tmp_path/"out"/"r"/"report.html"
-    assert "&lt;b&gt;one&lt;/b&gt; beats two" in page and "Does not prove: everything else" in page and "Not medical advice" in page and "octomed run" in page
-    assert page.count("data:image/") == 1 and "<script" not in page and "src=\"http" not in page and "<link" not in page and "viewport" in page
+    assert code == 0 and Path(out.strip()) == tmp_path / "out" / "r" / "report.html"
+    assert (
+        "&lt;b&gt;one&lt;/b&gt; beats two" in page
+        and "Does not prove: everything else" in page
+        and "Not medical advice" in page
+        and "octomed run" in page
+    )
+    assert (
+        page.count("data:image/") == 1
+        and "<script" not in page
+        and 'src="http' not in page
+        and "<link" not in page
+        and "viewport" in page
+    )
 
 
 def test_reference_is_kept_only_of_a_complete_run_on_a_clean_tree(tmp_path, results, monkeypatch):
-    recipe = str(results(tmp_path/"out"/"r"))
-    with pytest.raises(core.OctomedError, match=r"the run of r is not complete \(42_b\)"): report.reference(recipe)
-    import octomed.runner
-    monkeypatch.setattr(octomed.runner, "status", lambda *a: [{"section": "42_b", "state": "done"}])
+    recipe = str(results(tmp_path / "out" / "r"))
+    with pytest.raises(core.OctomedError, match=r"the run of r is not complete \(42_b\)"):
+        report.reference(recipe)
+    import octomed.run.runner
+
+    monkeypatch.setattr(
+        octomed.run.runner, "status", lambda *a: [{"section": "42_b", "state": "done"}]
+    )
     monkeypatch.setattr(report, "_dirty", lambda: True)
-    with pytest.raises(core.OctomedError, match="the working tree has changes: commit them"): report.reference(recipe)
-    assert not (tmp_path/"out"/"reference").exists()
+    with pytest.raises(core.OctomedError, match="the working tree has changes: commit them"):
+        report.reference(recipe)
+    assert not (tmp_path / "out" / "reference").exists()
     monkeypatch.setattr(report, "_dirty", lambda: False)
     into = report.reference(recipe)
-    assert sorted(str(p.relative_to(into)) for p in into.rglob("*") if p.is_file()) == ["figures/42_b.png", "figures/42_b.svg", "results/42_b.json"]
+    assert sorted(str(p.relative_to(into)) for p in into.rglob("*") if p.is_file()) == [
+        "figures/42_b.png",
+        "figures/42_b.svg",
+        "results/42_b.json",
+    ]
 
 
 def test_plan_runs_nothing(capsys, tmp_path, results):
-    recipe = results(tmp_path/"out"/"reference"/"r")
+    recipe = results(tmp_path / "out" / "reference" / "r")
     code, out, _ = call(capsys, "plan", recipe, "--json")
     rows = json.loads(out)
-    assert code == 0 and rows[0]["section"] == "42_b" and rows[0]["arms"] == 0 and rows[0]["minutes"] == 3.5 and "2 cores" in rows[0]["basis"]
-    assert not (tmp_path/"store").exists() and "not known" not in out
+    assert (
+        code == 0
+        and rows[0]["section"] == "42_b"
+        and rows[0]["arms"] == 0
+        and rows[0]["minutes"] == 3.5
+        and "2 cores" in rows[0]["basis"]
+    )
+    assert not (tmp_path / "store").exists() and "not known" not in out
     assert "42_b" in call(capsys, "plan", recipe)[1]
-    assert json.loads(call(capsys, "status", recipe, "--json")[1]) == [{"section": "42_b", "state": "missing", "minutes": None, "when": None}]
+    assert json.loads(call(capsys, "status", recipe, "--json")[1]) == [
+        {"section": "42_b", "state": "missing", "minutes": None, "when": None}
+    ]
 
 
 def test_columns_align():
-    assert plan.columns([{"a": "x", "n": 1}, {"a": "long word", "n": 1000}]).splitlines() == ["a              n", "x              1", "long word  1,000"]
+    assert plan.columns([{"a": "x", "n": 1}, {"a": "long word", "n": 1000}]).splitlines() == [
+        "a              n",
+        "x              1",
+        "long word  1,000",
+    ]

@@ -6,33 +6,53 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from octomed import decontaminate as module
-from octomed.core import OctomedError, shipped
-from octomed.decontaminate import (RULES, Index, as_html, by_ratio, compare, decontaminate, drops, file_twins, funnel, normalised, page, pairs, pieces,
-                                   question_twins, reports, twins, words)
-from octomed.images import open_image, pixel_hash
-from octomed.questions import Question, load
+from octomed.core.paths import OctomedError, shipped
+from octomed.data import decontaminate as module
+from octomed.data.decontaminate import (
+    RULES,
+    Index,
+    by_ratio,
+    compare,
+    decontaminate,
+    normalised,
+    words,
+)
+from octomed.data.decontaminate_files import pairs, pieces, reports
+from octomed.data.decontaminate_report import as_html, drops, funnel, page
+from octomed.data.images import open_image, pixel_hash
+from octomed.data.questions import Question
+from octomed.data.sources import load
+from octomed.data.twins import file_twins, question_twins, twins
 
 DATA = os.environ.get("OCTOMED_DATA")
 real = pytest.mark.skipif(not DATA, reason="OCTOMED_DATA is not set")
 rows = lambda *stems: [{"question": s} for s in stems]
 
+
 def grams_of(stem, n):
     w = re.sub(r"\s+", " ", stem.lower().strip()).split(" ")
-    return {" ".join(w[i:i+n]) for i in range(len(w) - n + 1)}
+    return {" ".join(w[i : i + n]) for i in range(len(w) - n + 1)}
+
 
 def plain(train, bench, n):
     "s1's rule as it is written there."
     seen = set().union(*(grams_of(b, n) for b in bench))
     return [i for i, t in enumerate(train) if grams_of(t, n) & seen]
 
-text = st.builds(" ".join, st.lists(st.sampled_from(["a", "b", "A,", "a,", "é", "drug?"]), max_size=40))
+
+text = st.builds(
+    " ".join, st.lists(st.sampled_from(["a", "b", "A,", "a,", "é", "drug?"]), max_size=40)
+)
+
+
 @settings(max_examples=120, deadline=None)
 @given(st.lists(text, max_size=8), st.lists(text, max_size=8), st.sampled_from([8, 13, 16]))
 def test_equals_the_plain_rule(train, bench, n):
     assert decontaminate(rows(*train), rows(*bench), n).flagged == plain(train, bench, n)
+
 
 @pytest.mark.parametrize("n", [8, 13, 16])
 def test_equals_the_plain_rule_on_planted_overlaps(n):
@@ -41,67 +61,155 @@ def test_equals_the_plain_rule_on_planted_overlaps(n):
     bench = [" ".join(rng.choice(vocab, rng.integers(1, 60))) for _ in range(50)]
     train = [" ".join(rng.choice(vocab, rng.integers(1, 60))) for _ in range(200)]
     for i in range(0, 200, 3):
-        cut = bench[i % 50].split()[:int(rng.integers(n - 2, n + 3))]
+        cut = bench[i % 50].split()[: int(rng.integers(n - 2, n + 3))]
         train[i] = train[i] + "  " + " ".join(cut).upper() + "\t" + train[i]
     want = plain(train, bench, n)
     report = decontaminate(rows(*train), rows(*bench), n)
     assert report.flagged == want and 0 < len(want) < 67
     for m in report.matches:
-        assert m.text in " ".join(words(train[m.train])) and m.text in " ".join(words(bench[m.bench])) and len(m.text.split()) >= n
-        assert n/len(bench[m.bench].split()) <= m.share <= 1
+        assert (
+            m.text in " ".join(words(train[m.train]))
+            and m.text in " ".join(words(bench[m.bench]))
+            and len(m.text.split()) >= n
+        )
+        assert n / len(bench[m.bench].split()) <= m.share <= 1
+
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(text, max_size=4), st.lists(text, max_size=4), st.integers(1, 17))
 def test_equals_the_plain_rule_for_any_n(train, bench, n):
     r = decontaminate(rows(*train), rows(*bench), n)
-    grams = lambda t: {" ".join(w[i:i+n]) for w in [t.lower().split()] for i in range(len(w) - n + 1)}
+    grams = lambda t: {
+        " ".join(w[i : i + n]) for w in [t.lower().split()] for i in range(len(w) - n + 1)
+    }
     seen = set().union(*map(grams, bench))
     assert r.flagged == [i for i, t in enumerate(train) if grams(t) & seen]
-    assert sorted(r.exact) == [i for i, t in enumerate(train) if normalised(t) in map(normalised, bench)]
-    assert (r.blind, r.blind_train) == ([i for i, b in enumerate(bench) if len(b.split()) < n], sum(len(t.split()) < n for t in train))
+    assert sorted(r.exact) == [
+        i for i, t in enumerate(train) if normalised(t) in map(normalised, bench)
+    ]
+    assert (r.blind, r.blind_train) == (
+        [i for i, b in enumerate(bench) if len(b.split()) < n],
+        sum(len(t.split()) < n for t in train),
+    )
+
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(text, min_size=1, max_size=6), st.lists(text, min_size=1, max_size=6), st.integers(1, 9))
+@given(
+    st.lists(text, min_size=1, max_size=6),
+    st.lists(text, min_size=1, max_size=6),
+    st.integers(1, 9),
+)
 def test_a_match_is_the_item_that_shares_most(train, bench, n):
-    grams = lambda t: [t.lower().split()[i:i+n] for i in range(len(t.split()) - n + 1)]
+    grams = lambda t: [t.lower().split()[i : i + n] for i in range(len(t.split()) - n + 1)]
     for m in decontaminate(rows(*train), rows(*bench), n).matches:
         mine = grams(train[m.train])
         counts = [sum(g in grams(b) for g in mine) for b in bench]
-        assert m.bench == counts.index(max(counts)) and m.bench_rows == sum(map(bool, counts)) and m.question == train[m.train]
+        assert (
+            m.bench == counts.index(max(counts))
+            and m.bench_rows == sum(map(bool, counts))
+            and m.question == train[m.train]
+        )
         item = bench[m.bench].split()
-        covered = {k for i, g in enumerate(grams(bench[m.bench])) if g in mine for k in range(i, i + n)}
-        assert m.share == len(covered)/len(item) and m.likely_boilerplate == (m.share < .5)
+        covered = {
+            k for i, g in enumerate(grams(bench[m.bench])) if g in mine for k in range(i, i + n)
+        }
+        assert m.share == len(covered) / len(item) and m.likely_boilerplate == (m.share < 0.5)
 
-odd = st.sampled_from(["a", "b", "A", "ﬁ", "fi", "FI", "\u212a", "k", "ß", "ss", "\u00b4", "\u0301", "e\u0301", "é", "\uff57", "w", "\u0130", "i\u0307", "x\u00a0y", "\u1e9e", "\u03c2", "\u03a3"])
+
+odd = st.sampled_from(
+    [
+        "a",
+        "b",
+        "A",
+        "ﬁ",
+        "fi",
+        "FI",
+        "\u212a",
+        "k",
+        "ß",
+        "ss",
+        "\u00b4",
+        "\u0301",
+        "e\u0301",
+        "é",
+        "\uff57",
+        "w",
+        "\u0130",
+        "i\u0307",
+        "x\u00a0y",
+        "\u1e9e",
+        "\u03c2",
+        "\u03a3",
+    ]
+)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(odd, max_size=9), min_size=1, max_size=4), st.integers(1, 6), st.data())
 def test_fault_24_the_exact_rule_is_equality_of_normal_forms_whatever_the_letters(items, n, data):
     bench = [" ".join(i) for i in items]
-    variants = {"a": "A", "fi": "ﬁ", "k": "\u212a", "ss": "ß", "é": "e\u0301", "w": "\uff57", "A": "a", "ﬁ": "FI", "\u212a": "k"}
-    train = [" ".join(variants.get(w, w) if data.draw(st.booleans()) else w for w in i) for i in items] + bench
+    variants = {
+        "a": "A",
+        "fi": "ﬁ",
+        "k": "\u212a",
+        "ss": "ß",
+        "é": "e\u0301",
+        "w": "\uff57",
+        "A": "a",
+        "ﬁ": "FI",
+        "\u212a": "k",
+    }
+    train = [
+        " ".join(variants.get(w, w) if data.draw(st.booleans()) else w for w in i) for i in items
+    ] + bench
     r = decontaminate(rows(*train), rows(*bench), n)
     keys = [normalised(b) for b in bench]
-    assert r.exact == {i: keys.index(normalised(t)) for i, t in enumerate(train) if normalised(t) in keys}
-    assert r.flagged == [i for i, t in enumerate(train) if any(set(zip(*(words(t)[k:] for k in range(n)))) & set(zip(*(words(b)[k:] for k in range(n)))) for b in bench)]
+    assert r.exact == {
+        i: keys.index(normalised(t)) for i, t in enumerate(train) if normalised(t) in keys
+    }
+    assert r.flagged == [
+        i
+        for i, t in enumerate(train)
+        if any(
+            set(zip(*(words(t)[k:] for k in range(n))))
+            & set(zip(*(words(b)[k:] for k in range(n))))
+            for b in bench
+        )
+    ]
+
 
 def test_an_ascii_row_equals_an_item_in_other_letters():
     stem = " ".join(f"word{i}" for i in range(30))
-    wide = "".join(chr(ord(c) + 0xfee0) if c.isalpha() else c for c in stem)
+    wide = "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in stem)
     r = decontaminate(rows(stem, stem + " more"), rows(wide), 16)
     assert list(r.exact) == [0] and r.flagged == []
 
+
 def test_fault_24_short_questions_are_counted_as_blind():
-    r = decontaminate(rows("one two three", "one two three four"), rows("one two three", "one two three four"), 4)
+    r = decontaminate(
+        rows("one two three", "one two three four"), rows("one two three", "one two three four"), 4
+    )
     assert (r.flagged, r.blind, r.blind_train, sorted(r.exact)) == ([1], [0], 1, [0, 1])
 
-@pytest.mark.parametrize("variant", ["WHICH ORGAN MAKES URINE?", "  Which organ\n makes\turine? ", "Ｗhich organ makes urine?", "Which organ makes\u00a0urine?"])
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "WHICH ORGAN MAKES URINE?",
+        "  Which organ\n makes\turine? ",
+        "Ｗhich organ makes urine?",
+        "Which organ makes\u00a0urine?",
+    ],
+)
 def test_fault_24_variants_are_found_by_the_exact_rule(variant):
     assert list(decontaminate(rows(variant), rows("Which organ makes urine?"), 16).exact) == [0]
+
 
 def test_fault_24_ligature_hides_from_the_ngram_rule_only():
     stem = "in this long question of nineteen words the ﬁrst sign is a rash with fever and neck stiffness today"
     r = decontaminate(rows(stem), rows(stem.replace("ﬁ", "fi")), 16)
     assert r.flagged == [] and list(r.exact) == [0]
+
 
 def test_fault_24_template_overlap_is_reported_as_boilerplate_not_as_exact():
     stock = "Which of the following is the most likely diagnosis in this patient given the findings on examination above today?"
@@ -109,71 +217,137 @@ def test_fault_24_template_overlap_is_reported_as_boilerplate_not_as_exact():
     r = decontaminate(rows(f"Another story altogether. {stock}", bench[2]), rows(*bench), 16)
     assert r.flagged == [0, 1] and list(r.exact) == [1]
     stock_match, leak = r.matches
-    assert stock_match.likely_boilerplate and stock_match.bench_rows == 5 and stock_match.text == stock.lower()
+    assert (
+        stock_match.likely_boilerplate
+        and stock_match.bench_rows == 5
+        and stock_match.text == stock.lower()
+    )
     assert not leak.likely_boilerplate and leak.bench == 2 and leak.share == 1
+
 
 def test_options_tell_an_item_from_a_stock_stem():
     bench = [{"question": "Which is true?", "options": {"A": "Salt", "B": "Iron"}}]
-    train = [{"question": "which is TRUE?", "options": ["iron", "salt"]}, {"question": "Which is true?", "options": ["one", "two"]}]
+    train = [
+        {"question": "which is TRUE?", "options": ["iron", "salt"]},
+        {"question": "Which is true?", "options": ["one", "two"]},
+    ]
     r = decontaminate(train, bench)
     assert list(r.exact) == [0, 1] and list(r.exact_options) == [0]
 
+
 def test_the_same_stem_under_another_picture_is_another_question():
-    def q(image, split): return Question("What is shown?", ("a", "b"), "A", "x", split, "multimodal_classification", (image,))
+    def q(image, split):
+        return Question(
+            "What is shown?", ("a", "b"), "A", "x", split, "multimodal_classification", (image,)
+        )
+
     train, test = [q("p1", "train"), q("p2", "train")], [q("p2", "test")]
     assert list(decontaminate(train, test).exact) == [1]
     assert question_twins(train, test).train == (1,) and question_twins(train, test).test == (0,)
+
 
 def test_fault_25_rows_are_conserved_and_the_order_is_kept():
     train = rows(*(f"row {i}" for i in range(10)), "row 3")
     r = decontaminate(train, rows("ROW 3", "row 7"))
     kept, dropped = r.split(train)
-    assert len(kept) + len(dropped) == 11 and kept == [t for t in train if t["question"] not in ("row 3", "row 7")]
+    assert len(kept) + len(dropped) == 11 and kept == [
+        t for t in train if t["question"] not in ("row 3", "row 7")
+    ]
     assert {why for _, why in dropped} == {"same stem and options as a benchmark item"}
-    with pytest.raises(OctomedError, match="about 11 rows and 10"): r.split(train[:-1])
+    with pytest.raises(OctomedError, match="about 11 rows and 10"):
+        r.split(train[:-1])
+
 
 def test_empty_sides_and_wrong_n():
     assert decontaminate([], rows("a")).rows == 0 and decontaminate(rows("a b"), []).flagged == []
     assert decontaminate(rows("", " "), rows(""), 1).flagged == []
-    with pytest.raises(OctomedError, match="at least 1"): decontaminate([], [], 0)
+    with pytest.raises(OctomedError, match="at least 1"):
+        decontaminate([], [], 0)
+
 
 def test_pairs_reads_files_and_sources(tmp_path):
-    f = tmp_path/"mine.jsonl"
-    f.write_text(json.dumps({"question": "Which organ makes urine", "options": ["Kidney", "Liver", "Lung", "Spleen"]}) + "\n" + json.dumps({"question": "Other?"}) + "\n")
+    f = tmp_path / "mine.jsonl"
+    f.write_text(
+        json.dumps(
+            {
+                "question": "Which organ makes urine",
+                "options": ["Kidney", "Liver", "Lung", "Spleen"],
+            }
+        )
+        + "\n"
+        + json.dumps({"question": "Other?"})
+        + "\n"
+    )
     (row,) = pairs([str(f)], ["medmcqa:dev"], folder=shipped("examples"))["pairs"]
-    assert row == {"train": str(f), "bench": "medmcqa:dev", "n": 16, "rows": 2, "flagged": 0, "exact": 1, "blind": 3}
+    assert row == {
+        "train": str(f),
+        "bench": "medmcqa:dev",
+        "n": 16,
+        "rows": 2,
+        "flagged": 0,
+        "exact": 1,
+        "blind": 3,
+    }
+
 
 def test_pairs_says_what_is_wrong(tmp_path):
-    f = tmp_path/"mine.jsonl"
-    for bad, message in ((b'{"question": "a"}\nno json\n', "line 2 of mine.jsonl"), (b'{"stem": "a"}\n', "no text `question`"), (b'{"question": "a", "options": 3}\n', "options"), (b'[1]\n', "no text")):
+    f = tmp_path / "mine.jsonl"
+    for bad, message in (
+        (b'{"question": "a"}\nno json\n', "line 2 of mine.jsonl"),
+        (b'{"stem": "a"}\n', "no text `question`"),
+        (b'{"question": "a", "options": 3}\n', "options"),
+        (b"[1]\n", "no text"),
+    ):
         f.write_bytes(bad)
-        with pytest.raises(OctomedError, match=message): pairs([str(f)], [str(f)])
+        with pytest.raises(OctomedError, match=message):
+            pairs([str(f)], [str(f)])
     f.write_text('{"question": "a"}')
-    with pytest.raises(OctomedError, match="neither a JSONL file nor a registered source"): pairs(["nowhere.jsonl"], [str(f)])
+    with pytest.raises(OctomedError, match="neither a JSONL file nor a registered source"):
+        pairs(["nowhere.jsonl"], [str(f)])
+
 
 def test_a_gz_that_is_cut_short_or_none_is_named(tmp_path):
-    whole = gzip.compress(b'{"question": "a"}\n'*500)
+    whole = gzip.compress(b'{"question": "a"}\n' * 500)
     for data in (whole[:-6], whole[:20] + bytes(30), b"plain text"):
-        (tmp_path/"t.jsonl.gz").write_bytes(data)
-        with pytest.raises(OctomedError, match="t.jsonl.gz is no whole gzip file"): pairs([str(tmp_path/"t.jsonl.gz")], [str(tmp_path/"t.jsonl.gz")])
+        (tmp_path / "t.jsonl.gz").write_bytes(data)
+        with pytest.raises(OctomedError, match="t.jsonl.gz is no whole gzip file"):
+            pairs([str(tmp_path / "t.jsonl.gz")], [str(tmp_path / "t.jsonl.gz")])
+
 
 def jsonl(path, items, packed=False):
     data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in items).encode()
     path.write_bytes(gzip.compress(data) if packed else data)
     return str(path)
 
+
 def corpus(n=400):
     rng = np.random.default_rng(5)
-    bench = rows(*(" ".join(rng.choice([f"w{i}" for i in range(300)], rng.integers(1, 40))) for _ in range(60)))
-    train = rows(*(" ".join(rng.choice([f"w{i}" for i in range(300)], rng.integers(1, 30))) for _ in range(n)))
-    for i in range(0, n, 7): train[i]["question"] += " " + bench[i % 60]["question"].upper()
-    for i in range(3, n, 50): train[i] = {"question": "  " + bench[i % 60]["question"], "options": ["a", "b"]}
+    bench = rows(
+        *(
+            " ".join(rng.choice([f"w{i}" for i in range(300)], rng.integers(1, 40)))
+            for _ in range(60)
+        )
+    )
+    train = rows(
+        *(
+            " ".join(rng.choice([f"w{i}" for i in range(300)], rng.integers(1, 30)))
+            for _ in range(n)
+        )
+    )
+    for i in range(0, n, 7):
+        train[i]["question"] += " " + bench[i % 60]["question"].upper()
+    for i in range(3, n, 50):
+        train[i] = {"question": "  " + bench[i % 60]["question"], "options": ["a", "b"]}
     return train, bench
+
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_files_in_pieces_and_processes_equal_memory(tmp_path, monkeypatch, packed):
     train, bench = corpus()
-    t, b = jsonl(tmp_path/("t.jsonl" + ".gz"*packed), train, packed), jsonl(tmp_path/"b.jsonl", bench)
+    t, b = (
+        jsonl(tmp_path / ("t.jsonl" + ".gz" * packed), train, packed),
+        jsonl(tmp_path / "b.jsonl", bench),
+    )
     want = decontaminate(train, bench, 8)
     monkeypatch.setattr(module, "LARGE", 1)
     monkeypatch.setattr(module.pieces, "__defaults__", (700,))
@@ -182,137 +356,265 @@ def test_files_in_pieces_and_processes_equal_memory(tmp_path, monkeypatch, packe
         assert reports([t], [b], 8, workers=workers)[t, b] == want
     assert len(want.flagged) > 40 and len(want.exact) >= 8
 
+
 @pytest.mark.parametrize("size", [1, 40, 1 << 20])
 def test_pieces_hold_whole_lines_and_count_them(tmp_path, size):
     data = b'\xef\xbb\xbf{"question": "one"}\r\n\n{"question": "t\\u00fcwo"}\n   \n{"question": "three"}'
-    (tmp_path/"x.jsonl").write_bytes(data)
-    got = list(pieces(tmp_path/"x.jsonl", size))
+    (tmp_path / "x.jsonl").write_bytes(data)
+    got = list(pieces(tmp_path / "x.jsonl", size))
     assert b"".join(p for _, p, _ in got) == data[3:] and got[-1][2] == len(data)
-    assert [first for first, _, _ in got] == [1 + b"".join(p for _, p, _ in got[:i]).count(b"\n") for i in range(len(got))]
-    read = [(n, r["question"]) for first, p, _ in got for n, r in module.file_rows(module.lines_of(first, p), "x")]
+    assert [first for first, _, _ in got] == [
+        1 + b"".join(p for _, p, _ in got[:i]).count(b"\n") for i in range(len(got))
+    ]
+    read = [
+        (n, r["question"])
+        for first, p, _ in got
+        for n, r in module.file_rows(module.lines_of(first, p), "x")
+    ]
     assert read == [(0, "one"), (2, "tüwo"), (4, "three")]
+
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(module, "LARGE", 1); monkeypatch.setattr(module.pieces, "__defaults__", (900,))
+    monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(module.pieces, "__defaults__", (900,))
     train, bench = corpus(200)
-    b, t = jsonl(tmp_path/"b.jsonl", bench), tmp_path/"t.jsonl"
+    b, t = jsonl(tmp_path / "b.jsonl", bench), tmp_path / "t.jsonl"
     lines = [json.dumps(r).encode() for r in train]
-    for bad, message in ((b'{"question": "a"', "line 151 of t.jsonl is not JSON"), (b"\xff", "line 151 of t.jsonl is not JSON"), (b"["*100_000, "line 151 of t.jsonl is not JSON"), (b"null", "line 151 of t.jsonl has no text"), (b'{"question": null}', "line 151 of t.jsonl has no text"),
-                         (b'{"question": "a", "options": "b"}', "line 151 of t.jsonl has options that are neither")):
+    for bad, message in (
+        (b'{"question": "a"', "line 151 of t.jsonl is not JSON"),
+        (b"\xff", "line 151 of t.jsonl is not JSON"),
+        (b"[" * 100_000, "line 151 of t.jsonl is not JSON"),
+        (b"null", "line 151 of t.jsonl has no text"),
+        (b'{"question": null}', "line 151 of t.jsonl has no text"),
+        (b'{"question": "a", "options": "b"}', "line 151 of t.jsonl has options that are neither"),
+    ):
         t.write_bytes(b"\n".join([*lines[:150], bad, *lines[150:180], b"worse"]))
-        with pytest.raises(OctomedError, match=message): reports([str(t)], [b], workers=workers)
+        with pytest.raises(OctomedError, match=message):
+            reports([str(t)], [b], workers=workers)
+
 
 def test_what_only_the_standard_parser_reads_is_read(tmp_path):
-    (tmp_path/"t.jsonl").write_text('{"question": "is it \\ud800 here", "x": NaN}\n')
-    r = reports([str(tmp_path/"t.jsonl")], [jsonl(tmp_path/"b.jsonl", rows("no"))], 2)
+    (tmp_path / "t.jsonl").write_text('{"question": "is it \\ud800 here", "x": NaN}\n')
+    r = reports([str(tmp_path / "t.jsonl")], [jsonl(tmp_path / "b.jsonl", rows("no"))], 2)
     assert [x.rows for x in r.values()] == [1]
-    same = reports([str(tmp_path/"t.jsonl")], [str(tmp_path/"t.jsonl")], 2)
-    assert as_html(same, tmp_path/"x.html").read_text().count("is it ? here") == 2
+    same = reports([str(tmp_path / "t.jsonl")], [str(tmp_path / "t.jsonl")], 2)
+    assert as_html(same, tmp_path / "x.html").read_text().count("is it ? here") == 2
+
 
 def test_fault_25_a_lost_or_doubled_row_is_refused(tmp_path, monkeypatch):
     train, bench = corpus(60)
-    t, b = jsonl(tmp_path/"t.jsonl", train), jsonl(tmp_path/"b.jsonl", bench)
+    t, b = jsonl(tmp_path / "t.jsonl", train), jsonl(tmp_path / "b.jsonl", bench)
     honest = module.part_of
+
     def losing(index, pairs):
-        part = honest(index, pairs); part.rows -= 1; part.clean -= 1
+        part = honest(index, pairs)
+        part.rows -= 1
+        part.clean -= 1
         return part
+
     def doubling(index, pairs):
-        part = honest(index, pairs); part.found.append(part.found[0]); part.rows += 1
+        part = honest(index, pairs)
+        part.found.append(part.found[0])
+        part.rows += 1
         return part
+
     for broken in (losing, doubling):
         monkeypatch.setattr(module, "part_of", broken)
-        with pytest.raises(OctomedError, match="lost or doubled"): reports([t], [b], 8)
-    with pytest.raises(OctomedError, match="lost or doubled"): decontaminate(train, bench, 8)
+        with pytest.raises(OctomedError, match="lost or doubled"):
+            reports([t], [b], 8)
+    with pytest.raises(OctomedError, match="lost or doubled"):
+        decontaminate(train, bench, 8)
+
 
 def test_fault_25_the_funnel_adds_up_and_gives_one_reason_a_row(tmp_path):
     train, bench = corpus()
-    t, b, c = jsonl(tmp_path/"t.jsonl", train), jsonl(tmp_path/"b.jsonl", bench[:30]), jsonl(tmp_path/"c.jsonl", bench[20:])
+    t, b, c = (
+        jsonl(tmp_path / "t.jsonl", train),
+        jsonl(tmp_path / "b.jsonl", bench[:30]),
+        jsonl(tmp_path / "c.jsonl", bench[20:]),
+    )
     found = reports([t], [b, c], 8)
     f = funnel(found.values())
-    assert f["rows"] == 400 == sum(v for k, v in f.items() if k != "rows") and f["kept"] == 400 - len(set().union(*(r.drop for r in found.values())))
-    assert set(f) == {"rows", "kept", "same stem as a benchmark item", "shares 8 words in a row with a benchmark item"}
+    assert f["rows"] == 400 == sum(v for k, v in f.items() if k != "rows") and f[
+        "kept"
+    ] == 400 - len(set().union(*(r.drop for r in found.values())))
+    assert set(f) == {
+        "rows",
+        "kept",
+        "same stem as a benchmark item",
+        "shares 8 words in a row with a benchmark item",
+    }
     listed = list(drops(found))
-    assert len(listed) == sum(len(r.drop) for r in found.values()) and len({d["line"] for d in listed}) == 400 - f["kept"]
+    assert (
+        len(listed) == sum(len(r.drop) for r in found.values())
+        and len({d["line"] for d in listed}) == 400 - f["kept"]
+    )
     for d in listed:
-        assert d["text"] in " ".join(words(train[d["line"] - 1]["question"])) and 0 < d["share"] <= 1
+        assert (
+            d["text"] in " ".join(words(train[d["line"] - 1]["question"])) and 0 < d["share"] <= 1
+        )
+
 
 def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
     stock = "Which of the following is the most likely diagnosis in this patient?"
-    bench = rows(*(f"{' '.join(f'case{i}word{j}' for j in range(40))} {stock}" for i in range(3)), "short one?")
-    train = rows(f"<script>alert(1)</script> & more. {stock}", bench[2]["question"], "SHORT one?", "innocent")
+    bench = rows(
+        *(f"{' '.join(f'case{i}word{j}' for j in range(40))} {stock}" for i in range(3)),
+        "short one?",
+    )
+    train = rows(
+        f"<script>alert(1)</script> & more. {stock}", bench[2]["question"], "SHORT one?", "innocent"
+    )
     found = {("train.jsonl", "bench.jsonl"): decontaminate(train, bench, 8)}
-    html = as_html(found, tmp_path/"x.html").read_text()
-    assert "<script>alert" not in html and "&lt;script&gt;" in html and "http" not in html and "src=" not in html
-    assert html.count("<tr class=stock>") == 1 and html.count("<tr class=leak>") == 2 and html.count(f"<mark>{stock}</mark>") == 2 and "<mark>SHORT one?</mark>" not in html
-    assert re.findall(r'<td class="n[^"]*">(\d+)</td>', html.split("</tbody>")[0]) == "4 2 0 1 1 1 4 1".split()
+    html = as_html(found, tmp_path / "x.html").read_text()
+    assert (
+        "<script>alert" not in html
+        and "&lt;script&gt;" in html
+        and "http" not in html
+        and "src=" not in html
+    )
+    assert (
+        html.count("<tr class=stock>") == 1
+        and html.count("<tr class=leak>") == 2
+        and html.count(f"<mark>{stock}</mark>") == 2
+        and "<mark>SHORT one?</mark>" not in html
+    )
+    assert (
+        re.findall(r'<td class="n[^"]*">(\d+)</td>', html.split("</tbody>")[0])
+        == ["4", "2", "0", "1", "1", "1", "4", "1"]
+    )
     cut = page(found, most=1)
     assert cut.count("<tr class=leak>") == 1 and "The first 1 of 3" in cut
     assert "Nothing is dropped" in page({("a", "b"): decontaminate(rows("x"), rows("y"))})
 
+
 def test_the_rules_of_others_stand_beside_each_other():
     item = "An old man coughs blood every single morning since the spring and has lost much weight; what is it?"
-    train = rows(item, item.replace(";", ",").replace("single", ""), item[:-5] + "now?", "something else entirely")
+    train = rows(
+        item,
+        item.replace(";", ",").replace("single", ""),
+        item[:-5] + "now?",
+        "something else entirely",
+    )
     assert by_ratio(train, rows(item)) == [0, 1, 2] and by_ratio(train, rows(item), 100) == [0]
     table = {r["rule"]: r for r in compare(train, rows(item))}
-    assert list(table) == list(RULES) and table["16 words"] == dict(rule="16 words", flagged=2, common=2, only=0, missed=0)
+    assert list(table) == list(RULES) and table["16 words"] == dict(
+        rule="16 words", flagged=2, common=2, only=0, missed=0
+    )
     assert table["ratio ≥ 95"] == dict(rule="ratio ≥ 95", flagged=3, common=2, only=1, missed=0)
     commas = rows(item.replace("every", ", every").replace("since", "since,"))
-    assert RULES["13 words"](commas, rows(item)) == [] and RULES["13 words, no punctuation"](commas, rows(item)) == [0]
+    assert RULES["13 words"](commas, rows(item)) == [] and RULES["13 words, no punctuation"](
+        commas, rows(item)
+    ) == [0]
+
 
 def test_the_command_writes_page_and_drops(tmp_path, capsys):
-    from octomed.cli import main
+    from octomed.run.cli import main
+
     train, bench = corpus()
-    t, b = jsonl(tmp_path/"t.jsonl.gz", train, packed=True), jsonl(tmp_path/"b.jsonl", bench)
-    assert main(["decontaminate", t, "--against", b, "--n", "8", "--json", "--html", str(tmp_path/"r.html"), "--drops", str(tmp_path/"d.jsonl")]) == 0
+    t, b = jsonl(tmp_path / "t.jsonl.gz", train, packed=True), jsonl(tmp_path / "b.jsonl", bench)
+    assert (
+        main(
+            [
+                "decontaminate",
+                t,
+                "--against",
+                b,
+                "--n",
+                "8",
+                "--json",
+                "--html",
+                str(tmp_path / "r.html"),
+                "--drops",
+                str(tmp_path / "d.jsonl"),
+            ]
+        )
+        == 0
+    )
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
     want = decontaminate(train, bench, 8)
-    assert pair == {"train": t, "bench": b, "n": 8, "rows": 400, "flagged": len(want.flagged), "exact": len(want.exact), "blind": len(want.blind)}
-    assert [json.loads(l)["line"] - 1 for l in open(tmp_path/"d.jsonl")] == sorted(want.drop)
-    assert f"{len(want.drop):,} dropped" in (tmp_path/"r.html").read_text()
-    (tmp_path/"bad.jsonl").write_text('{"question": "a"}\n{"question": "a"\n')
-    assert main(["decontaminate", str(tmp_path/"bad.jsonl"), "--against", b]) == 1
-    assert capsys.readouterr().err == "octomed: line 2 of bad.jsonl is not JSON: mend or remove it\n"
+    assert pair == {
+        "train": t,
+        "bench": b,
+        "n": 8,
+        "rows": 400,
+        "flagged": len(want.flagged),
+        "exact": len(want.exact),
+        "blind": len(want.blind),
+    }
+    assert [json.loads(l)["line"] - 1 for l in open(tmp_path / "d.jsonl")] == sorted(want.drop)
+    assert f"{len(want.drop):,} dropped" in (tmp_path / "r.html").read_text()
+    (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"question": "a"\n')
+    assert main(["decontaminate", str(tmp_path / "bad.jsonl"), "--against", b]) == 1
+    assert (
+        capsys.readouterr().err == "octomed: line 2 of bad.jsonl is not JSON: mend or remove it\n"
+    )
+
 
 def test_an_index_serves_several_benchmarks_at_once():
     train, bench = corpus()
     index = Index({"first": bench[:25], "second": bench[25:]}, 8)
     both = module.reports_of(index, [module.part_of(index, enumerate(train))])
-    assert both == {"first": decontaminate(train, bench[:25], 8), "second": decontaminate(train, bench[25:], 8)}
+    assert both == {
+        "first": decontaminate(train, bench[:25], 8),
+        "second": decontaminate(train, bench[25:], 8),
+    }
+
 
 def test_fault_21_twins_by_pixels_see_through_the_encoding(tmp_path):
     from PIL import Image
+
     img = Image.effect_noise((20, 30), 50).convert("RGB")
-    img.save(tmp_path/"a.png"); img.save(tmp_path/"b.bmp")
-    assert file_twins([tmp_path/"a.png"], [tmp_path/"b.bmp"]).train == ()
-    assert file_twins([tmp_path/"a.png"], [tmp_path/"b.bmp"], key=lambda p: pixel_hash(open_image(p))).train == (0,)
+    img.save(tmp_path / "a.png")
+    img.save(tmp_path / "b.bmp")
+    assert file_twins([tmp_path / "a.png"], [tmp_path / "b.bmp"]).train == ()
+    assert file_twins(
+        [tmp_path / "a.png"], [tmp_path / "b.bmp"], key=lambda p: pixel_hash(open_image(p))
+    ).train == (0,)
     assert twins("abca", "xca").train == (0, 2, 3) and twins("abca", "xca").test == (1, 2)
 
-TRAIN, BENCH = ("medqa:train", "medqa:train4", "medqa:dev", "headqa:train", "headqa:dev", "medmcqa:train"), ("medqa:test", "headqa:test", "medmcqa:dev", "mmlu_pro_health:test", "medxpertqa_text:test")
+
+TRAIN, BENCH = (
+    ("medqa:train", "medqa:train4", "medqa:dev", "headqa:train", "headqa:dev", "medmcqa:train"),
+    ("medqa:test", "headqa:test", "medmcqa:dev", "mmlu_pro_health:test", "medxpertqa_text:test"),
+)
+
 
 @real
 @pytest.mark.parametrize("n", [8, 13, 16])
 def test_real_text_sets_equal_the_plain_rule(n):
     train, bench = ({s: [q.stem for q in load(s)] for s in specs} for specs in (TRAIN, BENCH))
     index = Index({b: rows(*stems) for b, stems in bench.items()}, n)
-    seen, flagged = {b: set().union(*(grams_of(s, n) for s in stems)) for b, stems in bench.items()}, 0
+    seen, flagged = (
+        {b: set().union(*(grams_of(s, n) for s in stems)) for b, stems in bench.items()},
+        0,
+    )
     for t, stems in train.items():
         got = module.reports_of(index, [module.part_of(index, enumerate(rows(*stems)))])
         grams = [grams_of(s, n) for s in stems]
-        for b in BENCH: assert got[b].flagged == [i for i, g in enumerate(grams) if not g.isdisjoint(seen[b])], (t, b)
+        for b in BENCH:
+            assert got[b].flagged == [
+                i for i, g in enumerate(grams) if not g.isdisjoint(seen[b])
+            ], (t, b)
         flagged += sum(len(r.flagged) for r in got.values())
     assert flagged > 100
 
+
 @real
 def test_real_brain_tumor_twins():
-    files = [sorted((Path(DATA)/"brain_tumor"/f).glob("*/*.jpg")) for f in ("Training", "Testing")]
+    files = [
+        sorted((Path(DATA) / "brain_tumor" / f).glob("*/*.jpg")) for f in ("Training", "Testing")
+    ]
     both = file_twins(*files)
     assert (len(files[0]), len(files[1]), len(both.train), len(both.test)) == (2_870, 394, 83, 88)
+
 
 @real
 def test_real_brain_tumor_twins_by_pixels(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
-    files = [sorted((Path(DATA)/"brain_tumor"/f).glob("*/*.jpg")) for f in ("Training", "Testing")]
+    files = [
+        sorted((Path(DATA) / "brain_tumor" / f).glob("*/*.jpg")) for f in ("Training", "Testing")
+    ]
     both = file_twins(*files, key=lambda p: pixel_hash(open_image(p)))
     assert (len(both.train), len(both.test)) == (244, 251)
     assert sum(files[1][i].parent.name == "no_tumor" for i in both.test) == 105

@@ -1,44 +1,81 @@
 "Rejection sampling: what is kept, what is counted, and what happens when nothing is."
+
 import json
 from dataclasses import replace
-import pytest
-from hypothesis import given, strategies as st
-from octomed.answers import Verdict
-from octomed.core import OctomedError, UsageError, read_jsonl
-from octomed.distill import (FILTERS, Budget, accept, accepted, boxed_as, budget, cost, distinct, duplicates, failed_by_all, filtered, judged, measure, money, prices, questions, rated, ranks,
-                             read_questions, read_samples, samples, statistics, subset)
-from octomed.ledger import Ledger
-from octomed.engines import Sample, Sampling, register_teacher, sample_seed
-from octomed.questions import Question, Source, register
-from octomed.store import run
 
-QUESTIONS = [Question(f"which is it, {n}?", ("yes", "no", "perhaps"), "B", "toy", "train", "text_only") for n in range(4)]
-register(Source("toy", "train", "text_only", "train", make=lambda **_: list(QUESTIONS), revision="1"))
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octomed.core.files import read_jsonl
+from octomed.core.paths import OctomedError, UsageError
+from octomed.core.store import run
+from octomed.data.questions import Question
+from octomed.data.sources import Source, register
+from octomed.distill.cost import Budget, budget, money, prices
+from octomed.distill.filters import FILTERS, filtered, measure, ranks, rated
+from octomed.distill.pools import questions, read_questions, subset
+from octomed.distill.rejection import accept, accepted, boxed_as, judged
+from octomed.distill.sampling import read_samples, samples
+from octomed.distill.statistics import cost, distinct, duplicates, failed_by_all, statistics
+from octomed.generate.answers import Verdict
+from octomed.generate.engines import Sample, Sampling, register_teacher, sample_seed
+
+QUESTIONS = [
+    Question(f"which is it, {n}?", ("yes", "no", "perhaps"), "B", "toy", "train", "text_only")
+    for n in range(4)
+]
+register(
+    Source("toy", "train", "text_only", "train", make=lambda **_: list(QUESTIONS), revision="1")
+)
 
 
 class Toy:
     "Right on every second sample, never on the first question; one of its samples is refused, one is cut off."
+
     model, name = "toy@1", "simulated"
+
     def generate(self, requests, sampling):
         for r in requests:
             for i in r.indices:
                 right = i % 2 and r.question != QUESTIONS[0].id
-                text, finish = f"<think>sample {i}</think>\n\n<answer>{'B' if right else 'A'}</answer>", "stop"
-                if i == 2: text, finish = "i cannot answer this", "refused"
-                if i == 4: text, finish = "<think>it goes on", "length"
-                yield Sample(r.question, self.model, r.prompt, sampling.key, i, text, finish, 7, seed=sample_seed(sampling, r.question, i))
+                text, finish = (
+                    f"<think>sample {i}</think>\n\n<answer>{'B' if right else 'A'}</answer>",
+                    "stop",
+                )
+                if i == 2:
+                    text, finish = "i cannot answer this", "refused"
+                if i == 4:
+                    text, finish = "<think>it goes on", "length"
+                yield Sample(
+                    r.question,
+                    self.model,
+                    r.prompt,
+                    sampling.key,
+                    i,
+                    text,
+                    finish,
+                    7,
+                    seed=sample_seed(sampling, r.question, i),
+                )
 
 
 class Hopeless(Toy):
     model = "hopeless@1"
+
     def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling): s.text, s.finish = "<answer>C</answer>", "stop"; yield s
+        for s in super().generate(requests, sampling):
+            s.text, s.finish = "<answer>C</answer>", "stop"
+            yield s
 
 
 class Stubborn(Toy):
     model = "stubborn@1"
+
     def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling): s.text, s.finish = "<think>A</think><answer>A</answer>", "stop"; yield s
+        for s in super().generate(requests, sampling):
+            s.text, s.finish = "<think>A</think><answer>A</answer>", "stop"
+            yield s
 
 
 register_teacher("toy/stubborn", Stubborn, "1")
@@ -48,51 +85,70 @@ register_teacher("toy/hopeless", Hopeless, "1")
 
 def declared(teacher="toy/teacher", n=16, k=4, keep="correct", answer="letter"):
     data = questions(sources=(("toy:train", None, "1"),), against=(), seed=0, max_pixels=12_544)
-    drawn = samples(questions=data, teachers={"text": (teacher, "1", "r1")}, n=n, sampling=Sampling(), max_pixels=12_544)
+    drawn = samples(
+        questions=data,
+        teachers={"text": (teacher, "1", "r1")},
+        n=n,
+        sampling=Sampling(),
+        max_pixels=12_544,
+    )
     return data, drawn, accepted(questions=data, samples=drawn, k=k, answer=answer, keep=keep)
 
 
 def test_fault_15_a_question_with_none_of_16_accepted_is_counted_and_left_out():
     _, drawn, kept = declared()
-    rows, funnel = read_jsonl(run(kept)/"traces.jsonl"), json.loads((run(kept)/"funnel.json").read_text())
+    rows, funnel = (
+        read_jsonl(run(kept) / "traces.jsonl"),
+        json.loads((run(kept) / "funnel.json").read_text()),
+    )
     assert funnel["questions_without"] == 1 and QUESTIONS[0].id not in {r["question"] for r in rows}
-    assert funnel["pass_count"] == {"0": 1, "8": 3} and len(rows) == 3*4
+    assert funnel["pass_count"] == {"0": 1, "8": 3} and len(rows) == 3 * 4
 
 
 def test_fault_15_no_trace_at_all_is_an_error_and_leaves_no_artifact():
     *_, kept = declared("toy/hopeless")
-    with pytest.raises(OctomedError, match="no sample was accepted"): run(kept)
+    with pytest.raises(OctomedError, match="no sample was accepted"):
+        run(kept)
     assert not kept.folder.exists()
 
 
 def test_the_funnel_conserves_samples_and_keeps_every_outcome():
     _, drawn, kept = declared()
-    funnel = json.loads((run(kept)/"funnel.json").read_text())
-    assert funnel["samples"] == 4*16 == sum(funnel["outcomes"].values())
+    funnel = json.loads((run(kept) / "funnel.json").read_text())
+    assert funnel["samples"] == 4 * 16 == sum(funnel["outcomes"].values())
     assert funnel["outcomes"] == {"correct": 24, "wrong": 32, "refused": 4, "truncated": 4}
     assert funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["correct"]
     assert all(len(ss) == 16 for ss in read_samples(run(drawn)).values())
 
 
 def test_accepted_sets_are_nested_in_k_and_a_later_run_tops_up():
-    few = read_jsonl(run(declared(n=8, k=2)[2])/"traces.jsonl")
-    many = read_jsonl(run(declared(n=16, k=4)[2])/"traces.jsonl")
+    few = read_jsonl(run(declared(n=8, k=2)[2]) / "traces.jsonl")
+    many = read_jsonl(run(declared(n=16, k=4)[2]) / "traces.jsonl")
     index = lambda rows, q: [r["index"] for r in rows if r["question"] == q]
-    for q in QUESTIONS[1:]: assert index(few, q.id) == [1, 3] and index(many, q.id) == [1, 3, 5, 7]
+    for q in QUESTIONS[1:]:
+        assert index(few, q.id) == [1, 3] and index(many, q.id) == [1, 3, 5, 7]
 
 
 def test_the_box_holds_the_letter_or_the_text():
     assert (boxed_as(QUESTIONS[0], "letter"), boxed_as(QUESTIONS[0], "text")) == ("B", "no")
-    with pytest.raises(OctomedError, match="choose letter or text"): boxed_as(QUESTIONS[0], "colour")
+    with pytest.raises(OctomedError, match="choose letter or text"):
+        boxed_as(QUESTIONS[0], "colour")
 
 
 def test_subsets_are_nested_and_do_not_depend_on_the_order_of_rows():
     assert subset(QUESTIONS, 2) == subset(QUESTIONS[::-1], 3)[:2]
     assert subset(QUESTIONS, None, seed=1) != subset(QUESTIONS, None, seed=2)
-    assert subset(QUESTIONS, 3) + subset(QUESTIONS, -1) == subset(QUESTIONS, None) == subset(QUESTIONS, 0 or None)
+    assert (
+        subset(QUESTIONS, 3) + subset(QUESTIONS, -1)
+        == subset(QUESTIONS, None)
+        == subset(QUESTIONS, 0 or None)
+    )
 
 
-@given(st.lists(st.sampled_from(["correct", "wrong", "parsed", "unparsed", "truncated"]), max_size=16), st.integers(1, 16))
+@given(
+    st.lists(st.sampled_from(["correct", "wrong", "parsed", "unparsed", "truncated"]), max_size=16),
+    st.integers(1, 16),
+)
 def test_the_three_rules_part_the_readable_samples(statuses, k):
     vs = [Verdict(None, s) for s in statuses]
     every = {keep: accept(vs, 16, keep) for keep in ("correct", "wrong", "all")}
@@ -101,31 +157,55 @@ def test_the_three_rules_part_the_readable_samples(statuses, k):
 
 
 def test_a_rule_that_does_not_exist_is_refused():
-    with pytest.raises(UsageError, match="correct, all, wrong"): accept([], 1, "some")
+    with pytest.raises(UsageError, match="correct, all, wrong"):
+        accept([], 1, "some")
 
 
 def test_a_rejected_trace_ends_on_its_own_wrong_answer():
-    rows = {keep: read_jsonl(run(declared(k=1, keep=keep)[2])/"traces.jsonl") for keep in ("wrong", "all", "correct")}
-    assert {r["response"][-9:] for r in rows["wrong"]} == {r"\boxed{A}"} and len(rows["wrong"]) == len(QUESTIONS)
-    assert [r["index"] for r in rows["all"]] == [0]*len(QUESTIONS)
-    assert {r["response"][-9:] for r in rows["correct"]} == {r"\boxed{B}"} and len(rows["correct"]) == len(QUESTIONS) - 1
-    assert read_jsonl(run(declared(k=1, keep="wrong", answer="text")[2])/"traces.jsonl")[0]["response"].endswith(r"\boxed{yes}")
+    rows = {
+        keep: read_jsonl(run(declared(k=1, keep=keep)[2]) / "traces.jsonl")
+        for keep in ("wrong", "all", "correct")
+    }
+    assert {r["response"][-9:] for r in rows["wrong"]} == {r"\boxed{A}"} and len(
+        rows["wrong"]
+    ) == len(QUESTIONS)
+    assert [r["index"] for r in rows["all"]] == [0] * len(QUESTIONS)
+    assert {r["response"][-9:] for r in rows["correct"]} == {r"\boxed{B}"} and len(
+        rows["correct"]
+    ) == len(QUESTIONS) - 1
+    assert read_jsonl(run(declared(k=1, keep="wrong", answer="text")[2]) / "traces.jsonl")[0][
+        "response"
+    ].endswith(r"\boxed{yes}")
 
 
 def test_fault_15_rejected_traces_only_counts_the_questions_that_have_none():
-    funnel = json.loads((run(declared(keep="wrong")[2])/"funnel.json").read_text())
-    assert funnel["questions_without"] == 0 and funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["wrong"]
+    funnel = json.loads((run(declared(keep="wrong")[2]) / "funnel.json").read_text())
+    assert (
+        funnel["questions_without"] == 0
+        and funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["wrong"]
+    )
 
 
 class Half(Toy):
     "Right once in two, but always right on question 1 and never on question 0; longer from question to question."
+
     model = "half@1"
+
     def generate(self, requests, sampling):
         for r in requests:
             n = next(n for n, q in enumerate(QUESTIONS) if q.id == r.question)
             for i in r.indices:
-                right = n == 1 or n > 1 and i % 2
-                yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"<think>{'so ' * n}{i}</think><answer>{'B' if right else 'A' if i % 4 else 'C'}</answer>", "stop", 10*n)
+                right = n == 1 or (n > 1 and i % 2)
+                yield Sample(
+                    r.question,
+                    self.model,
+                    r.prompt,
+                    sampling.key,
+                    i,
+                    f"<think>{'so ' * n}{i}</think><answer>{'B' if right else 'A' if i % 4 else 'C'}</answer>",
+                    "stop",
+                    10 * n,
+                )
 
 
 register_teacher("toy/half", Half, "1")
@@ -138,48 +218,70 @@ def sieved(name, low, high, teacher="toy/half", n=16):
 
 def test_the_pass_count_filter_keeps_2_to_14_of_16_and_conserves_questions():
     f = sieved("teacher", *FILTERS["teacher"])
-    funnel = json.loads((run(f)/"funnel.json").read_text())
-    assert [q.id for q in read_questions(run(f))] == [q.id for q in read_questions(run(f.params["questions"])) if q.id in {QUESTIONS[2].id, QUESTIONS[3].id}]
+    funnel = json.loads((run(f) / "funnel.json").read_text())
+    assert [q.id for q in read_questions(run(f))] == [
+        q.id
+        for q in read_questions(run(f.params["questions"]))
+        if q.id in {QUESTIONS[2].id, QUESTIONS[3].id}
+    ]
     assert funnel == {"in": 4, "teacher below 0.125": 1, "teacher above 0.875": 1, "kept": 2}
 
 
 def test_a_filter_counts_shares_so_that_fewer_samples_mean_the_same():
-    assert {q.id for q in read_questions(run(sieved("teacher", *FILTERS["teacher"], n=4)))} == {QUESTIONS[2].id, QUESTIONS[3].id}
+    assert {q.id for q in read_questions(run(sieved("teacher", *FILTERS["teacher"], n=4)))} == {
+        QUESTIONS[2].id,
+        QUESTIONS[3].id,
+    }
 
 
 def test_length_and_dissent_need_no_known_answer():
     data, drawn, _ = declared("toy/half")
-    qs = read_questions(run(data)); blind = [replace(q, answer=None) for q in qs]
+    qs = read_questions(run(data))
+    blind = [replace(q, answer=None) for q in qs]
     place = {QUESTIONS[n].id: n for n in range(4)}
-    assert {place[q]: v for q, v in measure("length", blind, [run(drawn)]).items()} == {0: 0, 1: 1/3, 2: 2/3, 3: 1}
+    assert {place[q]: v for q, v in measure("length", blind, [run(drawn)]).items()} == {
+        0: 0,
+        1: 1 / 3,
+        2: 2 / 3,
+        3: 1,
+    }
     found = {place[q]: v for q, v in measure("dissent", blind, [run(drawn)]).items()}
     assert found[1] == 0 and found[2] == found[3] == 0.5
 
 
 def test_disagreement_between_teachers():
-    data, half, _ = declared("toy/half"); _, other, _ = declared("toy/stubborn"); _, mute, _ = declared("toy/mute")
+    data, half, _ = declared("toy/half")
+    _, other, _ = declared("toy/stubborn")
+    _, mute, _ = declared("toy/mute")
     qs = read_questions(run(data))
     found = measure("teachers", qs, [run(half), run(other)])
-    assert found[QUESTIONS[1].id] == 1.0 and found[QUESTIONS[0].id] == 0.0     # B against A; A and A
+    assert found[QUESTIONS[1].id] == 1.0 and found[QUESTIONS[0].id] == 0.0  # B against A; A and A
     assert set(measure("teachers", qs, [run(half), run(mute)]).values()) == {None}
 
 
 def test_a_filter_that_leaves_nothing_is_an_error_and_no_artifact():
     f = sieved("teacher", 0.99, 0.999)
-    with pytest.raises(OctomedError, match="leaves no question"): run(f)
+    with pytest.raises(OctomedError, match="leaves no question"):
+        run(f)
     assert not f.folder.exists()
-    with pytest.raises(UsageError, match="choose from student"): measure("taste", [], [])
+    with pytest.raises(UsageError, match="choose from student"):
+        measure("taste", [], [])
 
 
 def test_a_question_without_evidence_is_dropped_with_that_reason():
     f = sieved("dissent", 0, 1, teacher="toy/mute")
-    with pytest.raises(OctomedError, match="leaves no question"): run(f)
+    with pytest.raises(OctomedError, match="leaves no question"):
+        run(f)
 
 
 class Mute(Toy):
     model = "mute@1"
+
     def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling): s.text = "<think>well</think> who knows"; s.finish = "stop"; yield s
+        for s in super().generate(requests, sampling):
+            s.text = "<think>well</think> who knows"
+            s.finish = "stop"
+            yield s
 
 
 register_teacher("toy/mute", Mute, "1")
@@ -187,11 +289,23 @@ register_teacher("toy/mute", Mute, "1")
 
 class Rater(Toy):
     "Rates question n with 2n + 1; the last one not at all."
+
     model = "rater@1"
+
     def generate(self, requests, sampling):
         for r in requests:
             n = next(n for n, q in enumerate(QUESTIONS) if q.id == r.question)
-            for i in r.indices: yield Sample(r.question, self.model, r.prompt, sampling.key, i, "hm" if n == 3 else f"<rating>{2*n + 1}</rating>", "stop", 1)
+            for i in r.indices:
+                yield Sample(
+                    r.question,
+                    self.model,
+                    r.prompt,
+                    sampling.key,
+                    i,
+                    "hm" if n == 3 else f"<rating>{2 * n + 1}</rating>",
+                    "stop",
+                    1,
+                )
 
 
 register_teacher("toy/rater", Rater, "1")
@@ -199,15 +313,31 @@ register_teacher("toy/rater", Rater, "1")
 
 def test_the_difficulty_filter_keeps_3_to_6_and_says_what_was_not_rated():
     data, *_ = declared()
-    f = filtered(questions=data, evidence=(rated(questions=data, grader="toy/rater", revision="1"),), name="difficulty", low=3, high=6)
+    f = filtered(
+        questions=data,
+        evidence=(rated(questions=data, grader="toy/rater", revision="1"),),
+        name="difficulty",
+        low=3,
+        high=6,
+    )
     assert {q.id for q in read_questions(run(f))} == {QUESTIONS[1].id, QUESTIONS[2].id}
-    assert json.loads((run(f)/"funnel.json").read_text()) == {"in": 4, "difficulty below 3": 1, "not measured": 1, "kept": 2}
+    assert json.loads((run(f) / "funnel.json").read_text()) == {
+        "in": 4,
+        "difficulty below 3": 1,
+        "not measured": 1,
+        "kept": 2,
+    }
 
 
 def test_the_accepted_set_of_filtered_questions_is_part_of_the_whole():
     data, drawn, whole = declared("toy/half", k=1)
-    part = accepted(questions=sieved("teacher", *FILTERS["teacher"]), samples=drawn, k=1, answer="letter")
-    few, all_ = ({(r["question"], r["index"]) for r in read_jsonl(run(a)/"traces.jsonl")} for a in (part, whole))
+    part = accepted(
+        questions=sieved("teacher", *FILTERS["teacher"]), samples=drawn, k=1, answer="letter"
+    )
+    few, all_ = (
+        {(r["question"], r["index"]) for r in read_jsonl(run(a) / "traces.jsonl")}
+        for a in (part, whole)
+    )
     assert few < all_ and len(few) == 2
 
 
@@ -216,94 +346,173 @@ def test_ranks_lie_between_0_and_1_and_keep_the_order(values):
     r = ranks(values)
     assert all(0 <= x <= 1 for x in r.values())
     for a in values:
-        for b in values: assert (values[a] < values[b]) == (r[a] < r[b])
+        for b in values:
+            assert (values[a] < values[b]) == (r[a] < r[b])
 
 
 def test_rewordings_stand_together_in_the_place_of_their_question():
-    like = [Question(f"{q.stem} in other words {n}", q.options, q.answer, q.source, q.split, q.category, tags={"like": q.id}) for q in QUESTIONS for n in range(3)]
-    for amount in (1, 2, 3): assert {q.tags["like"] for q in subset(like[::-1], 3*amount)} == {q.id for q in subset(QUESTIONS, amount)}
+    like = [
+        Question(
+            f"{q.stem} in other words {n}",
+            q.options,
+            q.answer,
+            q.source,
+            q.split,
+            q.category,
+            tags={"like": q.id},
+        )
+        for q in QUESTIONS
+        for n in range(3)
+    ]
+    for amount in (1, 2, 3):
+        assert {q.tags["like"] for q in subset(like[::-1], 3 * amount)} == {
+            q.id for q in subset(QUESTIONS, amount)
+        }
 
 
 def test_statistics_by_source_and_teacher():
     data, drawn, _ = declared("toy/half")
-    row, = statistics(qs := read_questions(run(data)), judged(qs, run(drawn)))
-    assert (row["source"], row["teacher"], row["questions"], row["samples"]) == ("toy", "half", 4, 64)
+    (row,) = statistics(qs := read_questions(run(data)), judged(qs, run(drawn)))
+    assert (row["source"], row["teacher"], row["questions"], row["samples"]) == (
+        "toy",
+        "half",
+        4,
+        64,
+    )
     assert row["pass_count"] == {"0": 1, "8": 2, "16": 1} and row["acceptance"] == 0.5
     assert row["duplicates"] == 0 and 0 < row["distinct_2"] < 1
 
 
 def test_diversity_and_duplicates():
-    assert distinct(["a b a b"]) == 2/3 and distinct([]) == 0 and distinct(["one"]) == 0
+    assert distinct(["a b a b"]) == 2 / 3 and distinct([]) == 0 and distinct(["one"]) == 0
     assert duplicates([]) == 0 and duplicates(["x", "x ", " x"]) == 2
 
 
 def test_teacher_errors_are_counted_where_all_were_asked():
     v = lambda s: (None, Verdict(None, s))
-    one, other = {"q1": [v("wrong"), v("correct")], "q2": [v("wrong")], "q3": [v("wrong")]}, {"q1": [v("wrong")], "q2": [v("truncated")]}
+    one, other = (
+        {"q1": [v("wrong"), v("correct")], "q2": [v("wrong")], "q3": [v("wrong")]},
+        {"q1": [v("wrong")], "q2": [v("truncated")]},
+    )
     assert failed_by_all([one, other]) == ["q2"] and failed_by_all([one]) == ["q2", "q3"]
     assert failed_by_all([one], at_most=0.5) == ["q1", "q2", "q3"]
 
 
 def test_prices_name_their_source_and_simulated_teachers_stand_for_real_ones(tmp_path):
     import yaml
-    from octomed.core import shipped
+
+    from octomed.core.paths import shipped
+
     table = yaml.safe_load(shipped("prices.yaml").read_text())["models"]
-    assert all(r.get("as") in table or r["source"].startswith("https://") and r["date"] for r in table.values())
+    assert all(
+        r.get("as") in table or (r["source"].startswith("https://") and r["date"])
+        for r in table.values()
+    )
     assert prices()["clinic/reasoner"] == prices()["deepseek-reasoner"]
     assert money("mine@3", 1, 1) is None
-    (tmp_path/"p.yaml").write_text("models: {mine: {input: 1, output: 2}, later: {input: null, output: null}}")
-    assert prices(tmp_path/"p.yaml") == {"mine": (1e-6, 2e-6)} and money("mine@3", 10, 5, prices(tmp_path/"p.yaml")) == pytest.approx(2e-5)
+    (tmp_path / "p.yaml").write_text(
+        "models: {mine: {input: 1, output: 2}, later: {input: null, output: null}}"
+    )
+    assert prices(tmp_path / "p.yaml") == {"mine": (1e-6, 2e-6)} and money(
+        "mine@3", 10, 5, prices(tmp_path / "p.yaml")
+    ) == pytest.approx(2e-5)
 
 
 def test_cost_per_sample_and_per_correct_trace():
     data, drawn, _ = declared("toy/half")
-    row, = cost(read_questions(run(data)), run(drawn), {"half": (1e-6, 1e-5)})
-    assert (row["samples"], row["correct"], row["tokens"]) == (64, 32, 16*(0 + 10 + 20 + 30))
-    assert row["money"] == pytest.approx(1e-6*row["prompt_tokens"] + 1e-5*row["tokens"]) and row["prompt_tokens"] > 64*10
-    assert row["per_correct_trace"]["money"] == pytest.approx(2*row["per_sample"]["money"])
-    unpriced, = cost(read_questions(run(data)), run(drawn), {})
-    assert unpriced["money"] is None and unpriced["per_sample"]["tokens"] == row["per_sample"]["tokens"]
+    (row,) = cost(read_questions(run(data)), run(drawn), {"half": (1e-6, 1e-5)})
+    assert (row["samples"], row["correct"], row["tokens"]) == (64, 32, 16 * (0 + 10 + 20 + 30))
+    assert (
+        row["money"] == pytest.approx(1e-6 * row["prompt_tokens"] + 1e-5 * row["tokens"])
+        and row["prompt_tokens"] > 64 * 10
+    )
+    assert row["per_correct_trace"]["money"] == pytest.approx(2 * row["per_sample"]["money"])
+    (unpriced,) = cost(read_questions(run(data)), run(drawn), {})
+    assert (
+        unpriced["money"] is None
+        and unpriced["per_sample"]["tokens"] == row["per_sample"]["tokens"]
+    )
 
 
 def test_a_budget_says_when_it_is_spent(monkeypatch):
     s = Sample("q", "deepseek-reasoner@1", "p", "s", 0, "", "stop", tokens=1000, seconds=2.0)
-    spend = Budget(money=3.0*money("deepseek-reasoner", 100, 1000))
+    spend = Budget(money=3.0 * money("deepseek-reasoner", 100, 1000))
     assert [spend(s, 100) is None for _ in range(3)] == [True, True, False]
     assert "seconds" in Budget(seconds=1)(s) and Budget(seconds=3)(s) is None
-    with pytest.raises(OctomedError, match="has no price"): Budget(money=1)(Sample("q", "mine", "p", "s", 0, "", "stop"))
-    monkeypatch.delenv("OCTOMED_BUDGET", raising=False); assert budget() is None
-    monkeypatch.setenv("OCTOMED_BUDGET", "tokens=10, seconds=5"); assert (budget().tokens, budget().seconds, budget()) == (10, 5, budget())
+    with pytest.raises(OctomedError, match="has no price"):
+        Budget(money=1)(Sample("q", "mine", "p", "s", 0, "", "stop"))
+    monkeypatch.delenv("OCTOMED_BUDGET", raising=False)
+    assert budget() is None
+    monkeypatch.setenv("OCTOMED_BUDGET", "tokens=10, seconds=5")
+    assert (budget().tokens, budget().seconds, budget()) == (10, 5, budget())
     for bad in ("5", "euros=3", "money=-1", "money=x"):
         monkeypatch.setenv("OCTOMED_BUDGET", bad)
-        with pytest.raises(UsageError, match="write money=5"): budget()
+        with pytest.raises(UsageError, match="write money=5"):
+            budget()
 
 
 def test_a_budget_stops_cleanly_and_a_later_run_goes_on(monkeypatch):
-    from octomed.ledger import Stopped
+    from octomed.generate.ledger import Stopped
+
     made = []
+
     class Slow(Toy):
         model = "slow@1"
+
         def generate(self, requests, sampling):
-            for s in super().generate(requests, sampling): made.append((s.question, s.index)); yield s
+            for s in super().generate(requests, sampling):
+                made.append((s.question, s.index))
+                yield s
+
     register_teacher("toy/slow", Slow, "1")
     _, drawn, _ = declared("toy/slow")
     monkeypatch.setenv("OCTOMED_BUDGET", "tokens=70")
-    with pytest.raises(Stopped, match="budget of 70 tokens is spent.*10 of 64 samples are kept"): run(drawn)
+    with pytest.raises(Stopped, match="budget of 70 tokens is spent.*10 of 64 samples are kept"):
+        run(drawn)
     assert not drawn.folder.exists() and len(made) == 10
     monkeypatch.delenv("OCTOMED_BUDGET")
-    assert sum(map(len, read_samples(run(drawn)).values())) == 64 and len(made) == len(set(made)) == 64
+    assert (
+        sum(map(len, read_samples(run(drawn)).values())) == 64 and len(made) == len(set(made)) == 64
+    )
 
 
 def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
-    from octomed.answers import score
-    from octomed.distill import judged_open
+    from octomed.distill.rejection import judged_open
+    from octomed.generate.answers import score
+
     class Judge(Toy):
         model = "judge@1"
+
         def generate(self, requests, sampling):
             for r in requests:
                 text = r.messages[-1]["content"][-1]["text"]
-                for i in r.indices: yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"<verdict>{'yes' if 'a fever' in text.split('<response>')[-1] else 'no'}</verdict>", "stop", 1)
+                for i in r.indices:
+                    yield Sample(
+                        r.question,
+                        self.model,
+                        r.prompt,
+                        sampling.key,
+                        i,
+                        f"<verdict>{'yes' if 'a fever' in text.split('<response>')[-1] else 'no'}</verdict>",
+                        "stop",
+                        1,
+                    )
+
     s = lambda n, text: Sample(QUESTIONS[0].id, "m", "p", "s", n, text, "stop")
-    got = judged_open([(QUESTIONS[0], "high temperature")], {QUESTIONS[0].id: [s(0, "<think>so</think> a fever"), s(1, "<think>so</think> a cough"), s(2, "<think>it goes on")]}, Judge())
+    got = judged_open(
+        [(QUESTIONS[0], "high temperature")],
+        {
+            QUESTIONS[0].id: [
+                s(0, "<think>so</think> a fever"),
+                s(1, "<think>so</think> a cough"),
+                s(2, "<think>it goes on"),
+            ]
+        },
+        Judge(),
+    )
     verdicts = [v for _, v in got[QUESTIONS[0].id]]
-    assert [v.status for v in verdicts] == ["correct", "wrong", "truncated"] and list(map(score, verdicts)) == [1, 0, 0] and accept(verdicts, 16) == [0]
+    assert (
+        [v.status for v in verdicts] == ["correct", "wrong", "truncated"]
+        and list(map(score, verdicts)) == [1, 0, 0]
+        and accept(verdicts, 16) == [0]
+    )

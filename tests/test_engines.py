@@ -1,10 +1,24 @@
 "Teachers by name, and the vLLM engine's own part, with a stand-in for vLLM; `test_vllm.py` has the real one."
-import json, sys, types
+
+import json
+import sys
+import types
+
 import pytest
-from octomed import engines
-from octomed.core import OctomedError
-from octomed.engines import FORCED, Request, Sampling, TransformersEngine, VLLMEngine, sample_seed, teacher, teacher_revision
-from octomed.train import save_student
+
+from octomed.core.paths import OctomedError
+from octomed.generate import engines
+from octomed.generate.engine_transformers import TransformersEngine
+from octomed.generate.engine_vllm import VLLMEngine
+from octomed.generate.engines import (
+    FORCED,
+    Request,
+    Sampling,
+    sample_seed,
+    teacher,
+    teacher_revision,
+)
+from octomed.train.students import save_student
 
 
 @pytest.fixture(scope="module")
@@ -16,40 +30,78 @@ def folder(student, tmp_path_factory):
 
 class Core:
     "vLLM's engine, as far as ours knows it: every request takes as many steps as its seed's last digit, and answers with its seed."
-    def __init__(self): self.open, self.aborted, self.most, self.refuse = {}, [], 0, lambda prompt, p: None
+
+    def __init__(self):
+        self.open, self.aborted, self.most, self.refuse = {}, [], 0, lambda prompt, p: None
+
     def add_request(self, number, prompt, p):
-        if why := self.refuse(prompt, p): raise ValueError(why)
+        if why := self.refuse(prompt, p):
+            raise ValueError(why)
         assert number not in self.open
-        self.open[number] = [p.seed % 10, p, prompt]; self.most = max(self.most, len(self.open))
+        self.open[number] = [p.seed % 10, p, prompt]
+        self.most = max(self.most, len(self.open))
+
     def step(self):
-        for o in self.open.values(): o[0] -= 1
-        return [self.output(n, *self.open.pop(n)[1:]) for n, (left, *_) in list(self.open.items()) if left < 0]
+        for o in self.open.values():
+            o[0] -= 1
+        return [
+            self.output(n, *self.open.pop(n)[1:])
+            for n, (left, *_) in list(self.open.items())
+            if left < 0
+        ]
+
     def output(self, number, p, prompt):
         ids = list(range(p.max_tokens))
-        out = types.SimpleNamespace(text=f"seed {p.seed}", token_ids=ids, finish_reason="length" if p.seed % 2 == 0 else "stop", logprobs=[{i: types.SimpleNamespace(logprob=-0.5)} for i in ids])
+        out = types.SimpleNamespace(
+            text=f"seed {p.seed}",
+            token_ids=ids,
+            finish_reason="length" if p.seed % 2 == 0 else "stop",
+            logprobs=[{i: types.SimpleNamespace(logprob=-0.5)} for i in ids],
+        )
         return types.SimpleNamespace(request_id=number, finished=True, outputs=[out])
-    def abort_request(self, numbers): self.aborted += numbers
+
+    def abort_request(self, numbers):
+        self.aborted += numbers
 
 
 @pytest.fixture
 def stand_in(monkeypatch, folder):
     "A `VLLMEngine` on a stand-in."
     core, made = Core(), {}
+
     class LLM:
         llm_engine = core
         renderer = types.SimpleNamespace(render_cmpl=lambda prompts: prompts)
         model_config = types.SimpleNamespace(max_model_len=200)
-        def __init__(self, path, **options): made.update(options, path=path)
-    modules = {"vllm": types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **kw: types.SimpleNamespace(**kw)), "vllm.platforms": types.SimpleNamespace(current_platform=types.SimpleNamespace(is_cpu=lambda: True)),
-               "vllm.sampling_params": types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="final"))}
-    for name, m in modules.items(): monkeypatch.setitem(sys.modules, name, m)
+
+        def __init__(self, path, **options):
+            made.update(options, path=path)
+
+    modules = {
+        "vllm": types.SimpleNamespace(
+            LLM=LLM, SamplingParams=lambda **kw: types.SimpleNamespace(**kw)
+        ),
+        "vllm.platforms": types.SimpleNamespace(
+            current_platform=types.SimpleNamespace(is_cpu=lambda: True)
+        ),
+        "vllm.sampling_params": types.SimpleNamespace(
+            RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="final")
+        ),
+    }
+    for name, m in modules.items():
+        monkeypatch.setitem(sys.modules, name, m)
     engine = VLLMEngine(folder, "tiny@1", max_pixels=12_544, ahead=8)
     engine.core, engine.made = core, made
     return engine
 
 
 def ask(name, n=4, text="which is it ?"):
-    return Request(name, [{"role": "user", "content": [{"type": "text", "text": text}]}], f"prompt of {name}", tuple(range(n)))
+    return Request(
+        name,
+        [{"role": "user", "content": [{"type": "text", "text": text}]}],
+        f"prompt of {name}",
+        tuple(range(n)),
+    )
 
 
 DRAWN = Sampling(temperature=1.0, max_tokens=6)
@@ -58,16 +110,33 @@ DRAWN = Sampling(temperature=1.0, max_tokens=6)
 def test_samples_come_as_they_finish_and_answer_to_their_own_seed(stand_in):
     got = list(stand_in.generate([ask("q1", 16), ask("q2", 16)], DRAWN))
     assert {(s.question, s.index) for s in got} == {(q, i) for q in ("q1", "q2") for i in range(16)}
-    assert all(s.text == f"seed {sample_seed(DRAWN, s.question, s.index)}" and s.seed == sample_seed(DRAWN, s.question, s.index) for s in got)
-    assert [s.index for s in got if s.question == "q1"] != list(range(16)), "a short response does not wait for a long one"
+    assert all(
+        s.text == f"seed {sample_seed(DRAWN, s.question, s.index)}"
+        and s.seed == sample_seed(DRAWN, s.question, s.index)
+        for s in got
+    )
+    assert [s.index for s in got if s.question == "q1"] != list(range(16)), (
+        "a short response does not wait for a long one"
+    )
     assert stand_in.core.most == 8, "no more than `ahead` are handed over"
 
 
 def test_fault_12_what_vllm_refuses_is_an_error_sample_and_the_others_go_on(stand_in):
-    stand_in.core.refuse = lambda prompt, p: "vLLM will not" if p.seed == sample_seed(DRAWN, "q2", 1) else None
-    got = {(s.question, s.index): s for s in stand_in.generate([ask("q1", 3), ask("long", 2, "one "*300), ask("q2", 3)], DRAWN)}
+    stand_in.core.refuse = lambda prompt, p: (
+        "vLLM will not" if p.seed == sample_seed(DRAWN, "q2", 1) else None
+    )
+    got = {
+        (s.question, s.index): s
+        for s in stand_in.generate(
+            [ask("q1", 3), ask("long", 2, "one " * 300), ask("q2", 3)], DRAWN
+        )
+    }
     assert len(got) == 8
-    assert {k for k, s in got.items() if s.finish == "error"} == {("long", 0), ("long", 1), ("q2", 1)}
+    assert {k for k, s in got.items() if s.finish == "error"} == {
+        ("long", 0),
+        ("long", 1),
+        ("q2", 1),
+    }
     assert "no room" in got["long", 0].text and got["q2", 1].text == "vLLM will not"
     assert all(s.text == f"seed {s.seed}" for s in got.values() if s.finish != "error")
 
@@ -77,74 +146,141 @@ def test_fault_40_a_forced_exit_is_one_sample_with_two_counts(stand_in):
     for x in stand_in.generate([ask("q1", 16)], s):
         late = x.seed % 2 == 0
         assert x.text == (f"seed {x.seed}{FORCED}seed {x.seed ^ 1}" if late else f"seed {x.seed}")
-        assert (x.tokens, x.answer_tokens, x.finish) == ((11, 5, "stop") if late else (6, 0, "stop"))
+        assert (x.tokens, x.answer_tokens, x.finish) == (
+            (11, 5, "stop") if late else (6, 0, "stop")
+        )
 
 
 def test_a_second_pass_without_room_leaves_the_thought_cut(stand_in):
     s = Sampling(temperature=1.0, max_tokens=6, answer_tokens=5)
     stand_in.core.refuse = lambda prompt, p: "no room" if p.max_tokens == 5 else None
     cut = [x for x in stand_in.generate([ask("q1", 16)], s) if x.seed % 2 == 0]
-    assert cut and all((x.text, x.finish, x.tokens, x.answer_tokens) == (f"seed {x.seed}", "length", 6, 0) for x in cut)
+    assert cut and all(
+        (x.text, x.finish, x.tokens, x.answer_tokens) == (f"seed {x.seed}", "length", 6, 0)
+        for x in cut
+    )
 
 
 def test_seconds_of_the_samples_add_up_to_the_time_of_the_steps(stand_in):
     import time
+
     step, took = stand_in.core.step, []
+
     def timed():
-        start = time.perf_counter(); time.sleep(0.002); out = step(); took.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        time.sleep(0.002)
+        out = step()
+        took.append(time.perf_counter() - start)
         return out
+
     stand_in.core.step = timed
-    assert sum(s.seconds for s in stand_in.generate([ask("q1", 16)], DRAWN)) == pytest.approx(sum(took), rel=0.1)
+    assert sum(s.seconds for s in stand_in.generate([ask("q1", 16)], DRAWN)) == pytest.approx(
+        sum(took), rel=0.1
+    )
 
 
 def test_what_is_running_when_the_caller_stops_is_aborted(stand_in):
     got = stand_in.generate([ask("q1", 100)], DRAWN)
-    next(got); got.close()
+    next(got)
+    got.close()
     assert len(stand_in.core.aborted) == 7 and set(stand_in.core.aborted) == set(stand_in.core.open)
 
 
 def test_what_vllm_is_told(stand_in):
     stand_in.logprobs = True
     p = stand_in._params(Sampling(stop=("x",)), 7, 9)
-    assert (p.seed, p.max_tokens, p.repetition_penalty, p.stop, p.include_stop_str_in_output, p.logprobs) == (7, 9, 1.0, ["x"], True, 0)
-    assert stand_in.made["generation_config"] == "vllm" and stand_in.made["trust_remote_code"] is False and stand_in.made["enable_prefix_caching"] is True
-    assert all(json.loads(s.logprobs) == [-0.5]*s.tokens for s in stand_in.generate([ask("q1", 2)], DRAWN))
+    assert (
+        p.seed,
+        p.max_tokens,
+        p.repetition_penalty,
+        p.stop,
+        p.include_stop_str_in_output,
+        p.logprobs,
+    ) == (7, 9, 1.0, ["x"], True, 0)
+    assert (
+        stand_in.made["generation_config"] == "vllm"
+        and stand_in.made["trust_remote_code"] is False
+        and stand_in.made["enable_prefix_caching"] is True
+    )
+    assert all(
+        json.loads(s.logprobs) == [-0.5] * s.tokens
+        for s in stand_in.generate([ask("q1", 2)], DRAWN)
+    )
 
 
 def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, picture):
-    from octomed.render import chat_text
+    from octomed.generate.render import chat_text
+
     other = TransformersEngine(folder, "tiny@1", max_pixels=12_544)
-    chat = [{"role": "system", "content": [{"type": "text", "text": "the user"}]}, {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "which is it ?"}]}]
+    chat = [
+        {"role": "system", "content": [{"type": "text", "text": "the user"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture},
+                {"type": "text", "text": "which is it ?"},
+            ],
+        },
+    ]
     for messages in (chat, chat[:1] + [{"role": "user", "content": chat[1]["content"][1:]}]):
         text, images, size = stand_in._prompt(messages)
-        assert size == len(other.processor.tokenizer(chat_text(other.processor, messages, 12_544))["input_ids"])
-        assert images == [p["image"] for m in messages for p in m["content"] if p["type"] == "image"]
-    assert {s.prompt_tokens for s in other.generate([ask("q1", 2)], DRAWN)} == {s.prompt_tokens for s in stand_in.generate([ask("q1", 2)], DRAWN)}
+        assert size == len(
+            other.processor.tokenizer(chat_text(other.processor, messages, 12_544))["input_ids"]
+        )
+        assert images == [
+            p["image"] for m in messages for p in m["content"] if p["type"] == "image"
+        ]
+    assert {s.prompt_tokens for s in other.generate([ask("q1", 2)], DRAWN)} == {
+        s.prompt_tokens for s in stand_in.generate([ask("q1", 2)], DRAWN)
+    }
 
 
 def test_a_text_model_is_given_plain_text_and_refuses_images(stand_in, student, picture):
-    stand_in.processor = stand_in.tokenizer   # a text model has no processor
-    stand_in.tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    stand_in.processor = stand_in.tokenizer  # a text model has no processor
+    stand_in.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    )
     assert stand_in._prompt(ask("q1").messages)[0] == "user: which is it ?"
-    with pytest.raises(OctomedError, match="reads no images: name another teacher_image"): stand_in._prompt([{"role": "user", "content": [{"type": "image", "image": picture}]}])
+    with pytest.raises(OctomedError, match="reads no images: name another teacher_image"):
+        stand_in._prompt([{"role": "user", "content": [{"type": "image", "image": picture}]}])
 
 
 def test_a_recipe_names_its_teachers(monkeypatch):
     made = []
     monkeypatch.setattr(engines, "VLLMEngine", lambda *a, **kw: made.append((a, kw)))
     teacher("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898", max_pixels=12_544)
-    assert made == [(("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct@cc594898", 12_544), {"revision": "cc594898"})]
-    assert teacher_revision("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898") == "cc594898" and teacher_revision("openai:gpt-4o@AZURE") == ""
+    assert made == [
+        (
+            ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct@cc594898", 12_544),
+            {"revision": "cc594898"},
+        )
+    ]
+    assert (
+        teacher_revision("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898") == "cc594898"
+        and teacher_revision("openai:gpt-4o@AZURE") == ""
+    )
     monkeypatch.setitem(engines.TEACHERS, "mine", (lambda: "an engine", "r1"))
     assert teacher("mine") == "an engine" and teacher_revision("mine") == "r1"
 
 
-@pytest.mark.parametrize("name, says", [("nobody", "choose from"), ("other:a@b", "choose from"), ("vllm:Qwen/Qwen2.5-VL-7B-Instruct", "vllm:MODEL@REVISION"), ("openai:gpt-4o", "openai:MODEL@SERVER"), ("vllm:@x", "not whole")])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("nobody", "choose from"),
+        ("other:a@b", "choose from"),
+        ("vllm:Qwen/Qwen2.5-VL-7B-Instruct", "vllm:MODEL@REVISION"),
+        ("openai:gpt-4o", "openai:MODEL@SERVER"),
+        ("vllm:@x", "not whole"),
+    ],
+)
 def test_a_name_that_is_no_teacher_says_how_to_write_one(name, says):
-    with pytest.raises(OctomedError, match=says): teacher(name)
-    with pytest.raises(OctomedError, match=says): teacher_revision(name)
+    with pytest.raises(OctomedError, match=says):
+        teacher(name)
+    with pytest.raises(OctomedError, match=says):
+        teacher_revision(name)
 
 
 def test_without_vllm_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(OctomedError, match="install octomed with its `vllm` extra"): VLLMEngine("a-model", "a-model@1")
+    with pytest.raises(OctomedError, match="install octomed with its `vllm` extra"):
+        VLLMEngine("a-model", "a-model@1")

@@ -1,54 +1,134 @@
 "Who answers, a score, the rates beside it, the vote, the grader, and the control with shuffled options."
-from dataclasses import replace
-import pytest
-from hypothesis import given, strategies as st
-from octomed.core import Common, OctomedError, UsageError, read_jsonl
-from octomed.engines import Request, Sample, Sampling, TransformersEngine, register_teacher
-from octomed.evaluate import Respondent, contender, engine_of, evaluation, paper_of, rates, regraded, respondent, sampling_of, scores, shuffled, student_of, voted
-from octomed.experiment import Arm, Results, evaluated, table
-from octomed.prompts import contenders, load_template, prompt_key, render, templates
-from octomed.questions import Question, Source, register
-from octomed.stats import paper_table
-from octomed.store import Outside, run
-import octomed.evaluate as room
 
-QS = [Question(f"which is it, {n}?", ("one", "two", "three", "four"), "ABCD"[n % 4], "toybench", "test", "text_only") for n in range(8)]
-register(Source("toybench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1"))
-texts = st.lists(st.text(min_size=1).map(str.strip).filter(bool), min_size=1, max_size=10, unique=True)
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import octomed.evaluate.evaluate as room
+from octomed.core.files import read_jsonl
+from octomed.core.paths import OctomedError, UsageError
+from octomed.core.recipe import Common
+from octomed.core.store import Outside, run
+from octomed.data.questions import Question
+from octomed.data.sources import Source, register
+from octomed.evaluate.arms import Arm, Results, evaluated
+from octomed.evaluate.evaluate import (
+    Respondent,
+    contender,
+    engine_of,
+    evaluation,
+    paper_of,
+    rates,
+    regraded,
+    respondent,
+    sampling_of,
+    scores,
+    shuffled,
+    student_of,
+    voted,
+)
+from octomed.evaluate.stats import paper_table
+from octomed.evaluate.tables import table
+from octomed.generate.engine_transformers import TransformersEngine
+from octomed.generate.engines import Request, Sample, Sampling, register_teacher
+from octomed.generate.prompts import contenders, load_template, prompt_key, render, templates
+
+QS = [
+    Question(
+        f"which is it, {n}?",
+        ("one", "two", "three", "four"),
+        "ABCD"[n % 4],
+        "toybench",
+        "test",
+        "text_only",
+    )
+    for n in range(8)
+]
+register(
+    Source("toybench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1")
+)
+texts = st.lists(
+    st.text(min_size=1).map(str.strip).filter(bool), min_size=1, max_size=10, unique=True
+)
 
 
 @given(texts, st.data(), st.integers(0, 3))
 def test_fault_44_shuffling_keeps_the_options_and_moves_the_right_one(options, data, seed):
-    q = Question("which?", tuple(options), data.draw(st.sampled_from("ABCDEFGHIJ"[:len(options)])), "s", "test", "text_only")
+    q = Question(
+        "which?",
+        tuple(options),
+        data.draw(st.sampled_from("ABCDEFGHIJ"[: len(options)])),
+        "s",
+        "test",
+        "text_only",
+    )
     s = shuffled(q, seed)
-    assert sorted(s.options) == sorted(q.options) and s.answer_text == q.answer_text and s.stem == q.stem
+    assert (
+        sorted(s.options) == sorted(q.options)
+        and s.answer_text == q.answer_text
+        and s.stem == q.stem
+    )
     assert len(options) == 1 or (s.answer != q.answer and s.id != q.id)
     assert shuffled(q, seed) == s
 
 
 class Knows:
     "Says the right option's text."
-    def __init__(self, *_, **__): self.model, self.name = f"{type(self).__name__}@1", "toy"
-    def say(self, question): return question.answer_text
+
+    def __init__(self, *_, **__):
+        self.model, self.name = f"{type(self).__name__}@1", "toy"
+
+    def say(self, question):
+        return question.answer_text
+
     def generate(self, requests, sampling):
         for r in requests:
             text = r.messages[-1]["content"][-1]["text"]
             q = next(q for q in QS if q.stem in text)
             order = tuple(sorted(q.options, key=text.index))
-            asked = Question(q.stem, order, "ABCD"[order.index(q.answer_text)], q.source, q.split, q.category)
-            for i in r.indices: yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"<think>x</think>\n\n\\boxed{{{self.say(asked)}}}", "stop", 5)
+            asked = Question(
+                q.stem, order, "ABCD"[order.index(q.answer_text)], q.source, q.split, q.category
+            )
+            for i in r.indices:
+                yield Sample(
+                    r.question,
+                    self.model,
+                    r.prompt,
+                    sampling.key,
+                    i,
+                    f"<think>x</think>\n\n\\boxed{{{self.say(asked)}}}",
+                    "stop",
+                    5,
+                )
 
 
 class FirstPlace(Knows):
     "Says whatever stands first."
-    def say(self, question): return question.options[0]
+
+    def say(self, question):
+        return question.options[0]
 
 
 def read_with(engine, monkeypatch, control=0, seeds=2, **more):
     monkeypatch.setattr(room, "TransformersEngine", engine)
     monkeypatch.setattr(room, "identity", lambda s: engine.__name__)
-    s = evaluation(student=engine.__name__, benchmark="toybench:test", limit=None, form="cot", seeds=seeds, sampling=Sampling(), max_pixels=12_544, data="1", control=control, **more)
-    return sorted(read_jsonl(run(s)/"rows.jsonl"), key=lambda r: [q.id for q in QS].index(r["question"]))
+    s = evaluation(
+        student=engine.__name__,
+        benchmark="toybench:test",
+        limit=None,
+        form="cot",
+        seeds=seeds,
+        sampling=Sampling(),
+        max_pixels=12_544,
+        data="1",
+        control=control,
+        **more,
+    )
+    return sorted(
+        read_jsonl(run(s) / "rows.jsonl"), key=lambda r: [q.id for q in QS].index(r["question"])
+    )
 
 
 def test_fault_44_the_control_is_reported_beside_the_score(monkeypatch):
@@ -65,11 +145,23 @@ def test_fault_44_a_student_that_answers_by_place_is_unmasked(monkeypatch):
 
 def test_fault_44_the_control_leaves_the_score_alone_and_asks_only_what_it_says(monkeypatch):
     with_, without = read_with(FirstPlace, monkeypatch, 3), read_with(FirstPlace, monkeypatch, 0)
-    assert scores(with_).tolist() == scores(without).tolist() and sum("shuffled" in r for r in with_) == 3
+    assert (
+        scores(with_).tolist() == scores(without).tolist()
+        and sum("shuffled" in r for r in with_) == 3
+    )
     assert "shuffled" not in rates(without)
 
 
-def row(**changed): return {"question": "q", "statuses": ["correct"], "letters": ["A"], "forced": [False], "tokens": [3], "options": 2, **changed}
+def row(**changed):
+    return {
+        "question": "q",
+        "statuses": ["correct"],
+        "letters": ["A"],
+        "forced": [False],
+        "tokens": [3],
+        "options": 2,
+        **changed,
+    }
 
 
 def test_fault_40_a_forced_exit_is_counted():
@@ -77,25 +169,46 @@ def test_fault_40_a_forced_exit_is_counted():
 
 
 def kept(student, folder):
-    for part in student: part.save_pretrained(folder)
+    for part in student:
+        part.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("pictured", [False, True])
-def test_fault_39_evaluation_reads_the_prompt_that_training_read(student, picture, tmp_path, pictured):
+def test_fault_39_evaluation_reads_the_prompt_that_training_read(
+    student, picture, tmp_path, pictured
+):
     import torch
-    from octomed.render import Pixels, collate, row
+
+    from octomed.generate.render import Pixels, collate, row
+
     q = replace(QS[0], images=(picture,)) if pictured else QS[0]
-    t, engine, seen = load_template("cot"), TransformersEngine(kept(student, tmp_path), "tiny", 12_544), []
+    t, engine, seen = (
+        load_template("cot"),
+        TransformersEngine(kept(student, tmp_path), "tiny", 12_544),
+        [],
+    )
     generate = engine.net.generate
     engine.net.generate = lambda **kw: seen.append(kw) or generate(**kw)
-    list(engine.generate([Request(q.id, m := render(t, q), prompt_key(m, t))], Sampling(max_tokens=2)))
+    list(
+        engine.generate(
+            [Request(q.id, m := render(t, q), prompt_key(m, t))], Sampling(max_tokens=2)
+        )
+    )
     trained = row(engine.processor, render(t, q), "<think>one</think>\n\n\\boxed{one}", 12_544)
-    assert seen[0]["input_ids"].tolist() == [trained.input_ids[:trained.prompt]] and seen[0]["attention_mask"].all()
-    batch = collate(engine.processor, [trained.input_ids], [trained.images], Pixels(engine.processor, 12_544))
+    assert (
+        seen[0]["input_ids"].tolist() == [trained.input_ids[: trained.prompt]]
+        and seen[0]["attention_mask"].all()
+    )
+    batch = collate(
+        engine.processor, [trained.input_ids], [trained.images], Pixels(engine.processor, 12_544)
+    )
     assert ("pixel_values" in batch) == pictured
-    for key in ("pixel_values", "image_grid_thw") if pictured else (): assert torch.equal(seen[0][key], batch[key])
-    assert seen[0]["mm_token_type_ids"].tolist() == [batch["mm_token_type_ids"][0, :trained.prompt].tolist()]
+    for key in ("pixel_values", "image_grid_thw") if pictured else ():
+        assert torch.equal(seen[0][key], batch[key])
+    assert seen[0]["mm_token_type_ids"].tolist() == [
+        batch["mm_token_type_ids"][0, : trained.prompt].tolist()
+    ]
 
 
 def test_fault_40_a_forced_exit_never_passes_its_budget(student, tmp_path):
@@ -104,54 +217,121 @@ def test_fault_40_a_forced_exit_never_passes_its_budget(student, tmp_path):
     got = list(engine.generate(asked, Sampling(1.0, 1.0, max_tokens=6, answer_tokens=4)))
     forced = [s for s in got if s.answer_tokens]
     assert forced, "a student that knows nothing ends no thought in six tokens"
-    assert all(s.answer_tokens <= 4 and s.tokens - s.answer_tokens <= 6 for s in got) and all("</think>" in s.text for s in forced)
+    assert all(s.answer_tokens <= 4 and s.tokens - s.answer_tokens <= 6 for s in got) and all(
+        "</think>" in s.text for s in forced
+    )
 
 
 def test_fault_41_the_same_runs_give_the_same_rates(monkeypatch):
-    assert rates(read_with(FirstPlace, monkeypatch, 8)) == rates(read_with(FirstPlace, monkeypatch, 8))
+    assert rates(read_with(FirstPlace, monkeypatch, 8)) == rates(
+        read_with(FirstPlace, monkeypatch, 8)
+    )
 
 
-def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(student, tmp_path, monkeypatch):
-    folder, made = kept(student, tmp_path/"s"), []
+def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(
+    student, tmp_path, monkeypatch
+):
+    folder, made = kept(student, tmp_path / "s"), []
     for n, seeds in enumerate((5, 5, 2)):
-        monkeypatch.setenv("OCTOMED_STORE", str(tmp_path/str(n)))
-        s = evaluation(student=Outside(folder), benchmark="toybench:test", limit=None, form="cot", seeds=seeds, sampling=Sampling(max_tokens=12, answer_tokens=4), max_pixels=12_544, data="1")
-        made.append(read_jsonl(run(s)/"rows.jsonl"))
-    assert made[0] == made[1] and rates(made[0]) == rates(made[1]) and len({tuple(r["tokens"]) for r in made[0]}) > 1
-    assert [r["letters"][:2] for r in made[0]] == [r["letters"] for r in made[2]], "a later seed only adds"
+        monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / str(n)))
+        s = evaluation(
+            student=Outside(folder),
+            benchmark="toybench:test",
+            limit=None,
+            form="cot",
+            seeds=seeds,
+            sampling=Sampling(max_tokens=12, answer_tokens=4),
+            max_pixels=12_544,
+            data="1",
+        )
+        made.append(read_jsonl(run(s) / "rows.jsonl"))
+    assert (
+        made[0] == made[1]
+        and rates(made[0]) == rates(made[1])
+        and len({tuple(r["tokens"]) for r in made[0]}) > 1
+    )
+    assert [r["letters"][:2] for r in made[0]] == [r["letters"] for r in made[2]], (
+        "a later seed only adds"
+    )
 
 
 class Wavers(Knows):
     "Right in seven of ten runs, else says `one`."
+
     def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling): yield replace(s, text="<think>x</think>\n\n\\boxed{one}") if s.index % 3 == 1 else s
+        for s in super().generate(requests, sampling):
+            yield replace(s, text="<think>x</think>\n\n\\boxed{one}") if s.index % 3 == 1 else s
 
 
 def test_a_vote_begins_with_the_runs_and_stands_beside_them(monkeypatch):
-    plain, rows = read_with(Wavers, monkeypatch, seeds=5), read_with(Wavers, monkeypatch, seeds=5, vote=10)
-    assert [{k: v for k, v in r.items() if k != "vote"} for r in rows] == plain and all(len(r["vote"]) == 10 and r["vote"][:5] == r["letters"] for r in rows)
-    assert voted(rows).shape == (8, 1) and voted(rows).mean() == 1 and scores(rows).mean() == pytest.approx(0.7)   # three of five, and all of the two questions where `one` is right
+    plain, rows = (
+        read_with(Wavers, monkeypatch, seeds=5),
+        read_with(Wavers, monkeypatch, seeds=5, vote=10),
+    )
+    assert [{k: v for k, v in r.items() if k != "vote"} for r in rows] == plain and all(
+        len(r["vote"]) == 10 and r["vote"][:5] == r["letters"] for r in rows
+    )
+    assert (
+        voted(rows).shape == (8, 1)
+        and voted(rows).mean() == 1
+        and scores(rows).mean() == pytest.approx(0.7)
+    )  # three of five, and all of the two questions where `one` is right
     assert voted(plain).ravel().tolist() == scores(plain).mean(1).tolist()
 
 
 def test_fault_42_a_tied_vote_is_broken_by_the_seed_alone(monkeypatch):
-    rows = [row(question=str(n), answer="A", vote=["A"]*5 + ["B"]*5) for n in range(400)]
-    assert rates(rows)["ties"] == 1 and voted(rows, 1).tolist() == voted(rows, 1).tolist() != voted(rows, 2).tolist()
+    rows = [row(question=str(n), answer="A", vote=["A"] * 5 + ["B"] * 5) for n in range(400)]
+    assert (
+        rates(rows)["ties"] == 1
+        and voted(rows, 1).tolist() == voted(rows, 1).tolist() != voted(rows, 2).tolist()
+    )
     assert 0.4 < voted(rows).mean() < 0.6
 
 
 def test_both_overalls_stand_in_the_table():
-    run_of = lambda vote: [row(question=str(n), answer="A", statuses=["correct", "wrong"], letters=["A", "B"], **({"vote": ["A", "B", "A"]} if vote else {})) for n in range(6)]
-    register(Source("otherbench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1"))
-    rows = table(Results(Common(bootstrap=200), {"m": {"toybench:test": [run_of(True)], "otherbench:test": [run_of(False)]}}))
+    run_of = lambda vote: [
+        row(
+            question=str(n),
+            answer="A",
+            statuses=["correct", "wrong"],
+            letters=["A", "B"],
+            **({"vote": ["A", "B", "A"]} if vote else {}),
+        )
+        for n in range(6)
+    ]
+    register(
+        Source(
+            "otherbench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1"
+        )
+    )
+    rows = table(
+        Results(
+            Common(bootstrap=200),
+            {"m": {"toybench:test": [run_of(True)], "otherbench:test": [run_of(False)]}},
+        )
+    )
     by = {r["benchmark"]: r for r in rows}
-    assert (by["toybench:test"]["accuracy"], by["toybench:test"]["vote"], by["toybench:test"]["votes"]) == (0.5, 1.0, 3) and "vote" not in by["otherbench:test"]
-    assert (by["Overall"]["accuracy"], by["Overall"]["vote"]) == (0.5, 0.75) and by["Overall"]["vote_interval"] == [0.75, 0.75]
+    assert (
+        by["toybench:test"]["accuracy"],
+        by["toybench:test"]["vote"],
+        by["toybench:test"]["votes"],
+    ) == (0.5, 1.0, 3) and "vote" not in by["otherbench:test"]
+    assert (by["Overall"]["accuracy"], by["Overall"]["vote"]) == (0.5, 0.75) and by["Overall"][
+        "vote_interval"
+    ] == [0.75, 0.75]
 
 
 class Fails(Knows):
     "Says `one`, then fails in every way, question after question."
-    WAYS = [("<think>x</think>\n\n\\boxed{one}", "stop"), ("I cannot help with that.", "refused"), ("the prompt is too long", "error"), ("<think>and then", "length"), ("<think>x</think>\n\nit is the first", "stop")]
+
+    WAYS = [
+        ("<think>x</think>\n\n\\boxed{one}", "stop"),
+        ("I cannot help with that.", "refused"),
+        ("the prompt is too long", "error"),
+        ("<think>and then", "length"),
+        ("<think>x</think>\n\nit is the first", "stop"),
+    ]
+
     def generate(self, requests, sampling):
         for s in super().generate(requests, sampling):
             text, finish = self.WAYS[[q.id for q in QS].index(s.question) % 5]
@@ -160,40 +340,91 @@ class Fails(Knows):
 
 def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
     rows = read_with(Fails, monkeypatch, seeds=1)
-    assert len(rows) == len(QS) and [r["finishes"][0] for r in rows[:5]] == ["stop", "refused", "error", "length", "stop"]
-    assert scores(rows).ravel().tolist() == [1, 0, 0, 0, 0, 0, 0, 0]   # question 5 has its right option elsewhere
+    assert len(rows) == len(QS) and [r["finishes"][0] for r in rows[:5]] == [
+        "stop",
+        "refused",
+        "error",
+        "length",
+        "stop",
+    ]
+    assert scores(rows).ravel().tolist() == [
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]  # question 5 has its right option elsewhere
     r = rates(rows)
-    assert (r["failed"], r["truncated"], r["unparsed"]) == (4/8, 1/8, 1/8), "a refusal and an error are neither cut nor unreadable"
+    assert (r["failed"], r["truncated"], r["unparsed"]) == (4 / 8, 1 / 8, 1 / 8), (
+        "a refusal and an error are neither cut nor unreadable"
+    )
 
 
 class Reads:
     "A grader that takes every response for right, and counts what it was asked."
+
     model, name, asked = "reads@1", "toy", []
+
     def generate(self, requests, sampling):
         for r in requests:
             self.asked.append(r.messages[-1]["content"][-1]["text"])
-            for i in r.indices: yield Sample(r.question, self.model, r.prompt, sampling.key, i, "<verdict>yes</verdict>", "stop")
+            for i in r.indices:
+                yield Sample(
+                    r.question,
+                    self.model,
+                    r.prompt,
+                    sampling.key,
+                    i,
+                    "<verdict>yes</verdict>",
+                    "stop",
+                )
 
 
 def test_a_grader_reads_what_is_unparsed_and_its_number_stands_beside(monkeypatch):
     register_teacher("toy/reads", Reads, "1")
     rows = read_with(Fails, monkeypatch, seeds=1, grader="toy/reads", revision="1")
-    assert len(Reads.asked) == 1 and "it is the first" in Reads.asked[0] and "A: one" in Reads.asked[0]   # no refusal, no error, nothing cut
-    assert scores(rows).sum() == 1 and regraded(rows).sum() == 2 and rows[4]["statuses"] == ["unparsed"] and rows[4]["graded"] == ["correct"]
-    told = next(r for r in table(Results(Common(bootstrap=100), {"m": {"toybench:test": [rows]}})) if r["benchmark"] == "toybench:test")
-    assert told["accuracy"] == 1/8 and told["graded"] == 2/8
+    assert (
+        len(Reads.asked) == 1 and "it is the first" in Reads.asked[0] and "A: one" in Reads.asked[0]
+    )  # no refusal, no error, nothing cut
+    assert (
+        scores(rows).sum() == 1
+        and regraded(rows).sum() == 2
+        and rows[4]["statuses"] == ["unparsed"]
+        and rows[4]["graded"] == ["correct"]
+    )
+    told = next(
+        r
+        for r in table(Results(Common(bootstrap=100), {"m": {"toybench:test": [rows]}}))
+        if r["benchmark"] == "toybench:test"
+    )
+    assert told["accuracy"] == 1 / 8 and told["graded"] == 2 / 8
 
 
 def test_an_arm_says_where_it_is_voted_on_and_graded():
-    import octomed.clinic.graders, octomed.clinic.students, octomed.clinic.teachers
-    common, arm = Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test", "clinic_boards:test")), Arm((("clinic_ward:train", 5),))
+
+    common, arm = (
+        Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test", "clinic_boards:test")),
+        Arm((("clinic_ward:train", 5),)),
+    )
     asks = replace(arm, votes=(("clinic_ward:test", 10),), graded=True)
-    assert [evaluated(asks, b, common).params["vote"] for b in common.benchmarks] == [10, 0] and evaluated(asks, "clinic_ward:test", common).params["grader"] == "clinic/grader"
-    assert evaluated(asks, "clinic_ward:test", common).params["student"] == evaluated(arm, "clinic_ward:test", common).params["student"]
-    assert evaluated(arm, "clinic_ward:test", common) == evaluated(replace(arm, votes=(("clinic_boards:test", 10),)), "clinic_ward:test", common)
+    assert [evaluated(asks, b, common).params["vote"] for b in common.benchmarks] == [
+        10,
+        0,
+    ] and evaluated(asks, "clinic_ward:test", common).params["grader"] == "clinic/grader"
+    assert (
+        evaluated(asks, "clinic_ward:test", common).params["student"]
+        == evaluated(arm, "clinic_ward:test", common).params["student"]
+    )
+    assert evaluated(arm, "clinic_ward:test", common) == evaluated(
+        replace(arm, votes=(("clinic_boards:test", 10),)), "clinic_ward:test", common
+    )
 
 
 # Who answers
+
 
 def test_every_model_of_table_2_is_found_and_has_its_template():
     columns = [k for k in paper_table(2)[0] if k not in ("category", "task")]
@@ -201,56 +432,120 @@ def test_every_model_of_table_2_is_found_and_has_its_template():
     for c in contenders().values():
         at = "1f2e" if c.hub else "HOUSE"
         asked, form = respondent(f"{c.name}@{at}")
-        assert form == c.template and form in templates() and asked.path == (f"transformers:{c.hub}@1f2e" if c.hub else f"openai:{c.api}@HOUSE")
+        assert (
+            form == c.template
+            and form in templates()
+            and asked.path == (f"transformers:{c.hub}@1f2e" if c.hub else f"openai:{c.api}@HOUSE")
+        )
         assert all(contender(n) == c for n in (c.name, c.hub, c.api) if n)
-        if c.hub: assert respondent(f"{c.hub}@1f2e") == (asked, form) or respondent(f"{c.hub}@1f2e")[0].path == asked.path
+        if c.hub:
+            assert (
+                respondent(f"{c.hub}@1f2e") == (asked, form)
+                or respondent(f"{c.hub}@1f2e")[0].path == asked.path
+            )
         assert paper_of(c.name, ["pmc_vqa:test"]) or c.name == "DeepSeek-R1"
-    assert respondent("openai:DeepSeek-R1@DEEPSEEK")[0].path == "openai:deepseek-reasoner@DEEPSEEK" and respondent("openai:OctoMed-7B@HOUSE")[0].path == "openai:OctoMed/OctoMed-7B@HOUSE"
+    assert (
+        respondent("openai:DeepSeek-R1@DEEPSEEK")[0].path == "openai:deepseek-reasoner@DEEPSEEK"
+        and respondent("openai:OctoMed-7B@HOUSE")[0].path == "openai:OctoMed/OctoMed-7B@HOUSE"
+    )
 
 
-@pytest.mark.parametrize("name, says", [("OctoMed-7B", "OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION"), ("vllm:someone/model", "pin its revision, vllm:someone/model@REVISION"),
-                                        ("GPT-4o", "is reached by a server: write openai:GPT-4o@SERVER"), ("openai:QoQ-Med-7B", "write openai:QoQ-Med-7B@SERVER")])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (
+            "OctoMed-7B",
+            "OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION",
+        ),
+        ("vllm:someone/model", "pin its revision, vllm:someone/model@REVISION"),
+        ("GPT-4o", "is reached by a server: write openai:GPT-4o@SERVER"),
+        ("openai:QoQ-Med-7B", "write openai:QoQ-Med-7B@SERVER"),
+    ],
+)
 def test_a_model_without_revision_or_server_is_asked_for_it(name, says):
-    with pytest.raises(UsageError) as e: student_of(name, Common())
+    with pytest.raises(UsageError) as e:
+        student_of(name, Common())
     assert says in str(e.value)
 
 
 def test_how_a_model_is_run_is_in_no_key(monkeypatch):
     a, b = (Respondent(f"{k}:org/model@1f2e") for k in ("vllm", "transformers"))
-    key = lambda s: evaluation(student=s, benchmark="toybench:test", limit=None, form="cot", seeds=1, sampling=Sampling(), max_pixels=12_544, data="1").key
+    key = lambda s: (
+        evaluation(
+            student=s,
+            benchmark="toybench:test",
+            limit=None,
+            form="cot",
+            seeds=1,
+            sampling=Sampling(),
+            max_pixels=12_544,
+            data="1",
+        ).key
+    )
     assert key(a) == key(b) != key(Respondent("vllm:org/model@2"))
-    before = key("org/model@1f2e"); monkeypatch.setenv("OCTOMED_ENGINE", "vllm")
-    assert key("org/model@1f2e") == before and respondent("OctoMed-7B@1f2e")[0].path == "vllm:OctoMed/OctoMed-7B@1f2e"
+    before = key("org/model@1f2e")
+    monkeypatch.setenv("OCTOMED_ENGINE", "vllm")
+    assert (
+        key("org/model@1f2e") == before
+        and respondent("OctoMed-7B@1f2e")[0].path == "vllm:OctoMed/OctoMed-7B@1f2e"
+    )
     monkeypatch.setenv("OCTOMED_ENGINE", "vlm")
-    with pytest.raises(UsageError, match="OCTOMED_ENGINE=vlm is no engine"): engine_of("org/model@1", 12_544)
+    with pytest.raises(UsageError, match="OCTOMED_ENGINE=vlm is no engine"):
+        engine_of("org/model@1", 12_544)
 
 
 def test_a_registered_teacher_is_evaluated_under_its_own_identity(monkeypatch):
     register_teacher("toy/knows", Knows, "1")
-    s = evaluation(student=student_of("toy/knows", Common())[0], benchmark="toybench:test", limit=3, form="cot", seeds=1, sampling=Sampling(), max_pixels=12_544, data="1")
-    assert s.params["student"].key == "Knows@1" and scores(read_jsonl(run(s)/"rows.jsonl")).tolist() == [[1]]*3
+    s = evaluation(
+        student=student_of("toy/knows", Common())[0],
+        benchmark="toybench:test",
+        limit=3,
+        form="cot",
+        seeds=1,
+        sampling=Sampling(),
+        max_pixels=12_544,
+        data="1",
+    )
+    assert (
+        s.params["student"].key == "Knows@1"
+        and scores(read_jsonl(run(s) / "rows.jsonl")).tolist() == [[1]] * 3
+    )
 
 
 def test_a_model_that_is_nowhere_is_one_sentence():
-    with pytest.raises(OctomedError, match="the model nobody/nothing@1 cannot be loaded"): engine_of("nobody/nothing@1", 12_544)
+    with pytest.raises(OctomedError, match="the model nobody/nothing@1 cannot be loaded"):
+        engine_of("nobody/nothing@1", 12_544)
 
 
 def test_a_forced_exit_can_be_left_out():
     common = Common(answer_tokens=8)
-    assert [sampling_of(common, think, n).answer_tokens for think, n in ((True, None), (False, None), (True, 0), (True, 3))] == [8, 0, 0, 3]
+    assert [
+        sampling_of(common, think, n).answer_tokens
+        for think, n in ((True, None), (False, None), (True, 0), (True, 3))
+    ] == [8, 0, 0, 3]
 
 
 def test_the_papers_overall_stands_beside_ours_only_where_all_its_rows_do():
     every = [b for b in room.TASKS if b != "nejm:test"]
-    assert {"text_only", "multimodal_classification"} == set(paper_of("LingShu-7B", every)) & {"text_only", "multimodal_reasoning", "multimodal_classification"}
+    assert {"text_only", "multimodal_classification"} == set(paper_of("LingShu-7B", every)) & {
+        "text_only",
+        "multimodal_reasoning",
+        "multimodal_classification",
+    }
 
 
 def test_a_student_is_named_by_its_key_or_content_and_never_by_a_path(tmp_path):
-    from octomed.distill import identity
-    (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"weights").write_text("1")
-    first = identity(tmp_path/"mine")
-    (tmp_path/"mine"/"weights").write_text("22")
-    assert first.startswith("mine@") and str(tmp_path) not in first and identity(tmp_path/"mine") != first
+    from octomed.distill.sampling import identity
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "weights").write_text("1")
+    first = identity(tmp_path / "mine")
+    (tmp_path / "mine" / "weights").write_text("22")
+    assert (
+        first.startswith("mine@")
+        and str(tmp_path) not in first
+        and identity(tmp_path / "mine") != first
+    )
     assert identity("org/model") == "org/model"
-    (tmp_path/"mine"/"card.json").write_text('{"key": "abc"}')
-    assert identity(tmp_path/"mine") == "abc"
+    (tmp_path / "mine" / "card.json").write_text('{"key": "abc"}')
+    assert identity(tmp_path / "mine") == "abc"

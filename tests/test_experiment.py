@@ -1,15 +1,23 @@
 "Arms, and the findings that claims get."
+
 import time
 from dataclasses import replace
-import numpy as np
-import pytest
-import octomed.clinic.graders, octomed.clinic.near, octomed.clinic.students
-from octomed.core import Common, OctomedError, Recipe
-from octomed.distill import FILTERS
-from octomed.experiment import Arm, Claim, Results, finding, findings_frame, rows_frame, schedule_of, stages, table, warm_up, write_results
-from octomed.train import Schedule
 
-COMMON = Common(train=("clinic_ward:train", "clinic_rounds:train", "clinic_reading:train"), benchmarks=("clinic_ward:test",), samples=4)
+import pytest
+
+from octomed.core.paths import OctomedError
+from octomed.core.recipe import Common, Recipe
+from octomed.distill.filters import FILTERS
+from octomed.evaluate.arms import Arm, Results, stages, warm_up
+from octomed.evaluate.claims import Claim, finding
+from octomed.evaluate.tables import findings_frame, rows_frame, table, write_results
+from octomed.train.schedule import Schedule
+
+COMMON = Common(
+    train=("clinic_ward:train", "clinic_rounds:train", "clinic_reading:train"),
+    benchmarks=("clinic_ward:test",),
+    samples=4,
+)
 ARM = Arm((("clinic_ward:train", 10),))
 PICTURED = Arm((("clinic_rounds:train", 10),))
 
@@ -21,7 +29,12 @@ def test_what_an_arm_leaves_alone_stays_the_same_stage():
     assert stages(replace(ARM, control=9), COMMON)["student"] == plain["student"]
     other = stages(replace(ARM, teacher=COMMON.teacher_image), COMMON)
     assert other["data"] == plain["data"] and other["samples"] != plain["samples"]
-    assert stages(replace(ARM, teacher=COMMON.teacher_text), COMMON)["samples"].params["teachers"]["text"] == plain["samples"].params["teachers"]["text"]
+    assert (
+        stages(replace(ARM, teacher=COMMON.teacher_text), COMMON)["samples"].params["teachers"][
+            "text"
+        ]
+        == plain["samples"].params["teachers"]["text"]
+    )
 
 
 def test_every_filter_is_a_stage_between_the_same_data_and_samples():
@@ -29,7 +42,10 @@ def test_every_filter_is_a_stage_between_the_same_data_and_samples():
     for name, window in FILTERS.items():
         got = stages(replace(PICTURED, filter=(name, *window)), COMMON)
         assert got["data"] == plain["data"] and got["samples"] == plain["samples"]
-        assert got["accepted"].params["questions"] == got["filtered"] and got["student"] != plain["student"]
+        assert (
+            got["accepted"].params["questions"] == got["filtered"]
+            and got["student"] != plain["student"]
+        )
     two = stages(replace(ARM, filter=("teachers", 1, 1)), COMMON)["filtered"].params["evidence"]
     assert len(two) == 2 and two[0] == stages(ARM, COMMON)["samples"]
 
@@ -37,45 +53,113 @@ def test_every_filter_is_a_stage_between_the_same_data_and_samples():
 def test_the_student_filter_asks_the_student_that_the_arm_starts_from():
     first = Arm((("clinic_ward:train", 3),))
     got = stages(replace(PICTURED, base=first, filter=("student", *FILTERS["student"])), COMMON)
-    asked, = got["filtered"].params["evidence"]
-    assert asked.params["student"] == stages(first, COMMON)["student"] == got["student"].params["base"]
+    (asked,) = got["filtered"].params["evidence"]
+    assert (
+        asked.params["student"] == stages(first, COMMON)["student"] == got["student"].params["base"]
+    )
 
 
 def test_the_grader_of_a_filter_is_the_recipe_s_unless_an_arm_has_its_own():
-    from octomed.engines import register_teacher
+    from octomed.generate.engines import register_teacher
+
     register_teacher("test/other-grader", None, "1")
-    graded = lambda arm, common: stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)["filtered"].params["evidence"][0].params["grader"]
+    graded = lambda arm, common: (
+        stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)["filtered"]
+        .params["evidence"][0]
+        .params["grader"]
+    )
     assert graded(PICTURED, COMMON) == "clinic/grader"
-    assert graded(PICTURED, replace(COMMON, grader="test/other-grader")) == graded(replace(PICTURED, grader="test/other-grader"), COMMON) == "test/other-grader"
+    assert (
+        graded(PICTURED, replace(COMMON, grader="test/other-grader"))
+        == graded(replace(PICTURED, grader="test/other-grader"), COMMON)
+        == "test/other-grader"
+    )
 
 
 def test_no_epoch_is_the_base_student_itself():
     first = Arm((("clinic_ward:train", 3),))
-    assert stages(replace(ARM, base=first, schedule=Schedule(epochs=0)), COMMON)["student"] == stages(first, COMMON)["student"]
+    assert (
+        stages(replace(ARM, base=first, schedule=Schedule(epochs=0)), COMMON)["student"]
+        == stages(first, COMMON)["student"]
+    )
 
 
 def test_a_warm_up_reads_the_last_questions_of_every_pool():
     recipe = Recipe("r", replace(COMMON, base_seed=2))
     got = warm_up(recipe, 7, 1.0)
-    assert got.sources == tuple((p, -7) for p in COMMON.train) and got.seed == 2000 and warm_up(recipe, 0, 1.0) is None
+    assert (
+        got.sources == tuple((p, -7) for p in COMMON.train)
+        and got.seed == 2000
+        and warm_up(recipe, 0, 1.0) is None
+    )
 
 
 def test_an_arm_as_formatting_declares_it_expands_as_before():
     got = stages(ARM, COMMON)
-    assert list(got) == ["data", "samples", "accepted", "rendered", "student"] and got["accepted"].params["keep"] == "correct" and got["accepted"].params["questions"] == got["data"]
+    assert (
+        list(got) == ["data", "samples", "accepted", "rendered", "student"]
+        and got["accepted"].params["keep"] == "correct"
+        and got["accepted"].params["questions"] == got["data"]
+    )
 
 
 def results(**arms):
-    rows = lambda right, seed: [{"question": str(n), "statuses": ["correct" if r else "wrong"], "letters": ["A"], "forced": [False], "tokens": [3], "options": 4} for n, r in enumerate(right)]
-    return Results(replace(COMMON, bootstrap=500), {a: {"clinic_ward:test": [rows(right, s) for s, right in enumerate(seeds)]} for a, seeds in arms.items()})
+    rows = lambda right, seed: [
+        {
+            "question": str(n),
+            "statuses": ["correct" if r else "wrong"],
+            "letters": ["A"],
+            "forced": [False],
+            "tokens": [3],
+            "options": 4,
+        }
+        for n, r in enumerate(right)
+    ]
+    return Results(
+        replace(COMMON, bootstrap=500),
+        {
+            a: {"clinic_ward:test": [rows(right, s) for s, right in enumerate(seeds)]}
+            for a, seeds in arms.items()
+        },
+    )
 
 
 def test_a_trend_is_the_slope_along_its_arms():
     n = 40
-    r = results(**{f"k{k}": [[i < n*share for i in range(n)]]*2 for k, share in ((1, .2), (4, .4), (16, .6))})
-    f = finding(Claim("it rises", "k16", "k1", "clinic_ward:test", kind="trend", along=(("k1", 0), ("k4", 2), ("k16", 4))), r)
-    assert f["difference"] == pytest.approx(0.1) and f["by_seed"] == pytest.approx([0.1, 0.1]) and f["verdict"] == "agrees" and f["training_seeds"] == 2
-    falls = finding(Claim("it rises", "k1", "k16", "clinic_ward:test", kind="trend", along=(("k16", 0), ("k4", 2), ("k1", 4))), r)
+    r = results(
+        **{
+            f"k{k}": [[i < n * share for i in range(n)]] * 2
+            for k, share in ((1, 0.2), (4, 0.4), (16, 0.6))
+        }
+    )
+    f = finding(
+        Claim(
+            "it rises",
+            "k16",
+            "k1",
+            "clinic_ward:test",
+            kind="trend",
+            along=(("k1", 0), ("k4", 2), ("k16", 4)),
+        ),
+        r,
+    )
+    assert (
+        f["difference"] == pytest.approx(0.1)
+        and f["by_seed"] == pytest.approx([0.1, 0.1])
+        and f["verdict"] == "agrees"
+        and f["training_seeds"] == 2
+    )
+    falls = finding(
+        Claim(
+            "it rises",
+            "k1",
+            "k16",
+            "clinic_ward:test",
+            kind="trend",
+            along=(("k16", 0), ("k4", 2), ("k1", 4)),
+        ),
+        r,
+    )
     assert falls["difference"] == pytest.approx(-0.1) and falls["verdict"] == "disagrees"
 
 
@@ -86,9 +170,15 @@ def test_a_difference_by_seed_is_a_minus_b():
 
 
 def test_an_equivalence_needs_its_margin():
-    r = results(a=[[1, 0]*20], b=[[1, 0]*20])
-    assert finding(Claim("equal", "a", "b", "clinic_ward:test", kind="equivalent", margin=0.05), r)["verdict"] == "agrees"
-    with pytest.raises(OctomedError, match="margin"): finding(Claim("equal", "a", "b", "clinic_ward:test", kind="equivalent"), r)
+    r = results(a=[[1, 0] * 20], b=[[1, 0] * 20])
+    assert (
+        finding(Claim("equal", "a", "b", "clinic_ward:test", kind="equivalent", margin=0.05), r)[
+            "verdict"
+        ]
+        == "agrees"
+    )
+    with pytest.raises(OctomedError, match="margin"):
+        finding(Claim("equal", "a", "b", "clinic_ward:test", kind="equivalent"), r)
 
 
 def test_frames_show_every_row_and_leave_out_what_no_row_has():
@@ -101,12 +191,17 @@ def test_frames_show_every_row_and_leave_out_what_no_row_has():
 
 
 def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
-    from octomed.clinic.near import families
-    from octomed.clinic.teachers import INSTRUCT, SimulatedTeacher
-    from octomed.clinic.world import for_test, full_oracle
+    from octomed.clinic.oracles import full_oracle
+    from octomed.clinic.questions import for_test
+    from octomed.clinic.wordings import families
+
     for family in families()[:5]:
-        assert len({q.id for q in family}) == 16 and len({(q.options, q.answer) for q in family}) == 1
-        assert not any(for_test(q.id) for q in family) and {full_oracle(q) for q in family} == {family[0].answer}
+        assert (
+            len({q.id for q in family}) == 16 and len({(q.options, q.answer) for q in family}) == 1
+        )
+        assert not any(for_test(q.id) for q in family) and {full_oracle(q) for q in family} == {
+            family[0].answer
+        }
     assert families()[0][0].id == families()[0][5].tags["like"]
 
 
@@ -115,20 +210,35 @@ SECTIONS = ("43_filtering", "44_samples", "45_teacher", "51_scaling", "53_datase
 
 def declared(section, recipe="course"):
     import importlib
-    from octomed.core import load_recipe
+
+    from octomed.core.recipe import load_recipe
+
     module, r = importlib.import_module(f"octomed.paper.{section[3:]}"), load_recipe(recipe)
     return module, module.scope(r), module.arms(module.scope(r))
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "54_families"])
 def test_claims_are_about_arms_and_benchmarks_that_exist(section):
-    from octomed.experiment import category_of
-    from octomed.stats import KINDS
+    from octomed.evaluate.arms import category_of
+    from octomed.evaluate.stats import KINDS
+
     module, recipe, arms = declared(section)
-    wheres = {*module.benchmarks(recipe), *(category_of(b) for b in module.benchmarks(recipe)), getattr(module, "EVERYWHERE", None), getattr(module, "REASONING", None)}
+    wheres = {
+        *module.benchmarks(recipe),
+        *(category_of(b) for b in module.benchmarks(recipe)),
+        getattr(module, "EVERYWHERE", None),
+        getattr(module, "REASONING", None),
+    }
     for c in module.claims():
-        assert {c.a, c.b} | {a for a, _ in c.along} <= {*arms, *getattr(module, "BESIDE", ())} and c.benchmark in wheres and c.kind in KINDS and c.not_proved
-        assert (c.kind == "equivalent") == (c.margin is not None) and (c.kind == "trend") == bool(c.along)
+        assert (
+            {c.a, c.b} | {a for a, _ in c.along} <= {*arms, *getattr(module, "BESIDE", ())}
+            and c.benchmark in wheres
+            and c.kind in KINDS
+            and c.not_proved
+        )
+        assert (c.kind == "equivalent") == (c.margin is not None) and (c.kind == "trend") == bool(
+            c.along
+        )
     assert any(c.paper for c in module.claims()) and any(not c.paper for c in module.claims())
 
 
@@ -136,41 +246,65 @@ def test_filters_read_equal_tokens_and_are_the_paper_windows():
     module, recipe, arms = declared("43_filtering")
     assert recipe.common.samples == 16
     for f in module.NAMES:
-        for at in module.POINTS: assert arms[module.name(f, at)].compute_of == arms[module.name(module.NONE, at)] and arms[module.name(f, at)].filter == (f, *FILTERS[f])
-    assert FILTERS["student"] == FILTERS["teacher"] == (2/16, 14/16) and FILTERS["difficulty"] == (3, 6)
+        for at in module.POINTS:
+            assert arms[module.name(f, at)].compute_of == arms[
+                module.name(module.NONE, at)
+            ] and arms[module.name(f, at)].filter == (f, *FILTERS[f])
+    assert FILTERS["student"] == FILTERS["teacher"] == (2 / 16, 14 / 16) and FILTERS[
+        "difficulty"
+    ] == (3, 6)
 
 
 def test_the_grid_of_traces_and_epochs_has_three_training_seeds_and_two_controls():
     module, recipe, arms = declared("44_samples")
-    assert {(a.k, a.schedule.epochs) for n, a in arms.items() if a.compute_of is None and n != "before"} == {(k, e) for k in (1, 4, 16) for e in (1, 2, 3)}
+    assert {
+        (a.k, a.schedule.epochs) for n, a in arms.items() if a.compute_of is None and n != "before"
+    } == {(k, e) for k in (1, 4, 16) for e in (1, 2, 3)}
     most = arms[module.name(16, 1)]
-    assert arms[module.REPEATED].compute_of == arms[module.REWORDED].compute_of == most and arms[module.REWORDED].sources[0][1] == 16*most.sources[0][1] and arms[module.REWORDED].k == 1
+    assert (
+        arms[module.REPEATED].compute_of == arms[module.REWORDED].compute_of == most
+        and arms[module.REWORDED].sources[0][1] == 16 * most.sources[0][1]
+        and arms[module.REWORDED].k == 1
+    )
     assert recipe.of("44_samples")["seeds"] == 3 and recipe.common.samples == 16
 
 
 def test_the_two_arms_that_the_paper_lacks_differ_in_what_is_kept_alone():
     module, recipe, arms = declared("45_teacher")
     one = arms[module.REASONER]
-    for name, keep in ((module.ALL, "all"), (module.WRONG, "wrong")): assert arms[name] == replace(one, keep=keep, compute_of=one)
+    for name, keep in ((module.ALL, "all"), (module.WRONG, "wrong")):
+        assert arms[name] == replace(one, keep=keep, compute_of=one)
     assert arms[module.INSTRUCT] == replace(one, teacher=recipe.common.teacher_image)
 
 
 def test_the_warm_up_reads_no_question_of_an_arm():
-    from octomed.distill import subset
-    from octomed.questions import SOURCES, load
-    pool = {spec: load(spec, images=False) for spec in ("clinic_ward:train", "clinic_near:one", "clinic_near:sixteen")}
+    from octomed.data.sources import SOURCES, load
+    from octomed.distill.pools import subset
+
+    pool = {
+        spec: load(spec, images=False)
+        for spec in ("clinic_ward:train", "clinic_near:one", "clinic_near:sixteen")
+    }
     for section in SECTIONS:
         _, recipe, arms = declared(section)
         wanted = {source for arm in arms.values() for source in arm.sources}
         (first,) = {replace(arm.base, student="") for arm in arms.values()}
         assert all(n < 0 for _, n in first.sources)
-        ids = lambda sources: {q.id for spec, n in sources if spec in pool for q in subset(pool[spec], n, recipe.common.base_seed)}
+        ids = lambda sources: {
+            q.id
+            for spec, n in sources
+            if spec in pool
+            for q in subset(pool[spec], n, recipe.common.base_seed)
+        }
         assert not ids(wanted) & ids(first.sources)
-        for spec, n in first.sources: assert dict(wanted).get(spec, 0) - n <= SOURCES[spec].expected
+        for spec, n in first.sources:
+            assert dict(wanted).get(spec, 0) - n <= SOURCES[spec].expected
 
 
 def test_minutes_of_sections_side_by_side_are_their_share_of_the_machine(monkeypatch):
-    minutes = lambda: write_results(None, "42_formatting", Recipe("r", Common(), {}), [], [], time.time() - 600)["card"]["minutes"]
+    minutes = lambda: write_results(
+        None, "42_formatting", Recipe("r", Common(), {}), [], [], time.time() - 600
+    )["card"]["minutes"]
     assert 10 <= minutes() < 11
     monkeypatch.setenv("OCTOMED_BESIDE", "2")
     assert 5 <= minutes() < 5.5

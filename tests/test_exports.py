@@ -1,286 +1,599 @@
 "What other tools read: LLaMA-Factory's files, a data set for the hub, lm-evaluation-harness tasks, accelerate's configurations."
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+
 import pytest
 import yaml
-import octomed.clinic.teachers, octomed.clinic.world
-from octomed.clinic.students import blank
-from octomed.answers import judge
-import octomed.exports as exports
-from octomed.core import Common, OctomedError, UsageError, read_jsonl, root
-from octomed.distill import subset
-from octomed.engines import Sampling
-from octomed.experiment import Arm, schedule_of, stages
-from octomed.exports import _frozen, factory_settings, hub, llamafactory, lm_eval, task_name, traces
-from octomed.questions import load
-from octomed.render import load_rows, row
-from octomed.store import run
-from octomed.train import load_student, register_student
 
-BENCHES = ("clinic_ward:test", "clinic_rounds:test")   # small pools, to be quick: they are taught here too
+import octomed.run.exports as exports
+from octomed.clinic.students import blank
+from octomed.core.files import read_jsonl
+from octomed.core.paths import OctomedError, UsageError, root
+from octomed.core.recipe import Common
+from octomed.core.store import run
+from octomed.data.sources import load
+from octomed.distill.pools import subset
+from octomed.evaluate.arms import Arm, schedule_of, stages
+from octomed.generate.answers import judge
+from octomed.generate.engines import Sampling
+from octomed.generate.render import load_rows, row
+from octomed.run.export_hub import hub
+from octomed.run.export_llamafactory import _frozen, factory_settings, llamafactory
+from octomed.run.export_lm_eval import lm_eval, task_name
+from octomed.run.exports import traces
+from octomed.train.students import load_student, register_student
+
+BENCHES = (
+    "clinic_ward:test",
+    "clinic_rounds:test",
+)  # small pools, to be quick: they are taught here too
 COMMON = Common(student="tests/blank", samples=2, answer="text", batch=8)
 ARM = Arm(((BENCHES[0], 4), (BENCHES[1], 4)), k=2, schedule=schedule_of(COMMON, 2.0))
-register_student("tests/blank", lambda common: blank(size="tiny", texts=["which of these is it ?"], seed=0, max_pixels=common.max_pixels))
+register_student(
+    "tests/blank",
+    lambda common: blank(
+        size="tiny", texts=["which of these is it ?"], seed=0, max_pixels=common.max_pixels
+    ),
+)
 
 
 @pytest.fixture(scope="module")
-def processor(): return load_student(run(stages(ARM, COMMON)["student"].params["base"]))[1]
+def processor():
+    return load_student(run(stages(ARM, COMMON)["student"].params["base"]))[1]
 
 
 @pytest.fixture(scope="module")
 def factory(tmp_path_factory):
-    out = tmp_path_factory.mktemp("x")/"factory"
+    out = tmp_path_factory.mktemp("x") / "factory"
     return out, llamafactory(ARM, COMMON, out)
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    out = tmp_path_factory.mktemp("x")/"tasks"
+    out = tmp_path_factory.mktemp("x") / "tasks"
     return out, lm_eval(BENCHES, COMMON, out, limit=5)
 
 
 def test_traces_are_the_rows_that_the_student_reads(processor):
     rendered = load_rows(run(stages(ARM, COMMON)["rendered"]))
-    assert [row(processor, x.messages, x.response, COMMON.max_pixels) for x in traces(ARM, COMMON)[0]] == [replace(r, question="") for r in rendered]
+    assert [
+        row(processor, x.messages, x.response, COMMON.max_pixels) for x in traces(ARM, COMMON)[0]
+    ] == [replace(r, question="") for r in rendered]
 
 
 def test_fault_31_over_long_traces_are_dropped_whole_before_others_cut_them(processor):
     sizes = sorted(len(r.input_ids) for r in load_rows(run(stages(ARM, COMMON)["rendered"])))
-    short = replace(ARM, schedule=replace(ARM.schedule, cutoff=sizes[len(sizes)//2]))
+    short = replace(ARM, schedule=replace(ARM.schedule, cutoff=sizes[len(sizes) // 2]))
     kept, funnel = traces(short, COMMON)
-    assert funnel == {"in": len(sizes), "over_long": sum(n > short.schedule.cutoff for n in sizes), "kept": len(kept)} and 0 < len(kept) < len(sizes)
-    with pytest.raises(OctomedError, match="cut-off of 3 tokens"): traces(replace(ARM, schedule=replace(ARM.schedule, cutoff=3)), COMMON)
+    assert funnel == {
+        "in": len(sizes),
+        "over_long": sum(n > short.schedule.cutoff for n in sizes),
+        "kept": len(kept),
+    } and 0 < len(kept) < len(sizes)
+    with pytest.raises(OctomedError, match="cut-off of 3 tokens"):
+        traces(replace(ARM, schedule=replace(ARM.schedule, cutoff=3)), COMMON)
 
 
 def test_known_answers_are_exported_too():
     found, _ = traces(replace(ARM, form="direct", k=0), COMMON)
-    assert len(found) == 8 and all(x.model is None and x.response == f"\\boxed{{{x.question.answer_text}}}" for x in found)
+    assert len(found) == 8 and all(
+        x.model is None and x.response == f"\\boxed{{{x.question.answer_text}}}" for x in found
+    )
 
 
 def test_factory_rows_have_a_placeholder_for_each_image_and_the_image(factory):
     out, counts = factory
-    rows = read_jsonl(out/"traces.jsonl")
+    rows = read_jsonl(out / "traces.jsonl")
     assert len(rows) == counts["kept"] == counts["in"] and any(r["images"] for r in rows)
     for r in rows:
         assert [m["role"] for m in r["messages"]] == ["user", "assistant"]
-        assert r["messages"][0]["content"].count("<image>") == len(r["images"]) and r["messages"][1]["content"].startswith("<think>")
-        assert all((out/i).is_file() for i in r["images"])
-    info = json.loads((out/"dataset_info.json").read_text())["octomed"]
-    assert info["formatting"] == "sharegpt" and (out/info["file_name"]).is_file()
+        assert r["messages"][0]["content"].count("<image>") == len(r["images"]) and r["messages"][
+            1
+        ]["content"].startswith("<think>")
+        assert all((out / i).is_file() for i in r["images"])
+    info = json.loads((out / "dataset_info.json").read_text())["octomed"]
+    assert info["formatting"] == "sharegpt" and (out / info["file_name"]).is_file()
 
 
 def test_factory_images_are_the_stored_ones_and_its_own_resize_changes_nothing(factory):
     from PIL import Image
-    from octomed.images import image_path
+
+    from octomed.data.images import image_path
+
     out, counts = factory
-    found, args = list((out/"images").glob("*.png")), yaml.safe_load((out/"train.yaml").read_text())
+    found, args = (
+        list((out / "images").glob("*.png")),
+        yaml.safe_load((out / "train.yaml").read_text()),
+    )
     assert len(found) == counts["images"] > 0
     for f in found:
         assert f.read_bytes() == image_path(f.stem, COMMON.max_pixels).read_bytes()
-        with Image.open(f) as im: assert args["image_min_pixels"] <= im.width*im.height <= args["image_max_pixels"] and im.width % 28 == im.height % 28 == 0
+        with Image.open(f) as im:
+            assert (
+                args["image_min_pixels"] <= im.width * im.height <= args["image_max_pixels"]
+                and im.width % 28 == im.height % 28 == 0
+            )
 
 
 def test_factory_settings_are_the_schedules_and_leave_nothing_to_a_default_that_differs(factory):
-    args = yaml.safe_load((factory[0]/"train.yaml").read_text())
-    assert (args["cutoff_len"], args["num_train_epochs"], args["learning_rate"], args["warmup_ratio"]) == (2048, 2.0, COMMON.lr, COMMON.warmup)
-    assert (args["template"], args["default_system"], args["finetuning_type"], args["lr_scheduler_type"], args["bf16"]) == ("qwen2_vl", "", "full", "cosine", True)
-    assert not any(args[k] for k in ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"))
-    assert args["per_device_train_batch_size"]*args["gradient_accumulation_steps"] == COMMON.batch and (factory[0]/args["model_name_or_path"]/"config.json").is_file()
+    args = yaml.safe_load((factory[0] / "train.yaml").read_text())
+    assert (
+        args["cutoff_len"],
+        args["num_train_epochs"],
+        args["learning_rate"],
+        args["warmup_ratio"],
+    ) == (2048, 2.0, COMMON.lr, COMMON.warmup)
+    assert (
+        args["template"],
+        args["default_system"],
+        args["finetuning_type"],
+        args["lr_scheduler_type"],
+        args["bf16"],
+    ) == ("qwen2_vl", "", "full", "cosine", True)
+    assert not any(
+        args[k]
+        for k in ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+    )
+    assert (
+        args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] == COMMON.batch
+        and (factory[0] / args["model_name_or_path"] / "config.json").is_file()
+    )
 
 
 def test_batch_is_devices_by_accumulation_and_more_devices_shard():
     paper = replace(ARM, schedule=replace(ARM.schedule, batch=128, cutoff=8192))
-    args = factory_settings(paper, COMMON, "Qwen/Qwen2.5-VL-7B-Instruct", "You are a helpful assistant.", devices=8, per_device=2)
-    assert (args["gradient_accumulation_steps"], args["deepspeed"], args["cutoff_len"]) == (8, "zero3.json", 8192)
-    with pytest.raises(OctomedError, match="no multiple of 3"): factory_settings(ARM, COMMON, "m", "", devices=3)
+    args = factory_settings(
+        paper,
+        COMMON,
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "You are a helpful assistant.",
+        devices=8,
+        per_device=2,
+    )
+    assert (args["gradient_accumulation_steps"], args["deepspeed"], args["cutoff_len"]) == (
+        8,
+        "zero3.json",
+        8192,
+    )
+    with pytest.raises(OctomedError, match="no multiple of 3"):
+        factory_settings(ARM, COMMON, "m", "", devices=3)
 
 
-@pytest.mark.parametrize("changed, says", [(dict(compute_of=ARM), "no epochs of its own"), (dict(schedule=replace(ARM.schedule, optimizer="muon")), "adamw"), (dict(schedule=replace(ARM.schedule, freeze=("model.visual.blocks.0",))), "cannot freeze")])
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        (dict(compute_of=ARM), "no epochs of its own"),
+        (dict(schedule=replace(ARM.schedule, optimizer="muon")), "adamw"),
+        (dict(schedule=replace(ARM.schedule, freeze=("model.visual.blocks.0",))), "cannot freeze"),
+    ],
+)
 def test_runs_that_it_cannot_make_are_refused(changed, says):
-    with pytest.raises(OctomedError, match=says): factory_settings(replace(ARM, **changed), COMMON, "m", "")
+    with pytest.raises(OctomedError, match=says):
+        factory_settings(replace(ARM, **changed), COMMON, "m", "")
 
 
 def test_freeze_flags_say_what_our_prefixes_freeze(student):
     model, _ = student
-    for freeze in ((), ("model.visual",), ("model.visual.merger",), ("model.language_model", "lm_head"), ("model.visual.patch_embed", "model.visual.blocks")):
+    for freeze in (
+        (),
+        ("model.visual",),
+        ("model.visual.merger",),
+        ("model.language_model", "lm_head"),
+        ("model.visual.patch_embed", "model.visual.blocks"),
+    ):
         flags, names = _frozen(freeze), [n for n, _ in model.named_parameters()]
-        part = {"freeze_vision_tower": [n for n in names if n.startswith("model.visual") and "merger" not in n], "freeze_multi_modal_projector": [n for n in names if "merger" in n], "freeze_language_model": [n for n in names if not n.startswith("model.visual")]}
-        assert flags == {k: bool(freeze) and all(n.startswith(freeze) for n in ns) for k, ns in part.items()}
+        part = {
+            "freeze_vision_tower": [
+                n for n in names if n.startswith("model.visual") and "merger" not in n
+            ],
+            "freeze_multi_modal_projector": [n for n in names if "merger" in n],
+            "freeze_language_model": [n for n in names if not n.startswith("model.visual")],
+        }
+        assert flags == {
+            k: bool(freeze) and all(n.startswith(freeze) for n in ns) for k, ns in part.items()
+        }
 
 
 def test_a_text_with_a_placeholder_is_dropped_and_counted(tmp_path, monkeypatch):
     found, funnel = traces(ARM, COMMON)
-    monkeypatch.setattr(exports, "traces", lambda *_: ([replace(found[0], response="<think>an <image> ?</think>\\boxed{A}"), *found[1:]], funnel))
-    counts = llamafactory(ARM, COMMON, tmp_path/"out")
-    assert counts["holds_a_placeholder"] == 1 and counts["kept"] == len(found) - 1 == len(read_jsonl(tmp_path/"out"/"traces.jsonl"))
+    monkeypatch.setattr(
+        exports,
+        "traces",
+        lambda *_: (
+            [replace(found[0], response="<think>an <image> ?</think>\\boxed{A}"), *found[1:]],
+            funnel,
+        ),
+    )
+    counts = llamafactory(ARM, COMMON, tmp_path / "out")
+    assert counts["holds_a_placeholder"] == 1 and counts["kept"] == len(found) - 1 == len(
+        read_jsonl(tmp_path / "out" / "traces.jsonl")
+    )
 
 
 def test_an_export_goes_into_a_new_folder_only(factory):
-    with pytest.raises(UsageError, match="name a new folder"): llamafactory(ARM, COMMON, factory[0])
+    with pytest.raises(UsageError, match="name a new folder"):
+        llamafactory(ARM, COMMON, factory[0])
 
 
 def test_hub_rows_load_with_images_and_the_card_counts_them(tmp_path):
     from datasets import load_dataset
-    counts = hub(ARM, COMMON, tmp_path/"hub", "some-traces")
-    data = load_dataset("parquet", data_files=str(tmp_path/"hub"/"data"/"*.parquet"), split="train", cache_dir=str(tmp_path/"cache"))
+
+    counts = hub(ARM, COMMON, tmp_path / "hub", "some-traces")
+    data = load_dataset(
+        "parquet",
+        data_files=str(tmp_path / "hub" / "data" / "*.parquet"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
     found = traces(ARM, COMMON)[0]
     assert len(data) == counts["kept"] == len(found)
     for r, x in zip(data, found):
-        assert r["messages"][-1] == {"content": x.response, "role": "assistant"} and (r["question"], r["answer"], r["teacher"]) == (x.question.id, x.question.answer, x.model)
-        assert len(r["images"]) == len(x.question.images) == r["messages"][0]["content"].count("<image>")
-    told = (tmp_path/"hub"/"README.md").read_text()
+        assert r["messages"][-1] == {"content": x.response, "role": "assistant"} and (
+            r["question"],
+            r["answer"],
+            r["teacher"],
+        ) == (x.question.id, x.question.answer, x.model)
+        assert (
+            len(r["images"])
+            == len(x.question.images)
+            == r["messages"][0]["content"].count("<image>")
+        )
+    told = (tmp_path / "hub" / "README.md").read_text()
     front = yaml.safe_load(told.split("---")[1])
-    assert front["configs"][0]["data_files"][0]["path"] == "data/*.parquet" and front["size_categories"] == ["n<1K"]
-    assert f"{counts['kept']:,} traces" in told and "hf upload OWNER/some-traces" in told and all(s in told for s, _ in ARM.sources)
-    assert {f.stem for f in (tmp_path/"hub"/"cards").glob("*.json")} == {"data", "samples", "accepted"}
+    assert front["configs"][0]["data_files"][0]["path"] == "data/*.parquet" and front[
+        "size_categories"
+    ] == ["n<1K"]
+    assert (
+        f"{counts['kept']:,} traces" in told
+        and "hf upload OWNER/some-traces" in told
+        and all(s in told for s, _ in ARM.sources)
+    )
+    assert {f.stem for f in (tmp_path / "hub" / "cards").glob("*.json")} == {
+        "data",
+        "samples",
+        "accepted",
+    }
 
 
 def test_fault_17_exports_name_no_path_of_the_machine(factory, tasks, tmp_path):
-    hub(ARM, COMMON, tmp_path/"hub")
-    for folder in (factory[0], tasks[0], tmp_path/"hub"):
+    hub(ARM, COMMON, tmp_path / "hub")
+    for folder in (factory[0], tasks[0], tmp_path / "hub"):
         for f in folder.rglob("*"):
-            if f.is_file() and f.suffix in (".json", ".jsonl", ".yaml", ".md", ".py"): assert str(root()) not in (text := f.read_text()) and str(tmp_path.parent) not in text, f.name
+            if f.is_file() and f.suffix in (".json", ".jsonl", ".yaml", ".md", ".py"):
+                assert (
+                    str(root()) not in (text := f.read_text()) and str(tmp_path.parent) not in text
+                ), f.name
 
 
 def test_tasks_are_read_by_yaml_and_hold_the_evaluations_questions(tasks):
-    class Loader(yaml.SafeLoader): pass
+    class Loader(yaml.SafeLoader):
+        pass
+
     Loader.add_constructor("!function", lambda l, n: l.construct_scalar(n))
     out, done = tasks
     for spec in BENCHES:
         name, qs = task_name(spec, "cot"), subset(load(spec, max_pixels=COMMON.max_pixels), 5)
-        task, rows = yaml.load((out/f"{name}.yaml").read_text(), Loader), read_jsonl(out/f"{name}.jsonl")
-        assert [r["id"] for r in rows] == [q.id for q in qs] and task["dataset_kwargs"]["file"] == f"{name}.jsonl"
-        assert task["generation_kwargs"] == {"until": [], "max_gen_toks": COMMON.max_tokens, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
-        assert ("doc_to_image" in task) == any(q.images for q in qs) and all(r["prompt"].count("<image>") == len(r["images"]) for r in rows)
-    assert sum(d["images"] for d in done) == len(list((out/"images").glob("*.png"))) > 0
+        task, rows = (
+            yaml.load((out / f"{name}.yaml").read_text(), Loader),
+            read_jsonl(out / f"{name}.jsonl"),
+        )
+        assert [r["id"] for r in rows] == [q.id for q in qs] and task["dataset_kwargs"][
+            "file"
+        ] == f"{name}.jsonl"
+        assert task["generation_kwargs"] == {
+            "until": [],
+            "max_gen_toks": COMMON.max_tokens,
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_p": 0.95,
+        }
+        assert ("doc_to_image" in task) == any(q.images for q in qs) and all(
+            r["prompt"].count("<image>") == len(r["images"]) for r in rows
+        )
+    assert sum(d["images"] for d in done) == len(list((out / "images").glob("*.png"))) > 0
 
 
 def test_a_task_judges_as_evaluation_does_with_nothing_but_the_parser(tasks):
     out, done = tasks
-    row = read_jsonl(out/f"{done[0]['task']}.jsonl")[0]
-    said = [f"<think>so</think>\n\n\\boxed{{{t}}}" for t in (row["answer"], row["options"][0], row["options"][1], "none")] + ["<think>cut"]
-    code = f"import sys, json; sys.path.insert(0, '.'); import utils; doc = json.loads(sys.argv[1]); print(json.dumps([utils.scores(doc, [t]) for t in json.loads(sys.argv[2])])); assert not {{'torch', 'datasets', 'transformers'}} & set(sys.modules)"
-    p = subprocess.run([sys.executable, "-c", code, json.dumps(row), json.dumps(said)], cwd=out, capture_output=True, text=True, timeout=60, check=True)
+    row = read_jsonl(out / f"{done[0]['task']}.jsonl")[0]
+    said = [
+        f"<think>so</think>\n\n\\boxed{{{t}}}"
+        for t in (row["answer"], row["options"][0], row["options"][1], "none")
+    ] + ["<think>cut"]
+    code = "import sys, json; sys.path.insert(0, '.'); import utils; doc = json.loads(sys.argv[1]); print(json.dumps([utils.scores(doc, [t]) for t in json.loads(sys.argv[2])])); assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)"
+    p = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(row), json.dumps(said)],
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     for text, got in zip(said, json.loads(p.stdout)):
         v = judge(text, row["options"], row["answer"], True, tuple(row["forms"]))
-        assert got == {"accuracy": float(v.status == "correct"), "unparsed": float(v.status == "unparsed"), "truncated": float(v.status == "truncated")}
+        assert got == {
+            "accuracy": float(v.status == "correct"),
+            "unparsed": float(v.status == "unparsed"),
+            "truncated": float(v.status == "truncated"),
+        }
 
 
 def test_greedy_tasks_have_no_temperature(tmp_path):
-    lm_eval(BENCHES[:1], COMMON, tmp_path/"t", limit=1, sampling=Sampling(0.0, 1.0, max_tokens=7))
-    assert "temperature" not in (text := (tmp_path/"t"/f"{task_name(BENCHES[0], 'cot')}.yaml").read_text()) and "max_gen_toks: 7" in text
+    lm_eval(BENCHES[:1], COMMON, tmp_path / "t", limit=1, sampling=Sampling(0.0, 1.0, max_tokens=7))
+    assert (
+        "temperature"
+        not in (text := (tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.yaml").read_text())
+        and "max_gen_toks: 7" in text
+    )
 
 
-@pytest.mark.parametrize("name, kind, processes", [("fsdp2", "FSDP", 8), ("zero3", "DEEPSPEED", 8), ("single", "NO", 1)])
+@pytest.mark.parametrize(
+    "name, kind, processes", [("fsdp2", "FSDP", 8), ("zero3", "DEEPSPEED", 8), ("single", "NO", 1)]
+)
 def test_accelerate_reads_its_configurations(name, kind, processes):
     from accelerate.commands.config.config_args import load_config_from_file
-    found = load_config_from_file(str(root()/"nbs"/"recipes"/"accelerate"/f"{name}.yaml"))
-    assert (found.distributed_type.value, found.num_processes, found.mixed_precision) == (kind, processes, "bf16")
+
+    found = load_config_from_file(str(root() / "nbs" / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert (found.distributed_type.value, found.num_processes, found.mixed_precision) == (
+        kind,
+        processes,
+        "bf16",
+    )
 
 
 def test_accelerate_launch_takes_its_configurations(monkeypatch):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True, raising=False)
-    def args(name): return _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(root()/"nbs"/"recipes"/"accelerate"/f"{name}.yaml"), "train.py"]))[0]
+
+    monkeypatch.setattr(
+        "accelerate.commands.launch.is_deepspeed_available", lambda: True, raising=False
+    )
+
+    def args(name):
+        return _validate_launch_command(
+            launch_command_parser().parse_args(
+                [
+                    "--config_file",
+                    str(root() / "nbs" / "recipes" / "accelerate" / f"{name}.yaml"),
+                    "train.py",
+                ]
+            )
+        )[0]
+
     fsdp, zero = args("fsdp2"), args("zero3")
-    assert (fsdp.use_fsdp, fsdp.fsdp_version, fsdp.fsdp_state_dict_type) == (True, 2, "SHARDED_STATE_DICT")
+    assert (fsdp.use_fsdp, fsdp.fsdp_version, fsdp.fsdp_state_dict_type) == (
+        True,
+        2,
+        "SHARDED_STATE_DICT",
+    )
     assert (zero.use_deepspeed, zero.zero_stage) == (True, 3)
 
 
 def test_fsdp_wraps_the_layers_that_the_model_names(student):
-    from octomed.packing import objective
-    conf = yaml.safe_load((root()/"nbs"/"recipes"/"accelerate"/"fsdp2.yaml").read_text())["fsdp_config"]
-    assert conf["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP" and "fsdp_transformer_layer_cls_to_wrap" not in conf
-    assert {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(objective()(student[0], False)._no_split_modules)
+    from octomed.train.objective import objective
+
+    conf = yaml.safe_load((root() / "nbs" / "recipes" / "accelerate" / "fsdp2.yaml").read_text())[
+        "fsdp_config"
+    ]
+    assert (
+        conf["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+        and "fsdp_transformer_layer_cls_to_wrap" not in conf
+    )
+    assert {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(
+        objective()(student[0], False)._no_split_modules
+    )
 
 
 def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, capsys):
-    from octomed.cli import main
+    from octomed.run.cli import main
+
     common = ["--limit", "2", "--out"]
-    assert main(["export", "lm-eval", BENCHES[0], *common, str(tmp_path/"t")]) == 0 and len(read_jsonl(tmp_path/"t"/f"{task_name(BENCHES[0], 'cot')}.jsonl")) == 2
-    assert main(["export", "llamafactory", BENCHES[0], "--student", "tests/blank", "--epochs", "2", "--devices", "2", *common, str(tmp_path/"f")]) == 0
-    args = yaml.safe_load((tmp_path/"f"/"train.yaml").read_text())
-    assert (args["num_train_epochs"], args["gradient_accumulation_steps"], args["deepspeed"]) == (2.0, 4, "zero3.json") and (tmp_path/"f"/"zero3.json").is_file()
-    assert main(["export", "hub", BENCHES[0], "--student", "tests/blank", "--name", "mine", *common, str(tmp_path/"h")]) == 0
+    assert (
+        main(["export", "lm-eval", BENCHES[0], *common, str(tmp_path / "t")]) == 0
+        and len(read_jsonl(tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.jsonl")) == 2
+    )
+    assert (
+        main(
+            [
+                "export",
+                "llamafactory",
+                BENCHES[0],
+                "--student",
+                "tests/blank",
+                "--epochs",
+                "2",
+                "--devices",
+                "2",
+                *common,
+                str(tmp_path / "f"),
+            ]
+        )
+        == 0
+    )
+    args = yaml.safe_load((tmp_path / "f" / "train.yaml").read_text())
+    assert (args["num_train_epochs"], args["gradient_accumulation_steps"], args["deepspeed"]) == (
+        2.0,
+        4,
+        "zero3.json",
+    ) and (tmp_path / "f" / "zero3.json").is_file()
+    assert (
+        main(
+            [
+                "export",
+                "hub",
+                BENCHES[0],
+                "--student",
+                "tests/blank",
+                "--name",
+                "mine",
+                *common,
+                str(tmp_path / "h"),
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
-    assert main(["export", "hub", BENCHES[0], *common, str(tmp_path/"h")]) == 2 and capsys.readouterr().err == "octomed: h is there and not empty: name a new folder\n"
+    assert (
+        main(["export", "hub", BENCHES[0], *common, str(tmp_path / "h")]) == 2
+        and capsys.readouterr().err == "octomed: h is there and not empty: name a new folder\n"
+    )
 
 
 def test_a_student_goes_with_its_card_and_loads(tmp_path):
-    counts = exports.student(ARM, COMMON, tmp_path/"s", "mine")
-    model, _ = load_student(tmp_path/"s")
+    counts = exports.student(ARM, COMMON, tmp_path / "s", "mine")
+    model, _ = load_student(tmp_path / "s")
     kept = load_student(run(stages(ARM, COMMON)["student"]))[0].state_dict()
     assert all((p == kept[n]).all() for n, p in model.state_dict().items())
-    told = (tmp_path/"s"/"README.md").read_text()
+    told = (tmp_path / "s" / "README.md").read_text()
     front = yaml.safe_load(told.split("---")[1])
-    assert (front["pipeline_tag"], "base_model" in front) == ("image-text-to-text", False) and f"| steps | {counts['steps']} |" in told and "hf upload OWNER/mine . --repo-type model" in told
-    assert all(s in told for s, _ in ARM.sources) and "## Contamination" in told and {f.stem for f in (tmp_path/"s"/"cards").glob("*")} == {"data", "samples", "accepted", "student"}
-    with pytest.raises(OctomedError, match="trains nothing"): exports.student(replace(ARM, schedule=replace(ARM.schedule, epochs=0)), COMMON, tmp_path/"n")
+    assert (
+        (front["pipeline_tag"], "base_model" in front) == ("image-text-to-text", False)
+        and f"| steps | {counts['steps']} |" in told
+        and "hf upload OWNER/mine . --repo-type model" in told
+    )
+    assert (
+        all(s in told for s, _ in ARM.sources)
+        and "## Contamination" in told
+        and {f.stem for f in (tmp_path / "s" / "cards").glob("*")}
+        == {"data", "samples", "accepted", "student"}
+    )
+    with pytest.raises(OctomedError, match="trains nothing"):
+        exports.student(
+            replace(ARM, schedule=replace(ARM.schedule, epochs=0)), COMMON, tmp_path / "n"
+        )
 
 
 def test_the_card_says_which_benchmarks_were_held_against_the_questions(tmp_path):
     arm = replace(ARM, against=(("clinic_ward:train", "text"),), sources=(("clinic_ward:test", 4),))
-    hub(arm, COMMON, tmp_path/"h")
-    assert "held against these questions before anything was drawn: clinic_ward:train by text." in (tmp_path/"h"/"README.md").read_text()
+    hub(arm, COMMON, tmp_path / "h")
+    assert (
+        "held against these questions before anything was drawn: clinic_ward:train by text."
+        in (tmp_path / "h" / "README.md").read_text()
+    )
 
 
 def test_the_cards_report_what_is_still_shared_with_the_benchmarks(tmp_path):
-    common = replace(COMMON, benchmarks=(*BENCHES, "nejm:test"))   # the export's questions are taken from the first two
+    common = replace(
+        COMMON, benchmarks=(*BENCHES, "nejm:test")
+    )  # the export's questions are taken from the first two
     for make in (hub, exports.student):
-        make(ARM, common, out := tmp_path/make.__name__)
-        told, kept = (out/"README.md").read_text(), {x.question.id: x.question for x in traces(ARM, common)[0]}.values()
-        ward, rounds, nejm = json.loads((out/"card.json").read_text())["contamination"]
-        assert (ward["stem"], rounds["stem"]) == tuple(sum(q.source == b.split(":")[0] for q in kept) for b in BENCHES) and rounds["image"] == rounds["stem"] > 0 == ward["image"]
-        assert nejm == {"benchmark": "nejm:test"} and "| nejm:test | not at hand |" in told and f"| {BENCHES[0]} | {ward['items']:,} | " in told
-        assert told.count("made by this project") == 2   # the licence of each source
+        make(ARM, common, out := tmp_path / make.__name__)
+        told, kept = (
+            (out / "README.md").read_text(),
+            {x.question.id: x.question for x in traces(ARM, common)[0]}.values(),
+        )
+        ward, rounds, nejm = json.loads((out / "card.json").read_text())["contamination"]
+        assert (ward["stem"], rounds["stem"]) == tuple(
+            sum(q.source == b.split(":")[0] for q in kept) for b in BENCHES
+        ) and rounds["image"] == rounds["stem"] > 0 == ward["image"]
+        assert (
+            nejm == {"benchmark": "nejm:test"}
+            and "| nejm:test | not at hand |" in told
+            and f"| {BENCHES[0]} | {ward['items']:,} | " in told
+        )
+        assert told.count("made by this project") == 2  # the licence of each source
 
 
 def test_a_card_names_what_taught_the_student_before(tmp_path):
-    hub(replace(ARM, sources=ARM.sources[:1], base=replace(ARM, sources=ARM.sources[1:])), COMMON, tmp_path/"h")
-    told = (tmp_path/"h"/"README.md").read_text()
-    assert f"| {BENCHES[1]} | 0 |" in told and "taught the student that this one started from" in told
+    hub(
+        replace(ARM, sources=ARM.sources[:1], base=replace(ARM, sources=ARM.sources[1:])),
+        COMMON,
+        tmp_path / "h",
+    )
+    told = (tmp_path / "h" / "README.md").read_text()
+    assert (
+        f"| {BENCHES[1]} | 0 |" in told and "taught the student that this one started from" in told
+    )
 
 
 class Hub:
     "Stands in for the hub's client."
+
     sent, fails = [], ""
-    def __init__(self, token): self.token = token
-    def create_repo(self, name, **kw): self.sent.append(("create", name, kw, self.token))
+
+    def __init__(self, token):
+        self.token = token
+
+    def create_repo(self, name, **kw):
+        self.sent.append(("create", name, kw, self.token))
+
     def upload_folder(self, **kw):
-        if self.fails: raise ValueError(f"403 Forbidden for {self.token}: {self.fails}")
-        self.sent.append(("upload", kw["repo_id"], kw["repo_type"], sorted(f.name for f in Path(kw["folder_path"]).iterdir())))
+        if self.fails:
+            raise ValueError(f"403 Forbidden for {self.token}: {self.fails}")
+        self.sent.append(
+            (
+                "upload",
+                kw["repo_id"],
+                kw["repo_type"],
+                sorted(f.name for f in Path(kw["folder_path"]).iterdir()),
+            )
+        )
         return type("Commit", (), {"commit_url": f"https://hub/{kw['repo_id']}/commit/1"})
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub); monkeypatch.setattr(Hub, "sent", []); monkeypatch.setattr(Hub, "fails", "")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "sent", [])
+    monkeypatch.setattr(Hub, "fails", "")
     monkeypatch.setenv("HF_TOKEN", "hf_canary_5081")
     return Hub
 
 
-def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(tmp_path, capsys, stand_in):
-    from octomed.cli import main
+def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(
+    tmp_path, capsys, stand_in
+):
+    from octomed.run.cli import main
+
     ask = ["export", "hub", BENCHES[0], "--student", "tests/blank", "--limit", "2"]
-    assert main([*ask, "--out", str(tmp_path/"a")]) == 0 and not stand_in.sent and "nothing was sent" in capsys.readouterr().err
-    assert main([*ask, "--out", str(tmp_path/"b"), "--push", "me/traces"]) == 0
-    assert stand_in.sent == [("create", "me/traces", {"repo_type": "dataset", "private": True, "exist_ok": True}, "hf_canary_5081"), ("upload", "me/traces", "dataset", ["README.md", "card.json", "cards", "data"])]
+    assert (
+        main([*ask, "--out", str(tmp_path / "a")]) == 0
+        and not stand_in.sent
+        and "nothing was sent" in capsys.readouterr().err
+    )
+    assert main([*ask, "--out", str(tmp_path / "b"), "--push", "me/traces"]) == 0
+    assert stand_in.sent == [
+        (
+            "create",
+            "me/traces",
+            {"repo_type": "dataset", "private": True, "exist_ok": True},
+            "hf_canary_5081",
+        ),
+        ("upload", "me/traces", "dataset", ["README.md", "card.json", "cards", "data"]),
+    ]
     told = capsys.readouterr()
-    assert "sent to https://hub/me/traces/commit/1, private" in told.err and "canary" not in told.out + told.err
+    assert (
+        "sent to https://hub/me/traces/commit/1, private" in told.err
+        and "canary" not in told.out + told.err
+    )
     stand_in.fails = "no rights"
-    assert main([*ask, "--out", str(tmp_path/"c"), "--push", "me/traces"]) == 1
+    assert main([*ask, "--out", str(tmp_path / "c"), "--push", "me/traces"]) == 1
     told = capsys.readouterr()
-    assert "the hub did not take me/traces (403 Forbidden for [HF_TOKEN]: no rights)" in told.err and "Traceback" not in told.err and "canary" not in told.out + told.err
-    assert not any("canary" in f.read_text(errors="replace") for f in tmp_path.rglob("*") if f.is_file())
+    assert (
+        "the hub did not take me/traces (403 Forbidden for [HF_TOKEN]: no rights)" in told.err
+        and "Traceback" not in told.err
+        and "canary" not in told.out + told.err
+    )
+    assert not any(
+        "canary" in f.read_text(errors="replace") for f in tmp_path.rglob("*") if f.is_file()
+    )
 
 
-@pytest.mark.parametrize("name, token, says", [("me", "t0ken-1", "write OWNER/NAME"), ("me/x", "", "set HF_TOKEN")])
-def test_a_push_that_cannot_be_is_refused_before_anything_is_made(tmp_path, monkeypatch, stand_in, name, token, says):
+@pytest.mark.parametrize(
+    "name, token, says", [("me", "t0ken-1", "write OWNER/NAME"), ("me/x", "", "set HF_TOKEN")]
+)
+def test_a_push_that_cannot_be_is_refused_before_anything_is_made(
+    tmp_path, monkeypatch, stand_in, name, token, says
+):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UsageError, match=says): exports.may_push(ARM, name)
+    with pytest.raises(UsageError, match=says):
+        exports.may_push(ARM, name)
     assert not stand_in.sent
 
 
 def test_what_may_not_be_passed_on_is_not_pushed(stand_in):
-    with pytest.raises(OctomedError, match="nejm:test may not be passed on"): exports.may_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")
+    with pytest.raises(OctomedError, match="nejm:test may not be passed on"):
+        exports.may_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")

@@ -1,83 +1,219 @@
 "Figures: the same bytes each time, nothing clipped, nothing left behind, plain errors."
-import subprocess, sys
-import numpy as np, pytest
-from octomed import figures as F
-from octomed.core import OctomedError
 
-ROWS = [{"category": c, "benchmark": b, "arm": a, "accuracy": p, "interval": (p - .05, p + .05), "paper": p + .03, "chance": .25}
-        for c, b, p in (("text_only", "MedQA", .6), ("text_only", "HeadQA", .7), ("multimodal_reasoning", "NEJM", .4)) for a in ("CoT", "direct")]
-FINDINGS = [{"text": "CoT beats direct", "difference": .05, "interval": (.01, .09), "verdict": "agrees", "n": 500, "paper": .1507},
-            {"text": "Mixing sources does not interfere", "difference": .0, "interval": (-.05, .05), "verdict": "undecided", "margin": .02, "paper": "no number given"}]
-SERIES = {"k = 1": [(1, .5, (.45, .55)), (2, .6, (.55, .65))], "k = 4": [(1, .61), (2, .61)]}
-MODELS = [{"name": n, "x": x, "y": y, "size": k, "paper": k > 1} for n, x, y, k in (("ours", .4, .45, 1), ("ours, smaller", .3, .41, .25), ("a model with a rather long name-7B", .5, .451, 7), ("27B", .7, .452, 27))]
-SHELVES = {"Kind": [{"name": "novels with a rather long name", "paper": 227_000, "here": 900}, {"name": "atlases", "here": 4}],
-           "Place": [{"name": "left", "group": "text_only", "paper": 700}, {"name": "right", "group": "multimodal_reasoning", "here": 500, "there": 7}]}
-DRAW = {"overview": lambda: F.overview(SHELVES, ["paper", "here", "there"], [("traces", "over 8 M", "at most 162,512", "235,360")], "Title"),
-        "overview without facts": lambda: F.overview(SHELVES, ["paper", "here"], title="Title"), "bars": lambda: F.bars_with_paper(ROWS, "Title"), "forest": lambda: F.forest(FINDINGS, "Title"),
-        "lines": lambda: F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, .7516)]}), "lines with a curve and a level": lambda: F.lines(SERIES, "Title", dotted={"k = 1": [(1, .52), (2, .58)], "start": [(1, .4), (2, .4)]}),
-        "circles": lambda: F.circles(MODELS, "Title", "text, %", "images, %"), "grid": lambda: F.image_grid([np.eye(8)]*5, list("abcde"), title="Title")}
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from octomed.core.paths import OctomedError
+from octomed.evaluate import figures as F
+
+ROWS = [
+    {
+        "category": c,
+        "benchmark": b,
+        "arm": a,
+        "accuracy": p,
+        "interval": (p - 0.05, p + 0.05),
+        "paper": p + 0.03,
+        "chance": 0.25,
+    }
+    for c, b, p in (
+        ("text_only", "MedQA", 0.6),
+        ("text_only", "HeadQA", 0.7),
+        ("multimodal_reasoning", "NEJM", 0.4),
+    )
+    for a in ("CoT", "direct")
+]
+FINDINGS = [
+    {
+        "text": "CoT beats direct",
+        "difference": 0.05,
+        "interval": (0.01, 0.09),
+        "verdict": "agrees",
+        "n": 500,
+        "paper": 0.1507,
+    },
+    {
+        "text": "Mixing sources does not interfere",
+        "difference": 0.0,
+        "interval": (-0.05, 0.05),
+        "verdict": "undecided",
+        "margin": 0.02,
+        "paper": "no number given",
+    },
+]
+SERIES = {
+    "k = 1": [(1, 0.5, (0.45, 0.55)), (2, 0.6, (0.55, 0.65))],
+    "k = 4": [(1, 0.61), (2, 0.61)],
+}
+MODELS = [
+    {"name": n, "x": x, "y": y, "size": k, "paper": k > 1}
+    for n, x, y, k in (
+        ("ours", 0.4, 0.45, 1),
+        ("ours, smaller", 0.3, 0.41, 0.25),
+        ("a model with a rather long name-7B", 0.5, 0.451, 7),
+        ("27B", 0.7, 0.452, 27),
+    )
+]
+SHELVES = {
+    "Kind": [
+        {"name": "novels with a rather long name", "paper": 227_000, "here": 900},
+        {"name": "atlases", "here": 4},
+    ],
+    "Place": [
+        {"name": "left", "group": "text_only", "paper": 700},
+        {"name": "right", "group": "multimodal_reasoning", "here": 500, "there": 7},
+    ],
+}
+DRAW = {
+    "overview": lambda: F.overview(
+        SHELVES,
+        ["paper", "here", "there"],
+        [("traces", "over 8 M", "at most 162,512", "235,360")],
+        "Title",
+    ),
+    "overview without facts": lambda: F.overview(SHELVES, ["paper", "here"], title="Title"),
+    "bars": lambda: F.bars_with_paper(ROWS, "Title"),
+    "forest": lambda: F.forest(FINDINGS, "Title"),
+    "lines": lambda: F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, 0.7516)]}),
+    "lines with a curve and a level": lambda: F.lines(
+        SERIES, "Title", dotted={"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
+    ),
+    "circles": lambda: F.circles(MODELS, "Title", "text, %", "images, %"),
+    "grid": lambda: F.image_grid([np.eye(8)] * 5, list("abcde"), title="Title"),
+}
+
 
 def inside(fig):
     "Every visible text lies on the canvas."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    FigureCanvasAgg(fig).draw(); box = fig.bbox
+
+    FigureCanvasAgg(fig).draw()
+    box = fig.bbox
     for t in fig.findobj(lambda o: hasattr(o, "get_text") and o.get_text() and o.get_visible()):
         e = t.get_window_extent()
-        if t.get_text().replace("\N{MINUS SIGN}", "").replace(".", "").isdigit(): continue  # ticks beyond the axis exist, and are not drawn
+        if t.get_text().replace("\N{MINUS SIGN}", "").replace(".", "").isdigit():
+            continue  # ticks beyond the axis exist, and are not drawn
         assert e.x0 >= box.x0 - 2 and e.x1 <= box.x1 + 2 and e.y1 <= box.y1 + 2, t.get_text()
+
 
 @pytest.mark.parametrize("name", DRAW)
 def test_same_figure_same_bytes_and_no_label_cut(name, tmp_path):
-    fig = DRAW[name](); inside(fig)
-    first, again = F.save(fig, tmp_path/"one.png"), F.save(DRAW[name](), tmp_path/"two")
+    fig = DRAW[name]()
+    inside(fig)
+    first, again = F.save(fig, tmp_path / "one.png"), F.save(DRAW[name](), tmp_path / "two")
     assert [p.name for p in first] == ["one.png", "one.svg"]
-    for a, b in zip(first, again): assert a.read_bytes() == b.read_bytes()
+    for a, b in zip(first, again):
+        assert a.read_bytes() == b.read_bytes()
     assert b"<dc:date>" not in first[1].read_bytes() and b"Software" not in first[0].read_bytes()
     assert first[0].stat().st_size < 300_000
 
+
 def test_paper_points_are_hollow_and_in_per_cent():
-    def hollow(fig): return sorted(round(float(l.get_xdata()[0]), 2) for l in fig.axes[0].lines if l.get_markerfacecolor() == "white")
+    def hollow(fig):
+        return sorted(
+            round(float(l.get_xdata()[0]), 2)
+            for l in fig.axes[0].lines
+            if l.get_markerfacecolor() == "white"
+        )
+
     assert hollow(F.bars_with_paper(ROWS)) == [43, 43, 63, 63, 73, 73]
     assert hollow(F.bars_with_paper([r | {"paper": None} for r in ROWS])) == []
 
+
 def test_a_fitted_curve_has_its_series_colour_and_a_level_its_own_name():
-    ax = F.lines(SERIES, dotted={"k = 1": [(1, .52), (2, .58)], "start": [(1, .4), (2, .4)]}).axes[0]
+    ax = F.lines(
+        SERIES, dotted={"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
+    ).axes[0]
     (fit, level) = [l for l in ax.lines if l.get_marker() == "None"]
-    assert fit.get_color() == ax.lines[0].get_color() == F.COLOURS[0] and list(fit.get_ydata()) == pytest.approx([52, 58]) and level.get_color() == F.FAINT
+    assert (
+        fit.get_color() == ax.lines[0].get_color() == F.COLOURS[0]
+        and list(fit.get_ydata()) == pytest.approx([52, 58])
+        and level.get_color() == F.FAINT
+    )
     assert [t.get_text() for t in ax.texts] == ["k = 1", "k = 4", "start"]
+
 
 def test_circles_are_as_large_as_their_models_within_ours_and_within_the_paper():
     ax = F.circles(MODELS).axes[0]
-    drawn = {tuple(c.get_offsets()[0].round(1)): (float(c.get_sizes()[0]), tuple(c.get_facecolor()[0][:3]) == (1, 1, 1)) for c in ax.collections}
-    assert drawn[40, 45][0] == drawn[70, 45.2][0] == 4*drawn[30, 41][0] and [hollow for _, hollow in drawn.values()].count(True) == 2
-    with pytest.raises(OctomedError, match="at least one point"): F.circles([])
+    drawn = {
+        tuple(c.get_offsets()[0].round(1)): (
+            float(c.get_sizes()[0]),
+            tuple(c.get_facecolor()[0][:3]) == (1, 1, 1),
+        )
+        for c in ax.collections
+    }
+    assert (
+        drawn[40, 45][0] == drawn[70, 45.2][0] == 4 * drawn[30, 41][0]
+        and [hollow for _, hollow in drawn.values()].count(True) == 2
+    )
+    with pytest.raises(OctomedError, match="at least one point"):
+        F.circles([])
+
 
 def test_counts_are_where_their_axis_says_and_the_paper_is_hollow():
     kind = DRAW["overview"]().axes[0]
-    assert kind.get_xscale() == "log" and [t.get_text() for t in kind.get_yticklabels()] == ["novels with a rather long name", "atlases"]
-    assert sorted((float(l.get_xdata()[0]), l.get_markerfacecolor() == "white") for l in kind.lines) == [(4, False), (900, False), (227_000, True)]
+    assert kind.get_xscale() == "log" and [t.get_text() for t in kind.get_yticklabels()] == [
+        "novels with a rather long name",
+        "atlases",
+    ]
+    assert sorted(
+        (float(l.get_xdata()[0]), l.get_markerfacecolor() == "white") for l in kind.lines
+    ) == [(4, False), (900, False), (227_000, True)]
     assert all(kind.get_xlim()[0] < l.get_xdata()[0] < kind.get_xlim()[1] for l in kind.lines)
+
 
 def test_facts_do_not_touch_each_other():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    fig = DRAW["overview"](); FigureCanvasAgg(fig).draw()
+
+    fig = DRAW["overview"]()
+    FigureCanvasAgg(fig).draw()
     boxes = [t.get_window_extent() for t in fig.axes[-1].texts]
-    assert len(boxes) == 7 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert len(boxes) == 7 and not any(
+        a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]
+    )
+
 
 def test_nothing_is_left_behind():
-    import matplotlib, matplotlib.pyplot as plt
+    import matplotlib
+    import matplotlib.pyplot as plt
+
     before = dict(matplotlib.rcParams)
-    for draw in DRAW.values(): draw()
+    for draw in DRAW.values():
+        draw()
     assert plt.get_fignums() == [] and dict(matplotlib.rcParams) == before
 
+
 def test_labels_at_line_ends_do_not_touch():
-    at = F._spread([.5, .51, .52, .9], .05)
-    assert min(abs(a - b) for i, a in enumerate(at) for b in at[:i]) >= .05 - 1e-9 and at[3] == .9 and at[:3] == sorted(at[:3])
+    at = F._spread([0.5, 0.51, 0.52, 0.9], 0.05)
+    assert (
+        min(abs(a - b) for i, a in enumerate(at) for b in at[:i]) >= 0.05 - 1e-9
+        and at[3] == 0.9
+        and at[:3] == sorted(at[:3])
+    )
+
 
 def test_bad_input_gets_a_sentence():
-    for draw in (lambda: F.bars_with_paper([]), lambda: F.forest([]), lambda: F.lines({"a": []}), lambda: F.overview({"a": [{"name": "b", "paper": 0}]}, ["paper"])):
-        with pytest.raises(OctomedError, match="nothing to draw"): draw()
-    with pytest.raises(OctomedError, match="as many of each"): F.image_grid([np.eye(2)], ["a", "b"])
+    for draw in (
+        lambda: F.bars_with_paper([]),
+        lambda: F.forest([]),
+        lambda: F.lines({"a": []}),
+        lambda: F.overview({"a": [{"name": "b", "paper": 0}]}, ["paper"]),
+    ):
+        with pytest.raises(OctomedError, match="nothing to draw"):
+            draw()
+    with pytest.raises(OctomedError, match="as many of each"):
+        F.image_grid([np.eye(2)], ["a", "b"])
+
 
 def test_matplotlib_is_imported_only_when_drawing():
-    subprocess.run([sys.executable, "-c", "import sys, octomed.figures, octomed.stats; assert 'matplotlib' not in sys.modules"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, octomed.evaluate.figures, octomed.evaluate.stats; assert 'matplotlib' not in sys.modules",
+        ],
+        check=True,
+    )

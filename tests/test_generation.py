@@ -1,14 +1,21 @@
 "Engines and ledger: what is drawn, kept, and never drawn twice."
-import os, signal, subprocess, sys, textwrap
+
+import signal
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from octomed.core import OctomedError
-from octomed.engines import FORCED, Request, Sample, Sampling, TransformersEngine, nucleus_choice, sample_seed, shrinking
-from octomed.ledger import Ledger, draw, sample_key
-from octomed.train import save_student
+
+from octomed.core.paths import OctomedError
+from octomed.generate.engine_transformers import TransformersEngine, nucleus_choice, shrinking
+from octomed.generate.engines import FORCED, Request, Sample, Sampling, sample_seed
+from octomed.generate.ledger import Ledger, draw, sample_key
+from octomed.train.students import save_student
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +26,12 @@ def engine(student, tmp_path_factory):
 
 
 def ask(name, n=4, text="which is it ?"):
-    return Request(name, [{"role": "user", "content": [{"type": "text", "text": text}]}], f"prompt of {name}", tuple(range(n)))
+    return Request(
+        name,
+        [{"role": "user", "content": [{"type": "text", "text": text}]}],
+        f"prompt of {name}",
+        tuple(range(n)),
+    )
 
 
 FAST = Sampling(temperature=1.0, max_tokens=12)
@@ -28,32 +40,69 @@ FAST = Sampling(temperature=1.0, max_tokens=12)
 def test_fault_13_samples_are_distinct_and_each_has_its_own_seed(engine):
     got = list(engine.generate([ask("q1", 16)], FAST))
     assert len({s.text for s in got}) == 16
-    assert [s.seed for s in sorted(got, key=lambda s: s.index)] == [sample_seed(FAST, "q1", i) for i in range(16)]
+    assert [s.seed for s in sorted(got, key=lambda s: s.index)] == [
+        sample_seed(FAST, "q1", i) for i in range(16)
+    ]
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(engine):
     alone = {s.index: s.text for s in engine.generate([ask("q1", 3)], FAST)}
-    among = {s.index: s.text for s in engine.generate([ask("q2", 7), ask("q1", 3), ask("q3", 1)], FAST) if s.question == "q1"}
+    among = {
+        s.index: s.text
+        for s in engine.generate([ask("q2", 7), ask("q1", 3), ask("q3", 1)], FAST)
+        if s.question == "q1"
+    }
     assert alone == among
 
 
 def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
     """The same tokens as from transformers' own loop and attention, in fewer steps of rows."""
-    from octomed.render import chat_text, encode
+    from octomed.generate.render import chat_text, encode
+
     tok, sizes = engine.processor.tokenizer, []
-    prompts = [chat_text(engine.processor, ask("q", text=t).messages, 12_544) for t in ("which is it ?", "one two three", "which ?", "it is one", "two", "three which one")]
+    prompts = [
+        chat_text(engine.processor, ask("q", text=t).messages, 12_544)
+        for t in (
+            "which is it ?",
+            "one two three",
+            "which ?",
+            "it is one",
+            "two",
+            "three which one",
+        )
+    ]
     inputs = encode(engine.processor, prompts, [[] for _ in prompts], 12_544)
-    plain = type(engine.net).from_pretrained(engine.net.name_or_path, attn_implementation="sdpa").eval()
+    plain = (
+        type(engine.net).from_pretrained(engine.net.name_or_path, attn_implementation="sdpa").eval()
+    )
     u, width = torch.rand(len(prompts), 24), inputs["input_ids"].shape[1]
+
     class Choose(LogitsProcessor):
         def __call__(self, ids, scores):
-            return torch.full_like(scores, -torch.inf).scatter_(-1, nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)[:, None], 0.0)
-    how = dict(max_new_tokens=24, do_sample=False, repetition_penalty=1.1, pad_token_id=tok.pad_token_id)
-    draw = lambda ends: plain.generate(**inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()]))
-    ends = draw(tok.eos_token_id)[:3, width + 2].tolist() + [tok.eos_token_id]   # tokens with which some rows end early
+            return torch.full_like(scores, -torch.inf).scatter_(
+                -1, nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)[:, None], 0.0
+            )
+
+    how = dict(
+        max_new_tokens=24, do_sample=False, repetition_penalty=1.1, pad_token_id=tok.pad_token_id
+    )
+    draw = lambda ends: plain.generate(
+        **inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()])
+    )
+    ends = draw(tok.eos_token_id)[:3, width + 2].tolist() + [
+        tok.eos_token_id
+    ]  # tokens with which some rows end early
     whole = draw(ends)
-    watch = engine.net.register_forward_pre_hook(lambda _, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
-    ours = engine.net.generate(**inputs, **how, eos_token_id=ends, custom_generate=shrinking, choose=lambda scores, rows, step: nucleus_choice(scores, u[rows, step], 1.0, 0.95))
+    watch = engine.net.register_forward_pre_hook(
+        lambda _, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True
+    )
+    ours = engine.net.generate(
+        **inputs,
+        **how,
+        eos_token_id=ends,
+        custom_generate=shrinking,
+        choose=lambda scores, rows, step: nucleus_choice(scores, u[rows, step], 1.0, 0.95),
+    )
     watch.remove()
     assert torch.equal(ours, whole) and sizes[0] == len(prompts) > sizes[-1]
 
@@ -65,22 +114,35 @@ def test_temperature_zero_is_the_likeliest_token():
 
 def test_nucleus_draws_by_probability():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drawn = nucleus_choice(p.log().repeat(20_000, 1), torch.from_numpy(np.random.default_rng(0).random(20_000)), 1.0, 0.9)
-    share = torch.bincount(drawn, minlength=4)/20_000
-    assert share[3] == 0 and torch.allclose(share[:3], p[:3]/0.95, atol=0.015)
+    drawn = nucleus_choice(
+        p.log().repeat(20_000, 1),
+        torch.from_numpy(np.random.default_rng(0).random(20_000)),
+        1.0,
+        0.9,
+    )
+    share = torch.bincount(drawn, minlength=4) / 20_000
+    assert share[3] == 0 and torch.allclose(share[:3], p[:3] / 0.95, atol=0.015)
 
 
 def test_a_wide_nucleus_is_drawn_as_by_sorting_everything():
-    logits, u = torch.randn(40, 500)*torch.linspace(0.1, 6, 40)[:, None], torch.rand(40)   # some nuclei hold four tokens, some four hundred
+    logits, u = (
+        torch.randn(40, 500) * torch.linspace(0.1, 6, 40)[:, None],
+        torch.rand(40),
+    )  # some nuclei hold four tokens, some four hundred
     p, order = torch.sort(logits.softmax(-1), dim=-1, descending=True)
-    p = p*(p.cumsum(-1) - p < 0.95)
-    at = (p.cumsum(-1) < u[:, None]*p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    p = p * (p.cumsum(-1) - p < 0.95)
+    at = (p.cumsum(-1) < u[:, None] * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
     assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), order.gather(-1, at)[:, 0])
-    assert torch.equal(nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), order.gather(-1, at)[-8:, 0])   # alone, without wide neighbours
+    assert torch.equal(
+        nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), order.gather(-1, at)[-8:, 0]
+    )  # alone, without wide neighbours
 
 
 def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):
-    got = {s.question: s for s in engine.generate([ask("q1", 1), ask("long", 1, "one " * 3000), ask("q2", 1)], FAST)}
+    got = {
+        s.question: s
+        for s in engine.generate([ask("q1", 1), ask("long", 1, "one " * 3000), ask("q2", 1)], FAST)
+    }
     assert got["long"].finish == "error" and "no room" in got["long"].text
     assert {got["q1"].finish, got["q2"].finish} <= {"stop", "length"}
 
@@ -95,14 +157,23 @@ def test_forced_exit_never_passes_its_budget_and_is_counted(engine):
 
 
 def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_path):
-    ledger = Ledger(tmp_path/"ledger.sqlite")
+    ledger = Ledger(tmp_path / "ledger.sqlite")
     first = draw(ledger, engine, [ask("q1")], FAST)
+
     class Refuses:
         model, name = engine.model, "none"
-        def generate(self, requests, sampling): raise AssertionError("asked again")
+
+        def generate(self, requests, sampling):
+            raise AssertionError("asked again")
+
     assert draw(ledger, Refuses(), [ask("q1")], FAST) == first
-    for request, sampling in ((replace(ask("q1"), prompt="other words"), FAST), (ask("q1"), replace(FAST, temperature=0.5)), (ask("q1", 5), FAST)):
-        with pytest.raises(AssertionError, match="asked again"): draw(ledger, Refuses(), [request], sampling)
+    for request, sampling in (
+        (replace(ask("q1"), prompt="other words"), FAST),
+        (ask("q1"), replace(FAST, temperature=0.5)),
+        (ask("q1", 5), FAST),
+    ):
+        with pytest.raises(AssertionError, match="asked again"):
+            draw(ledger, Refuses(), [request], sampling)
 
 
 WRITER = """
@@ -123,42 +194,64 @@ WRITER = """
 
 
 def start(path):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITER), str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def test_fault_9_killed_runs_resume_with_exactly_what_is_missing(tmp_path):
-    path, made = tmp_path/"ledger.sqlite", 0
+    path, made = tmp_path / "ledger.sqlite", 0
     for _ in range(3):
         p = start(path)
         for n, line in enumerate(p.stdout):
             made += 1
-            if n == 200: break
-        p.send_signal(signal.SIGKILL); p.wait()
+            if n == 200:
+                break
+        p.send_signal(signal.SIGKILL)
+        p.wait()
         kept = len(Ledger(path))
         assert kept <= made
-    p = start(path); lines = p.communicate()[0].split()
+    p = start(path)
+    lines = p.communicate()[0].split()
     assert lines[-1] == "complete" and lines.count("made") == 400 - kept
     assert len(Ledger(path)) == 400
 
 
 def test_two_writers_meet_in_one_ledger(tmp_path):
-    path = tmp_path/"ledger.sqlite"
+    path = tmp_path / "ledger.sqlite"
     both = [start(path), start(path)]
     assert all("complete" in p.communicate(timeout=60)[0] for p in both)
     assert len(Ledger(path)) == 400
 
 
 def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path):
-    ledger = Ledger(tmp_path/"ledger.sqlite")
-    sample = lambda n: Sample(f"q{n}", "m", "p", "s", 0, "x"*4000, "stop")
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    sample = lambda n: Sample(f"q{n}", "m", "p", "s", 0, "x" * 4000, "stop")
     ledger.append([sample(0)])
-    ledger.db.execute(f"PRAGMA max_page_count={ledger.db.execute('PRAGMA page_count').fetchone()[0] + 2}")
-    with pytest.raises(OctomedError, match="free some space"): ledger.append([sample(n) for n in range(1, 50)])
+    ledger.db.execute(
+        f"PRAGMA max_page_count={ledger.db.execute('PRAGMA page_count').fetchone()[0] + 2}"
+    )
+    with pytest.raises(OctomedError, match="free some space"):
+        ledger.append([sample(n) for n in range(1, 50)])
     assert len(ledger) == 1 and ledger.find([sample_key("q0", "m", "p", "s", 0)])
 
 
 def test_fault_43_a_failed_item_counts_as_wrong_and_is_not_skipped():
-    from octomed.evaluate import rates, scores
-    rows = [{"question": s, "statuses": [s], "letters": [None], "forced": [False], "tokens": [0], "options": 4} for s in ("correct", "wrong", "unparsed", "truncated")]
+    from octomed.evaluate.evaluate import rates, scores
+
+    rows = [
+        {
+            "question": s,
+            "statuses": [s],
+            "letters": [None],
+            "forced": [False],
+            "tokens": [0],
+            "options": 4,
+        }
+        for s in ("correct", "wrong", "unparsed", "truncated")
+    ]
     assert scores(rows).tolist() == [[1.0], [0.0], [0.0], [0.0]]
     assert rates(rows)["unparsed"] == rates(rows)["truncated"] == 0.25

@@ -1,13 +1,15 @@
 "Names that must not change by accident: questions, samples, sampling, stages, and the clinic's world."
+
 import importlib
 from dataclasses import replace
-from octomed.core import canonical, digest, seed_for
-from octomed.engines import Sampling
-from octomed.experiment import Arm, stages
-from octomed.ledger import sample_key
-from octomed.questions import Question, load
-from octomed.store import Stage, code_digest, stage
-from octomed.train import Schedule
+
+from octomed.core.code import code_digest
+from octomed.core.identity import canonical, digest, seed_for
+from octomed.data.questions import Question
+from octomed.evaluate.arms import Arm, stages
+from octomed.generate.engines import Sampling
+from octomed.generate.ledger import sample_key
+from octomed.train.schedule import Schedule
 
 
 def test_golden_digests():
@@ -25,15 +27,27 @@ def test_a_question_is_its_content_and_not_its_label_or_source():
 
 def test_the_clinic_is_fixed():
     "The world may not change once results rest on it: a change here is a change of every course result."
-    import octomed.clinic.world as world
-    ids = {s: digest([q.id for q in world.questions(*s.split(":"), limit=50, max_pixels=None)]) for s in ("clinic_ward:train", "clinic_ward:test", "clinic_boards:test", "clinic_rounds:test", "clinic_grand:test", "clinic_reading:test", "clinic_scanner:test")}
+    import octomed.clinic.questions as world
+
+    ids = {
+        s: digest([q.id for q in world.questions(*s.split(":"), limit=50, max_pixels=None)])
+        for s in (
+            "clinic_ward:train",
+            "clinic_ward:test",
+            "clinic_boards:test",
+            "clinic_rounds:test",
+            "clinic_grand:test",
+            "clinic_reading:test",
+            "clinic_scanner:test",
+        )
+    }
     assert digest(ids) == "9bfcdd367bc8b230"
     assert digest(world.textbook(0)) == "4ae2c2223bd6239d"
 
 
 def test_equal_arms_are_the_same_stages(tmp_path):
-    import octomed.clinic.students, octomed.clinic.teachers
-    from octomed.core import Common
+    from octomed.core.recipe import Common
+
     common = Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test",))
     arm = Arm((("clinic_ward:train", 10),))
     a, b = stages(arm, common), stages(replace(arm), common)
@@ -53,9 +67,13 @@ def test_an_arm_is_serialisable():
 
 def test_the_code_of_a_stage_is_part_of_its_key_and_its_prose_is_not(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
+
     def code(name, prose, value, helper="x"):
-        (tmp_path/f"{name}.py").write_text(f'def aid(x): return {helper}\ndef f(out):\n    "{prose}"\n    return aid({value})\n')
+        (tmp_path / f"{name}.py").write_text(
+            f'def aid(x): return {helper}\ndef f(out):\n    "{prose}"\n    return aid({value})\n'
+        )
         return code_digest(importlib.import_module(name).f)
+
     assert code("one", "Says one.", 1) == code("prose", "Says it otherwise.", 1)
     assert code("one", "Says one.", 1) != code("two", "Says one.", 2)
     assert code("one", "Says one.", 1) != code("deep", "Says one.", 1, helper="x + 1")

@@ -1,428 +1,899 @@
 "Images: opened safely, resized by each family's rule, named, kept, and seen alike by training, inference and the model's own processor."
-import io, json, os, struct, subprocess, sys, zlib
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blake3 import blake3
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from octomed import images
-from octomed.core import OctomedError
-from octomed.images import (FAMILIES, MAX_PIXELS, file_hash, file_hashes, image_grid, image_keys, image_path, image_report, intake, intake_all, load_image, open_image,
-                            pixel_hash, processor_arguments, resized, smart_resize, stored_size, tiling, visual_tokens)
-from octomed.questions import Question
+from octomed.core.paths import OctomedError
+from octomed.data import images
+from octomed.data.images import (
+    file_hash,
+    file_hashes,
+    image_keys,
+    image_path,
+    intake,
+    intake_all,
+    load_image,
+    open_image,
+    pixel_hash,
+    resized,
+)
+from octomed.data.questions import Question
+from octomed.data.resize import (
+    FAMILIES,
+    MAX_PIXELS,
+    image_grid,
+    processor_arguments,
+    smart_resize,
+    stored_size,
+    tiling,
+    visual_tokens,
+)
+from octomed.data.twins import image_report
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), "uint8"))
-PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 24, 3), "uint8")).resize((900, 600), Image.Resampling.BICUBIC)
+PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 24, 3), "uint8")).resize(
+    (900, 600), Image.Resampling.BICUBIC
+)
 sides = st.integers(1, 6000)
-pytestmark = [pytest.mark.filterwarnings("ignore:Corrupt EXIF"), pytest.mark.filterwarnings("ignore:Image size")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Corrupt EXIF"),
+    pytest.mark.filterwarnings("ignore:Image size"),
+]
+
 
 def encoded(img, kind="PNG", **kw):
     img.save(b := io.BytesIO(), kind, **kw)
     return b.getvalue()
 
+
 @pytest.fixture(autouse=True)
 def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path/"store"))
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
+
 
 # --- sizes ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("given_,want", [((512, 512), (504, 504)), ((1024, 768), (588, 420)), ((70, 70), (56, 56)), ((42, 42), (56, 56)), ((28, 5600), (28, 5600))])
-def test_smart_resize_golden(given_, want): assert smart_resize(*given_) == want
+
+@pytest.mark.parametrize(
+    "given_,want",
+    [
+        ((512, 512), (504, 504)),
+        ((1024, 768), (588, 420)),
+        ((70, 70), (56, 56)),
+        ((42, 42), (56, 56)),
+        ((28, 5600), (28, 5600)),
+    ],
+)
+def test_smart_resize_golden(given_, want):
+    assert smart_resize(*given_) == want
+
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(16, 6000), st.integers(16, 6000), st.sampled_from([12_544, 50_176, MAX_PIXELS, 1_003_520]), st.sampled_from([28, 32]))
+@given(
+    st.integers(16, 6000),
+    st.integers(16, 6000),
+    st.sampled_from([12_544, 50_176, MAX_PIXELS, 1_003_520]),
+    st.sampled_from([28, 32]),
+)
 def test_smart_resize_equals_transformers(h, w, limit, factor):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
-    assume(max(h, w)/min(h, w) <= 200 and min(h, w) > factor/2)
+
+    assume(max(h, w) / min(h, w) <= 200 and min(h, w) > factor / 2)
     assert smart_resize(h, w, factor, max_pixels=limit) == theirs(h, w, factor, max_pixels=limit)
+
 
 @settings(max_examples=150, deadline=None)
 @given(sides, sides)
 def test_fault_20_any_size_fits_the_grid_or_is_refused(h, w):
-    if max(h, w)/min(h, w) > 200:
-        with pytest.raises(OctomedError, match="aspect ratio over 200"): smart_resize(h, w)
+    if max(h, w) / min(h, w) > 200:
+        with pytest.raises(OctomedError, match="aspect ratio over 200"):
+            smart_resize(h, w)
         return
     a, b = smart_resize(h, w)
-    assert a % 28 == b % 28 == 0 and a*b >= 3136 and a*b <= MAX_PIXELS
-    if max(h, w)/min(h, w) <= 100: assert smart_resize(a, b) == (a, b) and visual_tokens(h, w) == a*b//784 <= 334
+    assert a % 28 == b % 28 == 0 and a * b >= 3136 and a * b <= MAX_PIXELS
+    if max(h, w) / min(h, w) <= 100:
+        assert smart_resize(a, b) == (a, b) and visual_tokens(h, w) == a * b // 784 <= 334
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fault_20_every_family_refuses_a_strip(family):
-    with pytest.raises(OctomedError, match="aspect ratio over 200"): stored_size(10, 2001, family=family)
+    with pytest.raises(OctomedError, match="aspect ratio over 200"):
+        stored_size(10, 2001, family=family)
+
 
 def test_fault_20_a_strip_that_rounding_pushes_over_the_ratio_is_refused():
     assert smart_resize(42, 5075) == (28, 5628)
-    with pytest.raises(OctomedError, match="aspect ratio"): intake(Image.new("RGB", (5075, 42)))
+    with pytest.raises(OctomedError, match="aspect ratio"):
+        intake(Image.new("RGB", (5075, 42)))
 
-def test_fault_20_sides_under_the_factor(): assert smart_resize(1, 1) == (56, 56) and smart_resize(10, 1000) == (28, 1008)
+
+def test_fault_20_sides_under_the_factor():
+    assert smart_resize(1, 1) == (56, 56) and smart_resize(10, 1000) == (28, 1008)
+
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 12))
 def test_tiling_equals_transformers(h, w, most):
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
     assert tiling(h, w, most) == get_optimal_tiled_canvas((h, w), (448, 448), 1, most)[::-1]
 
+
 @settings(max_examples=150, deadline=None)
-@given(sides, sides, st.sampled_from(sorted(FAMILIES)), st.sampled_from([12_544, 50_176, MAX_PIXELS, 802_816, 2_408_448]))
+@given(
+    sides,
+    sides,
+    st.sampled_from(sorted(FAMILIES)),
+    st.sampled_from([12_544, 50_176, MAX_PIXELS, 802_816, 2_408_448]),
+)
 def test_stored_size_is_within_the_limit_and_left_alone_by_the_familys_rule(h, w, family, limit):
-    assume(max(h, w)/min(h, w) <= 100 and not (family == "internvl" and limit < 448**2))
+    assume(max(h, w) / min(h, w) <= 100 and not (family == "internvl" and limit < 448**2))
     a, b = stored_size(h, w, limit, family)
-    assert a*b <= limit and stored_size(a, b, limit, family) == (a, b)
+    assert a * b <= limit and stored_size(a, b, limit, family) == (a, b)
     assert visual_tokens(a, b, limit, family) == visual_tokens(h, w, limit, family)
 
+
 def test_what_no_family_or_tile_can_hold_is_said():
-    with pytest.raises(OctomedError, match="no grid is known"): intake(NOISE, family="unknown")
-    with pytest.raises(OctomedError, match="at least 200704"): stored_size(100, 100, 12_544, "internvl")
+    with pytest.raises(OctomedError, match="no grid is known"):
+        intake(NOISE, family="unknown")
+    with pytest.raises(OctomedError, match="at least 200704"):
+        stored_size(100, 100, 12_544, "internvl")
+
 
 # --- the models' own processors, built from their published configurations ------------------------------------------------
 
-CONFIGS = {"qwen2_vl": dict(patch_size=14, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)),
-           "qwen2_5_vl": dict(patch_size=14, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)),
-           "qwen3_vl": dict(patch_size=16, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=65_536, longest_edge=16_777_216), image_mean=[.5]*3, image_std=[.5]*3),
-           "internvl": dict(size=dict(height=448, width=448), crop_to_patches=True, min_patches=1, max_patches=12),
-           "internvl-112": dict(size=dict(height=112, width=112), crop_to_patches=True, min_patches=1, max_patches=12)}   # the clinic's, built small
+CONFIGS = {
+    "qwen2_vl": dict(
+        patch_size=14,
+        merge_size=2,
+        temporal_patch_size=2,
+        size=dict(shortest_edge=3136, longest_edge=12_845_056),
+    ),
+    "qwen2_5_vl": dict(
+        patch_size=14,
+        merge_size=2,
+        temporal_patch_size=2,
+        size=dict(shortest_edge=3136, longest_edge=12_845_056),
+    ),
+    "qwen3_vl": dict(
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        size=dict(shortest_edge=65_536, longest_edge=16_777_216),
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ),
+    "internvl": dict(
+        size=dict(height=448, width=448), crop_to_patches=True, min_patches=1, max_patches=12
+    ),
+    "internvl-112": dict(
+        size=dict(height=112, width=112), crop_to_patches=True, min_patches=1, max_patches=12
+    ),
+}  # the clinic's, built small
+
 
 def image_processor(family, backend="pil"):
     import transformers
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    kinds = (GotOcr2ImageProcessorPil, transformers.GotOcr2ImageProcessor) if family.startswith("internvl") else (Qwen2VLImageProcessorPil, transformers.Qwen2VLImageProcessor)
+
+    kinds = (
+        (GotOcr2ImageProcessorPil, transformers.GotOcr2ImageProcessor)
+        if family.startswith("internvl")
+        else (Qwen2VLImageProcessorPil, transformers.Qwen2VLImageProcessor)
+    )
     return kinds[backend != "pil"](**CONFIGS[family])
+
 
 @pytest.fixture(scope="module")
 def processors():
     "For each family its own whole processor."
     import transformers as tf
-    from octomed.clinic.students import build_tokenizer
-    tok = build_tokenizer(["which is it"])
-    for name, token in (("start_image", "<|vision_start|>"), ("end_image", "<|vision_end|>"), ("context_image", "<|image_pad|>"), ("video", "<|video_pad|>")):
-        setattr(tok, f"{name}_token", token); setattr(tok, f"{name}_token_id", tok.convert_tokens_to_ids(token))
-    kinds = {"qwen2_vl": (tf.Qwen2VLProcessor, tf.Qwen2VLVideoProcessor), "qwen2_5_vl": (tf.Qwen2_5_VLProcessor, tf.Qwen2VLVideoProcessor),
-             "qwen3_vl": (tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor), "internvl": (tf.InternVLProcessor, tf.InternVLVideoProcessor)}
-    built = {f: one(image_processor=image_processor(f, "torchvision"), tokenizer=tok, video_processor=video()) for f, (one, video) in kinds.items()}
-    return {**built, "internvl-112": tf.InternVLProcessor(image_processor("internvl-112", "torchvision"), tok, tf.InternVLVideoProcessor(), image_seq_length=16)}
 
-LIMITS = [(f, n) for f in FAMILIES for n in (MAX_PIXELS, 2_408_448)] + [(f, 12_544) for f in ("qwen2_5_vl", "qwen3_vl", "internvl-112")] + [("internvl-112", 75_264)]
+    from octomed.clinic.students import build_tokenizer
+
+    tok = build_tokenizer(["which is it"])
+    for name, token in (
+        ("start_image", "<|vision_start|>"),
+        ("end_image", "<|vision_end|>"),
+        ("context_image", "<|image_pad|>"),
+        ("video", "<|video_pad|>"),
+    ):
+        setattr(tok, f"{name}_token", token)
+        setattr(tok, f"{name}_token_id", tok.convert_tokens_to_ids(token))
+    kinds = {
+        "qwen2_vl": (tf.Qwen2VLProcessor, tf.Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (tf.Qwen2_5_VLProcessor, tf.Qwen2VLVideoProcessor),
+        "qwen3_vl": (tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor),
+        "internvl": (tf.InternVLProcessor, tf.InternVLVideoProcessor),
+    }
+    built = {
+        f: one(
+            image_processor=image_processor(f, "torchvision"),
+            tokenizer=tok,
+            video_processor=video(),
+        )
+        for f, (one, video) in kinds.items()
+    }
+    return {
+        **built,
+        "internvl-112": tf.InternVLProcessor(
+            image_processor("internvl-112", "torchvision"),
+            tok,
+            tf.InternVLVideoProcessor(),
+            image_seq_length=16,
+        ),
+    }
+
+
+LIMITS = (
+    [(f, n) for f in FAMILIES for n in (MAX_PIXELS, 2_408_448)]
+    + [(f, 12_544) for f in ("qwen2_5_vl", "qwen3_vl", "internvl-112")]
+    + [("internvl-112", 75_264)]
+)
 SIZES = [(512, 512), (1024, 768), (333, 500), (40, 30), (90, 1300), (448, 900)]
+
 
 @pytest.mark.parametrize("family, limit", LIMITS)
 def test_visual_tokens_equal_the_models_own_processor(family, limit, processors):
     p = processors[family]
-    for h, w in SIZES if limit >= MAX_PIXELS else SIZES[:4]:   # a long strip under a small limit: their rule once over it, ours until it is within
+    for h, w in (
+        SIZES if limit >= MAX_PIXELS else SIZES[:4]
+    ):  # a long strip under a small limit: their rule once over it, ours until it is within
         img = PHOTO.resize((w, h))
-        ids = p(text=[p.image_token], images=[img], return_tensors="pt", **processor_arguments(limit, family))["input_ids"][0].tolist()
-        assert ids.count(p.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == visual_tokens(h, w, limit, family), (h, w)
+        ids = p(
+            text=[p.image_token],
+            images=[img],
+            return_tensors="pt",
+            **processor_arguments(limit, family),
+        )["input_ids"][0].tolist()
+        assert ids.count(p.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == visual_tokens(
+            h, w, limit, family
+        ), (h, w)
+
 
 def test_visual_tokens_at_the_papers_limit():
-    most = {f: max(visual_tokens(32*h, 28*w, family=f) for h in range(1, 60) for w in range(1, 200) if max(32*h, 28*w) <= 100*min(32*h, 28*w)) for f in ("qwen2_5_vl", "qwen3_vl", "internvl")}
+    most = {
+        f: max(
+            visual_tokens(32 * h, 28 * w, family=f)
+            for h in range(1, 60)
+            for w in range(1, 200)
+            if max(32 * h, 28 * w) <= 100 * min(32 * h, 28 * w)
+        )
+        for f in ("qwen2_5_vl", "qwen3_vl", "internvl")
+    }
     assert most == {"qwen2_5_vl": 334, "qwen3_vl": 256, "internvl": 256}
 
-def told(family, limit): return dict(processor_arguments(limit, family), do_rescale=False, do_normalize=False, return_tensors="pt")
+
+def told(family, limit):
+    return dict(
+        processor_arguments(limit, family),
+        do_rescale=False,
+        do_normalize=False,
+        return_tensors="pt",
+    )
+
 
 @pytest.mark.parametrize("family, limit", LIMITS)
 def test_stored_pixels_and_grid_equal_the_processors_on_the_original(family, limit):
     import torch
+
     p, q = image_processor(family), image_processor(family, "torchvision")
     for h, w in SIZES[:4]:
         img = PHOTO.resize((w, h))
         kept = resized(img, limit, family)
-        ours, theirs, other = p(images=[kept], **told(family, limit)), p(images=[img], **told(family, limit)), q(images=[kept], **told(family, limit))
+        ours, theirs, other = (
+            p(images=[kept], **told(family, limit)),
+            p(images=[img], **told(family, limit)),
+            q(images=[kept], **told(family, limit)),
+        )
         grid = image_grid(kept.height, kept.width, family)
         if family.startswith("internvl"):
             tiles = grid[0] - (grid[0] > 1)
             assert theirs["num_patches"].tolist() == other["num_patches"].tolist() == [grid[0]]
-            assert torch.equal(theirs["pixel_values"][:tiles], ours["pixel_values"][:tiles]) and torch.equal(ours["pixel_values"][:tiles].byte(), other["pixel_values"][:tiles])
+            assert torch.equal(
+                theirs["pixel_values"][:tiles], ours["pixel_values"][:tiles]
+            ) and torch.equal(ours["pixel_values"][:tiles].byte(), other["pixel_values"][:tiles])
         else:
-            assert theirs["image_grid_thw"].tolist() == other["image_grid_thw"].tolist() == [list(grid)]
-            assert torch.equal(theirs["pixel_values"], ours["pixel_values"]) and torch.equal(ours["pixel_values"].byte(), other["pixel_values"])
+            assert (
+                theirs["image_grid_thw"].tolist()
+                == other["image_grid_thw"].tolist()
+                == [list(grid)]
+            )
+            assert torch.equal(theirs["pixel_values"], ours["pixel_values"]) and torch.equal(
+                ours["pixel_values"].byte(), other["pixel_values"]
+            )
+
 
 def test_training_inference_and_the_processor_on_the_original_see_the_same(student):
     import torch
-    from octomed.render import Pixels, collate, encode
+
+    from octomed.generate.render import Pixels, collate, encode
+
     _, processor = student
     limit, name = 12_544, intake(PHOTO, 12_544)
-    ids = processor.tokenizer([processor.image_token*visual_tokens(PHOTO.height, PHOTO.width, limit)])["input_ids"]
+    ids = processor.tokenizer(
+        [processor.image_token * visual_tokens(PHOTO.height, PHOTO.width, limit)]
+    )["input_ids"]
     trained = collate(processor, ids, [[name]], Pixels(processor, limit))
-    asked = encode(processor, [processor.image_token*visual_tokens(PHOTO.height, PHOTO.width, limit)], [[name]], limit)
-    assert torch.equal(trained["pixel_values"], asked["pixel_values"]) and torch.equal(trained["image_grid_thw"], asked["image_grid_thw"]) and torch.equal(trained["input_ids"], asked["input_ids"])
-    theirs = image_processor("qwen2_5_vl")(images=[PHOTO], return_tensors="pt", **processor_arguments(limit))
-    assert torch.equal(theirs["image_grid_thw"], asked["image_grid_thw"]) and torch.allclose(theirs["pixel_values"], asked["pixel_values"], atol=1e-5)
+    asked = encode(
+        processor,
+        [processor.image_token * visual_tokens(PHOTO.height, PHOTO.width, limit)],
+        [[name]],
+        limit,
+    )
+    assert (
+        torch.equal(trained["pixel_values"], asked["pixel_values"])
+        and torch.equal(trained["image_grid_thw"], asked["image_grid_thw"])
+        and torch.equal(trained["input_ids"], asked["input_ids"])
+    )
+    theirs = image_processor("qwen2_5_vl")(
+        images=[PHOTO], return_tensors="pt", **processor_arguments(limit)
+    )
+    assert torch.equal(theirs["image_grid_thw"], asked["image_grid_thw"]) and torch.allclose(
+        theirs["pixel_values"], asked["pixel_values"], atol=1e-5
+    )
     kept = load_image(name, limit)
     assert asked["image_grid_thw"][0].tolist() == list(image_grid(kept.height, kept.width))
+
 
 def test_a_stored_picture_off_the_grid_is_refused():
     name = intake(PHOTO)
     PHOTO.resize((500, 300)).save(image_path(name))
-    with pytest.raises(OctomedError, match="500 × 300 pixels is off the grid of qwen2_5_vl"): load_image(name)
+    with pytest.raises(OctomedError, match="500 × 300 pixels is off the grid of qwen2_5_vl"):
+        load_image(name)
+
 
 # --- opening safely ------------------------------------------------------------------------------------------------------
+
 
 def test_fault_18_transparency_lies_on_white():
     half = Image.new("RGBA", (8, 6), (255, 0, 0, 128))
     half.putpixel((0, 0), (9, 9, 9, 0))
     for kind, more in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True, "exact": True})):
         shown = open_image(encoded(half, kind, **more))
-        assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((3, 3)) == (255, 127, 127)
+        assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((3, 3)) == (
+            255,
+            127,
+            127,
+        )
     grey = Image.merge("LA", [Image.new("L", (3, 3), 7), Image.new("L", (3, 3), 255)])
     grey.putpixel((1, 1), (7, 0))
-    assert open_image(encoded(grey)).getpixel((0, 0)) == (7, 7, 7) and open_image(encoded(grey)).getpixel((1, 1)) == (255, 255, 255)
+    assert open_image(encoded(grey)).getpixel((0, 0)) == (7, 7, 7) and open_image(
+        encoded(grey)
+    ).getpixel((1, 1)) == (255, 255, 255)
     keyed = Image.new("RGB", (4, 4), (1, 2, 3))
     keyed.putpixel((0, 0), (200, 0, 0))
     shown = open_image(encoded(keyed, transparency=(1, 2, 3)))
     assert shown.getpixel((0, 0)) == (200, 0, 0) and shown.getpixel((1, 1)) == (255, 255, 255)
 
+
 def test_fault_18_palettes():
     few = NOISE.quantize(16)
     assert np.array_equal(open_image(encoded(few)), few.convert("RGB"))
     dots = Image.new("P", (4, 4), 1)
-    dots.putpalette([0, 0, 255, 10, 20, 30]); dots.putpixel((0, 0), 0)
+    dots.putpalette([0, 0, 255, 10, 20, 30])
+    dots.putpixel((0, 0), 0)
     shown = open_image(encoded(dots, transparency=0))
     assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((1, 1)) == (10, 20, 30)
     assert open_image(encoded(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
 
+
 def test_fault_18_four_inks_plain_and_as_adobe_inverts_them():
-    cmyk = (0, 200, 180, 25)   # a red
+    cmyk = (0, 200, 180, 25)  # a red
     ink = Image.new("CMYK", (16, 16), cmyk)
     want = ink.convert("RGB").getpixel((0, 0))
     assert want[0] > 200 and max(want[1:]) < 80
     assert open_image(encoded(ink, "TIFF")).getpixel((2, 2)) == want
     jpeg = encoded(ink, "JPEG", quality=100, subsampling=0)
-    assert jpeg[jpeg.index(b"Adobe") + 11] == 0 and np.allclose(open_image(jpeg).getpixel((2, 2)), want, atol=4)
-    r, g, b = (255 - i for i in cmyk[:3])   # Adobe's YCCK: luma and chroma of the inverted inks, black inverted beside them
+    assert jpeg[jpeg.index(b"Adobe") + 11] == 0 and np.allclose(
+        open_image(jpeg).getpixel((2, 2)), want, atol=4
+    )
+    r, g, b = (
+        255 - i for i in cmyk[:3]
+    )  # Adobe's YCCK: luma and chroma of the inverted inks, black inverted beside them
     y, cb, cr = Image.new("RGB", (1, 1), (r, g, b)).convert("YCbCr").getpixel((0, 0))
-    jpeg = bytearray(encoded(Image.new("CMYK", (16, 16), (y, cb, cr, cmyk[3])), "JPEG", quality=100, subsampling=0))
+    jpeg = bytearray(
+        encoded(
+            Image.new("CMYK", (16, 16), (y, cb, cr, cmyk[3])), "JPEG", quality=100, subsampling=0
+        )
+    )
     jpeg[jpeg.index(b"Adobe") + 11] = 2
     assert np.allclose(open_image(bytes(jpeg)).getpixel((2, 2)), want, atol=6)
+
 
 def deep_png(rows):
     "A PNG of 16 bits a channel in RGB, which Pillow reads and does not write."
     h, w, _ = rows.shape
-    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0))
-            + part(b"IDAT", zlib.compress(b"".join(b"\0" + r.astype(">u2").tobytes() for r in rows))) + part(b"IEND", b""))
+    part = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0))
+        + part(b"IDAT", zlib.compress(b"".join(b"\0" + r.astype(">u2").tobytes() for r in rows)))
+        + part(b"IEND", b"")
+    )
+
 
 def test_fault_18_sixteen_bits_keep_their_range():
     values = np.array([[0, 65535], [32768, 256]], "uint16")
-    for data in (encoded(Image.fromarray(values)), encoded(Image.fromarray(values), "TIFF"), encoded(Image.fromarray(values.astype("int32")), "TIFF")):
-        assert [open_image(data).getpixel(p)[0] for p in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 255, 128, 1]
-    assert open_image(encoded(Image.fromarray(np.full((4, 4), 2560, "uint16")))).getpixel((0, 0)) == (10, 10, 10)
-    assert open_image(deep_png(np.full((3, 2, 3), (65535, 0, 2560)))).getpixel((1, 1)) == (255, 0, 10)
+    for data in (
+        encoded(Image.fromarray(values)),
+        encoded(Image.fromarray(values), "TIFF"),
+        encoded(Image.fromarray(values.astype("int32")), "TIFF"),
+    ):
+        assert [open_image(data).getpixel(p)[0] for p in ((0, 0), (1, 0), (0, 1), (1, 1))] == [
+            0,
+            255,
+            128,
+            1,
+        ]
+    assert open_image(encoded(Image.fromarray(np.full((4, 4), 2560, "uint16")))).getpixel(
+        (0, 0)
+    ) == (10, 10, 10)
+    assert open_image(deep_png(np.full((3, 2, 3), (65535, 0, 2560)))).getpixel((1, 1)) == (
+        255,
+        0,
+        10,
+    )
 
-@pytest.mark.parametrize("values", [np.full((4, 4), -1, "int32"), np.full((4, 4), 70_000, "int32"), np.ones((4, 4), "float32")])
+
+@pytest.mark.parametrize(
+    "values",
+    [np.full((4, 4), -1, "int32"), np.full((4, 4), 70_000, "int32"), np.ones((4, 4), "float32")],
+)
 def test_fault_18_what_has_no_natural_window_is_refused_with_advice(values):
-    with pytest.raises(OctomedError, match="a window of your choice"): open_image(encoded(Image.fromarray(values), "TIFF"))
+    with pytest.raises(OctomedError, match="a window of your choice"):
+        open_image(encoded(Image.fromarray(values), "TIFF"))
 
-@pytest.mark.parametrize("kind, more", [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+
+@pytest.mark.parametrize(
+    "kind, more", [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+)
 def test_fault_18_of_a_film_the_first_frame_is_shown(kind, more):
-    film = encoded(Image.new("RGB", (8, 6), "red"), kind, save_all=True, append_images=[Image.new("RGB", (8, 6), "blue")], **more)
-    assert Image.open(io.BytesIO(film)).n_frames == 2 and open_image(film).getpixel((0, 0)) == (255, 0, 0)
+    film = encoded(
+        Image.new("RGB", (8, 6), "red"),
+        kind,
+        save_all=True,
+        append_images=[Image.new("RGB", (8, 6), "blue")],
+        **more,
+    )
+    assert Image.open(io.BytesIO(film)).n_frames == 2 and open_image(film).getpixel((0, 0)) == (
+        255,
+        0,
+        0,
+    )
 
-TURNS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 @pytest.mark.parametrize("turn", TURNS)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_fault_18_a_turned_camera_gives_an_upright_picture(turn, kind):
-    exif = Image.Exif(); exif[0x0112] = turn
+    exif = Image.Exif()
+    exif[0x0112] = turn
     lying = Image.open(io.BytesIO(encoded(NOISE, kind))).convert("RGB")
     want = lying.transpose(TURNS[turn]) if TURNS[turn] is not None else lying
     got = open_image(encoded(NOISE, kind, exif=exif))
     assert got.size == want.size and np.array_equal(got, want)
 
+
 def test_fault_18_rotated_pil_image_and_stored_file_agree():
-    exif = Image.Exif(); exif[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
     data = encoded(NOISE, "PNG", exif=exif)
     given_ = Image.open(io.BytesIO(data))
-    assert pixel_hash(open_image(given_)) == pixel_hash(open_image(data)) and given_.size == (90, 60)
+    assert pixel_hash(open_image(given_)) == pixel_hash(open_image(data)) and given_.size == (
+        90,
+        60,
+    )
+
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_fault_18_cut_files_give_one_sentence(kind):
     data = encoded(NOISE, kind)
-    for cut in (len(data)//2, len(data)//3, 30, 9, 1):
-        with pytest.raises(OctomedError, match="cut short|not an image"): open_image(data[:cut])
+    for cut in (len(data) // 2, len(data) // 3, 30, 9, 1):
+        with pytest.raises(OctomedError, match="cut short|not an image"):
+            open_image(data[:cut])
+
 
 def test_fault_18_cut_files_are_refused_even_if_somebody_lets_pillow_fill_them(monkeypatch):
     from PIL import ImageFile
+
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(OctomedError, match="cut short"): open_image(encoded(NOISE, "JPEG")[:1500])
+    with pytest.raises(OctomedError, match="cut short"):
+        open_image(encoded(NOISE, "JPEG")[:1500])
+
 
 def test_fault_18_zero_bytes_and_missing_file(tmp_path):
-    (tmp_path/"nothing.png").touch()
-    with pytest.raises(OctomedError, match="nothing.png is empty"): open_image(tmp_path/"nothing.png")
-    with pytest.raises(OctomedError, match="an image is empty"): open_image(b"")
-    with pytest.raises(OctomedError, match="no image gone.png"): open_image(tmp_path/"gone.png")
-    with pytest.raises(OctomedError, match="no image"): open_image(tmp_path)
+    (tmp_path / "nothing.png").touch()
+    with pytest.raises(OctomedError, match="nothing.png is empty"):
+        open_image(tmp_path / "nothing.png")
+    with pytest.raises(OctomedError, match="an image is empty"):
+        open_image(b"")
+    with pytest.raises(OctomedError, match="no image gone.png"):
+        open_image(tmp_path / "gone.png")
+    with pytest.raises(OctomedError, match="no image"):
+        open_image(tmp_path)
+
 
 def test_fault_18_postscript_is_never_run(monkeypatch):
     from PIL import EpsImagePlugin
+
     ran = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: ran.append(1) or Image.new("RGB", (4, 4)).im)
-    with pytest.raises(OctomedError, match="not an image"): open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *a, **k: ran.append(1) or Image.new("RGB", (4, 4)).im
+    )
+    with pytest.raises(OctomedError, match="not an image"):
+        open_image(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+        )
     assert not ran
+
 
 @pytest.mark.parametrize("side", [9_500, 20_000])
 def test_fault_19_bomb_is_refused_even_if_pillows_limit_is_off(side, monkeypatch):
     bomb = encoded(Image.new("1", (side, side)))
-    with pytest.raises(OctomedError, match="unpacks to more than"): open_image(bomb)
+    with pytest.raises(OctomedError, match="unpacks to more than"):
+        open_image(bomb)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(OctomedError, match="unpacks to more than"): open_image(bomb)
+    with pytest.raises(OctomedError, match="unpacks to more than"):
+        open_image(bomb)
+
 
 @pytest.mark.filterwarnings("error")
 def test_fault_19_a_warning_made_an_error_is_still_one_sentence():
-    with pytest.raises(OctomedError, match="unpacks to more than"): open_image(encoded(Image.new("1", (9_500, 9_500))))
+    with pytest.raises(OctomedError, match="unpacks to more than"):
+        open_image(encoded(Image.new("1", (9_500, 9_500))))
+
 
 def test_fault_19_a_file_too_large_to_be_an_image_is_not_read(tmp_path):
-    with open(tmp_path/"huge.png", "wb") as f: f.truncate(8*images.LARGEST + 1)   # a hole: no disk is used
-    with pytest.raises(OctomedError, match="huge.png is larger"): open_image(tmp_path/"huge.png")
+    with open(tmp_path / "huge.png", "wb") as f:
+        f.truncate(8 * images.LARGEST + 1)  # a hole: no disk is used
+    with pytest.raises(OctomedError, match="huge.png is larger"):
+        open_image(tmp_path / "huge.png")
+
 
 def test_fault_19_the_limit_stays_on():
     open_image(encoded(NOISE))
     assert Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS <= images.LARGEST
 
+
 # --- names and intake ----------------------------------------------------------------------------------------------------
+
 
 def test_fault_21_same_pixels_other_encoding_and_transposed_shape():
     a, b = intake(encoded(NOISE)), intake(encoded(NOISE, "BMP"))
     assert a == b == pixel_hash(NOISE)
     bars = Image.new("RGB", (4, 9), "red")
-    assert bars.tobytes() == Image.new("RGB", (9, 4), "red").tobytes() and pixel_hash(bars) != pixel_hash(Image.new("RGB", (9, 4), "red"))
+    assert bars.tobytes() == Image.new("RGB", (9, 4), "red").tobytes() and pixel_hash(
+        bars
+    ) != pixel_hash(Image.new("RGB", (9, 4), "red"))
+
 
 def test_names_and_stored_pixels_are_frozen():
     "Question ids rest on these."
-    assert pixel_hash(NOISE) == "e4d729bf4c719349614fb9542bf4fb5e" and pixel_hash(resized(NOISE, 12_544)) == "737fe400abdf798d126991252f993b21" and pixel_hash(resized(PHOTO)) == "5fdc30eaa41978a10c965158dc7f464e"
+    assert (
+        pixel_hash(NOISE) == "e4d729bf4c719349614fb9542bf4fb5e"
+        and pixel_hash(resized(NOISE, 12_544)) == "737fe400abdf798d126991252f993b21"
+        and pixel_hash(resized(PHOTO)) == "5fdc30eaa41978a10c965158dc7f464e"
+    )
+
 
 def test_intake_is_idempotent_and_keyed_by_family_and_size():
-    name = intake(NOISE, 12_544); path = image_path(name, 12_544)
+    name = intake(NOISE, 12_544)
+    path = image_path(name, 12_544)
     before = path.read_bytes(), path.stat().st_mtime_ns
     assert intake(NOISE, 12_544) == name and (path.read_bytes(), path.stat().st_mtime_ns) == before
-    assert intake(NOISE) == intake(NOISE, family="qwen3_vl") == name and path.parts[-3] == "qwen2_5_vl-12544"
-    assert {load_image(name, family=f).size for f in ("qwen2_5_vl", "qwen3_vl")} == {(84, 56), (320, 224)}
+    assert (
+        intake(NOISE) == intake(NOISE, family="qwen3_vl") == name
+        and path.parts[-3] == "qwen2_5_vl-12544"
+    )
+    assert {load_image(name, family=f).size for f in ("qwen2_5_vl", "qwen3_vl")} == {
+        (84, 56),
+        (320, 224),
+    }
+
 
 def test_load_image_says_what_is_missing():
-    with pytest.raises(OctomedError, match="not at hand"): load_image("name:MM-0-a.jpeg")
-    with pytest.raises(OctomedError, match="load its source again"): load_image("0"*32)
+    with pytest.raises(OctomedError, match="not at hand"):
+        load_image("name:MM-0-a.jpeg")
+    with pytest.raises(OctomedError, match="load its source again"):
+        load_image("0" * 32)
+
 
 @pytest.fixture
 def files(tmp_path):
     "Six pictures, of which the last has the first one's pixels in another encoding, and a way to write more."
-    folder = tmp_path/"files"; folder.mkdir()
-    def write(name, data): (folder/name).write_bytes(data); return folder/name
-    write.paths = [write(f"{i}.png", encoded(NOISE.rotate(7*i, expand=True))) for i in range(5)] + [write("again.bmp", encoded(NOISE, "BMP"))]
+    folder = tmp_path / "files"
+    folder.mkdir()
+
+    def write(name, data):
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    write.paths = [
+        write(f"{i}.png", encoded(NOISE.rotate(7 * i, expand=True))) for i in range(5)
+    ] + [write("again.bmp", encoded(NOISE, "BMP"))]
     return write
 
-def test_intake_all_keeps_order_and_is_equal_for_any_number_of_workers(files, tmp_path, monkeypatch):
-    sources = [*files.paths, files("bad.png", b"no image"), tmp_path/"gone.png", encoded(NOISE), NOISE]
+
+def test_intake_all_keeps_order_and_is_equal_for_any_number_of_workers(
+    files, tmp_path, monkeypatch
+):
+    sources = [
+        *files.paths,
+        files("bad.png", b"no image"),
+        tmp_path / "gone.png",
+        encoded(NOISE),
+        NOISE,
+    ]
     names = {}
     for workers in (1, 3):
-        monkeypatch.setenv("OCTOMED_STORE", str(tmp_path/f"with-{workers}"))
+        monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / f"with-{workers}"))
         names[workers] = [str(n) for n in intake_all(sources, 12_544, workers=workers)]
-    assert names[1] == names[3] and names[1][:5] == [pixel_hash(NOISE.rotate(7*i, expand=True)) for i in range(5)]
-    assert names[1][5] == names[1][8] == names[1][9] == names[1][0] and "bad.png is not an image" in names[1][6] and "no image gone.png" in names[1][7]
-    made = [{p.relative_to(tmp_path/f"with-{n}"): p.read_bytes() for p in (tmp_path/f"with-{n}").rglob("*.png")} for n in (1, 3)]
+    assert names[1] == names[3] and names[1][:5] == [
+        pixel_hash(NOISE.rotate(7 * i, expand=True)) for i in range(5)
+    ]
+    assert (
+        names[1][5] == names[1][8] == names[1][9] == names[1][0]
+        and "bad.png is not an image" in names[1][6]
+        and "no image gone.png" in names[1][7]
+    )
+    made = [
+        {
+            p.relative_to(tmp_path / f"with-{n}"): p.read_bytes()
+            for p in (tmp_path / f"with-{n}").rglob("*.png")
+        }
+        for n in (1, 3)
+    ]
     assert made[0] == made[1] and len(made[0]) == 5
+
 
 def test_a_file_is_known_by_its_content_and_not_decoded_twice(files, monkeypatch):
     first, opened = intake_all(files.paths, 12_544), []
     real = images.open_image
     monkeypatch.setattr(images, "open_image", lambda *a, **k: opened.append(1) or real(*a, **k))
     moved = files("moved.png", files.paths[2].read_bytes())
-    assert intake_all([*files.paths, moved], 12_544) == [*first, first[2]] and image_keys([moved])[0] == (file_hash(moved), first[2]) and not opened
+    assert (
+        intake_all([*files.paths, moved], 12_544) == [*first, first[2]]
+        and image_keys([moved])[0] == (file_hash(moved), first[2])
+        and not opened
+    )
     files("1.png", encoded(PHOTO))
     assert intake_all(files.paths[1:2], 12_544) == [pixel_hash(PHOTO)] and len(opened) == 1
     image_path(first[0], 12_544).unlink()
     assert intake_all(files.paths[:1], 12_544) == first[:1] and load_image(first[0], 12_544)
 
+
 def test_a_damaged_index_costs_time_only(files):
     first = intake_all(files.paths, 12_544)
     images._index().write_text("{")
-    assert intake_all(files.paths, 12_544) == first and len(json.loads(images._index().read_text())) == len(files.paths)
+    assert intake_all(files.paths, 12_544) == first and len(
+        json.loads(images._index().read_text())
+    ) == len(files.paths)
+
 
 def test_what_was_met_before_a_stop_is_remembered(files, monkeypatch):
     real = images.intake
+
     def stop(data, *a, **k):
-        if data == files.paths[3].read_bytes(): raise KeyboardInterrupt
+        if data == files.paths[3].read_bytes():
+            raise KeyboardInterrupt
         return real(data, *a, **k)
+
     monkeypatch.setattr(images, "intake", stop)
-    with pytest.raises(KeyboardInterrupt): intake_all(files.paths, 12_544, workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        intake_all(files.paths, 12_544, workers=1)
     assert {file_hash(p) for p in files.paths[:3]} <= json.loads(images._index().read_text()).keys()
+
 
 def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
     import errno
-    def full(*a): raise OSError(errno.ENOSPC, "full")
+
+    def full(*a):
+        raise OSError(errno.ENOSPC, "full")
+
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OctomedError, match="no space left"): intake_all(files.paths, 12_544)
+    with pytest.raises(OctomedError, match="no space left"):
+        intake_all(files.paths, 12_544)
+
 
 def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
-    paths = [files(f"p{i}.png", encoded(NOISE.rotate(3*i))) for i in range(8)]
-    code = ("import sys; from octomed import images\n"
-            "who, *paths = sys.argv[1:]; sys.stdin.readline()\n"
-            "for i in range(40): images._remember({f'{who}{i}': 'x'})\n"
-            "for p in paths: images.intake_all([p], 12_544, workers=1)\n")
-    both = [subprocess.Popen([sys.executable, "-c", code, who, *map(str, paths)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for who in "ab"]
-    for p in both: p.stdin.write("go\n"); p.stdin.flush()
-    for p in both: assert p.communicate(timeout=60)[1] is not None and p.returncode == 0
+    paths = [files(f"p{i}.png", encoded(NOISE.rotate(3 * i))) for i in range(8)]
+    code = (
+        "import sys; from octomed import images\n"
+        "who, *paths = sys.argv[1:]; sys.stdin.readline()\n"
+        "for i in range(40): images._remember({f'{who}{i}': 'x'})\n"
+        "for p in paths: images.intake_all([p], 12_544, workers=1)\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, who, *map(str, paths)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for who in "ab"
+    ]
+    for p in both:
+        p.stdin.write("go\n")
+        p.stdin.flush()
+    for p in both:
+        assert p.communicate(timeout=60)[1] is not None and p.returncode == 0
     index = json.loads(images._index().read_text())
-    assert len(index) == 80 + len(paths) and all(load_image(index[file_hash(p)], 12_544) for p in paths)
+    assert len(index) == 80 + len(paths) and all(
+        load_image(index[file_hash(p)], 12_544) for p in paths
+    )
     assert not [p for p in images._index().parent.rglob(".*") if p.is_file()]
 
-@pytest.mark.parametrize("offered", [True, False])
-def test_file_hashes_are_those_of_the_bytes_with_and_without_reading_ahead(tmp_path, monkeypatch, offered):
-    if not offered: monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    data = [os.urandom(n) for n in (0, 1, 20_000, (1 << 20) - 1, 1 << 20, (3 << 20) + 7)]*3
-    paths = [tmp_path/str(n) for n in range(len(data))]
-    for p, d in zip(paths, data): p.write_bytes(d)
-    for workers in (1, 2): assert file_hashes(paths, workers) == [blake3(d).hexdigest() for d in data]
-    with pytest.raises(FileNotFoundError): file_hashes([*paths, tmp_path/"gone"])
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
+@pytest.mark.parametrize("offered", [True, False])
+def test_file_hashes_are_those_of_the_bytes_with_and_without_reading_ahead(
+    tmp_path, monkeypatch, offered
+):
+    if not offered:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    data = [os.urandom(n) for n in (0, 1, 20_000, (1 << 20) - 1, 1 << 20, (3 << 20) + 7)] * 3
+    paths = [tmp_path / str(n) for n in range(len(data))]
+    for p, d in zip(paths, data):
+        p.write_bytes(d)
+    for workers in (1, 2):
+        assert file_hashes(paths, workers) == [blake3(d).hexdigest() for d in data]
+    with pytest.raises(FileNotFoundError):
+        file_hashes([*paths, tmp_path / "gone"])
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files"
+)
 def test_files_are_read_ahead_of_their_turn_and_no_further(tmp_path, monkeypatch):
-    paths, events = [tmp_path/str(n) for n in range(30)], []
-    for p in paths: p.write_bytes(b"x")
+    paths, events = [tmp_path / str(n) for n in range(30)], []
+    for p in paths:
+        p.write_bytes(b"x")
     monkeypatch.setattr(images, "read_ahead", lambda p: events.append(("ahead", int(p.name))))
     monkeypatch.setattr(images, "file_hash", lambda p: events.append(("hash", int(p.name))))
     file_hashes(paths, 1)
     parts = [range(n, min(n + images.AHEAD, 30)) for n in range(0, 30, images.AHEAD)]
     assert events == [(what, n) for part in parts for what in ("ahead", "hash") for n in part]
 
+
 # --- the report ----------------------------------------------------------------------------------------------------------
+
 
 def test_fault_21_report_tells_copies_conflicts_and_twins(files):
     a, b, c, d, _, again = files.paths
     copy = files("copy.png", a.read_bytes())
-    train = [(a, "x"), (copy, "x"), (again, "y"), (b, "x"), (c, "x"), (files("bad.png", b"?"), "x"), (d, "x")]
-    bench = [(files("t1.png", b.read_bytes()), "x"), (files("t2.tif", encoded(Image.open(c), "TIFF")), "y")]
+    train = [
+        (a, "x"),
+        (copy, "x"),
+        (again, "y"),
+        (b, "x"),
+        (c, "x"),
+        (files("bad.png", b"?"), "x"),
+        (d, "x"),
+    ]
+    bench = [
+        (files("t1.png", b.read_bytes()), "x"),
+        (files("t2.tif", encoded(Image.open(c), "TIFF")), "y"),
+    ]
     r = image_report(train, bench)
-    assert r.byte_copies == [(0, 1)] and r.pixel_copies == r.conflicts == [(0, 1, 2)] and list(r.unreadable) == [5]
-    assert r.byte_twins == ((3,), (0,)) and r.pixel_twins == ((3, 4), (0, 1)) and r.contradicted == (4,)
-    assert r.counts() == dict(rows=7, unreadable=1, byte_groups=1, byte_extra=1, pixel_groups=1, pixel_extra=2, conflicts=1, conflict_rows=3, against=2,
-                              byte_twins=(1, 1), pixel_twins=(2, 2), contradicted=1)
+    assert (
+        r.byte_copies == [(0, 1)]
+        and r.pixel_copies == r.conflicts == [(0, 1, 2)]
+        and list(r.unreadable) == [5]
+    )
+    assert (
+        r.byte_twins == ((3,), (0,))
+        and r.pixel_twins == ((3, 4), (0, 1))
+        and r.contradicted == (4,)
+    )
+    assert r.counts() == dict(
+        rows=7,
+        unreadable=1,
+        byte_groups=1,
+        byte_extra=1,
+        pixel_groups=1,
+        pixel_extra=2,
+        conflicts=1,
+        conflict_rows=3,
+        against=2,
+        byte_twins=(1, 1),
+        pixel_twins=(2, 2),
+        contradicted=1,
+    )
     kept, dropped = r.split(train)
-    assert kept == [train[6]] and [why for _, why in dropped] == ["same pixels under another label"]*3 + ["same pixels as a benchmark image"]*2 + ["image cannot be read"]
+    assert kept == [train[6]] and [why for _, why in dropped] == [
+        "same pixels under another label"
+    ] * 3 + ["same pixels as a benchmark image"] * 2 + ["image cannot be read"]
     assert [row for row, _ in r.split(train, by="bytes")[0]] == [c, d]
+
 
 def test_fault_25_report_conserves_rows(files):
     r = image_report(files.paths)
     kept, dropped = r.split(files.paths)
-    assert len(kept) + len(dropped) == r.rows == 6 and dropped == [(files.paths[5], "same pixels as row 0")]
-    with pytest.raises(OctomedError, match="6 rows and 5 were given"): r.split(files.paths[:5])
-    with pytest.raises(OctomedError, match="no key names"): r.split(files.paths, by="names")
+    assert len(kept) + len(dropped) == r.rows == 6 and dropped == [
+        (files.paths[5], "same pixels as row 0")
+    ]
+    with pytest.raises(OctomedError, match="6 rows and 5 were given"):
+        r.split(files.paths[:5])
+    with pytest.raises(OctomedError, match="no key names"):
+        r.split(files.paths, by="names")
     assert image_report([]).counts()["rows"] == 0
 
+
 def test_report_on_questions_tells_another_question_from_another_label():
-    ask = lambda stem, answer, *pics: Question(stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics)
-    r = image_report([ask("is it?", "A", "p1"), ask("is it?", "B", "p1"), ask("was it?", "B", "p1"), ask("is it?", "A", "p2", "p3"), ask("is it?", "A", "name:f.png")], [ask("what?", "A", "p3")])
-    assert r.pixel_copies == [(0, 1, 2)] and r.conflicts == [(0, 1)] and r.byte_copies == [] and r.pixel_twins == ((3,), (0,))
+    ask = lambda stem, answer, *pics: Question(
+        stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics
+    )
+    r = image_report(
+        [
+            ask("is it?", "A", "p1"),
+            ask("is it?", "B", "p1"),
+            ask("was it?", "B", "p1"),
+            ask("is it?", "A", "p2", "p3"),
+            ask("is it?", "A", "name:f.png"),
+        ],
+        [ask("what?", "A", "p3")],
+    )
+    assert (
+        r.pixel_copies == [(0, 1, 2)]
+        and r.conflicts == [(0, 1)]
+        and r.byte_copies == []
+        and r.pixel_twins == ((3,), (0,))
+    )
     assert r.unreadable == {4: "image is not at hand"} and r.contradicted == ()
+
 
 DATA = os.environ.get("OCTOMED_DATA")
 
-@pytest.mark.skipif(not DATA or not (Path(DATA)/"brain_tumor").is_dir(), reason="the Brain Tumor MRI files are not at hand: point OCTOMED_DATA at them")
+
+@pytest.mark.skipif(
+    not DATA or not (Path(DATA) / "brain_tumor").is_dir(),
+    reason="the Brain Tumor MRI files are not at hand: point OCTOMED_DATA at them",
+)
 def test_report_on_the_real_mri():
-    train, test = ([(p, p.parent.name) for p in sorted((Path(DATA)/"brain_tumor"/f).glob("*/*.jpg"))] for f in ("Training", "Testing"))
+    train, test = (
+        [(p, p.parent.name) for p in sorted((Path(DATA) / "brain_tumor" / f).glob("*/*.jpg"))]
+        for f in ("Training", "Testing")
+    )
     r = image_report(train, test)
-    assert r.counts() == dict(rows=2_870, unreadable=0, byte_groups=73, byte_extra=93, pixel_groups=75, pixel_extra=101, conflicts=0, conflict_rows=0, against=394,
-                              byte_twins=(83, 88), pixel_twins=(244, 251), contradicted=0)
+    assert r.counts() == dict(
+        rows=2_870,
+        unreadable=0,
+        byte_groups=73,
+        byte_extra=93,
+        pixel_groups=75,
+        pixel_extra=101,
+        conflicts=0,
+        conflict_rows=0,
+        against=394,
+        byte_twins=(83, 88),
+        pixel_twins=(244, 251),
+        contradicted=0,
+    )
     assert [len(r.split(train, by)[0]) for by in ("bytes", "pixels")] == [2_713, 2_556]

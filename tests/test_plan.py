@@ -1,29 +1,45 @@
 "What a plan says before anything runs."
-from dataclasses import replace
-import pytest
-import octomed.clinic.graders, octomed.clinic.students, octomed.clinic.teachers
-from octomed.core import Common, Recipe
-from octomed.experiment import Arm, schedule_of
-from octomed.plan import RATES, plan_section
 
-COMMON = Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test",), benchmark_limit=10, samples=16)
+from dataclasses import replace
+
+import pytest
+
+from octomed.core.recipe import Common, Recipe
+from octomed.evaluate.arms import Arm, schedule_of
+from octomed.run.plan import RATES, plan_section
+
+COMMON = Common(
+    train=("clinic_ward:train",), benchmarks=("clinic_ward:test",), benchmark_limit=10, samples=16
+)
 RECIPE = Recipe("r", COMMON)
 ARM = Arm((("clinic_ward:train", 30),), schedule=schedule_of(COMMON, 2.0))
 
 
 def test_tokens_and_money_of_the_teacher_are_told_before():
     plan = plan_section(RECIPE, "none", {"a": ARM})
-    assert plan["samples"] == 480 and plan["teacher_tokens"] == 480*RATES["clinic_tokens"]["text"]
-    assert plan["money"] == pytest.approx(480*(80*0.55e-6 + RATES["clinic_tokens"]["text"]*2.19e-6), rel=0.05)
+    assert plan["samples"] == 480 and plan["teacher_tokens"] == 480 * RATES["clinic_tokens"]["text"]
+    assert plan["money"] == pytest.approx(
+        480 * (80 * 0.55e-6 + RATES["clinic_tokens"]["text"] * 2.19e-6), rel=0.05
+    )
 
 
 def test_samples_that_arms_share_are_paid_once():
-    one, two = plan_section(RECIPE, "none", {"a": ARM}), plan_section(RECIPE, "none", {"a": ARM, "b": replace(ARM, k=4), "c": replace(ARM, keep="all")})
-    assert two["samples"] == one["samples"] and two["money"] == one["money"] and two["training_tokens"] > one["training_tokens"]
+    one, two = (
+        plan_section(RECIPE, "none", {"a": ARM}),
+        plan_section(
+            RECIPE, "none", {"a": ARM, "b": replace(ARM, k=4), "c": replace(ARM, keep="all")}
+        ),
+    )
+    assert (
+        two["samples"] == one["samples"]
+        and two["money"] == one["money"]
+        and two["training_tokens"] > one["training_tokens"]
+    )
 
 
 def test_a_teacher_without_a_price_gives_no_money(tmp_path, monkeypatch):
-    (tmp_path/"p.yaml").write_text("models: {}"); monkeypatch.setenv("OCTOMED_PRICES", str(tmp_path/"p.yaml"))
+    (tmp_path / "p.yaml").write_text("models: {}")
+    monkeypatch.setenv("OCTOMED_PRICES", str(tmp_path / "p.yaml"))
     assert plan_section(RECIPE, "none", {"a": ARM})["money"] is None
 
 
@@ -35,91 +51,166 @@ def test_known_answers_cost_no_teacher():
 def test_a_student_that_others_start_from_is_counted_once_and_no_epoch_costs_nothing():
     first = replace(ARM, sources=(("clinic_ward:train", 8),))
     alone = plan_section(RECIPE, "none", {"a": ARM})
-    more = plan_section(RECIPE, "none", {"before": replace(ARM, base=first, schedule=replace(ARM.schedule, epochs=0)), "a": replace(ARM, base=first)})
-    assert more["training_tokens"] - alone["training_tokens"] == plan_section(RECIPE, "none", {"a": first})["training_tokens"]
+    more = plan_section(
+        RECIPE,
+        "none",
+        {
+            "before": replace(ARM, base=first, schedule=replace(ARM.schedule, epochs=0)),
+            "a": replace(ARM, base=first),
+        },
+    )
+    assert (
+        more["training_tokens"] - alone["training_tokens"]
+        == plan_section(RECIPE, "none", {"a": first})["training_tokens"]
+    )
 
 
 def test_what_the_student_draws_for_a_filter_is_counted():
-    plain, asked = (plan_section(RECIPE, "none", {"a": a}) for a in (ARM, replace(ARM, filter=("student", .125, .875))))
-    assert asked["responses"] - plain["responses"] == 30*16
+    plain, asked = (
+        plan_section(RECIPE, "none", {"a": a})
+        for a in (ARM, replace(ARM, filter=("student", 0.125, 0.875)))
+    )
+    assert asked["responses"] - plain["responses"] == 30 * 16
 
 
 HUB = "Qwen/Qwen2.5-VL-7B-Instruct@cc594898137f460bfe9f0759e9844b3ce807cfb5"
 
 
 def test_device_hours_of_a_hub_student_by_hand():
-    from octomed.memory import Load, draw_hours, shape, train_hours
+    from octomed.train.sizing import Load, draw_hours, shape, train_hours
+
     common = replace(COMMON, student=HUB, eval_seeds=5)
     plan = plan_section(replace(RECIPE, common=common), "none", {"a": replace(ARM, k=4)})
-    traces, prompt, said = 30*4, RATES["prompt_tokens"]["r1"], RATES["paper_tokens"]
-    assert plan["training_tokens"] == traces*(prompt + said)*2
-    s, tokens = shape(HUB), traces*(prompt + said)*2
-    assert plan["training_hours"] == pytest.approx(train_hours(s, Load(tokens, prompt + said, answered=traces*said*2)), rel=.05)
-    assert plan["evaluation_hours"] == pytest.approx(draw_hours(s, Load(10*prompt, prompt), 50*said, prompt + said/2), rel=.05)
-    assert plan["generation_hours"] == 0 and plan["minutes"] == round(60*(plan.found["training_hours"].popitem()[1] + plan.found["evaluation_hours"].popitem()[1])/8)
+    traces, prompt, said = 30 * 4, RATES["prompt_tokens"]["r1"], RATES["paper_tokens"]
+    assert plan["training_tokens"] == traces * (prompt + said) * 2
+    s, tokens = shape(HUB), traces * (prompt + said) * 2
+    assert plan["training_hours"] == pytest.approx(
+        train_hours(s, Load(tokens, prompt + said, answered=traces * said * 2)), rel=0.05
+    )
+    assert plan["evaluation_hours"] == pytest.approx(
+        draw_hours(s, Load(10 * prompt, prompt), 50 * said, prompt + said / 2), rel=0.05
+    )
+    assert plan["generation_hours"] == 0 and plan["minutes"] == round(
+        60
+        * (plan.found["training_hours"].popitem()[1] + plan.found["evaluation_hours"].popitem()[1])
+        / 8
+    )
 
 
 def test_an_unknown_configuration_gives_no_hours(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    plan = plan_section(replace(RECIPE, common=replace(COMMON, student="nobody/nothing")), "none", {"a": ARM})
+    plan = plan_section(
+        replace(RECIPE, common=replace(COMMON, student="nobody/nothing")), "none", {"a": ARM}
+    )
     assert plan["training_hours"] is plan["minutes"] is None and "nobody/nothing" in plan["basis"]
 
 
 def test_a_pool_gives_no_more_than_it_has():
-    from octomed.questions import source_of
-    plan = plan_section(RECIPE, "none", {"a": replace(ARM, sources=(("clinic_ward:train", 10**9),))})
+    from octomed.data.sources import source_of
+
+    plan = plan_section(
+        RECIPE, "none", {"a": replace(ARM, sources=(("clinic_ward:train", 10**9),))}
+    )
     assert plan["questions"] == source_of("clinic_ward:train").expected
 
 
 def test_ratings_are_paid_by_question(tmp_path, monkeypatch):
     difficult = replace(ARM, filter=("difficulty", 3, 6))
-    assert plan_section(RECIPE, "none", {"a": difficult})["money"] > plan_section(RECIPE, "none", {"a": ARM})["money"]
-    assert plan_section(RECIPE, "none", {"a": replace(difficult, grader="openai:unknown@X")})["money"] is None
+    assert (
+        plan_section(RECIPE, "none", {"a": difficult})["money"]
+        > plan_section(RECIPE, "none", {"a": ARM})["money"]
+    )
+    assert (
+        plan_section(RECIPE, "none", {"a": replace(difficult, grader="openai:unknown@X")})["money"]
+        is None
+    )
 
 
 def recipe_of(path, name, *sections):
     "A recipe with some of another's sections, as a file."
     import yaml
-    from octomed.core import root
-    raw = yaml.safe_load((root()/"nbs"/"recipes"/f"{name}.yaml").read_text())
+
+    from octomed.core.paths import root
+
+    raw = yaml.safe_load((root() / "nbs" / "recipes" / f"{name}.yaml").read_text())
     path.write_text(yaml.safe_dump({**raw, "sections": {s: raw["sections"][s] for s in sections}}))
     return str(path)
 
 
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
-    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path/"store")); monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path/"out"))
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))
 
 
 def test_what_sections_share_is_counted_once_in_all(tmp_path, empty):
-    from octomed.plan import plan
-    first, second, every = plan(recipe_of(tmp_path/"two.yaml", "smoke", "42_formatting", "55_cases"))
-    assert second["training_tokens"] > 0 and every["training_tokens"] == first["training_tokens"] and every["samples"] == first["samples"]
-    assert first["minutes"] > 0 == second["minutes"] and every["minutes"] == first["minutes"]   # 55 reads 42's student
+    from octomed.run.plan import plan
+
+    first, second, every = plan(
+        recipe_of(tmp_path / "two.yaml", "smoke", "42_formatting", "55_cases")
+    )
+    assert (
+        second["training_tokens"] > 0
+        and every["training_tokens"] == first["training_tokens"]
+        and every["samples"] == first["samples"]
+    )
+    assert (
+        first["minutes"] > 0 == second["minutes"] and every["minutes"] == first["minutes"]
+    )  # 55 reads 42's student
 
 
 def test_the_papers_plan_needs_no_data_and_says_all(tmp_path, empty, monkeypatch):
     import json
-    from octomed.plan import plan
-    from octomed.questions import SOURCES
+
+    from octomed.data.sources import SOURCES
+    from octomed.run.plan import plan
+
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     before = dict(SOURCES)
-    plans = plan(recipe_of(tmp_path/"paper.yaml", "paper", "41_sourcing", "44_samples"))
+    plans = plan(recipe_of(tmp_path / "paper.yaml", "paper", "41_sourcing", "44_samples"))
     many, few, every = plans
-    assert before.items() <= SOURCES.items() and few["questions"] == 10_178 and few["samples"] == 10_178*16
-    assert few["traces"] == sum(round(10_178*min(k, 16*RATES["acceptance"])) for k in (1, 4, 16))   # the three accepted sets, whatever is trained on them
-    assert few["responses"] == few["evaluations"]*1_273*5 and few["teacher_tokens"] == few["samples"]*850
-    assert few["money"] == pytest.approx(few["samples"]*(80*.55e-6 + 850*2.19e-6), rel=.02)
-    assert every["samples"] == many["samples"] + few["samples"] and None not in (every["money"], every["minutes"], every["training_hours"], every["evaluation_hours"])
-    assert {r["machine"] for r in every["memory"]} == {"8 × 80 GB", "1 × 141 GB"} and "bcss:train" in every["not_at_hand"] and any("46 %" in a for a in every["assumptions"])
+    assert (
+        before.items() <= SOURCES.items()
+        and few["questions"] == 10_178
+        and few["samples"] == 10_178 * 16
+    )
+    assert few["traces"] == sum(
+        round(10_178 * min(k, 16 * RATES["acceptance"])) for k in (1, 4, 16)
+    )  # the three accepted sets, whatever is trained on them
+    assert (
+        few["responses"] == few["evaluations"] * 1_273 * 5
+        and few["teacher_tokens"] == few["samples"] * 850
+    )
+    assert few["money"] == pytest.approx(few["samples"] * (80 * 0.55e-6 + 850 * 2.19e-6), rel=0.02)
+    assert every["samples"] == many["samples"] + few["samples"] and None not in (
+        every["money"],
+        every["minutes"],
+        every["training_hours"],
+        every["evaluation_hours"],
+    )
+    assert (
+        {r["machine"] for r in every["memory"]} == {"8 × 80 GB", "1 × 141 GB"}
+        and "bcss:train" in every["not_at_hand"]
+        and any("46 %" in a for a in every["assumptions"])
+    )
     assert json.loads(json.dumps(plans))[-1]["section"] == "in all"
     assert all(len(line) <= 120 for line in str(plans).splitlines()), str(plans)
 
 
 @pytest.mark.parametrize("recipe", ["course", "gpu", "paper"])
 def test_a_whole_recipe_is_planned_without_data(empty, monkeypatch, recipe):
-    from octomed.plan import plan
+    from octomed.run.plan import plan
+
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     mri, *_, every = plans = plan(recipe)
-    assert mri["section"] == "30_dataset" and mri["questions"] == 3*2_870 and mri["training_tokens"] > 0 and "brain_tumor:train" in every["not_at_hand"]
-    assert {p["section"] for p in plans} >= {"41_sourcing", "51_scaling", "53_datasets"} and None not in (every["samples"], every["money"], every["minutes"])
+    assert (
+        mri["section"] == "30_dataset"
+        and mri["questions"] == 3 * 2_870
+        and mri["training_tokens"] > 0
+        and "brain_tumor:train" in every["not_at_hand"]
+    )
+    assert {p["section"] for p in plans} >= {
+        "41_sourcing",
+        "51_scaling",
+        "53_datasets",
+    } and None not in (every["samples"], every["money"], every["minutes"])

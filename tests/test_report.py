@@ -1,69 +1,188 @@
 "What the report says beyond the numbers that it is given: signs of failure, other seeds, the paper's own slips; and that its page is whole."
-import csv, json, re
+
+import csv
+import json
+import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
-from octomed import core, report
-from octomed.core import Recipe
-from octomed.report import as_html, as_json, as_text, diagnostics, filled, inconsistencies, other_seeds, page, rate_row, score_row
+from octomed.core import paths as core
+from octomed.core.recipe import Recipe
+from octomed.run import report
+from octomed.run.report import (
+    as_json,
+    as_text,
+    diagnostics,
+    filled,
+    inconsistencies,
+    other_seeds,
+    rate_row,
+    score_row,
+)
+from octomed.run.report_html import as_html, page
 
 
-def line(arm="x", benchmark="demo:test", accuracy=.5, **more):
-    return {"arm": arm, "category": "text_only", "benchmark": benchmark, "n": 100, "seeds": 1, "accuracy": accuracy, "interval": [accuracy - .05, accuracy + .05], "unparsed": 0., "truncated": 0., "failed": 0., "forced_exit": 0., "ties": 0., "mean_tokens": 30., "chance": .25, "paper": None, **more}
+def line(arm="x", benchmark="demo:test", accuracy=0.5, **more):
+    return {
+        "arm": arm,
+        "category": "text_only",
+        "benchmark": benchmark,
+        "n": 100,
+        "seeds": 1,
+        "accuracy": accuracy,
+        "interval": [accuracy - 0.05, accuracy + 0.05],
+        "unparsed": 0.0,
+        "truncated": 0.0,
+        "failed": 0.0,
+        "forced_exit": 0.0,
+        "ties": 0.0,
+        "mean_tokens": 30.0,
+        "chance": 0.25,
+        "paper": None,
+        **more,
+    }
 
 
-def said(rows=(), reads=None, claims=(), **facts): return "\n".join(diagnostics({"rows": list(rows), "claims": list(claims), **facts}, reads))
+def said(rows=(), reads=None, claims=(), **facts):
+    return "\n".join(diagnostics({"rows": list(rows), "claims": list(claims), **facts}, reads))
 
 
-def claim(text="one beats two", verdict="agrees", difference=.1): return {"text": text, "kind": "greater", "paper": None, "a": "x", "b": "y", "benchmark": "text_only", "n": 100, "training_seeds": 2, "difference": difference, "interval": [difference - .05, difference + .05], "verdict": verdict, "not_proved": "much"}
+def claim(text="one beats two", verdict="agrees", difference=0.1):
+    return {
+        "text": text,
+        "kind": "greater",
+        "paper": None,
+        "a": "x",
+        "b": "y",
+        "benchmark": "text_only",
+        "n": 100,
+        "training_seeds": 2,
+        "difference": difference,
+        "interval": [difference - 0.05, difference + 0.05],
+        "verdict": verdict,
+        "not_proved": "much",
+    }
 
 
 # Signs of failure
 
-@pytest.mark.parametrize("rate, word", [("unparsed", "could not be read"), ("truncated", "were cut"), ("failed", "were refused or failed"), ("forced_exit", "had to be forced")])
+
+@pytest.mark.parametrize(
+    "rate, word",
+    [
+        ("unparsed", "could not be read"),
+        ("truncated", "were cut"),
+        ("failed", "were refused or failed"),
+        ("forced_exit", "had to be forced"),
+    ],
+)
 def test_a_rate_above_a_tenth_is_told(rate, word):
-    assert word in said([line(**{rate: .2})]) and "x on demo:test 20%" in said([line(**{rate: .2})]) and not said([line(**{rate: .1})])
+    assert (
+        word in said([line(**{rate: 0.2})])
+        and "x on demo:test 20%" in said([line(**{rate: 0.2})])
+        and not said([line(**{rate: 0.1})])
+    )
 
 
 def test_chance_one_seed_and_flat_lengths():
-    assert "Not told from chance: x on demo:test." in said([line(accuracy=.28)]) and not said([line(accuracy=.31)])
-    assert "One training seed" in said(claims=[{"training_seeds": 1}]) and not said(claims=[{"training_seeds": 2}])
-    several = lambda *tokens: [line(benchmark=f"{n}:test", mean_tokens=t) for n, t in enumerate(tokens)]
-    assert "Response lengths hardly differ between tasks: x." in said(several(100, 105, 110)) and not said(several(100, 105, 130)) and not said(several(4, 4, 4))
+    assert "Not told from chance: x on demo:test." in said([line(accuracy=0.28)]) and not said(
+        [line(accuracy=0.31)]
+    )
+    assert "One training seed" in said(claims=[{"training_seeds": 1}]) and not said(
+        claims=[{"training_seeds": 2}]
+    )
+    several = lambda *tokens: [
+        line(benchmark=f"{n}:test", mean_tokens=t) for n, t in enumerate(tokens)
+    ]
+    assert (
+        "Response lengths hardly differ between tasks: x." in said(several(100, 105, 110))
+        and not said(several(100, 105, 130))
+        and not said(several(4, 4, 4))
+    )
 
 
 def test_fault_44_a_score_that_rests_on_the_order_is_told_and_shown():
-    r = line(in_order=.8, shuffled=.5, moved=.6)
-    assert "falls by more than a tenth when the options are shuffled: x on demo:test 80% → 50%" in said([r]) and not said([line(in_order=.8, shuffled=.75)])
-    assert [rate_row(r)[k].strip() for k in ("in order", "shuffled", "moved")] == ["80.0", "50.0", "60.0"]
+    r = line(in_order=0.8, shuffled=0.5, moved=0.6)
+    assert (
+        "falls by more than a tenth when the options are shuffled: x on demo:test 80% → 50%"
+        in said([r])
+        and not said([line(in_order=0.8, shuffled=0.75)])
+    )
+    assert [rate_row(r)[k].strip() for k in ("in order", "shuffled", "moved")] == [
+        "80.0",
+        "50.0",
+        "60.0",
+    ]
 
 
 def test_text_only_loss_is_of_arms_that_read_images_and_lies_outside_both_intervals():
     over = lambda arm, x: line(arm, "Overall", x)
-    rows, reads = [over("before", .5), over("images", .3), over("text", .3), over("near", .42)], {"before": set(), "images": {"multimodal_reasoning"}, "text": {"text_only"}, "near": {"multimodal_classification", "text_only"}}
-    assert said(rows, reads) == "Text-only accuracy was lost by training with images: images 50.0 → 30.0."
+    rows, reads = (
+        [over("before", 0.5), over("images", 0.3), over("text", 0.3), over("near", 0.42)],
+        {
+            "before": set(),
+            "images": {"multimodal_reasoning"},
+            "text": {"text_only"},
+            "near": {"multimodal_classification", "text_only"},
+        },
+    )
+    assert (
+        said(rows, reads)
+        == "Text-only accuracy was lost by training with images: images 50.0 → 30.0."
+    )
     assert not said(rows) and not said(rows[1:], {k: v for k, v in reads.items() if v})
 
 
-@pytest.mark.parametrize("a, word", [(.29, "low: 29%"), (.99, "suspiciously high: 99%"), (.3, ""), (.98, "")])
+@pytest.mark.parametrize(
+    "a, word", [(0.29, "low: 29%"), (0.99, "suspiciously high: 99%"), (0.3, ""), (0.98, "")]
+)
 def test_acceptance(a, word):
     row = {"source": "s", "teacher": "t", "acceptance": a}
-    assert (f"The acceptance of t on s is {word}." in said(statistics=[row])) == bool(word) and (word in said(funnel={"acceptance": a}) if word else not said(funnel={"acceptance": a}))
+    assert (f"The acceptance of t on s is {word}." in said(statistics=[row])) == bool(word) and (
+        word in said(funnel={"acceptance": a}) if word else not said(funnel={"acceptance": a})
+    )
 
 
 def test_what_the_teachers_disagree_about_and_what_all_of_them_fail():
-    two = said(statistics=[{"source": "s", "teacher": "t", "acceptance": .9}, {"source": "s", "teacher": "u", "acceptance": .6}], correlation=.2, failed=[{"fails on": "every sample", "t": 3, "u": 40, "both": 3, "both, if independent": 1.2, "of": 400}])
-    assert "not accepted alike: t on s 90%, u on s 60%." in two and "correlate by 0.20: they disagree" in two and "Fails on every sample: t 3, u 40, both 3, both, if independent 1.2, of 400 questions." in two
+    two = said(
+        statistics=[
+            {"source": "s", "teacher": "t", "acceptance": 0.9},
+            {"source": "s", "teacher": "u", "acceptance": 0.6},
+        ],
+        correlation=0.2,
+        failed=[
+            {
+                "fails on": "every sample",
+                "t": 3,
+                "u": 40,
+                "both": 3,
+                "both, if independent": 1.2,
+                "of": 400,
+            }
+        ],
+    )
+    assert (
+        "not accepted alike: t on s 90%, u on s 60%." in two
+        and "correlate by 0.20: they disagree" in two
+        and "Fails on every sample: t 3, u 40, both 3, both, if independent 1.2, of 400 questions."
+        in two
+    )
 
 
 def test_what_was_skipped_is_counted():
-    told = said(sources=[{"source": "a", "split": "train", "found": None}, {"source": "b", "split": "test", "found": 7.0}], skipped=["no GPU here"])
+    told = said(
+        sources=[
+            {"source": "a", "split": "train", "found": None},
+            {"source": "b", "split": "test", "found": 7.0},
+        ],
+        skipped=["no GPU here"],
+    )
     assert "not at hand: 1 of 2 sources (a:train)." in told and "Skipped: no GPU here" in told
 
 
 # The paper's own tables
+
 
 def test_inconsistencies_are_those_that_a_plain_sum_finds():
     found = {(r["table"], r["category"], r["column"]): r for r in inconsistencies()}
@@ -71,123 +190,309 @@ def test_inconsistencies_are_those_that_a_plain_sum_finds():
         rows = list(csv.DictReader(core.shipped("paper", f"table{n}.csv").open()))
         for o in (r for r in rows if r["task"] == "Overall"):
             for column in [k for k in o if k not in ("category", "task")]:
-                cells = [r[column] for r in rows if r["category"] == o["category"] and r["task"] != "Overall"]
-                if o[column] and all(cells): assert ((n, o["category"], column) in found) == (abs(sum(map(float, cells))/len(cells) - float(o[column])) > .0101)
+                cells = [
+                    r[column]
+                    for r in rows
+                    if r["category"] == o["category"] and r["task"] != "Overall"
+                ]
+                if o[column] and all(cells):
+                    assert ((n, o["category"], column) in found) == (
+                        abs(sum(map(float, cells)) / len(cells) - float(o[column])) > 0.0101
+                    )
     assert found[2, "multimodal_classification", "HuatuoGPT-Vision-7B"]["mean"] == 39.65
 
 
 # Other seeds
 
+
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    for name, part in (("OCTOMED_STORE", "store"), ("OCTOMED_OUTPUTS", "out"), ("OCTOMED_NOTEBOOKS", "nbs")): monkeypatch.setenv(name, str(tmp_path/part))
-    (tmp_path/"nbs").mkdir()
-    (tmp_path/"nbs"/"42_b.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": 'recipe = "smoke"\nout = None', "outputs": [], "execution_count": None, "id": "a"}],
-                                                         "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
-    (tmp_path/"smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}"); (tmp_path/"nbs"/"42_c.ipynb").write_text((tmp_path/"nbs"/"42_b.ipynb").read_text())
+    for name, part in (
+        ("OCTOMED_STORE", "store"),
+        ("OCTOMED_OUTPUTS", "out"),
+        ("OCTOMED_NOTEBOOKS", "nbs"),
+    ):
+        monkeypatch.setenv(name, str(tmp_path / part))
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "42_b.ipynb").write_text(
+        json.dumps(
+            {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "metadata": {"tags": ["parameters"]},
+                        "source": 'recipe = "smoke"\nout = None',
+                        "outputs": [],
+                        "execution_count": None,
+                        "id": "a",
+                    }
+                ],
+                "metadata": {
+                    "kernelspec": {
+                        "name": "python3",
+                        "language": "python",
+                        "display_name": "python3",
+                    }
+                },
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        )
+    )
+    (tmp_path / "smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}")
+    (tmp_path / "nbs" / "42_c.ipynb").write_text((tmp_path / "nbs" / "42_b.ipynb").read_text())
     return tmp_path
 
 
 def put(folder, claims, code="old", section="42_b", rows=(), **facts):
-    (folder/"results").mkdir(parents=True, exist_ok=True); (folder/"figures").mkdir(exist_ok=True)
-    (folder/"results"/f"{section}.json").write_text(json.dumps({"section": section, "recipe": folder.name, "claims": claims, "rows": list(rows), **facts, "card": {"versions": {"torch": "1"}, "hardware": "2 cores", "minutes": 3.5, "code": code, "parents": []}}))
-    for part in ("", "-findings"): (folder/"figures"/f"{section}{part}.png").write_bytes(b"\x89PNG")
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "results" / f"{section}.json").write_text(
+        json.dumps(
+            {
+                "section": section,
+                "recipe": folder.name,
+                "claims": claims,
+                "rows": list(rows),
+                **facts,
+                "card": {
+                    "versions": {"torch": "1"},
+                    "hardware": "2 cores",
+                    "minutes": 3.5,
+                    "code": code,
+                    "parents": [],
+                },
+            }
+        )
+    )
+    for part in ("", "-findings"):
+        (folder / "figures" / f"{section}{part}.png").write_bytes(b"\x89PNG")
 
 
 def test_verdicts_that_changed_under_other_seeds_are_named(places):
-    out = places/"out"
-    put(out/"smoke", [claim("a"), claim("b"), claim("only here")])
-    put(out/"smoke@1", [claim("a"), claim("b", "undecided", .02)])
-    put(out/"reference"/"smoke@2", [claim("a", "disagrees", -.3)], code="new")
-    put(out/"smoker@1", [claim("a", "disagrees")])
-    found = as_json(str(places/"smoke.yaml"))
-    assert found["other_seeds"] == [{"recipe": "smoke@1", "claims": 2, "other_code": [], "changed": [{"section": "42_b", "claim": "b", "here": "agrees +10.0", "there": "undecided +2.0"}]},
-                                    {"recipe": "smoke@2", "claims": 0, "other_code": ["42_b"], "changed": []}]
-    text = as_text(str(places/"smoke.yaml"))
-    assert "Run again with other seeds as `smoke@1`: 1 of 2 verdicts changed." in text and "42_b: b: agrees +10.0, as smoke@1 undecided +2.0" in text and "not compared, since their code differs: 42_b" in text
-    assert "undecided +2.0" in page(found) and "<details open><summary>Verdicts that changed" in page(found)
+    out = places / "out"
+    put(out / "smoke", [claim("a"), claim("b"), claim("only here")])
+    put(out / "smoke@1", [claim("a"), claim("b", "undecided", 0.02)])
+    put(out / "reference" / "smoke@2", [claim("a", "disagrees", -0.3)], code="new")
+    put(out / "smoker@1", [claim("a", "disagrees")])
+    found = as_json(str(places / "smoke.yaml"))
+    assert found["other_seeds"] == [
+        {
+            "recipe": "smoke@1",
+            "claims": 2,
+            "other_code": [],
+            "changed": [
+                {"section": "42_b", "claim": "b", "here": "agrees +10.0", "there": "undecided +2.0"}
+            ],
+        },
+        {"recipe": "smoke@2", "claims": 0, "other_code": ["42_b"], "changed": []},
+    ]
+    text = as_text(str(places / "smoke.yaml"))
+    assert (
+        "Run again with other seeds as `smoke@1`: 1 of 2 verdicts changed." in text
+        and "42_b: b: agrees +10.0, as smoke@1 undecided +2.0" in text
+        and "not compared, since their code differs: 42_b" in text
+    )
+    assert "undecided +2.0" in page(
+        found
+    ) and "<details open><summary>Verdicts that changed" in page(found)
 
 
 def test_values_that_the_recipe_gave_otherwise_are_told(places):
-    out = places/"out"/"smoke"
-    put(out, [claim("a")]); (out/"cards").mkdir()
-    common = json.loads(json.dumps(core.asdict(core.load_recipe(str(places/"smoke.yaml")).common)))
-    card = lambda **changed: (out/"cards"/"42_b.json").write_text(json.dumps({"params": {"common": common | changed, "scalars": {}}}))
-    card(); assert not as_json(str(places/"smoke.yaml"))["sections"][0]["values_moved"]
-    card(batch=32); assert as_json(str(places/"smoke.yaml"))["sections"][0]["values_moved"] == ["batch 32, now 8"]
-    assert "The recipe gave other values when these results were made: 42_b (batch 32, now 8)." in " ".join(as_text(str(places/"smoke.yaml")).split())
+    out = places / "out" / "smoke"
+    put(out, [claim("a")])
+    (out / "cards").mkdir()
+    common = json.loads(
+        json.dumps(core.asdict(core.load_recipe(str(places / "smoke.yaml")).common))
+    )
+    card = lambda **changed: (out / "cards" / "42_b.json").write_text(
+        json.dumps({"params": {"common": common | changed, "scalars": {}}})
+    )
+    card()
+    assert not as_json(str(places / "smoke.yaml"))["sections"][0]["values_moved"]
+    card(batch=32)
+    assert as_json(str(places / "smoke.yaml"))["sections"][0]["values_moved"] == ["batch 32, now 8"]
+    assert (
+        "The recipe gave other values when these results were made: 42_b (batch 32, now 8)."
+        in " ".join(as_text(str(places / "smoke.yaml")).split())
+    )
 
 
 def test_a_recipe_with_other_seeds_is_held_against_the_first(places):
-    put(places/"out"/"smoke", [claim("a")]); put(places/"out"/"smoke@1", [claim("a", "undecided", 0)])
+    put(places / "out" / "smoke", [claim("a")])
+    put(places / "out" / "smoke@1", [claim("a", "undecided", 0)])
     there = report.found_of(Recipe("smoke@1"), "42_b")[2]
-    assert other_seeds(Recipe("smoke@1"), [there])[0]["changed"] == [{"section": "42_b", "claim": "a", "here": "undecided +0.0", "there": "agrees +10.0"}]
+    assert other_seeds(Recipe("smoke@1"), [there])[0]["changed"] == [
+        {"section": "42_b", "claim": "a", "here": "undecided +0.0", "there": "agrees +10.0"}
+    ]
 
 
 def test_other_seeds_move_every_seed_and_nothing_else():
-    import octomed.clinic.students
-    from octomed.experiment import Arm, evaluated, seeded
+    from octomed.evaluate.arms import Arm, evaluated, seeded
+
     a, b = core.load_recipe("smoke"), core.load_recipe("smoke@3")
     assert b.name == "smoke@3" and b.common.base_seed == 3 and b.sections == a.sections
     one = Arm(((a.common.train[0], 4),))
-    first, second = (evaluated(seeded(one, 1, r.common)[0], r.common.benchmarks[0], r.common).params for r in (a, b))
-    assert first["sampling"].seed != second["sampling"].seed and first["student"].params["seed"] != second["student"].params["seed"] and first["data"] == second["data"]
-    with pytest.raises(core.UsageError, match="there is no recipe smke"): core.load_recipe("smke@3")
+    first, second = (
+        evaluated(seeded(one, 1, r.common)[0], r.common.benchmarks[0], r.common).params
+        for r in (a, b)
+    )
+    assert (
+        first["sampling"].seed != second["sampling"].seed
+        and first["student"].params["seed"] != second["student"].params["seed"]
+        and first["data"] == second["data"]
+    )
+    with pytest.raises(core.UsageError, match="there is no recipe smke"):
+        core.load_recipe("smke@3")
 
 
 # The page
 
+
 class Page(HTMLParser):
     "Counts tags, keeps images, and sees that every tag is closed by its own."
+
     VOID = {"meta", "img", "br"}
-    def __init__(self): super().__init__(); self.open, self.seen, self.images, self.ids, self.links = [], [], [], [], []
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.images, self.ids, self.links = [], [], [], [], []
+
     def handle_starttag(self, tag, attrs):
-        a = dict(attrs); self.seen.append(tag)
-        if tag == "img": self.images.append(a)
-        if "id" in a: self.ids.append(a["id"])
-        if tag == "a": self.links.append(a["href"])
-        if tag not in self.VOID: self.open.append(tag)
-    def handle_endtag(self, tag): assert self.open.pop() == tag
+        a = dict(attrs)
+        self.seen.append(tag)
+        if tag == "img":
+            self.images.append(a)
+        if "id" in a:
+            self.ids.append(a["id"])
+        if tag == "a":
+            self.links.append(a["href"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
 
 def test_the_page_is_well_formed_and_tells_everything(places):
     cost = [{"model": "m<1>", "tokens": 12345, "money": None, "per_sample": {"tokens": 7.5}}]
-    put(places/"out"/"smoke", [claim("a")], rows=[line(vote=.7, vote_interval=[.6, .8], votes=10, graded=.55, graded_interval=[.5, .6]), line("z", in_order=.5, shuffled=.5, moved=0.)], cost=cost, filters={"student": {"in": 9, "kept": 4}}, correlation=.4, statistics=[["named", "9"]])
-    text = as_html(str(places/"smoke.yaml")).read_text(); p = Page(); p.feed(text)
-    assert not p.open and len(p.images) == 2 and all(i["src"].startswith("data:image/") for i in p.images) and len({i["alt"] for i in p.images}) == 2
-    assert all(link[1:] in p.ids for link in p.links if link.startswith("#")) and "42_b" in p.ids and not {"script", "link", "iframe"} & set(p.seen)
-    for words in ("70.0 (60.0–80.0)", "55.0 (50.0–60.0)", "12,345", "m&lt;1&gt;", "What each filter keeps and drops", "tokens 7.5", "octomed run", "--only 42_b", "Does not prove: much", "No results yet of 1 of 2 sections: 42_c", "prints 46.39 as HuatuoGPT-Vision-7B"): assert words in text, words
+    put(
+        places / "out" / "smoke",
+        [claim("a")],
+        rows=[
+            line(
+                vote=0.7,
+                vote_interval=[0.6, 0.8],
+                votes=10,
+                graded=0.55,
+                graded_interval=[0.5, 0.6],
+            ),
+            line("z", in_order=0.5, shuffled=0.5, moved=0.0),
+        ],
+        cost=cost,
+        filters={"student": {"in": 9, "kept": 4}},
+        correlation=0.4,
+        statistics=[["named", "9"]],
+    )
+    text = as_html(str(places / "smoke.yaml")).read_text()
+    p = Page()
+    p.feed(text)
+    assert (
+        not p.open
+        and len(p.images) == 2
+        and all(i["src"].startswith("data:image/") for i in p.images)
+        and len({i["alt"] for i in p.images}) == 2
+    )
+    assert (
+        all(link[1:] in p.ids for link in p.links if link.startswith("#"))
+        and "42_b" in p.ids
+        and not {"script", "link", "iframe"} & set(p.seen)
+    )
+    for words in (
+        "70.0 (60.0–80.0)",
+        "55.0 (50.0–60.0)",
+        "12,345",
+        "m&lt;1&gt;",
+        "What each filter keeps and drops",
+        "tokens 7.5",
+        "octomed run",
+        "--only 42_b",
+        "Does not prove: much",
+        "No results yet of 1 of 2 sections: 42_c",
+        "prints 46.39 as HuatuoGPT-Vision-7B",
+    ):
+        assert words in text, words
     assert text.index("the main figure") < text.index("difference with its interval and verdict")
 
 
 def test_the_text_is_read_at_120_columns(places):
-    put(places/"out"/"smoke", [claim("a claim that goes on for quite a while, until it has filled more than one line of the terminal")], rows=[line(benchmark=b, vote=.7, vote_interval=[.6, .8], votes=10, paper=.4, in_order=.5, shuffled=.5, moved=0.) for b in ("medxpertqa_text:test", "Overall")])
-    text = as_text(str(places/"smoke.yaml"))
+    put(
+        places / "out" / "smoke",
+        [
+            claim(
+                "a claim that goes on for quite a while, until it has filled more than one line of the terminal"
+            )
+        ],
+        rows=[
+            line(
+                benchmark=b,
+                vote=0.7,
+                vote_interval=[0.6, 0.8],
+                votes=10,
+                paper=0.4,
+                in_order=0.5,
+                shuffled=0.5,
+                moved=0.0,
+            )
+            for b in ("medxpertqa_text:test", "Overall")
+        ],
+    )
+    text = as_text(str(places / "smoke.yaml"))
     tables = [l for l in text.splitlines() if re.match(r"(arm|x|claim|a claim) ", l)]
-    assert tables and max(map(len, tables)) <= 120 and "Does not prove: much" in text and "made by: octomed run" in text
+    assert (
+        tables
+        and max(map(len, tables)) <= 120
+        and "Does not prove: much" in text
+        and "made by: octomed run" in text
+    )
 
 
 def test_rows_without_a_vote_have_no_column_for_it():
     rows = [score_row(line()), score_row(line(benchmark="Overall"))]
-    assert list(filled(rows)[0]) == ["arm", "benchmark", "n", "runs", "accuracy", "interval", "chance"] and rows[1]["benchmark"] == "Overall, text only"
+    assert (
+        list(filled(rows)[0]) == ["arm", "benchmark", "n", "runs", "accuracy", "interval", "chance"]
+        and rows[1]["benchmark"] == "Overall, text only"
+    )
 
 
 def test_a_vote_shows_both_overalls():
-    shown = score_row(line(benchmark="Overall", accuracy=.678, vote=.71, vote_interval=[.7, .72], votes=10))
+    shown = score_row(
+        line(benchmark="Overall", accuracy=0.678, vote=0.71, vote_interval=[0.7, 0.72], votes=10)
+    )
     assert (shown["accuracy"].strip(), shown["by vote"].strip()) == ("67.8", "71.0 (70.0–72.0)")
 
 
 def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
-    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path/"nowhere"))
-    kept = sorted((core.root()/"outputs"/"reference"/"course"/"results").glob("*.json"))
-    text = as_html("course").read_text(); p = Page(); p.feed(text)
-    assert not p.open and {f.stem for f in kept} <= set(p.ids) and len(p.images) >= 2*len(kept) and str(core.root()) not in text
+    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "nowhere"))
+    kept = sorted((core.root() / "outputs" / "reference" / "course" / "results").glob("*.json"))
+    text = as_html("course").read_text()
+    p = Page()
+    p.feed(text)
+    assert (
+        not p.open
+        and {f.stem for f in kept} <= set(p.ids)
+        and len(p.images) >= 2 * len(kept)
+        and str(core.root()) not in text
+    )
 
 
 def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path, monkeypatch):
-    from octomed.plan import Section
-    path = tmp_path/"44_samples.ipynb"
-    path.write_text((core.root()/"nbs"/"paper"/"44_samples.ipynb").read_text())
+    from octomed.run.sections import Section
+
+    path = tmp_path / "44_samples.ipynb"
+    path.write_text((core.root() / "nbs" / "paper" / "44_samples.ipynb").read_text())
     report.show_in_notebook(Section("44_samples", path), "course")
     out = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
-    assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == ["44_samples:"]*2 and any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
+    assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == [
+        "44_samples:"
+    ] * 2 and any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)

@@ -1,12 +1,22 @@
 """The runner: order, parameters, failures, signals, and the bytes that it leaves."""
-import errno, json, os, signal, subprocess, sys, time, types
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 
-from octomed import core, runner
-from octomed.core import OctomedError, UsageError, atomic_write
-from octomed.runner import SectionFailed, run_recipe, status
+from octomed.core import paths as core
+from octomed.core.files import atomic_write
+from octomed.core.paths import OctomedError, UsageError
+from octomed.run import runner
+from octomed.run.runner import SectionFailed, run_recipe, status
 
 RESULT = """
 import json, pathlib, time
@@ -18,16 +28,54 @@ def finish(section, **row):
 
 class World:
     "Fake sections, a recipe, a store and outputs of their own."
+
     def __init__(self, folder: Path):
-        self.folder, self.nbs, self.out, self.recipe = folder, folder/"nbs", folder/"out", folder/"r.yaml"
+        self.folder, self.nbs, self.out, self.recipe = (
+            folder,
+            folder / "nbs",
+            folder / "out",
+            folder / "r.yaml",
+        )
         self.nbs.mkdir()
         self.values = {}
 
-    def section(self, name, body="", values=None, parameters='recipe = "smoke"\nout = None\nn = 1', tagged=1, module=None):
-        cells = [*([f"#| default_exp paper.{module}"] if module else []), *[parameters]*tagged, RESULT, body or f"finish({name!r}, n=n)"]
-        cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": ["parameters"]} if c == parameters else {}, "source": c, "outputs": [], "execution_count": None} for i, c in enumerate(cells)]
+    def section(
+        self,
+        name,
+        body="",
+        values=None,
+        parameters='recipe = "smoke"\nout = None\nn = 1',
+        tagged=1,
+        module=None,
+    ):
+        cells = [
+            *([f"#| default_exp paper.{module}"] if module else []),
+            *[parameters] * tagged,
+            RESULT,
+            body or f"finish({name!r}, n=n)",
+        ]
+        cells = [
+            {
+                "cell_type": "code",
+                "id": f"c{i}",
+                "metadata": {"tags": ["parameters"]} if c == parameters else {},
+                "source": c,
+                "outputs": [],
+                "execution_count": None,
+            }
+            for i, c in enumerate(cells)
+        ]
         kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-        (self.nbs/f"{name}.ipynb").write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
+        (self.nbs / f"{name}.ipynb").write_text(
+            json.dumps(
+                {
+                    "cells": cells,
+                    "metadata": {"kernelspec": kernel},
+                    "nbformat": 4,
+                    "nbformat_minor": 5,
+                }
+            )
+        )
         self.values[name] = values or {}
         return self.write()
 
@@ -35,267 +83,446 @@ class World:
         self.recipe.write_text(json.dumps({"common": common, "sections": self.values}))
         return self
 
-    def run(self, **kw): return run_recipe(str(self.recipe), notebooks=self.nbs, **kw)
-    def states(self): return {r["section"]: r["state"] for r in status(str(self.recipe), self.nbs)}
-    def rows(self, name): return json.loads((self.out/"r"/"results"/f"{name}.json").read_text())["rows"]
+    def run(self, **kw):
+        return run_recipe(str(self.recipe), notebooks=self.nbs, **kw)
+
+    def states(self):
+        return {r["section"]: r["state"] for r in status(str(self.recipe), self.nbs)}
+
+    def rows(self, name):
+        return json.loads((self.out / "r" / "results" / f"{name}.json").read_text())["rows"]
 
     def bytes(self):
-        return {str(p.relative_to(self.out)): (p.read_bytes(), p.stat().st_mtime_ns) for p in (self.out/"r").rglob("*") if p.is_file() and p.name != "run.log"}
+        return {
+            str(p.relative_to(self.out)): (p.read_bytes(), p.stat().st_mtime_ns)
+            for p in (self.out / "r").rglob("*")
+            if p.is_file() and p.name != "run.log"
+        }
 
     def start(self, **env):
         "The runner in a process of its own."
-        return subprocess.Popen([sys.executable, "-m", "octomed.cli", "run", str(self.recipe)], env={**os.environ, "OCTOMED_NOTEBOOKS": str(self.nbs), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "octomed.run.cli", "run", str(self.recipe)],
+            env={**os.environ, "OCTOMED_NOTEBOOKS": str(self.nbs), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path/"store")); monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path/"out"))
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))
     monkeypatch.delenv("OCTOMED_FRESH", raising=False)
     return World(tmp_path)
 
 
-def children(pid): return [int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()]
+def children(pid):
+    return [
+        int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()
+    ]
 
 
 def wait_for(condition, seconds=20):
     end = time.time() + seconds
     while time.time() < end:
-        if found := condition(): return found
+        if found := condition():
+            return found
         time.sleep(0.05)
     raise AssertionError("it did not happen in time")
 
 
 # Order and parameters: nothing is run before everything was checked.
 
+
 def test_unknown_names_are_wrong_usage(world):
     world.section("1_a", values={"m": 3})
-    with pytest.raises(UsageError, match="parameter m that its notebook does not declare: choose from n"): world.run()
+    with pytest.raises(
+        UsageError, match="parameter m that its notebook does not declare: choose from n"
+    ):
+        world.run()
     world.section("1_a", values={"n": "three"})
-    with pytest.raises(UsageError, match="n of 1_a must be int, not 'three'"): world.run()
+    with pytest.raises(UsageError, match="n of 1_a must be int, not 'three'"):
+        world.run()
     world.section("1_a", values={"out": "x"})
-    with pytest.raises(UsageError, match="out"): world.run()
-    with pytest.raises(UsageError, match="no section 2_b: choose from 1_a"): world.run(only="1_a,2_b")
-    with pytest.raises(UsageError, match="there is no recipe nothing"): run_recipe("nothing")
-    world.values["3_c"] = {}; world.write()
-    with pytest.raises(UsageError, match="3_c, which has no notebook"): world.run()
+    with pytest.raises(UsageError, match="out"):
+        world.run()
+    with pytest.raises(UsageError, match="no section 2_b: choose from 1_a"):
+        world.run(only="1_a,2_b")
+    with pytest.raises(UsageError, match="there is no recipe nothing"):
+        run_recipe("nothing")
+    world.values["3_c"] = {}
+    world.write()
+    with pytest.raises(UsageError, match="3_c, which has no notebook"):
+        world.run()
     assert not world.out.exists()
 
 
 @pytest.mark.parametrize("tagged", [0, 2])
 def test_exactly_one_parameters_cell(world, tagged):
-    with pytest.raises(OctomedError, match=f"{tagged} cells tagged parameters: tag exactly one"): world.section("1_a", tagged=tagged).run()
+    with pytest.raises(OctomedError, match=f"{tagged} cells tagged parameters: tag exactly one"):
+        world.section("1_a", tagged=tagged).run()
 
 
 def test_parameters_cell_needs_recipe_and_out(world):
-    with pytest.raises(OctomedError, match="lacks out: add it"): world.section("1_a", parameters='recipe = "smoke"').run()
+    with pytest.raises(OctomedError, match="lacks out: add it"):
+        world.section("1_a", parameters='recipe = "smoke"').run()
 
 
 def test_order_by_number_and_published_copies(world):
-    world.section("10_b"); world.section("9_a", values={"n": 7})
+    world.section("10_b")
+    world.section("9_a", values={"n": 7})
     assert world.run()["ran"] == ["9_a", "10_b"]
     assert world.rows("9_a") == [{"n": 7}] and world.rows("10_b") == [{"n": 1}]
-    text = (world.out/"r"/"9_a.ipynb").read_text()
-    assert str(world.folder/"store") not in text and "outputs/r" in text
-    assert not list(world.nbs.glob("*.failed*")) and sorted(p.name for p in world.nbs.iterdir()) == ["10_b.ipynb", "9_a.ipynb"]
+    text = (world.out / "r" / "9_a.ipynb").read_text()
+    assert str(world.folder / "store") not in text and "outputs/r" in text
+    assert not list(world.nbs.glob("*.failed*")) and sorted(
+        p.name for p in world.nbs.iterdir()
+    ) == ["10_b.ipynb", "9_a.ipynb"]
     assert world.states() == {"9_a": "done", "10_b": "done"}
 
 
 # Failures.
 
+
 def test_a_failing_cell_is_named_and_the_work_before_it_kept(world):
-    world.section("1_a"); world.section("2_b", body="x = 1\n1/0")
-    with pytest.raises(SectionFailed, match=r"2_b failed in cell 3 \(ZeroDivisionError: division by zero\)"): world.run()
+    world.section("1_a")
+    world.section("2_b", body="x = 1\n1/0")
+    with pytest.raises(
+        SectionFailed, match=r"2_b failed in cell 3 \(ZeroDivisionError: division by zero\)"
+    ):
+        world.run()
     assert world.rows("1_a") and world.states() == {"1_a": "done", "2_b": "failed"}
-    assert "ZeroDivisionError" in (world.out/"r"/"run.log").read_text()
+    assert "ZeroDivisionError" in (world.out / "r" / "run.log").read_text()
     world.section("2_b")
     assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]}
-    assert world.states()["2_b"] == "done" and not (world.out/"r"/"2_b.failed.ipynb").exists()
+    assert world.states()["2_b"] == "done" and not (world.out / "r" / "2_b.failed.ipynb").exists()
 
 
 def test_fault_1_killed_kernel(world):
-    flag = world.folder/"mended"
-    world.section("1_a", body=f"import os, signal, pathlib\nif not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)\nfinish('1_a')")
-    with pytest.raises(SectionFailed, match=r"1_a failed in cell 3 \(its kernel was killed or died\)"): world.run()
-    states = [c["metadata"]["papermill"]["status"] for c in json.loads((world.out/"r"/"1_a.failed.ipynb").read_text())["cells"]]
-    assert states == ["completed", "completed", "completed", "failed"] and world.states() == {"1_a": "failed"}
-    assert not (world.out/"r"/"results").exists() and not list((world.folder/"store"/"stages").glob("*"))
+    flag = world.folder / "mended"
+    world.section(
+        "1_a",
+        body=f"import os, signal, pathlib\nif not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)\nfinish('1_a')",
+    )
+    with pytest.raises(
+        SectionFailed, match=r"1_a failed in cell 3 \(its kernel was killed or died\)"
+    ):
+        world.run()
+    states = [
+        c["metadata"]["papermill"]["status"]
+        for c in json.loads((world.out / "r" / "1_a.failed.ipynb").read_text())["cells"]
+    ]
+    assert states == ["completed", "completed", "completed", "failed"] and world.states() == {
+        "1_a": "failed"
+    }
+    assert not (world.out / "r" / "results").exists() and not list(
+        (world.folder / "store" / "stages").glob("*")
+    )
     flag.touch()
     assert world.run()["ran"] == ["1_a"] and world.states() == {"1_a": "done"}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_fault_2_signals(world, signum):
-    running = world.folder/"running"
-    p = world.section("1_a").section("2_b", body=f"pathlib.Path({str(running)!r}).touch()\ntime.sleep(60)").start()
+    running = world.folder / "running"
+    p = (
+        world.section("1_a")
+        .section("2_b", body=f"pathlib.Path({str(running)!r}).touch()\ntime.sleep(60)")
+        .start()
+    )
     wait_for(running.exists)
     kernels = children(p.pid)
     p.send_signal(signum)
     _, err = p.communicate(timeout=20)
-    assert p.returncode == 1 and "stopped: what was finished is kept" in err and "Traceback" not in err
+    assert (
+        p.returncode == 1 and "stopped: what was finished is kept" in err and "Traceback" not in err
+    )
     wait_for(lambda: not any(Path(f"/proc/{k}").exists() for k in kernels), 10)
     assert kernels and world.states() == {"1_a": "done", "2_b": "missing"}
-    assert not any(p.is_dir() for p in (world.folder/"store"/"work").glob("*"))
+    assert not any(p.is_dir() for p in (world.folder / "store" / "work").glob("*"))
 
 
 def test_a_slice_of_time_ends_with_everything_kept(world):
     world.section("1_a").section("2_b", body="time.sleep(600)")
     world.run(only="1_a")
     begun = time.time()
-    with pytest.raises(OctomedError, match="stopped: what was finished is kept"): world.run(minutes=0.1)
+    with pytest.raises(OctomedError, match="stopped: what was finished is kept"):
+        world.run(minutes=0.1)
     assert time.time() - begun < 120 and world.states() == {"1_a": "done", "2_b": "missing"}
-    assert world.section("2_b").run(minutes=60) == {"ran": ["2_b"], "skipped": ["1_a"]}   # the same command goes on
+    assert world.section("2_b").run(minutes=60) == {
+        "ran": ["2_b"],
+        "skipped": ["1_a"],
+    }  # the same command goes on
 
 
 def test_fault_3_killed_during_a_write(tmp_path):
     "A process that is killed between the bytes and the rename leaves the previous file whole."
-    atomic_write(tmp_path/"a.json", "old")
-    code = f"import os, signal\nfrom octomed import core\ncore.os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\ncore.atomic_write({str(tmp_path/'a.json')!r}, 'new and longer')"
+    atomic_write(tmp_path / "a.json", "old")
+    code = f"import os, signal\nfrom octomed import core\ncore.os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\ncore.atomic_write({str(tmp_path / 'a.json')!r}, 'new and longer')"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert (tmp_path/"a.json").read_text() == "old"
+    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_fault_3_runner_killed(world):
     "SIGKILL of the runner itself: nothing looks finished, the kernel ends, the next run makes it."
-    running = world.folder/"running"
-    p = world.section("1_a", body=f"pathlib.Path({str(running)!r}).touch()\nif n == 1: time.sleep(3)\nfinish('1_a', n=n)").start()
+    running = world.folder / "running"
+    p = world.section(
+        "1_a",
+        body=f"pathlib.Path({str(running)!r}).touch()\nif n == 1: time.sleep(3)\nfinish('1_a', n=n)",
+    ).start()
     wait_for(running.exists)
-    p.kill(); p.communicate()
-    assert world.states() == {"1_a": "missing"} and not (world.out/"r"/"results").exists()
-    world.values["1_a"] = {"n": 2}; world.write()
+    p.kill()
+    p.communicate()
+    assert world.states() == {"1_a": "missing"} and not (world.out / "r" / "results").exists()
+    world.values["1_a"] = {"n": 2}
+    world.write()
     assert world.run()["ran"] == ["1_a"] and world.rows("1_a") == [{"n": 2}]
 
 
 def test_fault_4_disk_full_in_the_runner(world, monkeypatch):
     real = core.os.fsync
+
     def full(fd):
-        if ".1_a.ipynb." in os.readlink(f"/proc/self/fd/{fd}"): raise OSError(errno.ENOSPC, "No space left on device")
+        if ".1_a.ipynb." in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
         real(fd)
+
     world.section("1_a")
     with monkeypatch.context() as m:
         m.setattr(core.os, "fsync", full)
-        with pytest.raises(OctomedError, match="no space left to write 1_a.ipynb: free some"): world.run()
-    assert not (world.out/"r"/"results").exists() and not [p for p in world.folder.rglob(".*.ipynb.*")]
+        with pytest.raises(OctomedError, match="no space left to write 1_a.ipynb: free some"):
+            world.run()
+    assert not (world.out / "r" / "results").exists() and not [
+        p for p in world.folder.rglob(".*.ipynb.*")
+    ]
     assert world.run()["ran"] == ["1_a"]
 
 
 def test_fault_4_disk_full_in_a_cell(world):
-    world.section("1_a", body="import resource, signal\nfrom octomed.core import atomic_write\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\natomic_write(pathlib.Path(out)/'big.bin', b'0'*5000)")
-    with pytest.raises(SectionFailed, match="1_a failed in cell 3"): world.run()
+    world.section(
+        "1_a",
+        body="import resource, signal\nfrom octomed.core import atomic_write\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\natomic_write(pathlib.Path(out)/'big.bin', b'0'*5000)",
+    )
+    with pytest.raises(SectionFailed, match="1_a failed in cell 3"):
+        world.run()
     assert not list(world.folder.rglob("*big.bin*"))
 
 
-@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)"])
+@pytest.mark.parametrize(
+    "leave", ["import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)"]
+)
 def test_fault_5_leaving_early_is_a_failure(world, leave):
     world.section("1_a", body=f"finish('1_a')\n{leave}")
-    with pytest.raises(SectionFailed, match=r"1_a failed in cell 3 \((it called sys.exit|its kernel was killed or died)"): world.run()
+    with pytest.raises(
+        SectionFailed,
+        match=r"1_a failed in cell 3 \((it called sys.exit|its kernel was killed or died)",
+    ):
+        world.run()
     assert world.states() == {"1_a": "failed"}
 
 
 def test_fault_5_no_results_is_a_failure(world):
-    with pytest.raises(SectionFailed, match="wrote no results/1_a.json"): world.section("1_a", body="1").run()
+    with pytest.raises(SectionFailed, match="wrote no results/1_a.json"):
+        world.section("1_a", body="1").run()
     with pytest.raises(SectionFailed, match="lack card, claims"):
-        world.section("1_a", body="(pathlib.Path(out)/'results').mkdir(); (pathlib.Path(out)/'results'/'1_a.json').write_text('{\"section\": 1, \"recipe\": 1, \"rows\": []}')").run()
+        world.section(
+            "1_a",
+            body="(pathlib.Path(out)/'results').mkdir(); (pathlib.Path(out)/'results'/'1_a.json').write_text('{\"section\": 1, \"recipe\": 1, \"rows\": []}')",
+        ).run()
 
 
 # Staleness, by content.
 
+
 def test_fault_6_stale_by_content(world, monkeypatch):
-    data = world.folder/"data.csv"; data.write_text("a")
-    module = types.ModuleType("octomed.paper.fake"); module.inputs = lambda recipe: [data]
-    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper")); monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
-    world.section("1_a", module="fake"); world.section("2_b")
+    data = world.folder / "data.csv"
+    data.write_text("a")
+    module = types.ModuleType("octomed.paper.fake")
+    module.inputs = lambda recipe: [data]
+    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper"))
+    monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
+    world.section("1_a", module="fake")
+    world.section("2_b")
     world.run()
-    def both(): return list(world.states().values())
+
+    def both():
+        return list(world.states().values())
+
     assert both() == ["done", "done"]
-    os.utime(data, (1, 1)); assert both() == ["done", "done"]              # time is no content
-    data.write_text("b"); assert both() == ["stale", "done"]               # an input of one section
-    data.write_text("a"); assert both() == ["done", "done"]
-    world.values["2_b"] = {"n": 2}; world.write(); assert both() == ["done", "stale"]      # a parameter of one section
-    world.values["2_b"] = {"n": 1}; world.write(); assert both() == ["done", "done"]       # its default, said aloud
-    world.write(lr=0.5); assert both() == ["stale", "stale"]               # what sections share
-    world.write(); world.section("2_b", body="finish('2_b', n=n + 1)"); assert both() == ["done", "stale"]  # code of one notebook
+    os.utime(data, (1, 1))
+    assert both() == ["done", "done"]  # time is no content
+    data.write_text("b")
+    assert both() == ["stale", "done"]  # an input of one section
+    data.write_text("a")
+    assert both() == ["done", "done"]
+    world.values["2_b"] = {"n": 2}
+    world.write()
+    assert both() == ["done", "stale"]  # a parameter of one section
+    world.values["2_b"] = {"n": 1}
+    world.write()
+    assert both() == ["done", "done"]  # its default, said aloud
+    world.write(lr=0.5)
+    assert both() == ["stale", "stale"]  # what sections share
+    world.write()
+    world.section("2_b", body="finish('2_b', n=n + 1)")
+    assert both() == ["done", "stale"]  # code of one notebook
     assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]} and world.rows("2_b") == [{"n": 2}]
 
 
 def test_fault_6_stale_by_module(world, monkeypatch):
     "The code of a module that the notebook imports is part of its key."
-    import octomed.store as store
+
     world.section("1_a", body="from octomed.core import digest\nfinish('1_a', n=n)")
-    key = lambda: runner.notebook_stage(runner.Section("1_a", world.nbs/"1_a.ipynb"), core.load_recipe(str(world.recipe))).key
+    key = lambda: (
+        runner.notebook_stage(
+            runner.Section("1_a", world.nbs / "1_a.ipynb"), core.load_recipe(str(world.recipe))
+        ).key
+    )
     before, real = key(), Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: real(p, *a, **k) + ("\nchanged = 1\n" if p == Path(core.__file__) else ""))
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda p, *a, **k: (
+            real(p, *a, **k) + ("\nchanged = 1\n" if p == Path(core.__file__) else "")
+        ),
+    )
     assert key() != before
-    monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: real(p, *a, **k) + ("\n# a comment\n" if p == Path(core.__file__) else ""))
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda p, *a, **k: (
+            real(p, *a, **k) + ("\n# a comment\n" if p == Path(core.__file__) else "")
+        ),
+    )
     assert key() == before
 
 
 def test_fault_7_two_runners_at_once(world):
-    count = world.folder/"count"
-    world.section("1_a", body=f"time.sleep(0.5)\nwith open({str(count)!r}, 'a') as f: f.write('x')\nfinish('1_a')")
+    count = world.folder / "count"
+    world.section(
+        "1_a",
+        body=f"time.sleep(0.5)\nwith open({str(count)!r}, 'a') as f: f.write('x')\nfinish('1_a')",
+    )
     errs = [p.communicate(timeout=40)[1] for p in [world.start(), world.start()] if p.wait(40) == 0]
     assert len(errs) == 2 and count.read_text() == "x" and world.states() == {"1_a": "done"}
 
 
 def test_sections_side_by_side(world, capfd):
-    meet = lambda me, other: f"pathlib.Path('{world.folder}/{me}').touch()\nwhile not pathlib.Path('{world.folder}/{other}').exists(): time.sleep(0.05)\nfinish({me!r}, n=n)"
-    world.section("0_z"); world.run(only="0_z")
-    world.section("1_a", body=meet("1_a", "2_b")).section("2_b", body=meet("2_b", "1_a")).section("3_c", values={"n": 7})
-    assert (got := world.run(jobs=2))["skipped"] == ["0_z"] and sorted(got["ran"]) == ["1_a", "2_b", "3_c"]   # one at a time, the first would wait for ever
-    assert world.rows("3_c") == [{"n": 7}] and set(world.states().values()) == {"done"} and "3_c done in" in capfd.readouterr().err
+    meet = lambda me, other: (
+        f"pathlib.Path('{world.folder}/{me}').touch()\nwhile not pathlib.Path('{world.folder}/{other}').exists(): time.sleep(0.05)\nfinish({me!r}, n=n)"
+    )
+    world.section("0_z")
+    world.run(only="0_z")
+    world.section("1_a", body=meet("1_a", "2_b")).section("2_b", body=meet("2_b", "1_a")).section(
+        "3_c", values={"n": 7}
+    )
+    assert (got := world.run(jobs=2))["skipped"] == ["0_z"] and sorted(got["ran"]) == [
+        "1_a",
+        "2_b",
+        "3_c",
+    ]  # one at a time, the first would wait for ever
+    assert (
+        world.rows("3_c") == [{"n": 7}]
+        and set(world.states().values()) == {"done"}
+        and "3_c done in" in capfd.readouterr().err
+    )
     assert world.run(jobs=2) == {"ran": [], "skipped": ["0_z", "1_a", "2_b", "3_c"]}
 
 
 def test_what_took_longest_is_started_first_beside_others(world, capfd):
-    for name, slow in (("1_a", 0), ("2_b", 0), ("3_c", 4)): world.section(name, body=f"time.sleep({slow})\nfinish({name!r}, n=n)")
-    world.run(); world.write(lr=0.5); capfd.readouterr()
+    for name, slow in (("1_a", 0), ("2_b", 0), ("3_c", 4)):
+        world.section(name, body=f"time.sleep({slow})\nfinish({name!r}, n=n)")
+    world.run()
+    world.write(lr=0.5)
+    capfd.readouterr()
     world.run(jobs=2)
     said = capfd.readouterr().err
-    assert said.index("3_c starts") < said.index("1_a starts") and said.index("3_c starts") < said.index("2_b starts")
+    assert said.index("3_c starts") < said.index("1_a starts") and said.index(
+        "3_c starts"
+    ) < said.index("2_b starts")
 
 
 def test_a_failure_beside_others_lets_them_end_and_starts_no_more(world, capfd):
-    world.section("1_a", body="1/0").section("2_b", body="time.sleep(4)\nfinish('2_b')").section("3_c")
-    with pytest.raises(SectionFailed, match="1_a failed, as told above"): world.run(jobs=2)
-    assert "ZeroDivisionError" in capfd.readouterr().err and world.states() == {"1_a": "failed", "2_b": "done", "3_c": "missing"}
+    world.section("1_a", body="1/0").section("2_b", body="time.sleep(4)\nfinish('2_b')").section(
+        "3_c"
+    )
+    with pytest.raises(SectionFailed, match="1_a failed, as told above"):
+        world.run(jobs=2)
+    assert "ZeroDivisionError" in capfd.readouterr().err and world.states() == {
+        "1_a": "failed",
+        "2_b": "done",
+        "3_c": "missing",
+    }
 
 
 def test_side_by_side_stops_with_everything_it_started(world):
-    for n in "ab": world.section(f"1_{n}", body="time.sleep(600)")
+    for n in "ab":
+        world.section(f"1_{n}", body="time.sleep(600)")
     begun = time.time()
-    with pytest.raises(OctomedError, match="stopped: what was finished is kept"): world.run(jobs=2, minutes=0.15)
-    assert not [p for p in children(os.getpid()) if "\0octomed.cli\0run" in Path(f"/proc/{p}/cmdline").read_text()]
+    with pytest.raises(OctomedError, match="stopped: what was finished is kept"):
+        world.run(jobs=2, minutes=0.15)
+    assert not [
+        p
+        for p in children(os.getpid())
+        if "\0octomed.run.cli\0run" in Path(f"/proc/{p}/cmdline").read_text()
+    ]
     assert time.time() - begun < 60 and set(world.states().values()) == {"missing"}
 
 
 def test_fault_8_a_finished_run_does_nothing(world, capfd):
-    world.section("1_a"); world.run()
-    before = world.bytes(); capfd.readouterr()
+    world.section("1_a")
+    world.run()
+    before = world.bytes()
+    capfd.readouterr()
     assert world.run() == {"ran": [], "skipped": ["1_a"]}
-    assert "nothing to do, all 1 sections are done" in capfd.readouterr().err and world.bytes() == before
-    (world.out/"r"/"results"/"1_a.json").unlink()
-    world.run(); assert {k: v[0] for k, v in world.bytes().items()} == {k: v[0] for k, v in before.items()}
+    assert (
+        "nothing to do, all 1 sections are done" in capfd.readouterr().err
+        and world.bytes() == before
+    )
+    (world.out / "r" / "results" / "1_a.json").unlink()
+    world.run()
+    assert {k: v[0] for k, v in world.bytes().items()} == {k: v[0] for k, v in before.items()}
     assert world.run(fresh=True)["ran"] == ["1_a"] and "OCTOMED_FRESH" not in os.environ
 
 
 def test_fault_17_a_canary_key_is_nowhere(world, monkeypatch, capfd):
     canary = "sk-canary\"'0123456789"
     monkeypatch.setenv("SOME_API_KEY", canary)
-    world.section("1_a", body="import os, sys\nkey = os.environ['SOME_API_KEY']\nprint(key)\nprint(key, file=sys.stderr)\nfinish('1_a', key=key)\nkey")
-    world.section("2_b", body="import os\nkey = os.environ['SOME_API_KEY']\nraise ValueError(f'refused {key}')")
-    with pytest.raises(SectionFailed) as failure: world.run()
-    shown = capfd.readouterr(); seen = [str(failure.value), shown.out, shown.err]
+    world.section(
+        "1_a",
+        body="import os, sys\nkey = os.environ['SOME_API_KEY']\nprint(key)\nprint(key, file=sys.stderr)\nfinish('1_a', key=key)\nkey",
+    )
+    world.section(
+        "2_b",
+        body="import os\nkey = os.environ['SOME_API_KEY']\nraise ValueError(f'refused {key}')",
+    )
+    with pytest.raises(SectionFailed) as failure:
+        world.run()
+    shown = capfd.readouterr()
+    seen = [str(failure.value), shown.out, shown.err]
     files = [p for p in world.folder.rglob("*") if p.is_file()]
-    assert len([p for p in files if p.suffix == ".ipynb"]) == 5 and "[SOME_API_KEY]" in str(failure.value)  # two sources, one kept twice, one failed
-    for text in [*seen, *(p.read_bytes().decode(errors="replace") for p in files)]: assert "0123456789" not in text
+    assert len([p for p in files if p.suffix == ".ipynb"]) == 5 and "[SOME_API_KEY]" in str(
+        failure.value
+    )  # two sources, one kept twice, one failed
+    for text in [*seen, *(p.read_bytes().decode(errors="replace") for p in files)]:
+        assert "0123456789" not in text
     assert world.rows("1_a") == [{"key": "[SOME_API_KEY]"}]
 
 
 def test_one_arm(world, monkeypatch):
-    module = types.ModuleType("octomed.paper.fake"); module.arms = lambda recipe: {"cot": 1, "direct": 2}
-    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper")); monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
-    asked, fake = [], types.ModuleType("octomed.experiment")
-    fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append((arms, recipe.of("1_a"), seeds))
-    monkeypatch.setitem(sys.modules, "octomed.experiment", fake)
-    world.section("1_a", module="fake"); world.section("2_b")
-    with pytest.raises(UsageError, match="no section has an arm none: choose from cot, direct"): world.run(arm="none")
+    module = types.ModuleType("octomed.paper.fake")
+    module.arms = lambda recipe: {"cot": 1, "direct": 2}
+    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper"))
+    monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
+    asked, fake = [], types.ModuleType("octomed.evaluate.arms")
+    fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append(
+        (arms, recipe.of("1_a"), seeds)
+    )
+    monkeypatch.setitem(sys.modules, "octomed.evaluate.arms", fake)
+    world.section("1_a", module="fake")
+    world.section("2_b")
+    with pytest.raises(UsageError, match="no section has an arm none: choose from cot, direct"):
+        world.run(arm="none")
     assert world.run(arm="cot")["ran"] == ["1_a"] and asked == [({"cot": 1}, {"n": 1}, 1)]

@@ -1,11 +1,31 @@
 "API faults, against a real local HTTP server that misbehaves on purpose."
-import contextlib, io, logging, time, traceback
+
+import contextlib
+import io
+import logging
+import time
+import traceback
+
 import pytest
-from misbehaving import chunks, completion, cut, error_in_stream, hang_up, malformed, out_of_resources, serving, slow, status, web_page
-from octomed.core import OctomedError
-from octomed.engines import FORCED, Request, Sampling, sample_seed, teacher
-from octomed.ledger import Ledger, draw
-from octomed.servers import OpenAIBatchEngine, OpenAIEngine
+from misbehaving import (
+    chunks,
+    completion,
+    cut,
+    error_in_stream,
+    hang_up,
+    malformed,
+    out_of_resources,
+    serving,
+    slow,
+    status,
+    web_page,
+)
+
+from octomed.core.paths import OctomedError
+from octomed.generate.engine_openai import OpenAIEngine
+from octomed.generate.engine_openai_batch import OpenAIBatchEngine
+from octomed.generate.engines import FORCED, Request, Sampling, sample_seed, teacher
+from octomed.generate.ledger import Ledger, draw
 
 CANARY = "sk-canary-5f1d8c"
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
@@ -15,22 +35,40 @@ PLAIN = Sampling(temperature=1.0, max_tokens=64)
 def fake(monkeypatch):
     "What the server does; `FAKE` is its name in the environment. Pauses between retries are cut short."
     with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url); monkeypatch.setenv("FAKE_API_KEY", CANARY)
+        monkeypatch.setenv("FAKE_BASE_URL", url)
+        monkeypatch.setenv("FAKE_API_KEY", CANARY)
         monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-        monkeypatch.setattr("octomed.servers.PAUSE", 0.01)
+        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
         yield fake
 
 
 def ask(name="q1", n=4, images=()):
-    content = [*({"type": "image", "image": i} for i in images), {"type": "text", "text": f"{name}: which is it ?"}]
-    return Request(name, [{"role": "user", "content": content}], f"prompt of {name}", tuple(range(n)))
+    content = [
+        *({"type": "image", "image": i} for i in images),
+        {"type": "text", "text": f"{name}: which is it ?"},
+    ]
+    return Request(
+        name, [{"role": "user", "content": content}], f"prompt of {name}", tuple(range(n))
+    )
 
 
-def engine(**kw): return OpenAIEngine("fake", "FAKE", **{"retries": 3, "timeout": 5.0, "max_pixels": 12_544, **kw})
+def engine(**kw):
+    return OpenAIEngine(
+        "fake", "FAKE", **{"retries": 3, "timeout": 5.0, "max_pixels": 12_544, **kw}
+    )
 
 
-FAULTS = {"429": status(429, wait=1), "500": status(500), "503": status(503), "malformed JSON": malformed, "a web page": web_page, "cut stream": cut,
-          "hung up": hang_up, "error in the stream": error_in_stream, "out of resources": out_of_resources}
+FAULTS = {
+    "429": status(429, wait=1),
+    "500": status(500),
+    "503": status(503),
+    "malformed JSON": malformed,
+    "a web page": web_page,
+    "cut stream": cut,
+    "hung up": hang_up,
+    "error in the stream": error_in_stream,
+    "out of resources": out_of_resources,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -38,7 +76,9 @@ def test_fault_10_what_fails_on_the_way_is_asked_again(fake, fault):
     fake.script = [FAULTS[fault]]
     got = list(engine().generate([ask()], PLAIN))
     assert sorted(s.index for s in got) == [0, 1, 2, 3] and len(fake.asked) == 5
-    assert {(s.text, s.finish, s.tokens, s.prompt_tokens, s.model, s.engine) for s in got} == {("<think>I see.</think> <answer>B</answer>", "stop", 7, 11, "fake@fake-1", "openai fp_1")}
+    assert {(s.text, s.finish, s.tokens, s.prompt_tokens, s.model, s.engine) for s in got} == {
+        ("<think>I see.</think> <answer>B</answer>", "stop", 7, 11, "fake@fake-1", "openai fp_1")
+    }
 
 
 def test_fault_10_a_time_out_is_asked_again(fake):
@@ -53,23 +93,28 @@ def test_fault_10_retry_after_is_respected(fake):
     list(engine().generate([ask(n=1)], PLAIN))
     assert time.time() - start >= 1.0
     fake.script = [status(429, wait=3600)]
-    with pytest.raises(OctomedError, match="asks to wait 3600 s: run again"): list(engine().generate([ask(n=1)], PLAIN))
+    with pytest.raises(OctomedError, match="asks to wait 3600 s: run again"):
+        list(engine().generate([ask(n=1)], PLAIN))
 
 
 def test_fault_10_what_got_no_answer_is_no_sample_and_is_drawn_by_the_next_run(fake, tmp_path):
-    e, ledger = engine(concurrency=1), Ledger(tmp_path/"ledger.sqlite")
-    fake.script = [status(500)]*4
-    with pytest.raises(OctomedError, match="1 samples got no answer from FAKE .broken.: run again"): draw(ledger, e, [ask(n=6)], PLAIN)
+    e, ledger = engine(concurrency=1), Ledger(tmp_path / "ledger.sqlite")
+    fake.script = [status(500)] * 4
+    with pytest.raises(OctomedError, match="1 samples got no answer from FAKE .broken.: run again"):
+        draw(ledger, e, [ask(n=6)], PLAIN)
     assert len(ledger) == 5
     asked = len(fake.asked)
-    assert [s.index for s in draw(ledger, e, [ask(n=6)], PLAIN)] == list(range(6)) and len(fake.asked) == asked + 1
+    assert [s.index for s in draw(ledger, e, [ask(n=6)], PLAIN)] == list(range(6)) and len(
+        fake.asked
+    ) == asked + 1
 
 
 def test_a_server_that_only_fails_stops_the_run_early(fake):
-    fake.script = [status(500)]*10_000
-    with pytest.raises(OctomedError, match="got no answer"): list(engine(concurrency=4).generate([ask(n=500)], PLAIN))
+    fake.script = [status(500)] * 10_000
+    with pytest.raises(OctomedError, match="got no answer"):
+        list(engine(concurrency=4).generate([ask(n=500)], PLAIN))
     assert len(fake.asked) < 60
-    fake.script = [status(500)]*4
+    fake.script = [status(500)] * 4
     kept = list(engine(concurrency=1, keep_failures=True).generate([ask(n=2)], PLAIN))
     assert [(s.finish, s.text) for s in kept][0] == ("error", "broken") and kept[1].finish == "stop"
 
@@ -78,7 +123,9 @@ def test_fault_11_refusals_and_length_are_outcomes(fake):
     fake.answer = lambda body: chunks("<think>It may", finish="length")
     assert {s.finish for s in engine().generate([ask()], PLAIN)} == {"length"}
     fake.answer = lambda body: chunks("", refusal="I cannot help with that.")
-    assert {(s.finish, s.text) for s in engine().generate([ask()], PLAIN)} == {("refused", "I cannot help with that.")}
+    assert {(s.finish, s.text) for s in engine().generate([ask()], PLAIN)} == {
+        ("refused", "I cannot help with that.")
+    }
     fake.answer = lambda body: chunks("The", finish="content_filter")
     assert {(s.finish, s.text) for s in engine().generate([ask()], PLAIN)} == {("refused", "The")}
     fake.script = [status(400, "filtered", code="content_filter")]
@@ -88,36 +135,57 @@ def test_fault_11_refusals_and_length_are_outcomes(fake):
 
 def test_fault_12_one_over_long_prompt_neither_aborts_nor_misaligns(fake):
     def judge(h, body):
-        if "long" in body["messages"][0]["content"]: status(400, "maximum context length is 2048 tokens", code="context_length_exceeded", param="max_tokens")(h, body)
-        else: h.stream(chunks(body["messages"][0]["content"]))
-    fake.script = [judge]*12
+        if "long" in body["messages"][0]["content"]:
+            status(
+                400,
+                "maximum context length is 2048 tokens",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )(h, body)
+        else:
+            h.stream(chunks(body["messages"][0]["content"]))
+
+    fake.script = [judge] * 12
     got = list(engine().generate([ask("q1"), ask("long"), ask("q2")], PLAIN))
-    assert {(s.question, s.finish) for s in got} == {("q1", "stop"), ("long", "error"), ("q2", "stop")}
+    assert {(s.question, s.finish) for s in got} == {
+        ("q1", "stop"),
+        ("long", "error"),
+        ("q2", "stop"),
+    }
     assert all(s.text.startswith(s.question) for s in got if s.finish == "stop") and len(got) == 12
 
 
 def test_fault_13_every_sample_asks_with_its_own_seed(fake):
     got = list(engine().generate([ask("q1", 16), ask("q2", 16)], PLAIN))
     wanted = {(q, sample_seed(PLAIN, q, i)) for q in ("q1", "q2") for i in range(16)}
-    assert {(b["messages"][0]["content"][:2], b["seed"]) for b in fake.asked} == wanted == {(s.question, s.seed) for s in got}
+    assert (
+        {(b["messages"][0]["content"][:2], b["seed"]) for b in fake.asked}
+        == wanted
+        == {(s.question, s.seed) for s in got}
+    )
     assert len({seed for _, seed in wanted}) == 32
 
 
 def test_fault_14_a_question_that_comes_twice_is_answered_twice_and_kept_once(fake, tmp_path):
-    ledger = Ledger(tmp_path/"ledger.sqlite")
+    ledger = Ledger(tmp_path / "ledger.sqlite")
     got = draw(ledger, engine(), [ask(), ask()], PLAIN)
-    assert [s.index for s in got] == [0, 1, 2, 3]*2 and len(ledger) == 4
+    assert [s.index for s in got] == [0, 1, 2, 3] * 2 and len(ledger) == 4
 
 
 def test_fault_9_a_run_that_is_stopped_asks_only_for_what_is_missing(fake, tmp_path):
-    ledger, e = Ledger(tmp_path/"ledger.sqlite"), engine(concurrency=1)
+    ledger, e = Ledger(tmp_path / "ledger.sqlite"), engine(concurrency=1)
+
     class Stops:
         model, name = e.model, e.name
+
         def generate(self, requests, sampling):
             for n, s in enumerate(e.generate(requests, sampling)):
-                if n == 5: raise KeyboardInterrupt
+                if n == 5:
+                    raise KeyboardInterrupt
                 yield s
-    with pytest.raises(KeyboardInterrupt): draw(ledger, Stops(), [ask(n=16)], PLAIN)
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(ledger, Stops(), [ask(n=16)], PLAIN)
     kept = {s.seed for s in ledger.find([bytes.fromhex(k.hex()) for k in keys(e, 16)]).values()}
     assert len(kept) == 5
     fake.asked.clear()
@@ -126,28 +194,37 @@ def test_fault_9_a_run_that_is_stopped_asks_only_for_what_is_missing(fake, tmp_p
 
 
 def keys(e, n):
-    from octomed.ledger import sample_key
+    from octomed.generate.ledger import sample_key
+
     return [sample_key("q1", e.model, "prompt of q1", PLAIN.key, i) for i in range(n)]
 
 
 def test_requests_are_under_way_together_up_to_the_limit(fake):
-    fake.script = [lambda h, body: (time.sleep(0.1), h.stream(chunks()))]*24
+    fake.script = [lambda h, body: (time.sleep(0.1), h.stream(chunks()))] * 24
     assert len(list(engine(concurrency=8).generate([ask(n=24)], PLAIN))) == 24
     assert 2 <= fake.most <= 8
 
 
 def test_images_travel_as_data_and_text_as_plain_strings(fake, picture):
     import base64
-    from octomed.images import image_path
+
+    from octomed.data.images import image_path
+
     list(engine().generate([ask("q1", 1), ask("q2", 1, [picture])], PLAIN))
-    text, seen = sorted((b["messages"][0]["content"] for b in fake.asked), key=lambda c: isinstance(c, list))
+    text, seen = sorted(
+        (b["messages"][0]["content"] for b in fake.asked), key=lambda c: isinstance(c, list)
+    )
     assert text == "q1: which is it ?" and [p["type"] for p in seen] == ["image_url", "text"]
     kind, _, data = seen[0]["image_url"]["url"].partition(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(data) == image_path(picture, 12_544).read_bytes()
+    assert (
+        kind == "data:image/png;base64"
+        and base64.b64decode(data) == image_path(picture, 12_544).read_bytes()
+    )
 
 
 def test_reasoning_that_comes_apart_is_joined(fake):
-    from octomed.answers import judge
+    from octomed.generate.answers import judge
+
     for name in ("reasoning_content", "reasoning"):
         fake.answer = lambda body: chunks("<answer>B</answer>", **{name: "It is viral."})
         (got,) = engine().generate([ask(n=1)], PLAIN)
@@ -155,100 +232,168 @@ def test_reasoning_that_comes_apart_is_joined(fake):
         assert judge(got.text, {"A": "no", "B": "yes"}, "B", think_first=True).status == "correct"
     fake.answer = lambda body: chunks("", finish="length", reasoning_content="It is")
     (got,) = engine().generate([ask(n=1)], PLAIN)
-    assert got.text == "<think>It is" and judge(got.text, {"A": "no"}, "A", think_first=True).status == "truncated"
+    assert (
+        got.text == "<think>It is"
+        and judge(got.text, {"A": "no"}, "A", think_first=True).status == "truncated"
+    )
 
 
 def test_what_a_server_cannot_do_is_said_before_anything_is_asked(fake):
-    for s, what in ((Sampling(answer_tokens=8), "cannot continue"), (Sampling(repetition_penalty=1.1), "no repetition penalty")):
-        with pytest.raises(OctomedError, match=f"unsupported: .*{what}"): list(engine().generate([ask()], s))
+    for s, what in (
+        (Sampling(answer_tokens=8), "cannot continue"),
+        (Sampling(repetition_penalty=1.1), "no repetition penalty"),
+    ):
+        with pytest.raises(OctomedError, match=f"unsupported: .*{what}"):
+            list(engine().generate([ask()], s))
     assert not fake.asked
 
 
 def test_fault_40_a_forced_exit_continues_where_the_server_can_and_is_counted(fake):
     fake.owner = "vllm"
-    fake.answer = lambda body: chunks("\\boxed{B}") if body.get("continue_final_message") else chunks("<think>It may ", finish="length")
+    fake.answer = lambda body: (
+        chunks("\\boxed{B}")
+        if body.get("continue_final_message")
+        else chunks("<think>It may ", finish="length")
+    )
     s = Sampling(max_tokens=5, answer_tokens=8)
     (got,) = engine().generate([ask(n=1)], s)
     first, second = fake.asked
-    assert got.text == "<think>It may" + FORCED + "\\boxed{B}" and (got.finish, got.tokens, got.answer_tokens) == ("stop", 14, 7)
-    assert second["messages"][-1] == {"role": "assistant", "content": "<think>It may" + FORCED} and second["add_generation_prompt"] is False
-    assert (first["max_tokens"], second["max_tokens"]) == (5, 8) and second["seed"] == first["seed"] ^ 1
-    assert (first["repetition_penalty"], first["top_k"]) == (1.0, 0), "a vLLM server would add its model's own generation config"
+    assert got.text == "<think>It may" + FORCED + "\\boxed{B}" and (
+        got.finish,
+        got.tokens,
+        got.answer_tokens,
+    ) == ("stop", 14, 7)
+    assert (
+        second["messages"][-1] == {"role": "assistant", "content": "<think>It may" + FORCED}
+        and second["add_generation_prompt"] is False
+    )
+    assert (first["max_tokens"], second["max_tokens"]) == (5, 8) and second["seed"] == first[
+        "seed"
+    ] ^ 1
+    assert (first["repetition_penalty"], first["top_k"]) == (1.0, 0), (
+        "a vLLM server would add its model's own generation config"
+    )
     fake.answer = lambda body: chunks("<think>It may ", finish="length")
     refuse = lambda h, body: status(400, "the final message does not appear in the chat")(h, body)
     fake.script = [lambda h, body: h.stream(fake.answer(body)), refuse]
     (got,) = engine().generate([ask(n=1)], s)
-    assert (got.text, got.finish, got.answer_tokens) == ("<think>It may ", "length", 0), "a template that cannot be continued leaves the thought cut"
+    assert (got.text, got.finish, got.answer_tokens) == ("<think>It may ", "length", 0), (
+        "a template that cannot be continued leaves the thought cut"
+    )
 
 
-@pytest.mark.parametrize("code, error, says", [
-    (401, {}, "refuses the key .*set FAKE_API_KEY"), (404, {}, "has no fake"), (402, {}, "no credit left"), (429, {"code": "insufficient_quota"}, "no credit left"),
-    (400, {"param": "temperature", "code": "unsupported_value"}, "leave_out=.'temperature',.")])
+@pytest.mark.parametrize(
+    "code, error, says",
+    [
+        (401, {}, "refuses the key .*set FAKE_API_KEY"),
+        (404, {}, "has no fake"),
+        (402, {}, "no credit left"),
+        (429, {"code": "insufficient_quota"}, "no credit left"),
+        (400, {"param": "temperature", "code": "unsupported_value"}, "leave_out=.'temperature',."),
+    ],
+)
 def test_what_no_retry_mends_stops_the_run_with_a_sentence(fake, code, error, says):
-    fake.script = [status(code, f"no, {CANARY}", **error)]*9
-    with pytest.raises(OctomedError, match=says) as e: list(engine(concurrency=2).generate([ask()], PLAIN))
+    fake.script = [status(code, f"no, {CANARY}", **error)] * 9
+    with pytest.raises(OctomedError, match=says) as e:
+        list(engine(concurrency=2).generate([ask()], PLAIN))
     assert CANARY not in "".join(traceback.format_exception(e.value)) and len(fake.asked) <= 9
     assert "temperature" not in engine(leave_out=("temperature",))._body(ask(), PLAIN, 0)
 
 
 def test_a_key_that_is_cut_in_half_is_no_leak(fake):
-    fake.script = [status(400, "x"*290 + CANARY)]
+    fake.script = [status(400, "x" * 290 + CANARY)]
     (got,) = engine().generate([ask(n=1)], PLAIN)
     assert got.finish == "error" and CANARY[:8] not in got.text and "[removed]" in got.text
 
 
 def test_another_version_in_the_middle_of_a_run_is_noticed(fake):
-    fake.script = [lambda h, body: h.stream(chunks()), lambda h, body: h.stream(chunks(model="fake-2"))]
-    with pytest.raises(OctomedError, match="answered as fake-2, before as fake-1"): list(engine(concurrency=1).generate([ask(n=2)], PLAIN))
+    fake.script = [
+        lambda h, body: h.stream(chunks()),
+        lambda h, body: h.stream(chunks(model="fake-2")),
+    ]
+    with pytest.raises(OctomedError, match="answered as fake-2, before as fake-1"):
+        list(engine(concurrency=1).generate([ask(n=2)], PLAIN))
 
 
 def test_a_caller_that_stops_early_leaves_nothing_running(fake):
     import threading
+
     before = threading.active_count()
     got = engine(concurrency=4).generate([ask(n=400)], PLAIN)
-    next(got); got.close()
+    next(got)
+    got.close()
     asked = len(fake.asked)
     time.sleep(0.2)
     assert len(fake.asked) <= asked + 4 < 400
-    assert threading.active_count() <= before + 5, "the server's own threads may be left, the engine's not"
+    assert threading.active_count() <= before + 5, (
+        "the server's own threads may be left, the engine's not"
+    )
 
 
-def batches(**kw): return OpenAIBatchEngine("fake", "FAKE", poll=0.01, max_pixels=12_544, **kw)
+def batches(**kw):
+    return OpenAIBatchEngine("fake", "FAKE", poll=0.01, max_pixels=12_544, **kw)
 
 
 def test_a_batch_file_is_written_uploaded_looked_after_and_collected(fake):
     got = list(batches(lines=5).generate([ask("q1", 8), ask("q2", 4)], PLAIN))
     assert len(fake.batches) == 3
-    assert {(s.question, s.index, s.text) for s in got} == {(q, i, f"seed {sample_seed(PLAIN, q, i)}") for q, n in (("q1", 8), ("q2", 4)) for i in range(n)}
-    assert {(s.finish, s.tokens, s.prompt_tokens, s.engine) for s in got} == {("stop", 7, 11, "openai-batch")}
+    assert {(s.question, s.index, s.text) for s in got} == {
+        (q, i, f"seed {sample_seed(PLAIN, q, i)}")
+        for q, n in (("q1", 8), ("q2", 4))
+        for i in range(n)
+    }
+    assert {(s.finish, s.tokens, s.prompt_tokens, s.engine) for s in got} == {
+        ("stop", 7, 11, "openai-batch")
+    }
 
 
 def test_fault_9_a_batch_that_was_paid_for_is_collected_by_the_next_run(fake):
     fake.batch_status = "in_progress"
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as m:
-        m.setattr("octomed.servers.time.sleep", lambda s: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(
+            "octomed.generate.engine_openai.time.sleep",
+            lambda s: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         list(batches().generate([ask("paid", 4)], PLAIN))
     fake.batch_status = "completed"
     got = list(batches().generate([ask("paid", 6)], PLAIN))
     assert sorted(s.index for s in got) == list(range(6)) and len(fake.batches) == 2
-    assert [f.count(b"custom_id") for n, f in fake.files.items() if n.startswith("file")] == [4, 2], "only what was not in the first batch is paid for"
+    assert [f.count(b"custom_id") for n, f in fake.files.items() if n.startswith("file")] == [
+        4,
+        2,
+    ], "only what was not in the first batch is paid for"
 
 
 def test_fault_12_a_bad_line_of_a_batch_is_an_outcome_or_asked_again(fake):
-    bad = {sample_seed(PLAIN, "lines", 1): {"status_code": 400, "body": {"error": {"message": "too long"}}}, sample_seed(PLAIN, "lines", 2): {"status_code": 500, "body": {}}, sample_seed(PLAIN, "lines", 3): None}
+    bad = {
+        sample_seed(PLAIN, "lines", 1): {
+            "status_code": 400,
+            "body": {"error": {"message": "too long"}},
+        },
+        sample_seed(PLAIN, "lines", 2): {"status_code": 500, "body": {}},
+        sample_seed(PLAIN, "lines", 3): None,
+    }
     fake.complete = lambda body: bad.pop(body["seed"], completion("fine"))
     run, got = batches().generate([ask("lines", 5)], PLAIN), []
     with pytest.raises(OctomedError, match="2 lines of the batch got no answer"):
-        for s in run: got.append(s)
+        for s in run:
+            got.append(s)
     assert {s.index: s.finish for s in got} == {0: "stop", 1: "error", 4: "stop"}
-    assert {s.index: s.text for s in batches().generate([Request("lines", ask("lines").messages, "prompt of lines", (2, 3))], PLAIN)} == {2: "fine", 3: "fine"}
+    assert {
+        s.index: s.text
+        for s in batches().generate(
+            [Request("lines", ask("lines").messages, "prompt of lines", (2, 3))], PLAIN
+        )
+    } == {2: "fine", 3: "fine"}
 
 
 def test_a_server_without_batch_files_and_a_refused_file_say_so(fake):
     fake.batch_status = "failed"
-    with pytest.raises(OctomedError, match="refused the batch file .line 1 is malformed."): list(batches().generate([ask("refused", 1)], PLAIN))
+    with pytest.raises(OctomedError, match="refused the batch file .line 1 is malformed."):
+        list(batches().generate([ask("refused", 1)], PLAIN))
     fake.files = None
-    with pytest.raises(OctomedError, match="has no batch files: use an openai: teacher"): list(batches().generate([ask("none", 1)], PLAIN))
+    with pytest.raises(OctomedError, match="has no batch files: use an openai: teacher"):
+        list(batches().generate([ask("none", 1)], PLAIN))
 
 
 def test_a_recipe_names_a_server_and_the_environment_says_where_it_is(fake):
@@ -260,32 +405,72 @@ def test_a_recipe_names_a_server_and_the_environment_says_where_it_is(fake):
 def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     echo = lambda h, body: h.stream(chunks(f"your key is {h.headers['Authorization']}"))
-    fake.script = [echo, status(500, CANARY), status(400, f"bad key {CANARY}"), *[status(500, CANARY)]*4]
-    said, ledger = io.StringIO(), Ledger(tmp_path/"ledger.sqlite")
+    fake.script = [
+        echo,
+        status(500, CANARY),
+        status(400, f"bad key {CANARY}"),
+        *[status(500, CANARY)] * 4,
+    ]
+    said, ledger = io.StringIO(), Ledger(tmp_path / "ledger.sqlite")
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         e = engine(concurrency=1)
-        with pytest.raises(OctomedError, match="got no answer") as failed: draw(ledger, e, [ask(n=4)], PLAIN)
-        print(e, vars(e), e.server, failed.value); traceback.print_exception(failed.value)
+        with pytest.raises(OctomedError, match="got no answer") as failed:
+            draw(ledger, e, [ask(n=4)], PLAIN)
+        print(e, vars(e), e.server, failed.value)
+        traceback.print_exception(failed.value)
     ledger.close()
     assert any(CANARY in v for h in fake.headers for v in h.values()), "the server did get the key"
     assert "[removed]" in said.getvalue()
-    for where in (said.getvalue(), caplog.text, *(p.read_bytes().decode("latin1") for p in tmp_path.rglob("*") if p.is_file())): assert CANARY not in where
-    assert any(b"your key is Bearer [removed]" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    for where in (
+        said.getvalue(),
+        caplog.text,
+        *(p.read_bytes().decode("latin1") for p in tmp_path.rglob("*") if p.is_file()),
+    ):
+        assert CANARY not in where
+    assert any(
+        b"your key is Bearer [removed]" in p.read_bytes()
+        for p in tmp_path.rglob("*")
+        if p.is_file()
+    )
 
 
 def test_fault_17_a_canary_key_appears_in_no_notebook(fake, tmp_path):
-    import nbclient, nbformat
+    import nbclient
+    import nbformat
+
     fake.refuses = CANARY
-    ways = ("OpenAIEngine('fake', 'FAKE', model='fake')", "OpenAIEngine('fake', 'FAKE')", "OpenAIBatchEngine('fake', 'FAKE', model='fake')")
-    code = ["%xmode Verbose", "from octomed.engines import Request, Sampling\nfrom octomed.servers import OpenAIEngine, OpenAIBatchEngine",
-            *(f"engine = {w}; display(engine); list(engine.generate([Request('q1', [{{'role': 'user', 'content': 'Which?'}}], 'p')], Sampling()))" for w in ways)]
+    ways = (
+        "OpenAIEngine('fake', 'FAKE', model='fake')",
+        "OpenAIEngine('fake', 'FAKE')",
+        "OpenAIBatchEngine('fake', 'FAKE', model='fake')",
+    )
+    code = [
+        "%xmode Verbose",
+        "from octomed.engines import Request, Sampling\nfrom octomed.servers import OpenAIEngine, OpenAIBatchEngine",
+        *(
+            f"engine = {w}; display(engine); list(engine.generate([Request('q1', [{{'role': 'user', 'content': 'Which?'}}], 'p')], Sampling()))"
+            for w in ways
+        ),
+    ]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
-    nbclient.NotebookClient(nb, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        nb,
+        kernel_name="python3",
+        allow_errors=True,
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
     told = nbformat.writes(nb)
-    assert [[o.evalue for o in c.outputs if o.output_type == "error"] for c in nb.cells[2:]] == [["the server FAKE refuses the key (Incorrect API key provided: [removed]): set FAKE_API_KEY"]]*3
+    assert [[o.evalue for o in c.outputs if o.output_type == "error"] for c in nb.cells[2:]] == [
+        [
+            "the server FAKE refuses the key (Incorrect API key provided: [removed]): set FAKE_API_KEY"
+        ]
+    ] * 3
     assert CANARY not in told
 
 
 def test_a_server_that_is_down_says_so(monkeypatch):
     monkeypatch.setenv("DOWN_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(OctomedError, match="DOWN does not answer .*see that DOWN_BASE_URL is right"): OpenAIEngine("fake", "DOWN", retries=0).model
+    with pytest.raises(
+        OctomedError, match="DOWN does not answer .*see that DOWN_BASE_URL is right"
+    ):
+        OpenAIEngine("fake", "DOWN", retries=0).model

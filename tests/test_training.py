@@ -1,28 +1,56 @@
 "Rendering and training: the mask, what is refused, what is dropped, what is read."
+
 import math
+
 import pytest
 import torch
-from octomed.core import OctomedError
-from octomed.render import Pixels, Row, collate, encode, chat_text, chat_images, load_rows, render_rows, row, save_rows, tokens_of
-from octomed.train import Schedule, fit, load_student, loss_sum, matched_steps, micro_batches, save_student, steps_for
+
+from octomed.core.paths import OctomedError
+from octomed.generate.render import (
+    Pixels,
+    Row,
+    chat_images,
+    chat_text,
+    collate,
+    encode,
+    load_rows,
+    render_rows,
+    row,
+    save_rows,
+    tokens_of,
+)
+from octomed.train.loop import fit, loss_sum
+from octomed.train.schedule import Schedule, micro_batches
+from octomed.train.students import load_student, matched_steps, save_student, steps_for
 
 PIXELS = 12_544
 
 
 def chat(text, *images):
-    return [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+    return [
+        {
+            "role": "user",
+            "content": [
+                *({"type": "image", "image": i} for i in images),
+                {"type": "text", "text": text},
+            ],
+        }
+    ]
 
 
 def test_prompt_is_the_same_in_training_and_evaluation(student, picture):
     _, processor = student
     messages = chat("which is it ?", picture)
     trained = row(processor, messages, "\\boxed{A}", PIXELS)
-    asked = encode(processor, [chat_text(processor, messages, PIXELS)], [chat_images(messages)], PIXELS)
-    assert trained.input_ids[:trained.prompt] == asked["input_ids"][0].tolist()
+    asked = encode(
+        processor, [chat_text(processor, messages, PIXELS)], [chat_images(messages)], PIXELS
+    )
+    assert trained.input_ids[: trained.prompt] == asked["input_ids"][0].tolist()
 
 
 def test_image_tokens_and_pixels_are_the_processors_own(student, picture):
-    from octomed.images import load_image
+    from octomed.data.images import load_image
+
     _, processor = student
     messages = chat("which is it ?", picture)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -35,20 +63,24 @@ def test_image_tokens_and_pixels_are_the_processors_own(student, picture):
 
 def test_only_the_response_and_its_end_are_trained(student, picture):
     model, processor = student
-    r = row(processor, chat("which is it ?", picture), "<think>the fever</think>\n\n\\boxed{B}", PIXELS)
+    r = row(
+        processor, chat("which is it ?", picture), "<think>the fever</think>\n\n\\boxed{B}", PIXELS
+    )
     loss, n = loss_sum(model, processor, [r], Pixels(processor, PIXELS))
     batch = collate(processor, [r.input_ids], [r.images], Pixels(processor, PIXELS))
     labels = torch.full_like(batch["input_ids"], -100)
-    labels[0, r.prompt:] = batch["input_ids"][0, r.prompt:]
-    with torch.no_grad(): reference = model(**batch, labels=labels).loss
+    labels[0, r.prompt :] = batch["input_ids"][0, r.prompt :]
+    with torch.no_grad():
+        reference = model(**batch, labels=labels).loss
     assert n == len(r.input_ids) - r.prompt and r.input_ids[-1] == processor.tokenizer.eos_token_id
-    assert math.isclose(loss.item()/n, reference.item(), rel_tol=1e-5)
-    assert "</think>" in processor.tokenizer.decode(r.input_ids[r.prompt:])
+    assert math.isclose(loss.item() / n, reference.item(), rel_tol=1e-5)
+    assert "</think>" in processor.tokenizer.decode(r.input_ids[r.prompt :])
 
 
 def test_fault_30_all_masked_sample_is_refused_aloud(student):
     _, processor = student
-    with pytest.raises(OctomedError, match="no token to train on"): row(processor, chat("which is it ?"), "  ", PIXELS)
+    with pytest.raises(OctomedError, match="no token to train on"):
+        row(processor, chat("which is it ?"), "  ", PIXELS)
 
 
 def test_fault_31_over_long_rows_are_dropped_whole_and_counted(student, picture):
@@ -56,27 +88,54 @@ def test_fault_31_over_long_rows_are_dropped_whole_and_counted(student, picture)
     pairs = [(chat("which is it ?", picture), "one " * n + "\\boxed{A}") for n in (2, 400, 3)]
     rows, funnel = render_rows(processor, pairs, PIXELS, cutoff=100)
     assert [funnel[k] for k in ("in", "over_long", "kept")] == [3, 1, 2]
-    assert all(len(r.input_ids) <= 100 and r.input_ids[-1] == processor.tokenizer.eos_token_id for r in rows)
-    assert all(processor.tokenizer.decode(r.input_ids[r.prompt:-1]).endswith("\\boxed{A}") for r in rows)
-    with pytest.raises(OctomedError, match="raise it"): render_rows(processor, pairs[1:2], PIXELS, cutoff=100)
+    assert all(
+        len(r.input_ids) <= 100 and r.input_ids[-1] == processor.tokenizer.eos_token_id
+        for r in rows
+    )
+    assert all(
+        processor.tokenizer.decode(r.input_ids[r.prompt : -1]).endswith("\\boxed{A}") for r in rows
+    )
+    with pytest.raises(OctomedError, match="raise it"):
+        render_rows(processor, pairs[1:2], PIXELS, cutoff=100)
 
 
 def test_rows_survive_the_disk(student, picture, tmp_path):
     _, processor = student
-    rows, funnel = render_rows(processor, [(chat("which is it ?", picture), "\\boxed{A}"), (chat("which is it ?"), "\\boxed{B}", "q2")], PIXELS, 500)
+    rows, funnel = render_rows(
+        processor,
+        [
+            (chat("which is it ?", picture), "\\boxed{A}"),
+            (chat("which is it ?"), "\\boxed{B}", "q2"),
+        ],
+        PIXELS,
+        500,
+    )
     save_rows(tmp_path, rows, funnel)
-    assert list(found := load_rows(tmp_path)) == rows and len(found) == 2 and found[1].question == "q2"
-    assert tokens_of(found) == tokens_of(rows) == sum(len(r.input_ids) for r in rows) == funnel["tokens"]
+    assert (
+        list(found := load_rows(tmp_path)) == rows and len(found) == 2 and found[1].question == "q2"
+    )
+    assert (
+        tokens_of(found)
+        == tokens_of(rows)
+        == sum(len(r.input_ids) for r in rows)
+        == funnel["tokens"]
+    )
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
     model, processor = student
-    rows = [row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS) for n in (1, 9, 3, 25)]
+    rows = [
+        row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS)
+        for n in (1, 9, 3, 25)
+    ]
+
     def gradient(budget):
         model.zero_grad()
         total = sum(len(r.input_ids) - r.prompt for r in rows)
-        for group in micro_batches(rows, budget): (loss_sum(model, processor, group, Pixels(processor, PIXELS))[0]/total).backward()
+        for group in micro_batches(rows, budget):
+            (loss_sum(model, processor, group, Pixels(processor, PIXELS))[0] / total).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
     whole, split = gradient(10_000), gradient(60)
     assert len(list(micro_batches(rows, 60))) > 1
     assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
@@ -84,6 +143,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
 
 def test_training_learns_and_repeats_itself(student):
     import copy
+
     model, processor = student
     rows = [row(processor, chat("which is it ?"), f"\\boxed{{{x}}}", PIXELS) for x in "AAAA"]
     logs, weights = [], []
@@ -91,79 +151,139 @@ def test_training_learns_and_repeats_itself(student):
         m = copy.deepcopy(model)
         logs.append(fit(m, processor, rows, Schedule(batch=4, lr=1e-2), 0, 30, PIXELS))
         weights.append(torch.cat([p.flatten() for p in m.parameters()]))
-    assert logs[0][-1]["loss"] < 0.5*logs[0][0]["loss"]
+    assert logs[0][-1]["loss"] < 0.5 * logs[0][0]["loss"]
     assert torch.equal(*weights)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(student):
     import copy
+
     model, processor = student
     m = copy.deepcopy(model)
-    with torch.no_grad(): m.lm_head.weight[0, 0] = math.nan
+    with torch.no_grad():
+        m.lm_head.weight[0, 0] = math.nan
     rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS, "q7")]
-    with pytest.raises(OctomedError, match=r"no longer a number at step 0, whose rows are 0 \(q7\)"): fit(m, processor, rows, Schedule(batch=1), 0, 1, PIXELS)
+    with pytest.raises(
+        OctomedError, match=r"no longer a number at step 0, whose rows are 0 \(q7\)"
+    ):
+        fit(m, processor, rows, Schedule(batch=1), 0, 1, PIXELS)
 
 
 def test_frozen_parameters_do_not_move(student):
     import copy
+
     model, processor = student
     m = copy.deepcopy(model)
     before = m.model.visual.patch_embed.proj.weight.clone()
-    fit(m, processor, [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)], Schedule(batch=1, freeze=("model.visual",)), 0, 2, PIXELS)
+    fit(
+        m,
+        processor,
+        [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)],
+        Schedule(batch=1, freeze=("model.visual",)),
+        0,
+        2,
+        PIXELS,
+    )
     assert torch.equal(before, m.model.visual.patch_embed.proj.weight)
     assert not torch.equal(model.lm_head.weight, m.lm_head.weight)
 
 
 def test_matched_compute_counts_tokens():
-    rows = [Row(list(range(10)), 5, [])]*8
+    rows = [Row(list(range(10)), 5, [])] * 8
     s = Schedule(epochs=2, batch=4)
     assert steps_for(rows, s) == 4 and matched_steps(rows, s, tokens=400) == 10
 
 
 def test_fault_36_pickled_weights_are_refused(student, tmp_path):
     model, processor = student
-    processor.save_pretrained(tmp_path); model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path/"pytorch_model.bin")
-    with pytest.raises(OctomedError, match="safetensors"): load_student(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OctomedError, match="safetensors"):
+        load_student(tmp_path)
 
 
 def test_a_saved_student_is_the_same_student(student, tmp_path):
     model, processor = student
     save_student(tmp_path, model, processor, [])
     again, p = load_student(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
     messages = chat("which is it ?")
     assert chat_text(p, messages, PIXELS) == chat_text(processor, messages, PIXELS)
 
 
 def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(student, tmp_path):
-    from octomed.core import write_jsonl
-    from octomed.distill import rendered
-    from octomed.questions import Question
+    from octomed.core.files import write_jsonl
+    from octomed.data.questions import Question
+    from octomed.distill.traces import rendered
+
     model, processor = student
-    for d in ("questions", "accepted", "base", "cot", "direct", "hybrid"): (tmp_path/d).mkdir()
-    qs = [Question(f"which is it ? {w}", ("fever", "rash"), "B", "x", "train", "text_only") for w in ("one", "two", "three")]
-    write_jsonl(tmp_path/"questions"/"questions.jsonl", [q.to_json() for q in qs])
-    write_jsonl(tmp_path/"accepted"/"traces.jsonl", [{"question": q.id, "response": f"<think>{w}</think>\n\n\\boxed{{B}}"} for q in qs[:2] for w in ("one", "two")])
-    save_student(tmp_path/"base", model, processor, [])
+    for d in ("questions", "accepted", "base", "cot", "direct", "hybrid"):
+        (tmp_path / d).mkdir()
+    qs = [
+        Question(f"which is it ? {w}", ("fever", "rash"), "B", "x", "train", "text_only")
+        for w in ("one", "two", "three")
+    ]
+    write_jsonl(tmp_path / "questions" / "questions.jsonl", [q.to_json() for q in qs])
+    write_jsonl(
+        tmp_path / "accepted" / "traces.jsonl",
+        [
+            {"question": q.id, "response": f"<think>{w}</think>\n\n\\boxed{{B}}"}
+            for q in qs[:2]
+            for w in ("one", "two")
+        ],
+    )
+    save_student(tmp_path / "base", model, processor, [])
+
     def rows(form, accepted):
-        rendered.fn(tmp_path/form, questions=tmp_path/"questions", accepted=accepted and tmp_path/"accepted", base=tmp_path/"base", form=form, answer="letter", max_pixels=PIXELS, cutoff=200)
-        return list(load_rows(tmp_path/form))
+        rendered.fn(
+            tmp_path / form,
+            questions=tmp_path / "questions",
+            accepted=accepted and tmp_path / "accepted",
+            base=tmp_path / "base",
+            form=form,
+            answer="letter",
+            max_pixels=PIXELS,
+            cutoff=200,
+        )
+        return list(load_rows(tmp_path / form))
+
     thinking, direct, hybrid = rows("cot", True), rows("direct", False), rows("hybrid", True)
     assert (len(thinking), len(direct)) == (4, 3) and hybrid == thinking + direct
-    assert not {tuple(r.input_ids[:r.prompt]) for r in thinking} & {tuple(r.input_ids[:r.prompt]) for r in direct}, "the prompt does not tell the modes apart"
+    assert not {tuple(r.input_ids[: r.prompt]) for r in thinking} & {
+        tuple(r.input_ids[: r.prompt]) for r in direct
+    }, "the prompt does not tell the modes apart"
 
 
 def test_muon_on_a_processor_is_pytorchs_in_full_precision():
-    from octomed.train import _muon
-    s, shapes = Schedule(lr=0.01, weight_decay=0.1, optimizer="muon"), ((24, 24), (64, 24), (24, 64))
+    from octomed.train.optimizers import _muon
+
+    s, shapes = (
+        Schedule(lr=0.01, weight_decay=0.1, optimizer="muon"),
+        ((24, 24), (64, 24), (24, 64)),
+    )
+
     def trained(make):
-        weights = [torch.nn.Parameter(torch.randn(x, generator=torch.Generator().manual_seed(7))) for x in shapes]
+        weights = [
+            torch.nn.Parameter(torch.randn(x, generator=torch.Generator().manual_seed(7)))
+            for x in shapes
+        ]
         o = make(weights)
         for n in range(20):
-            for w in weights: w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(n))
+            for w in weights:
+                w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(n))
             o.step()
         return torch.cat([w.detach().flatten() for w in weights])
-    ours, theirs = trained(lambda ws: _muon(ws, s)), trained(lambda ws: torch.optim.Muon(ws, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+    ours, theirs = (
+        trained(lambda ws: _muon(ws, s)),
+        trained(
+            lambda ws: torch.optim.Muon(
+                ws, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        ),
+    )
     moved = trained(lambda ws: torch.optim.SGD(ws, lr=0.0))
-    assert (ours - theirs).norm() < 0.02*(theirs - moved).norm()   # theirs rounds to bf16
+    assert (ours - theirs).norm() < 0.02 * (theirs - moved).norm()  # theirs rounds to bf16

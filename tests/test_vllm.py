@@ -1,16 +1,30 @@
 """A real vLLM engine and a real vLLM server, on a CPU, with a small Qwen2.5-VL and images.
 
 Needs the environment that `python tests/vllm_env.py` makes; skipped without it."""
-import json, os, socket, subprocess, time, urllib.request
-from pathlib import Path
-import pytest
-from octomed.core import root
-from octomed.engines import FORCED, Request, Sampling, TransformersEngine, forced_exit, sample_seed
-from octomed.servers import OpenAIEngine
-from octomed.train import save_student
 
-PYTHON = Path(os.environ.get("OCTOMED_VLLM") or root()/".venv-vllm")/"bin"/"python"
-pytestmark = [pytest.mark.skipif(not PYTHON.exists(), reason="vLLM's environment is not made: python tests/vllm_env.py"), pytest.mark.timeout(900)]
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from octomed.core.paths import root
+from octomed.generate.engine_openai import OpenAIEngine
+from octomed.generate.engine_transformers import TransformersEngine
+from octomed.generate.engines import FORCED, Request, Sampling, forced_exit, sample_seed
+from octomed.train.students import save_student
+
+PYTHON = Path(os.environ.get("OCTOMED_VLLM") or root() / ".venv-vllm") / "bin" / "python"
+pytestmark = [
+    pytest.mark.skipif(
+        not PYTHON.exists(), reason="vLLM's environment is not made: python tests/vllm_env.py"
+    ),
+    pytest.mark.timeout(900),
+]
 
 WORDS = "which is it ? one two three fever rash the option is user assistant : - ."
 GREEDY, DRAWN = Sampling(temperature=0, max_tokens=24), Sampling(temperature=1.0, max_tokens=24)
@@ -22,70 +36,192 @@ BUDGET, ANSWER = 4, 6
 def folder(tmp_path_factory):
     "A student whose answers vary, with a generation config of the kind that Qwen2.5-VL ships."
     import torch
+
     from octomed.clinic.students import Size, build_student
+
     model, processor = build_student([WORDS], Size(128, 2, 4, 2, 256, 64, 2), 0, 12_544)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() > 1 and "layers" in name: p.mul_(4)
+            if p.dim() > 1 and "layers" in name:
+                p.mul_(4)
     path = tmp_path_factory.mktemp("student")
     save_student(path, model, processor, [])
-    config = path/"generation_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "do_sample": True, "repetition_penalty": 1.5, "temperature": 0.1, "top_k": 1}))
+    config = path / "generation_config.json"
+    config.write_text(
+        json.dumps(
+            {
+                **json.loads(config.read_text()),
+                "do_sample": True,
+                "repetition_penalty": 1.5,
+                "temperature": 0.1,
+                "top_k": 1,
+            }
+        )
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def pictures():
     from PIL import Image
-    from octomed.images import intake
-    return [intake(Image.effect_noise((120 + 40*n, 100), 60).convert("RGB"), max_pixels=12_544) for n in range(3)]
+
+    from octomed.data.images import intake
+
+    return [
+        intake(Image.effect_noise((120 + 40 * n, 100), 60).convert("RGB"), max_pixels=12_544)
+        for n in range(3)
+    ]
 
 
 def ask(name, n=1, text="which is it ?", images=(), indices=None):
-    return Request(name, [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}], f"prompt of {name}", tuple(indices or range(n)))
+    return Request(
+        name,
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": i} for i in images),
+                    {"type": "text", "text": text},
+                ],
+            }
+        ],
+        f"prompt of {name}",
+        tuple(indices or range(n)),
+    )
 
 
 @pytest.fixture(scope="module")
 def asked(pictures):
     "What every engine is asked."
-    one = [ask(f"t{n}", text=t) for n, t in enumerate(("which is it ?", "one two", "the option is three . which ?"))] + [ask(f"i{n}", images=pictures[:n + 1]) for n in range(3)]
+    one = [
+        ask(f"t{n}", text=t)
+        for n, t in enumerate(("which is it ?", "one two", "the option is three . which ?"))
+    ] + [ask(f"i{n}", images=pictures[: n + 1]) for n in range(3)]
     many = [ask("i0", 16, images=pictures[:1]), ask("t0", 16)]
-    return {"greedy": (one, GREEDY), "many": (many, DRAWN), "some": ([ask("i0", images=pictures[:1], indices=(3, 11)), ask("t0", indices=(0, 15))], DRAWN),
-            "long": ([ask("t0", 2), ask("long", 2, "one "*3000), ask("i0", 2, images=pictures[:1])], DRAWN), "forced": ([ask("i0", 12, images=pictures[:1])], FORCES),
-            "stops": ([ask("t0", 8)], Sampling(temperature=1.0, max_tokens=24, stop=(" option", "fever"))),
-            "thoughts": ([ask(f"c{n}", text=" ".join(WORDS.split()[n % 13:n % 13 + 2 + n//13])) for n in range(39)], None), "twice": ([ask("t0", 2), ask("t0", 2)], DRAWN)}
+    return {
+        "greedy": (one, GREEDY),
+        "many": (many, DRAWN),
+        "some": (
+            [ask("i0", images=pictures[:1], indices=(3, 11)), ask("t0", indices=(0, 15))],
+            DRAWN,
+        ),
+        "long": (
+            [ask("t0", 2), ask("long", 2, "one " * 3000), ask("i0", 2, images=pictures[:1])],
+            DRAWN,
+        ),
+        "forced": ([ask("i0", 12, images=pictures[:1])], FORCES),
+        "stops": (
+            [ask("t0", 8)],
+            Sampling(temperature=1.0, max_tokens=24, stop=(" option", "fever")),
+        ),
+        "thoughts": (
+            [
+                ask(f"c{n}", text=" ".join(WORDS.split()[n % 13 : n % 13 + 2 + n // 13]))
+                for n in range(39)
+            ],
+            None,
+        ),
+        "twice": ([ask("t0", 2), ask("t0", 2)], DRAWN),
+    }
 
 
 @pytest.fixture(scope="module")
 def started(folder, asked, tmp_path_factory):
     "One vLLM server and one vLLM engine in its own process, both started at once: (server's address, the engine's answers)."
     place = tmp_path_factory.mktemp("vllm")
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1",
-           "HF_HUB_OFFLINE": "1", "VLLM_CONFIG_ROOT": str(place), "VLLM_CACHE_ROOT": str(place)}
-    rows = lambda requests: [{"question": r.question, "messages": r.messages, "prompt": r.prompt, "indices": r.indices} for r in requests]
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CONFIG_ROOT": str(place),
+        "VLLM_CACHE_ROOT": str(place),
+    }
+    rows = lambda requests: [
+        {"question": r.question, "messages": r.messages, "prompt": r.prompt, "indices": r.indices}
+        for r in requests
+    ]
     jobs = {name: {"requests": rows(r), "sampling": vars(s)} for name, (r, s) in asked.items() if s}
     jobs["left early"] = {**jobs["many"], "take": 3}
-    (place/"jobs.json").write_text(json.dumps({"generate": jobs, "fan": asked["greedy"][0][-1].messages, "thoughts": [r.messages for r in asked["thoughts"][0]], "budget": BUDGET, "answer": ANSWER}))
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    serve = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--max-num-seqs", "32",
-             "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--distributed-executor-backend", "uni"]
-    with open(place/"server.log", "w") as a, open(place/"engine.log", "w") as b:
+    (place / "jobs.json").write_text(
+        json.dumps(
+            {
+                "generate": jobs,
+                "fan": asked["greedy"][0][-1].messages,
+                "thoughts": [r.messages for r in asked["thoughts"][0]],
+                "budget": BUDGET,
+                "answer": ANSWER,
+            }
+        )
+    )
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    serve = [
+        str(PYTHON),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "2048",
+        "--max-num-seqs",
+        "32",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--block-size",
+        "32",
+        "--distributed-executor-backend",
+        "uni",
+    ]
+    with open(place / "server.log", "w") as a, open(place / "engine.log", "w") as b:
         server = subprocess.Popen(serve, env=env, stdout=a, stderr=a, start_new_session=True)
-        worker = subprocess.Popen([str(PYTHON), str(root()/"tests"/"vllm_worker.py"), str(folder), str(place/"jobs.json"), str(place/"out.json")], env=env, stdout=b, stderr=b, start_new_session=True)
-    tail = lambda name: (place/name).read_text()[-2000:]
+        worker = subprocess.Popen(
+            [
+                str(PYTHON),
+                str(root() / "tests" / "vllm_worker.py"),
+                str(folder),
+                str(place / "jobs.json"),
+                str(place / "out.json"),
+            ],
+            env=env,
+            stdout=b,
+            stderr=b,
+            start_new_session=True,
+        )
+    tail = lambda name: (place / name).read_text()[-2000:]
     try:
         assert worker.wait(600) == 0, tail("engine.log")
         for _ in range(600):
             assert server.poll() is None, tail("server.log")
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2); break
-            except OSError: time.sleep(0.5)
-        else: raise AssertionError(f"the server did not come up: {tail('server.log')}")
-        yield f"http://127.0.0.1:{port}/v1", json.loads((place/"out.json").read_text()), place
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise AssertionError(f"the server did not come up: {tail('server.log')}")
+        yield f"http://127.0.0.1:{port}/v1", json.loads((place / "out.json").read_text()), place
     finally:
         for p in (server, worker):
-            if p.poll() is None: os.killpg(p.pid, 15)
-            try: p.wait(20)
-            except subprocess.TimeoutExpired: os.killpg(p.pid, 9); p.wait()
+            if p.poll() is None:
+                os.killpg(p.pid, 15)
+            try:
+                p.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(p.pid, 9)
+                p.wait()
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +238,27 @@ def served(started):
 
 
 @pytest.fixture(scope="module")
-def here(folder): return TransformersEngine(folder, "tiny@1", max_pixels=12_544)
+def here(folder):
+    return TransformersEngine(folder, "tiny@1", max_pixels=12_544)
 
 
-def ran(engine, job): return {(s.question, s.index): vars(s) for s in engine.generate(*job)}
-def same(a, b, *names): assert {k: [s[n] for n in names] for k, s in a.items()} == {k: [s[n] for n in names] for k, s in b.items()}
+def ran(engine, job):
+    return {(s.question, s.index): vars(s) for s in engine.generate(*job)}
 
 
-def test_fault_37_a_saved_student_answers_the_same_in_transformers_and_in_vllm(here, offline, served, asked):
+def same(a, b, *names):
+    assert {k: [s[n] for n in names] for k, s in a.items()} == {
+        k: [s[n] for n in names] for k, s in b.items()
+    }
+
+
+def test_fault_37_a_saved_student_answers_the_same_in_transformers_and_in_vllm(
+    here, offline, served, asked
+):
     mine = ran(here, asked["greedy"])
-    assert len({s["text"] for s in mine.values()}) == 6, "a student that says one thing to everything proves nothing"
+    assert len({s["text"] for s in mine.values()}) == 6, (
+        "a student that says one thing to everything proves nothing"
+    )
     same(mine, offline("greedy"), "text", "finish", "tokens", "prompt_tokens", "seed")
     same(mine, ran(served, asked["greedy"]), "text", "finish", "tokens", "prompt_tokens", "seed")
 
@@ -143,14 +290,25 @@ def test_sixteen_requests_are_what_vllm_makes_of_one_request_for_sixteen(started
 def test_sixteen_samples_read_their_prompt_once(started):
     "Whole blocks of 32 tokens are found in the prefix cache by all but the first."
     (first, size), *others = started[1]["cached"]
-    assert first == 0 and size >= 32 and [found for found, _ in others] == [size//32*32]*15
+    assert first == 0 and size >= 32 and [found for found, _ in others] == [size // 32 * 32] * 15
 
 
 def test_fault_12_an_over_long_prompt_is_an_error_sample_and_stops_nobody(offline, served, asked):
     for got in (offline("long"), ran(served, asked["long"])):
-        assert {k: s["finish"] == "error" for k, s in got.items()} == {("t0", 0): False, ("t0", 1): False, ("long", 0): True, ("long", 1): True, ("i0", 0): False, ("i0", 1): False}
+        assert {k: s["finish"] == "error" for k, s in got.items()} == {
+            ("t0", 0): False,
+            ("t0", 1): False,
+            ("long", 0): True,
+            ("long", 1): True,
+            ("i0", 0): False,
+            ("i0", 1): False,
+        }
         assert all("token" in got["long", i]["text"] for i in (0, 1))
-        same({k: s for k, s in got.items() if k[0] != "long"}, {k: s for k, s in offline("many").items() if k in got}, "text")
+        same(
+            {k: s for k, s in got.items() if k[0] != "long"},
+            {k: s for k, s in offline("many").items() if k in got},
+            "text",
+        )
 
 
 def test_fault_14_a_question_that_comes_twice_is_answered_twice(started):
@@ -162,14 +320,23 @@ def test_fault_40_a_forced_exit_never_passes_its_budget_and_is_counted(offline, 
     for got in (offline("forced"), ran(served, asked["forced"])):
         late = [s for s in got.values() if s["answer_tokens"]]
         assert late, "a student that learnt nothing never ends its thought in six tokens"
-        assert all(FORCED in s["text"] and s["answer_tokens"] <= 5 and s["tokens"] <= 11 for s in late)
+        assert all(
+            FORCED in s["text"] and s["answer_tokens"] <= 5 and s["tokens"] <= 11 for s in late
+        )
         assert all(s["tokens"] <= 6 for s in got.values() if not s["answer_tokens"])
     same(offline("forced"), got, "text", "tokens", "answer_tokens", "finish")
 
 
 def test_a_forced_exit_is_the_second_pass_of_the_transformers_engine(here, folder, served):
     s = Sampling(temperature=0, max_tokens=6, answer_tokens=5)
-    same(ran(here, ([ask("t0"), ask("t1", text="one two")], s)), ran(served, ([ask("t0"), ask("t1", text="one two")], s)), "text", "tokens", "answer_tokens", "finish")
+    same(
+        ran(here, ([ask("t0"), ask("t1", text="one two")], s)),
+        ran(served, ([ask("t0"), ask("t1", text="one two")], s)),
+        "text",
+        "tokens",
+        "answer_tokens",
+        "finish",
+    )
 
 
 def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
@@ -177,11 +344,18 @@ def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
     no text that the tokenizer would cut into the same tokens again: the second pass reads text."""
     ids, compared = lambda text: here.processor.tokenizer(text)["input_ids"], 0
     for r, (theirs, tokens) in zip(asked["thoughts"][0], started[1]["built_in"]):
-        prompt, s = here.processor.apply_chat_template(r.messages, add_generation_prompt=True, tokenize=False) + "<think>", Sampling(temperature=0, max_tokens=BUDGET, answer_tokens=ANSWER)
-        (thought, finish, first), = here._complete([prompt], [[]], s, BUDGET, [0])
+        prompt, s = (
+            here.processor.apply_chat_template(
+                r.messages, add_generation_prompt=True, tokenize=False
+            )
+            + "<think>",
+            Sampling(temperature=0, max_tokens=BUDGET, answer_tokens=ANSWER),
+        )
+        ((thought, finish, first),) = here._complete([prompt], [[]], s, BUDGET, [0])
         forced = forced_exit(thought, finish, s)
-        if not forced or ids(forced) != first + ids(FORCED): continue
-        (answer, _, second), = here._complete([prompt + forced], [[]], s, ANSWER, [0])
+        if not forced or ids(forced) != first + ids(FORCED):
+            continue
+        ((answer, _, second),) = here._complete([prompt + forced], [[]], s, ANSWER, [0])
         assert theirs == forced + answer and tokens == len(first) + len(ids(FORCED)) + len(second)
         compared += 1
     assert compared >= 5
@@ -189,7 +363,11 @@ def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
 
 def test_stop_strings_end_a_response_and_stay_in_it(offline, served, asked):
     got = offline("stops")
-    ended = [s["text"] for s in got.values() if s["finish"] == "stop" and s["text"].endswith((" option", "fever"))]
+    ended = [
+        s["text"]
+        for s in got.values()
+        if s["finish"] == "stop" and s["text"].endswith((" option", "fever"))
+    ]
     assert ended
     same(got, ran(served, asked["stops"]), "text", "finish")
 
@@ -202,9 +380,14 @@ def test_logprobs_are_kept_one_a_token(offline, served, asked):
 
 
 def test_a_caller_that_stops_early_leaves_the_engine_empty_and_usable(started):
-    assert len(started[1]["left early"]) == 3 and started[1]["stops"], "the worker asserts that nothing is left running"
+    assert len(started[1]["left early"]) == 3 and started[1]["stops"], (
+        "the worker asserts that nothing is left running"
+    )
 
 
 def test_the_servers_name_is_its_identity_and_the_build_is_kept(served, asked):
     assert served.model == "tiny"
-    assert all(s["engine"].startswith("openai") for s in ran(served, (asked["greedy"][0][:1], GREEDY)).values())
+    assert all(
+        s["engine"].startswith("openai")
+        for s in ran(served, (asked["greedy"][0][:1], GREEDY)).values()
+    )

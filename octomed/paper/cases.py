@@ -8,36 +8,71 @@ __all__ = ['STUDENT', 'TEACHER', 'WARD', 'ROUNDS', 'READING', 'IN', 'OUT', 'WORD
            'figure']
 
 # %% ../../nbs/paper/55_cases.ipynb #b0297898
-import textwrap, time
+import textwrap
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+
 import numpy as np
-from ..core import OctomedError, Recipe, digest, load_recipe
-from ..answers import Verdict, judge
-from ..distill import identity, outcome, requests, route, subset
-from ..engines import Request, Sample, Sampling, TransformersEngine, teacher
-from ..experiment import Arm, Claim, evaluated, evaluations, findings_frame, rows_frame, run_arms, seeded, stages, table, write_results
-from ..ledger import Ledger, draw, sample_key
+
+from ..core.identity import digest
+from ..core.paths import OctomedError
+from ..core.recipe import Recipe, load_recipe
+from ..core.store import run
+from ..data.questions import Question
+from ..data.sources import load
+from ..distill.pools import subset
+from ..distill.rejection import outcome
+from ..distill.sampling import identity, requests, route
+from ..evaluate.arms import Arm, evaluated, evaluations, run_arms, seeded
+from ..evaluate.claims import Claim
+from ..evaluate.stats import Interval, verdict
+from ..evaluate.tables import findings_frame, rows_frame, table, write_results
+from ..generate.answers import Verdict, judge
+from ..generate.engine_transformers import TransformersEngine
+from ..generate.engines import Request, Sample, Sampling, teacher
+from ..generate.ledger import Ledger, draw, sample_key
+from ..generate.prompts import load_template, prompt_key, render
 from .formatting import arms as arms_of_42
-from ..prompts import load_template, prompt_key, render
-from ..questions import Question, load
-from ..stats import Interval, verdict
-from ..store import run
 
 # %% ../../nbs/paper/55_cases.ipynb #30e6201c
 STUDENT, TEACHER = "student", "teacher"
 WARD, ROUNDS, READING = IN = "clinic_ward:test", "clinic_rounds:test", "clinic_reading:test"
 OUT = "clinic_boards:test", "clinic_grand:test", "clinic_scanner:test"
 
+
 def claims() -> list[Claim]:
     "That a right answer is more often than not rightly reasoned, as often as the teacher's, and more often where the student was taught."
     shown = "Figs. S1–S3: the cases that are shown are sound"
     strict = "A chain that leaves a needed fact unsaid counts as not valid, though the student may know it."
-    most = lambda where, benchmark: Claim(f"{where}, more than half of the right answers are rightly reasoned", STUDENT, "one half", benchmark, paper=shown, not_proved=strict)
+    most = lambda where, benchmark: Claim(
+        f"{where}, more than half of the right answers are rightly reasoned",
+        STUDENT,
+        "one half",
+        benchmark,
+        paper=shown,
+        not_proved=strict,
+    )
     return [
-        most("On text", WARD), most("On multimodal reasoning", ROUNDS), most("On classification", READING),
-        Claim("The student's right answers are as often rightly reasoned as its teacher's", STUDENT, TEACHER, ", ".join(IN), kind="equivalent", margin=0.10, not_proved="The student has read one trace a question; some of those were right by a wrong chain."),
-        Claim("Right answers are more often rightly reasoned in distribution than out of it", STUDENT, STUDENT, ", ".join((*IN, *OUT)), not_proved="Out of distribution few answers are right; their interval is wide."),
+        most("On text", WARD),
+        most("On multimodal reasoning", ROUNDS),
+        most("On classification", READING),
+        Claim(
+            "The student's right answers are as often rightly reasoned as its teacher's",
+            STUDENT,
+            TEACHER,
+            ", ".join(IN),
+            kind="equivalent",
+            margin=0.10,
+            not_proved="The student has read one trace a question; some of those were right by a wrong chain.",
+        ),
+        Claim(
+            "Right answers are more often rightly reasoned in distribution than out of it",
+            STUDENT,
+            STUDENT,
+            ", ".join((*IN, *OUT)),
+            not_proved="Out of distribution few answers are right; their interval is wide.",
+        ),
     ]
 
 # %% ../../nbs/paper/55_cases.ipynb #a8e70860
@@ -49,37 +84,75 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
 @dataclass(frozen=True)
 class Case:
     "A question, what the student said, and what its teacher said."
+
     question: Question
     benchmark: str
     sample: Sample
     verdict: Verdict
-    taught: tuple = ()   # the teacher's (sample, verdict) pairs
+    taught: tuple = ()  # the teacher's (sample, verdict) pairs
 
     @property
-    def right(self) -> bool: return self.verdict.status == "correct"
+    def right(self) -> bool:
+        return self.verdict.status == "correct"
+
     @property
-    def kind(self) -> tuple[str, str]: return self.question.category, self.question.tags.get("modality", "") if self.question.images else "no image"
+    def kind(self) -> tuple[str, str]:
+        return self.question.category, self.question.tags.get(
+            "modality", ""
+        ) if self.question.images else "no image"
+
     @property
-    def accepted(self) -> Sample | None: return next((s for s, v in self.taught if v.status == "correct"), None)
+    def accepted(self) -> Sample | None:
+        return next((s for s, v in self.taught if v.status == "correct"), None)
 
 # %% ../../nbs/paper/55_cases.ipynb #86dce1db
 def answered(recipe: Recipe, arm: Arm, benchmark: str) -> list[tuple[Question, Sample, Verdict]]:
     "The student's first response to each question of a benchmark, from the ledger. Raises `OctomedError` where one is missing."
     p, t = evaluated(arm, benchmark, recipe.common).params, load_template(arm.form)
     qs = subset(load(benchmark, max_pixels=p["max_pixels"]), p["limit"])
-    keys = [sample_key(r.question, identity(run(p["student"])), r.prompt, p["sampling"].key, 0) for r in requests(qs, arm.form, 1)]
+    keys = [
+        sample_key(r.question, identity(run(p["student"])), r.prompt, p["sampling"].key, 0)
+        for r in requests(qs, arm.form, 1)
+    ]
     have = Ledger().find(keys)
-    if any(k not in have for k in keys): raise OctomedError(f"the ledger lacks responses to {benchmark}: run the section again with --fresh")
-    return [(q, s := have[k], judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think)) for q, k in zip(qs, keys)]
+    if any(k not in have for k in keys):
+        raise OctomedError(
+            f"the ledger lacks responses to {benchmark}: run the section again with --fresh"
+        )
+    return [
+        (
+            q,
+            s := have[k],
+            judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think),
+        )
+        for q, k in zip(qs, keys)
+    ]
+
 
 def taught(recipe: Recipe, qs: list[Question], n: int) -> dict[str, tuple]:
     "`n` responses of each question's own teacher with their verdicts, by question id."
     common, found = recipe.common, {}
     for name, form in dict.fromkeys(route(q, common) for q in qs):
         mine, t = [q for q in qs if route(q, common) == (name, form)], load_template(form)
-        got = iter(draw(Ledger(), teacher(name, common.max_pixels), requests(mine, form, n), Sampling(1.0, 0.95, max_tokens=common.max_tokens, seed=common.base_seed), desc=f"{name} answers"))
-        for q in mine: found[q.id] = tuple((s := next(got), judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think)) for _ in range(n))
+        got = iter(
+            draw(
+                Ledger(),
+                teacher(name, common.max_pixels),
+                requests(mine, form, n),
+                Sampling(1.0, 0.95, max_tokens=common.max_tokens, seed=common.base_seed),
+                desc=f"{name} answers",
+            )
+        )
+        for q in mine:
+            found[q.id] = tuple(
+                (
+                    s := next(got),
+                    judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think),
+                )
+                for _ in range(n)
+            )
     return found
+
 
 def cases(recipe: Recipe) -> list[Case]:
     "Every question of the benchmarks as a case."
@@ -93,7 +166,7 @@ def cases(recipe: Recipe) -> list[Case]:
 # %% ../../nbs/paper/55_cases.ipynb #760dacdf
 def chosen(
     all: list[Case],
-    seed: int,       # of the lot
+    seed: int,  # of the lot
 ) -> list[tuple[str, Case | None]]:  # why it is shown, and the case; None where there is none
     "The cases that are shown."
     lot, places = sorted(all, key=lambda c: digest("case", seed, c.question.id)), []
@@ -101,64 +174,159 @@ def chosen(
     named = lambda right: "right" if right else "wrong"
     first = lambda cs: next(iter(cs), None)
     for kind in dict.fromkeys(sorted(c.kind for c in inside)):
-        places += [(f"{kind[0].replace('_', ' ')}, {kind[1]}: {named(right)}", first(c for c in inside if c.kind == kind and c.right == right)) for right in (True, False)]
+        places += [
+            (
+                f"{kind[0].replace('_', ' ')}, {kind[1]}: {named(right)}",
+                first(c for c in inside if c.kind == kind and c.right == right),
+            )
+            for right in (True, False)
+        ]
     for right in (True, False):
-        of = sorted((c for c in inside if c.right == right and c.sample.finish == "stop"), key=lambda c: c.sample.tokens)
-        places += [(f"the shortest that is {named(right)}", first(of)), (f"the longest that is {named(right)}", first(of[::-1]))]
-    return places + [(f"out of distribution, {b.split(':')[0]}", first(c for c in lot if c.benchmark == b)) for b in OUT if any(c.benchmark == b for c in lot)]
+        of = sorted(
+            (c for c in inside if c.right == right and c.sample.finish == "stop"),
+            key=lambda c: c.sample.tokens,
+        )
+        places += [
+            (f"the shortest that is {named(right)}", first(of)),
+            (f"the longest that is {named(right)}", first(of[::-1])),
+        ]
+    return places + [
+        (f"out of distribution, {b.split(':')[0]}", first(c for c in lot if c.benchmark == b))
+        for b in OUT
+        if any(c.benchmark == b for c in lot)
+    ]
 
 # %% ../../nbs/paper/55_cases.ipynb #8eb279b0
 def valid(c: Case, s: Sample) -> bool | None:
     "Is a response's reasoning right? None where nobody can tell: the question is not the clinic's."
-    if not c.benchmark.startswith("clinic_"): return None
+    if not c.benchmark.startswith("clinic_"):
+        return None
     from octomed.clinic.teachers import reasoning_valid
+
     return reasoning_valid(c.question, s.text)
+
 
 def breaks(c: Case) -> str:
     "Where a response's chain first goes wrong, in words."
+    from octomed.clinic.questions import reference
     from octomed.clinic.teachers import stated, true_of
-    from octomed.clinic.world import reference
+
     said, t = stated(c.sample.text), reference(c.question.id)
     false = next((k for k, slots in said if not true_of(t, k, slots)), None)
     needed = {k for k, _ in t.facts} - {k for k, _ in said}
-    return f"false: {WORDS[false]}" if false else "no fact at all" if not said else "true, but something needed is unsaid" if needed else "true and complete: the answer does not follow it"
+    return (
+        f"false: {WORDS[false]}"
+        if false
+        else "no fact at all"
+        if not said
+        else "true, but something needed is unsaid"
+        if needed
+        else "true and complete: the answer does not follow it"
+    )
 
-WORDS = dict(look="what the image shows", dx="the diagnosis", test="its test", first="its first treatment", contra="what is forbidden", allowed="what is allowed", alternative="the other treatment",
-             harm="the harm", lacks="a finding that is said to be lacking", bind="which option that is")
+
+WORDS = dict(
+    look="what the image shows",
+    dx="the diagnosis",
+    test="its test",
+    first="its first treatment",
+    contra="what is forbidden",
+    allowed="what is allowed",
+    alternative="the other treatment",
+    harm="the harm",
+    lacks="a finding that is said to be lacking",
+    bind="which option that is",
+)
 
 # %% ../../nbs/paper/55_cases.ipynb #8bbf94e9
 def told(place: str, c: Case | None, n: int) -> dict:
     "A case as plain facts, for the results file and for showing."
-    if c is None: return {"number": n, "place": place}
+    if c is None:
+        return {"number": n, "place": place}
     q, ok = c.question, c.accepted
-    return {"number": n, "place": place, "benchmark": c.benchmark, "question": q.id, "stem": q.stem, "options": q.letters, "answer": q.answer, "images": list(q.images), "tags": q.tags,
-            "response": c.sample.text, "tokens": c.sample.tokens, "finish": c.sample.finish, "letter": c.verdict.letter, "status": c.verdict.status, "valid": valid(c, c.sample) if c.right else None,
-            "breaks": breaks(c) if c.benchmark.startswith("clinic_") and not valid(c, c.sample) else None, "teacher": ok and ok.model.split("@")[0], "trace": ok and ok.text, "trace_valid": ok and valid(c, ok)}
+    return {
+        "number": n,
+        "place": place,
+        "benchmark": c.benchmark,
+        "question": q.id,
+        "stem": q.stem,
+        "options": q.letters,
+        "answer": q.answer,
+        "images": list(q.images),
+        "tags": q.tags,
+        "response": c.sample.text,
+        "tokens": c.sample.tokens,
+        "finish": c.sample.finish,
+        "letter": c.verdict.letter,
+        "status": c.verdict.status,
+        "valid": valid(c, c.sample) if c.right else None,
+        "breaks": breaks(c)
+        if c.benchmark.startswith("clinic_") and not valid(c, c.sample)
+        else None,
+        "teacher": ok and ok.model.split("@")[0],
+        "trace": ok and ok.text,
+        "trace_valid": ok and valid(c, ok),
+    }
+
 
 def in_words(d: dict) -> str:
     "A case as Markdown."
     head = f"#### {d['number']}. {d['place']}"
-    if "stem" not in d: return f"{head}\n\nnone"
-    reasoned = {True: ", rightly reasoned", False: ", but not rightly reasoned", None: ""}[d["valid"]] + (f" ({d['breaks']})" if d["breaks"] else "")
-    options = "\n".join(f"- {k}: {v}" + (" ←" if k == d["answer"] else "") for k, v in d["options"].items())
+    if "stem" not in d:
+        return f"{head}\n\nnone"
+    reasoned = {True: ", rightly reasoned", False: ", but not rightly reasoned", None: ""}[
+        d["valid"]
+    ] + (f" ({d['breaks']})" if d["breaks"] else "")
+    options = "\n".join(
+        f"- {k}: {v}" + (" ←" if k == d["answer"] else "") for k, v in d["options"].items()
+    )
     quoted = lambda text: "\n".join(f"> {line}" for line in text.replace("<", "&lt;").splitlines())
-    trace = f"{d['teacher']}, accepted{'' if d['trace_valid'] is None else ', rightly reasoned' if d['trace_valid'] else ', but not rightly reasoned'}:\n\n{quoted(d['trace'])}" if d["trace"] else "The teacher has no accepted trace of this question."
+    trace = (
+        f"{d['teacher']}, accepted{'' if d['trace_valid'] is None else ', rightly reasoned' if d['trace_valid'] else ', but not rightly reasoned'}:\n\n{quoted(d['trace'])}"
+        if d["trace"]
+        else "The teacher has no accepted trace of this question."
+    )
     return f"{head}\n\n{d['stem']}\n\n{options}\n\nThe student, **{d['status']}**{reasoned}, {d['tokens']} tokens:\n\n{quoted(d['response'])}\n\n{trace}"
 
 # %% ../../nbs/paper/55_cases.ipynb #43c30b68
 def open_cases(recipe: Recipe, n: int) -> list[dict]:
     "`n` questions of each reasoning benchmark in distribution, by lot, asked of the student without options, with the grader's verdict."
-    from octomed.graders import open_ended
+    from octomed.generate.graders import open_ended
+
     common, arm, t, found = recipe.common, arms(recipe)[STUDENT], load_template("cot"), []
     p = evaluated(seeded(arm, 1, common)[0], WARD, common).params
     folder = run(p["student"])
     engine = TransformersEngine(folder, identity(folder), common.max_pixels)
     for b in (b for b in common.benchmarks if b in (WARD, ROUNDS)):
-        qs = sorted(subset(load(b, max_pixels=common.max_pixels), p["limit"]), key=lambda q: digest("open", common.base_seed, q.id))[:n]
-        asked = [Request(q.id, m := render(t, replace(q, options=(), answer=None)), prompt_key(m, t), (0,)) for q in qs]
+        qs = sorted(
+            subset(load(b, max_pixels=common.max_pixels), p["limit"]),
+            key=lambda q: digest("open", common.base_seed, q.id),
+        )[:n]
+        asked = [
+            Request(
+                q.id, m := render(t, replace(q, options=(), answer=None)), prompt_key(m, t), (0,)
+            )
+            for q in qs
+        ]
         got = draw(Ledger(), engine, asked, p["sampling"], desc="without options")
-        verdicts = open_ended([(q, q.answer_text, s.text) for q, s in zip(qs, got)], common.grader, think_first=True, reasoning=False)
-        found += [{"benchmark": b, "question": q.id, "stem": q.stem, "answer": q.answer_text, "response": s.text, "tokens": s.tokens, "status": v.status} for q, s, v in zip(qs, got, verdicts)]
+        verdicts = open_ended(
+            [(q, q.answer_text, s.text) for q, s in zip(qs, got)],
+            common.grader,
+            think_first=True,
+            reasoning=False,
+        )
+        found += [
+            {
+                "benchmark": b,
+                "question": q.id,
+                "stem": q.stem,
+                "answer": q.answer_text,
+                "response": s.text,
+                "tokens": s.tokens,
+                "status": v.status,
+            }
+            for q, s, v in zip(qs, got, verdicts)
+        ]
     return found
 
 # %% ../../nbs/paper/55_cases.ipynb #5285c707
@@ -167,8 +335,14 @@ def counts(all: list[Case]) -> dict[str, dict[str, np.ndarray]]:
     found = {}
     for b in dict.fromkeys(c.benchmark for c in all):
         part = [c for c in all if c.benchmark == b]
-        found[b] = {(STUDENT, "right"): [c.right for c in part], (STUDENT, "valid"): [c.right and bool(valid(c, c.sample)) for c in part],
-                    (TEACHER, "right"): [sum(v.status == "correct" for _, v in c.taught) for c in part], (TEACHER, "valid"): [sum(v.status == "correct" and bool(valid(c, s)) for s, v in c.taught) for c in part]}
+        found[b] = {
+            (STUDENT, "right"): [c.right for c in part],
+            (STUDENT, "valid"): [c.right and bool(valid(c, c.sample)) for c in part],
+            (TEACHER, "right"): [sum(v.status == "correct" for _, v in c.taught) for c in part],
+            (TEACHER, "valid"): [
+                sum(v.status == "correct" and bool(valid(c, s)) for s, v in c.taught) for c in part
+            ],
+        }
         found[b] = {k: np.array(x, float) for k, x in found[b].items()}
     return found
 
@@ -176,34 +350,123 @@ def counts(all: list[Case]) -> dict[str, dict[str, np.ndarray]]:
 def found_of(c: Claim, n: dict, resamples: int, seed: int) -> dict:
     "The finding of a claim about `valid`, questions resampled within each benchmark. A resample without a right answer in a benchmark is left out; where there is none at all, nothing is known: 0, from −1 to 1."
     where, rng = c.benchmark.split(", "), np.random.default_rng(seed)
+
     def share(who, ws, some):
-        tops, downs = zip(*[(w @ n[b][who, "valid"], w @ n[b][who, "right"]) for b, w in zip(where, ws) if b in some])
-        return np.mean([np.divide(t, d, out=np.full(len(t), np.nan), where=d > 0) for t, d in zip(tops, downs)], axis=0)
-    other = {"one half": lambda ws: 0.5, TEACHER: lambda ws: share(TEACHER, ws, where), STUDENT: lambda ws: share(STUDENT, ws, OUT)}[c.b]
+        tops, downs = zip(
+            *[
+                (w @ n[b][who, "valid"], w @ n[b][who, "right"])
+                for b, w in zip(where, ws)
+                if b in some
+            ]
+        )
+        return np.mean(
+            [
+                np.divide(t, d, out=np.full(len(t), np.nan), where=d > 0)
+                for t, d in zip(tops, downs)
+            ],
+            axis=0,
+        )
+
+    other = {
+        "one half": lambda ws: 0.5,
+        TEACHER: lambda ws: share(TEACHER, ws, where),
+        STUDENT: lambda ws: share(STUDENT, ws, OUT),
+    }[c.b]
     value = lambda ws: share(STUDENT, ws, IN) - other(ws)
     sizes = [len(n[b][STUDENT, "right"]) for b in where]
-    point, drawn = value([np.ones((1, m)) for m in sizes])[0], value([rng.multinomial(m, [1/m]*m, size=resamples).astype(float) for m in sizes])
+    point, drawn = (
+        value([np.ones((1, m)) for m in sizes])[0],
+        value([rng.multinomial(m, [1 / m] * m, size=resamples).astype(float) for m in sizes]),
+    )
     known = bool(np.isfinite(point))
-    got = Interval(float(point), *map(float, np.nanquantile(drawn, [.025, .975])), sum(sizes)) if known else Interval(0.0, -1.0, 1.0, sum(sizes))
-    return {**asdict(c), "n": got.n, "training_seeds": 1, "difference": got.difference, "interval": list(got.interval), "by_seed": [got.difference], "verdict": verdict(c.kind, got, c.margin)}
+    got = (
+        Interval(float(point), *map(float, np.nanquantile(drawn, [0.025, 0.975])), sum(sizes))
+        if known
+        else Interval(0.0, -1.0, 1.0, sum(sizes))
+    )
+    return {
+        **asdict(c),
+        "n": got.n,
+        "training_seeds": 1,
+        "difference": got.difference,
+        "interval": list(got.interval),
+        "by_seed": [got.difference],
+        "verdict": verdict(c.kind, got, c.margin),
+    }
 
 # %% ../../nbs/paper/55_cases.ipynb #e6f7199d
 def figure(results: dict, cases: int = 4):
     "Figs. S1–S3: image, question, the student's response and the teacher's, of the first cases with an image."
-    from octomed.figures import canvas, style
-    from octomed.images import image_path
     import matplotlib.image as pictures
+
+    from octomed.data.images import image_path
+    from octomed.evaluate.figures import canvas, style
+
     with_image = [d for d in results["cases"] if d.get("images")]
-    some = [next((d for d in with_image if d["place"].startswith(c) and (d["status"] == "correct") == right), None) for c in ("multimodal reasoning", "multimodal classification") for right in (True, False)]
-    if not (some := [d for d in some if d][:cases] or with_image[:1]): raise OctomedError("no case has an image: there is nothing to draw")
-    wrapped = lambda head, text: [head, *(f"   {line}" for line in textwrap.wrap(" ".join(text.split()), 112))]
-    texts = [wrapped(f"{d['number']}. {d['place']}", d["stem"]) + [f"   {k}: {v}" + ("  ←" if k == d["answer"] else "") for k, v in d["options"].items()] +
-             wrapped(f"student ({d['status']}" + (", rightly reasoned" if d["valid"] else ", not rightly reasoned" if d["valid"] is False else f", {d['breaks']}" if d["breaks"] else "") + ")", d["response"]) +
-             (wrapped(f"teacher ({d['teacher']}, accepted)", d["trace"]) if d["trace"] else ["the teacher has no accepted trace"]) for d in some]
-    fig, axes = canvas(len(some), 2, width=9.2, height=sum(.165*len(t) + .35 for t in texts) + .3, squeeze=False, gridspec_kw=dict(width_ratios=[1, 5.4], height_ratios=[len(t) + 2 for t in texts]))
+    some = [
+        next(
+            (
+                d
+                for d in with_image
+                if d["place"].startswith(c) and (d["status"] == "correct") == right
+            ),
+            None,
+        )
+        for c in ("multimodal reasoning", "multimodal classification")
+        for right in (True, False)
+    ]
+    if not (some := [d for d in some if d][:cases] or with_image[:1]):
+        raise OctomedError("no case has an image: there is nothing to draw")
+    wrapped = lambda head, text: [
+        head,
+        *(f"   {line}" for line in textwrap.wrap(" ".join(text.split()), 112)),
+    ]
+    texts = [
+        wrapped(f"{d['number']}. {d['place']}", d["stem"])
+        + [f"   {k}: {v}" + ("  ←" if k == d["answer"] else "") for k, v in d["options"].items()]
+        + wrapped(
+            f"student ({d['status']}"
+            + (
+                ", rightly reasoned"
+                if d["valid"]
+                else ", not rightly reasoned"
+                if d["valid"] is False
+                else f", {d['breaks']}"
+                if d["breaks"]
+                else ""
+            )
+            + ")",
+            d["response"],
+        )
+        + (
+            wrapped(f"teacher ({d['teacher']}, accepted)", d["trace"])
+            if d["trace"]
+            else ["the teacher has no accepted trace"]
+        )
+        for d in some
+    ]
+    fig, axes = canvas(
+        len(some),
+        2,
+        width=9.2,
+        height=sum(0.165 * len(t) + 0.35 for t in texts) + 0.3,
+        squeeze=False,
+        gridspec_kw=dict(width_ratios=[1, 5.4], height_ratios=[len(t) + 2 for t in texts]),
+    )
     with style():
         for (left, right), d, text in zip(axes, some, texts):
-            left.axis("off"); right.axis("off"); left.set_anchor("N")
+            left.axis("off")
+            right.axis("off")
+            left.set_anchor("N")
             left.imshow(pictures.imread(image_path(d["images"][0], results["max_pixels"])))
-            for k, line in enumerate(text): right.text(0, 1 - (k + .5)/(len(text) + 1), line, transform=right.transAxes, fontsize=8.5, va="center", fontweight="normal" if line.startswith("   ") else "bold")
+            for k, line in enumerate(text):
+                right.text(
+                    0,
+                    1 - (k + 0.5) / (len(text) + 1),
+                    line,
+                    transform=right.transAxes,
+                    fontsize=8.5,
+                    va="center",
+                    fontweight="normal" if line.startswith("   ") else "bold",
+                )
     return fig

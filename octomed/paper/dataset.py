@@ -14,144 +14,360 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from ..core import CATEGORIES, Common, OctomedError, Recipe, load_recipe, shipped
-from ..questions import NAMED, SOURCES, Question, explained, image_file, load, load_report, question_sources
-from ..decontaminate import Index, drops, funnel, part_of, reports_of, twins
-from ..graders import source_tags, tags
-from ..answers import judge
-from ..train import register_student
-from ..experiment import Arm, Claim, evaluations, finding, run_arms, schedule_of, table, write_results
-from ..stats import paper_number
+
+from ..core.paths import OctomedError
+from ..core.recipe import CATEGORIES, Common, Recipe, load_recipe
+from ..data.decontaminate import Index, part_of, reports_of
+from ..data.decontaminate_report import drops, funnel
+from ..data.questions import Question
+from octomed.data.sources import (
+    NAMED,
+    SOURCES,
+    explained,
+    image_file,
+    load,
+    load_report,
+    question_sources,
+)
+from ..data.twins import twins
+from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of
+from ..evaluate.claims import Claim, finding
+from ..evaluate.stats import paper_number
+from ..evaluate.tables import table, write_results
+from ..generate.answers import judge
+from ..generate.graders import source_tags, tags
+from ..train.students import register_student
 
 # %% ../../nbs/paper/30_dataset.ipynb #044ac183
-TEXT_TRAIN = ("medqa:train", "medqa:train4", "medqa:dev", "headqa:train", "headqa:dev", "medmcqa:train", "clinic_ward:train", "clinic_rounds:train")
-TEXT_BENCH = ("medqa:test", "headqa:test", "medmcqa:dev", "mmlu_pro_health:test", "medxpertqa_text:test", "clinic_ward:test", "clinic_boards:test")
+TEXT_TRAIN = (
+    "medqa:train",
+    "medqa:train4",
+    "medqa:dev",
+    "headqa:train",
+    "headqa:dev",
+    "medmcqa:train",
+    "clinic_ward:train",
+    "clinic_rounds:train",
+)
+TEXT_BENCH = (
+    "medqa:test",
+    "headqa:test",
+    "medmcqa:dev",
+    "mmlu_pro_health:test",
+    "medxpertqa_text:test",
+    "clinic_ward:test",
+    "clinic_boards:test",
+)
+
 
 def at_hand(specs) -> list[str]:
     "Those of the sources whose files are here, or that are made here."
     return [s for s in specs if s in SOURCES and question_sources(s)]
 
 # %% ../../nbs/paper/30_dataset.ipynb #6b12472f
-PAPER = {"traces": 8_000_000, "tokens": 6_800_000_000, "samples": 16}   # "over 8 million examples", response tokens, responses a question
-NAMES = {"medqa": "MedQA", "headqa": "HeadQA", "medmcqa": "MedMCQA", "pmc_vqa": "PMC-VQA", "brain_tumor": "Brain Tumor", "coronahack": "CoronaHack", "aptos": "APTOS", "messidor2": "MESSIDOR-2", "bcss": "BCSS"}
-SHOWN = {"brain_tumor": ("MRI", "brain"), "coronahack": ("X-ray", "chest"), "aptos": ("fundus photograph", "eye"), "messidor2": ("fundus photograph", "eye"), "bcss": ("pathology", "breast")}
+PAPER = {
+    "traces": 8_000_000,
+    "tokens": 6_800_000_000,
+    "samples": 16,
+}  # "over 8 million examples", response tokens, responses a question
+NAMES = {
+    "medqa": "MedQA",
+    "headqa": "HeadQA",
+    "medmcqa": "MedMCQA",
+    "pmc_vqa": "PMC-VQA",
+    "brain_tumor": "Brain Tumor",
+    "coronahack": "CoronaHack",
+    "aptos": "APTOS",
+    "messidor2": "MESSIDOR-2",
+    "bcss": "BCSS",
+}
+SHOWN = {
+    "brain_tumor": ("MRI", "brain"),
+    "coronahack": ("X-ray", "chest"),
+    "aptos": ("fundus photograph", "eye"),
+    "messidor2": ("fundus photograph", "eye"),
+    "bcss": ("pathology", "breast"),
+}
 UNTOLD = "not told, or not read"
 
 # %% ../../nbs/paper/30_dataset.ipynb #f7df0396
 def askable(questions: list[Question]) -> bool:
     "Do questions that were loaded without their images have them at hand? Judged by the first; labels alone cannot be asked."
-    if not questions or questions[0].category == "text_only": return bool(questions)
-    try: return image_file(questions[0]).exists()
-    except OctomedError: return False
+    if not questions or questions[0].category == "text_only":
+        return bool(questions)
+    try:
+        return image_file(questions[0]).exists()
+    except OctomedError:
+        return False
 
 # %% ../../nbs/paper/30_dataset.ipynb #5268a0bf
-def counted(spec: str, who: str, questions: list[Question] | None = None, grader: str = "clinic/grader") -> list[dict]:
+def counted(
+    spec: str, who: str, questions: list[Question] | None = None, grader: str = "clinic/grader"
+) -> list[dict]:
     "How many questions a source has by modality and region: the paper's count where no questions are given."
-    s = SOURCES[spec]; row = {"source": NAMES.get(s.name, s.name), "category": s.category}
-    if questions is None: seen = {SHOWN.get(s.name, ((None,)*2 if s.category == "text_only" else (UNTOLD,)*2)): s.expected} if s.expected else {}
+    s = SOURCES[spec]
+    row = {"source": NAMES.get(s.name, s.name), "category": s.category}
+    if questions is None:
+        seen = (
+            {
+                SHOWN.get(
+                    s.name, ((None,) * 2 if s.category == "text_only" else (UNTOLD,) * 2)
+                ): s.expected
+            }
+            if s.expected
+            else {}
+        )
     else:
-        told = [t for t, _ in tags(questions, grader)] if s.category != "text_only" else [{}]*len(questions)
+        told = (
+            [t for t, _ in tags(questions, grader)]
+            if s.category != "text_only"
+            else [{}] * len(questions)
+        )
         missing = None if s.category == "text_only" else UNTOLD
         seen = Counter((t.get("modality", missing), t.get("region", missing)) for t in told)
-    return [{**row, "modality": m, "region": r, "who": who, "questions": n} for (m, r), n in seen.items()]
+    return [
+        {**row, "modality": m, "region": r, "who": who, "questions": n}
+        for (m, r), n in seen.items()
+    ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #e6e15b2e
 def panels(rows: list[dict]) -> dict[str, list[dict]]:
     "The rows of `counted` as the panels of Fig. 2: heading → name, group and a count by each counter, the most first."
+
     def by(kind, group=None):
         sums = Counter()
         for r in rows:
-            if r[kind]: sums[r.get(group), r[kind], r["who"]] += r["questions"]
-        names = sorted({k[:2] for k in sums}, key=lambda k: (CATEGORIES.index(k[0]) if k[0] else 0, k[1] == UNTOLD, -max(n for (*of, _), n in sums.items() if tuple(of) == k)))
-        return [{"group": g, "name": n, **{who: c for (h, m, who), c in sums.items() if (h, m) == (g, n)}} for g, n in names]
-    return {"Modality of the images": by("modality"), "Part of the body": by("region"), "Task types and sources": by("source", "category")}
+            if r[kind]:
+                sums[r.get(group), r[kind], r["who"]] += r["questions"]
+        names = sorted(
+            {k[:2] for k in sums},
+            key=lambda k: (
+                CATEGORIES.index(k[0]) if k[0] else 0,
+                k[1] == UNTOLD,
+                -max(n for (*of, _), n in sums.items() if tuple(of) == k),
+            ),
+        )
+        return [
+            {
+                "group": g,
+                "name": n,
+                **{who: c for (h, m, who), c in sums.items() if (h, m) == (g, n)},
+            }
+            for g, n in names
+        ]
+
+    return {
+        "Modality of the images": by("modality"),
+        "Part of the body": by("region"),
+        "Task types and sources": by("source", "category"),
+    }
 
 # %% ../../nbs/paper/30_dataset.ipynb #56301976
 def agreement(questions: list[Question], grader: str = "clinic/grader") -> dict:
     "Of questions whose source gives both tags, how many a grader tags alike, and how many grades could not be read."
     known = [q for q in questions if len(source_tags(q)) == 2]
     found = tags([replace(q, tags={}) for q in known], grader)
-    alike = {kind: sum(t.get(kind) == source_tags(q)[kind] for q, (t, _) in zip(known, found)) for kind in ("modality", "region")}
+    alike = {
+        kind: sum(t.get(kind) == source_tags(q)[kind] for q, (t, _) in zip(known, found))
+        for kind in ("modality", "region")
+    }
     return {"asked": len(known), **alike, "unread": sum(who != "grader" for _, who in found)}
 
 # %% ../../nbs/paper/30_dataset.ipynb #e4a2602b
 def pilot(recipe: Recipe, questions: int = 40) -> list[dict]:
     "What the recipe's teachers give, sixteen times asked, to a few questions of each training source that is made here: samples, accepted ones, tokens of those."
-    from octomed.distill import requests, route
-    from octomed.engines import Sampling, teacher
-    from octomed.ledger import Ledger, draw
-    from octomed.prompts import load_template
+    from octomed.distill.sampling import requests, route
+    from octomed.generate.engines import Sampling, teacher
+    from octomed.generate.ledger import Ledger, draw
+    from octomed.generate.prompts import load_template
+
     common, out = recipe.common, []
     for spec in (s for s in common.train if SOURCES[s].make):
         qs = load(spec, limit=questions, max_pixels=common.max_pixels)
-        name, form = route(qs[0], common); t = load_template(form)
-        ss = draw(Ledger(), teacher(name), requests(qs, form, PAPER["samples"]), Sampling(1.0, 0.95, max_tokens=common.max_tokens, seed=common.base_seed), desc=f"{name} answers")
+        name, form = route(qs[0], common)
+        t = load_template(form)
+        ss = draw(
+            Ledger(),
+            teacher(name),
+            requests(qs, form, PAPER["samples"]),
+            Sampling(1.0, 0.95, max_tokens=common.max_tokens, seed=common.base_seed),
+            desc=f"{name} answers",
+        )
         asked = {q.id: q for q in qs}
-        good = [s for s in ss if judge(s.text, asked[s.question].letters, asked[s.question].answer, t.think_first, t.forms, t.end_of_think).status == "correct"]
-        out.append({"source": spec, "teacher": name, "samples": len(ss), "accepted": len(good)/len(ss), "tokens": sum(s.tokens for s in good)/max(1, len(good))})
+        good = [
+            s
+            for s in ss
+            if judge(
+                s.text,
+                asked[s.question].letters,
+                asked[s.question].answer,
+                t.think_first,
+                t.forms,
+                t.end_of_think,
+            ).status
+            == "correct"
+        ]
+        out.append(
+            {
+                "source": spec,
+                "teacher": name,
+                "samples": len(ss),
+                "accepted": len(good) / len(ss),
+                "tokens": sum(s.tokens for s in good) / max(1, len(good)),
+            }
+        )
     return out
 
 # %% ../../nbs/paper/30_dataset.ipynb #7df16132
 def statistics(rows: list[dict], pilot: list[dict]) -> list[tuple]:
     "Questions, traces and tokens: a line each, for the paper, what is at hand, and the clinic."
     have, n = Counter(), PAPER["samples"]
-    for r in rows: have[r["who"]] += r["questions"]
-    size = {r["source"]: SOURCES[r["source"]].expected*n*r["accepted"] for r in pilot}
-    traces, tokens = sum(size.values()), sum(size[r["source"]]*r["tokens"] for r in pilot)
-    return [("questions of the named sources", f"{have['paper']:,} and BCSS", f"{have['at hand']:,}", f"{have['clinic']:,}"),
-            (f"traces, of {n} responses a question", f"over {PAPER['traces']/1e6:.0f} M", f"at most {have['at hand']*n:,}", f"about {round(traces, -3):,.0f}" if pilot else "–"),
-            ("of the responses, accepted", "not given", "–", f"{traces/(n*have['clinic']):.0%}" if pilot else "–"),
-            ("response tokens", f"{PAPER['tokens']/1e9} B", "–", f"{tokens/1e6:.1f} M words" if pilot else "–"),
-            ("… a trace", f"about {PAPER['tokens']/PAPER['traces']:.0f}", "–", f"{tokens/traces:.0f} words" if pilot else "–")]
+    for r in rows:
+        have[r["who"]] += r["questions"]
+    size = {r["source"]: SOURCES[r["source"]].expected * n * r["accepted"] for r in pilot}
+    traces, tokens = sum(size.values()), sum(size[r["source"]] * r["tokens"] for r in pilot)
+    return [
+        (
+            "questions of the named sources",
+            f"{have['paper']:,} and BCSS",
+            f"{have['at hand']:,}",
+            f"{have['clinic']:,}",
+        ),
+        (
+            f"traces, of {n} responses a question",
+            f"over {PAPER['traces'] / 1e6:.0f} M",
+            f"at most {have['at hand'] * n:,}",
+            f"about {round(traces, -3):,.0f}" if pilot else "–",
+        ),
+        (
+            "of the responses, accepted",
+            "not given",
+            "–",
+            f"{traces / (n * have['clinic']):.0%}" if pilot else "–",
+        ),
+        (
+            "response tokens",
+            f"{PAPER['tokens'] / 1e9} B",
+            "–",
+            f"{tokens / 1e6:.1f} M words" if pilot else "–",
+        ),
+        (
+            "… a trace",
+            f"about {PAPER['tokens'] / PAPER['traces']:.0f}",
+            "–",
+            f"{tokens / traces:.0f} words" if pilot else "–",
+        ),
+    ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #29ec2c44
 def composition(results: dict):
     "The dataset as in the paper's Fig. 2: modalities, regions, task types and sources, and how much there is."
-    from octomed.figures import overview
-    return overview(results["panels"], ["paper", "at hand", "clinic"], results["statistics"], "What there is to learn from")
+    from octomed.evaluate.figures import overview
+
+    return overview(
+        results["panels"],
+        ["paper", "at hand", "clinic"],
+        results["statistics"],
+        "What there is to learn from",
+    )
 
 # %% ../../nbs/paper/30_dataset.ipynb #5417efa7
 def open_part(acceptance=(1.0, 0.9, 0.8, 0.7)) -> list[dict]:
     "What of the paper's 8 million its named sources leave open, by the share of responses that is accepted."
-    left = {a: explained(samples=PAPER["samples"], acceptance=a, paper=PAPER["traces"])[-1] for a in acceptance}
-    return [{"accepted": a, "traces left open": r["traces"], "share": round(r["share"], 3), "questions that would fill it": round(r["traces"]/PAPER["samples"]/a)} for a, r in left.items()]
+    left = {
+        a: explained(samples=PAPER["samples"], acceptance=a, paper=PAPER["traces"])[-1]
+        for a in acceptance
+    }
+    return [
+        {
+            "accepted": a,
+            "traces left open": r["traces"],
+            "share": round(r["share"], 3),
+            "questions that would fill it": round(r["traces"] / PAPER["samples"] / a),
+        }
+        for a, r in left.items()
+    ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #5b9240f7
 def contamination(train: dict[str, list], bench: dict[str, list], n: int = 16) -> dict:
     "(train, bench) → Report, for questions that are loaded: spec → questions."
     index = Index(bench, n)
-    return {(a, b): r for a, qs in train.items() for b, r in reports_of(index, [part_of(index, enumerate(qs))]).items()}
+    return {
+        (a, b): r
+        for a, qs in train.items()
+        for b, r in reports_of(index, [part_of(index, enumerate(qs))]).items()
+    }
+
 
 def by_source(reports: dict) -> list[dict]:
     "Training source → rows in, kept, and dropped by each reason; `reports`: (train, bench) → Report. A row counts once, under the strongest reason for any benchmark."
-    return [{"train": train, **funnel(r for (a, _), r in reports.items() if a == train)} for train in dict.fromkeys(a for a, _ in reports)]
+    return [
+        {"train": train, **funnel(r for (a, _), r in reports.items() if a == train)}
+        for train in dict.fromkeys(a for a, _ in reports)
+    ]
+
 
 def by_pair(reports: dict) -> list[dict]:
     "(train, bench) → counts of every rule, how much of a benchmark's stem a match covers, and what the rule cannot see."
-    return [{"train": a, "bench": b, "n": r.n, "rows": r.rows, "flagged": len(r.flagged), "exact": len(r.exact), "dropped": len(r.drop), "kept": r.rows - len(r.drop),
-             "boilerplate": sum(m.likely_boilerplate for m in r.matches), "other options": len(r.exact) - len(r.exact_options), "covered": round(median([m.share for m in r.matches]), 2) if r.matches else None,
-             "blind": len(r.blind), "bench_rows": r.bench_rows} for (a, b), r in reports.items()]
+    return [
+        {
+            "train": a,
+            "bench": b,
+            "n": r.n,
+            "rows": r.rows,
+            "flagged": len(r.flagged),
+            "exact": len(r.exact),
+            "dropped": len(r.drop),
+            "kept": r.rows - len(r.drop),
+            "boilerplate": sum(m.likely_boilerplate for m in r.matches),
+            "other options": len(r.exact) - len(r.exact_options),
+            "covered": round(median([m.share for m in r.matches]), 2) if r.matches else None,
+            "blind": len(r.blind),
+            "bench_rows": r.bench_rows,
+        }
+        for (a, b), r in reports.items()
+    ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #88b4ee55
 def matched(reports: dict, most: int = 5) -> list[dict]:
     "The drops that cover least and most of a benchmark's stem, of sources with files of their own where there are any."
     found = sorted(drops(reports), key=lambda d: (d["share"], d["text"]))
     found = [d for d in found if not SOURCES[d["train"]].make] or found
-    return [{"covered": round(d["share"], 2), "reason": d["reason"], "likely boilerplate": "yes" if d["likely_boilerplate"] else "", "train": d["train"], "bench": d["bench"], "words in common": d["text"]}
-            for d in found[:most] + found[max(most, len(found) - most):]]
+    return [
+        {
+            "covered": round(d["share"], 2),
+            "reason": d["reason"],
+            "likely boilerplate": "yes" if d["likely_boilerplate"] else "",
+            "train": d["train"],
+            "bench": d["bench"],
+            "words in common": d["text"],
+        }
+        for d in found[:most] + found[max(most, len(found) - most) :]
+    ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #7a68f2f0
 TRAIN, TEST = "brain_tumor:train", "brain_tumor:test"
 
+
 def keys_of(rule: str, questions: list[Question]) -> list[str]:
     "What a rule knows an image by: its file's `bytes`, or its `pixels`."
-    from octomed.images import file_hashes
-    return file_hashes(map(image_file, questions)) if rule == "bytes" else [q.images[0] for q in questions]
+    from octomed.data.images import file_hashes
+
+    return (
+        file_hashes(map(image_file, questions))
+        if rule == "bytes"
+        else [q.images[0] for q in questions]
+    )
+
 
 def twins_of(train: list[Question], test: list[Question]) -> dict[str, tuple[set, set]]:
     "For each rule, the ids of training questions that are test images, and of test questions that have a training twin."
     by = {rule: twins(keys_of(rule, train), keys_of(rule, test)) for rule in ("bytes", "pixels")}
-    return {rule: ({train[i].id for i in t.train}, {test[i].id for i in t.test}) for rule, t in by.items()}
+    return {
+        rule: ({train[i].id for i in t.train}, {test[i].id for i in t.test})
+        for rule, t in by.items()
+    }
+
 
 def repeats(
     questions: list[Question],
@@ -159,61 +375,144 @@ def repeats(
 ) -> dict[str, int]:
     "Images that stand in a set more than once, and those whose copies have different labels."
     labels: dict[str, list] = {}
-    for q, k in zip(questions, keys): labels.setdefault(k, []).append(q.answer)
-    several, torn = [l for l in labels.values() if len(l) > 1], [l for l in labels.values() if len(set(l)) > 1]
-    return {"images": len(questions), "distinct": len(labels), "with a copy": sum(map(len, several)), "too many": len(questions) - len(labels), "labels in conflict": sum(map(len, torn))}
+    for q, k in zip(questions, keys):
+        labels.setdefault(k, []).append(q.answer)
+    several, torn = (
+        [l for l in labels.values() if len(l) > 1],
+        [l for l in labels.values() if len(set(l)) > 1],
+    )
+    return {
+        "images": len(questions),
+        "distinct": len(labels),
+        "with a copy": sum(map(len, several)),
+        "too many": len(questions) - len(labels),
+        "labels in conflict": sum(map(len, torn)),
+    }
 
 # %% ../../nbs/paper/30_dataset.ipynb #84aa9462
 def claims() -> list[Claim]:
     "What contamination does to a score: ours, since the paper reports no such experiment."
     why = "One small student from scratch; a 7B that has seen the public images in pretraining cannot be cleaned this way."
     return [
-        Claim("Training images that are test images raise the score on exactly those test images", "all images", "no twin by pixels", f"{TEST} · with a twin", not_proved=why),
-        Claim("On test images without a twin, the score does not depend on them", "all images", "no twin by pixels", f"{TEST} · without a twin", kind="equivalent", margin=0.10, not_proved=why),
-        Claim("On the whole test set, as it is reported, they raise the score", "all images", "no twin by pixels", TEST, not_proved=why),
+        Claim(
+            "Training images that are test images raise the score on exactly those test images",
+            "all images",
+            "no twin by pixels",
+            f"{TEST} · with a twin",
+            not_proved=why,
+        ),
+        Claim(
+            "On test images without a twin, the score does not depend on them",
+            "all images",
+            "no twin by pixels",
+            f"{TEST} · without a twin",
+            kind="equivalent",
+            margin=0.10,
+            not_proved=why,
+        ),
+        Claim(
+            "On the whole test set, as it is reported, they raise the score",
+            "all images",
+            "no twin by pixels",
+            TEST,
+            not_proved=why,
+        ),
     ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #350ff444
 def mri_student(common, size: str = "mini"):
     "A student that has read nothing and knows the words of the MRI question."
     from octomed.clinic.students import blank
-    from octomed.formats import from_brain_tumor
-    from octomed.prompts import load_template, question_text
-    row = from_brain_tumor({"label": "no_tumor", "file": "any"})   # all of them are asked the same
-    asked = Question(row["stem"], row["options"], row["answer"], *TRAIN.split(":"), SOURCES[TRAIN].category)
-    return blank(size=size, texts=(question_text(asked), load_template("direct").text), seed=common.base_seed, max_pixels=common.max_pixels)
+    from octomed.data.formats import from_brain_tumor
+    from octomed.generate.prompts import load_template, question_text
 
-for s in ("mini", "tiny", "small"): register_student(f"scratch/mri-{s}", partial(mri_student, size=s))
+    row = from_brain_tumor({"label": "no_tumor", "file": "any"})  # all of them are asked the same
+    asked = Question(
+        row["stem"], row["options"], row["answer"], *TRAIN.split(":"), SOURCES[TRAIN].category
+    )
+    return blank(
+        size=size,
+        texts=(question_text(asked), load_template("direct").text),
+        seed=common.base_seed,
+        max_pixels=common.max_pixels,
+    )
+
+
+for s in ("mini", "tiny", "small"):
+    register_student(f"scratch/mri-{s}", partial(mri_student, size=s))
+
 
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "All training images; without those whose file is a test image's (the paper's rule); without those whose pixels are. None where the set is not at hand."
-    if len(at_hand([TRAIN, TEST])) < 2: return {}
+    if len(at_hand([TRAIN, TEST])) < 2:
+        return {}
     p, common = recipe.of("30_dataset"), scope(recipe).common
-    everything = Arm(((TRAIN, p["images"]),), "direct", k=0, student=f"scratch/mri-{p['size']}", schedule=schedule_of(replace(common, lr=p["lr"]), p["epochs"], optimizer=p["optimizer"]))
-    return {"all images": everything, "no twin by bytes": replace(everything, against=((TEST, "bytes"),)), "no twin by pixels": replace(everything, against=((TEST, "pixels"),))}
+    everything = Arm(
+        ((TRAIN, p["images"]),),
+        "direct",
+        k=0,
+        student=f"scratch/mri-{p['size']}",
+        schedule=schedule_of(replace(common, lr=p["lr"]), p["epochs"], optimizer=p["optimizer"]),
+    )
+    return {
+        "all images": everything,
+        "no twin by bytes": replace(everything, against=((TEST, "bytes"),)),
+        "no twin by pixels": replace(everything, against=((TEST, "pixels"),)),
+    }
+
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What this section reads its students on, in place of the recipe's benchmarks."
     return (TEST,)
 
+
 def scope(recipe: Recipe) -> Recipe:
     "The recipe as this section uses it: its own number of test images, and what suits a small student from scratch, whatever the recipe's own is."
-    small = {name: getattr(Common(), name) for name in ("batch", "warmup", "max_pixels", "max_tokens", "answer_tokens")}
-    return replace(recipe, common=replace(recipe.common, benchmark_limit=recipe.of("30_dataset")["tests"], answer="text", **small))
+    small = {
+        name: getattr(Common(), name)
+        for name in ("batch", "warmup", "max_pixels", "max_tokens", "answer_tokens")
+    }
+    return replace(
+        recipe,
+        common=replace(
+            recipe.common, benchmark_limit=recipe.of("30_dataset")["tests"], answer="text", **small
+        ),
+    )
+
 
 def inputs(recipe: Recipe) -> list:
     "The real files that this section reads, where they are at hand."
-    return [p for s in at_hand(dict.fromkeys((*TEXT_TRAIN, *TEXT_BENCH, TRAIN, TEST, *NAMED))) for p in question_sources(s) if p is not None]
+    return [
+        p
+        for s in at_hand(dict.fromkeys((*TEXT_TRAIN, *TEXT_BENCH, TRAIN, TEST, *NAMED)))
+        for p in question_sources(s)
+        if p is not None
+    ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #437951c0
 def paper_rows() -> dict:
     "The paper's Brain Tumor accuracy that stands beside ours: the direct student of Table 1, whose training set had no twin by bytes."
-    return {("no twin by bytes", TEST): paper_number(1, "Brain Tumor", "direct", "multimodal_classification")/100}
+    return {
+        ("no twin by bytes", TEST): paper_number(
+            1, "Brain Tumor", "direct", "multimodal_classification"
+        )
+        / 100
+    }
 
 # %% ../../nbs/paper/30_dataset.ipynb #059e3a97
 def figure(results: dict):
     "Accuracy by what may be trained on, on all test images and on those with and without a twin; None where nothing was trained."
-    from octomed.figures import bars_with_paper
-    if not results["rows"]: return None
-    rows = [{**r, "category": "", "benchmark": r["benchmark"].replace(TEST, "test images").replace("test images · ", "") + f" ({r['n']})"} for r in results["rows"]]
+    from octomed.evaluate.figures import bars_with_paper
+
+    if not results["rows"]:
+        return None
+    rows = [
+        {
+            **r,
+            "category": "",
+            "benchmark": r["benchmark"].replace(TEST, "test images").replace("test images · ", "")
+            + f" ({r['n']})",
+        }
+        for r in results["rows"]
+    ]
     return bars_with_paper(rows, title="Test images in the training set: Brain Tumor MRI")

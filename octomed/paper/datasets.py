@@ -10,23 +10,44 @@ __all__ = ['OURS', 'IMAGES', 'OTHERS', 'REASONING', 'MARGIN', 'POINTS', 'SAID', 
 import time
 from dataclasses import replace
 from functools import lru_cache, partial
-import octomed.clinic.others   # the counterparts are sources
-from ..core import CATEGORIES, Recipe, load_recipe
-from ..distill import identity, requests, subset
-from ..experiment import Arm, Claim, Results, above_chance, category_of, evaluations, finding, findings_frame, first_of_each, rows_frame, run_arms, stages, table, write_results
-from ..graders import open_ended
-from ..ledger import Ledger, sample_key
-from .scaling import CENTRE, arms as arms_of_51
+
+from ..core.recipe import Recipe, load_recipe
+from ..data.sources import load, source_of
+from ..distill.pools import subset
+from ..distill.sampling import identity, requests
+from octomed.evaluate.arms import (
+    Arm,
+    Results,
+    category_of,
+    evaluations,
+    first_of_each,
+    run_arms,
+    stages,
+)
+from ..evaluate.claims import Claim, finding
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
+from ..generate.graders import open_ended
+from ..generate.ledger import Ledger, sample_key
+from ..generate.prompts import load_template
+from .scaling import CENTRE
+from .scaling import arms as arms_of_51
 from .sourcing import BEFORE, EVERYWHERE, Everywhere
-from ..prompts import load_template
-from ..questions import load, source_of
 
 # %% ../../nbs/paper/53_datasets.ipynb #e92b48a9
-OURS, IMAGES, OTHERS, REASONING, MARGIN = "ours", "ours, images alone", ("captions", "conversations", "bare"), "text and multimodal reasoning", 0.10
-POINTS = (0.16, 0.5, 1.0)   # of the schedule: the paper's early point, half, the end
+OURS, IMAGES, OTHERS, REASONING, MARGIN = (
+    "ours",
+    "ours, images alone",
+    ("captions", "conversations", "bare"),
+    "text and multimodal reasoning",
+    0.10,
+)
+POINTS = (0.16, 0.5, 1.0)  # of the schedule: the paper's early point, half, the end
 SAID = {o: "bare answers" if o == "bare" else o for o in OTHERS}
 
-def name(dataset: str, point: float) -> str: return f"{dataset}, {point:.0%}"
+
+def name(dataset: str, point: float) -> str:
+    return f"{dataset}, {point:.0%}"
+
 
 def claims() -> list[Claim]:
     "What the paper says in Fig. 1 (left) and §5, and the controls without text."
@@ -35,75 +56,225 @@ def claims() -> list[Claim]:
     grader = "The grader is simulated; it errs at a stated rate, and in both directions."
     forget = "A student of a million parameters forgets a format sooner than one of seven billion."
     return [
-        Claim("Over all categories, the first 16 % of the schedule lift our student above its start", name(OURS, early), BEFORE, EVERYWHERE, paper=fig, not_proved="Each point is a schedule of its own, run to its end."),
-        *(Claim(f"Over all categories, ours is ahead of {SAID[o]} at 16 % of the schedule", name(OURS, early), name(o, early), EVERYWHERE, paper=fig, not_proved=manner) for o in OTHERS),
-        *(Claim(f"Over all categories, ours is ahead of {SAID[o]} at the end", name(OURS, end), name(o, end), EVERYWHERE, paper=fig, not_proved=manner) for o in OTHERS),
-        *(Claim(f"On text and multimodal reasoning, {SAID[o]} end below the start", BEFORE, name(o, end), REASONING, paper="§5, in words: none passes the start", not_proved=forget + " " + grader) for o in OTHERS),
-        *(Claim(f"Over all categories, {SAID[o]} change little", name(o, end), BEFORE, EVERYWHERE, kind="equivalent", margin=MARGIN, paper="§5, in words: marginal gains", not_proved=forget) for o in OTHERS),
-        *(Claim(f"On multimodal reasoning, ours without text is ahead of {SAID[o]} at the end", IMAGES, name(o, end), "multimodal_reasoning", not_proved="The pools of cases are the same; the single cases are drawn anew.") for o in OTHERS),
+        Claim(
+            "Over all categories, the first 16 % of the schedule lift our student above its start",
+            name(OURS, early),
+            BEFORE,
+            EVERYWHERE,
+            paper=fig,
+            not_proved="Each point is a schedule of its own, run to its end.",
+        ),
+        *(
+            Claim(
+                f"Over all categories, ours is ahead of {SAID[o]} at 16 % of the schedule",
+                name(OURS, early),
+                name(o, early),
+                EVERYWHERE,
+                paper=fig,
+                not_proved=manner,
+            )
+            for o in OTHERS
+        ),
+        *(
+            Claim(
+                f"Over all categories, ours is ahead of {SAID[o]} at the end",
+                name(OURS, end),
+                name(o, end),
+                EVERYWHERE,
+                paper=fig,
+                not_proved=manner,
+            )
+            for o in OTHERS
+        ),
+        *(
+            Claim(
+                f"On text and multimodal reasoning, {SAID[o]} end below the start",
+                BEFORE,
+                name(o, end),
+                REASONING,
+                paper="§5, in words: none passes the start",
+                not_proved=forget + " " + grader,
+            )
+            for o in OTHERS
+        ),
+        *(
+            Claim(
+                f"Over all categories, {SAID[o]} change little",
+                name(o, end),
+                BEFORE,
+                EVERYWHERE,
+                kind="equivalent",
+                margin=MARGIN,
+                paper="§5, in words: marginal gains",
+                not_proved=forget,
+            )
+            for o in OTHERS
+        ),
+        *(
+            Claim(
+                f"On multimodal reasoning, ours without text is ahead of {SAID[o]} at the end",
+                IMAGES,
+                name(o, end),
+                "multimodal_reasoning",
+                not_proved="The pools of cases are the same; the single cases are drawn anew.",
+            )
+            for o in OTHERS
+        ),
     ]
 
 # %% ../../nbs/paper/53_datasets.ipynb #0acdfeaa
 def scope(recipe: Recipe) -> Recipe:
     "The recipe as this section uses it: 51's number of samples, its own number of test questions."
-    return replace(recipe, common=replace(recipe.common, samples=recipe.of("51_scaling")["samples"], benchmark_limit=recipe.of("53_datasets")["limit"]))
+    return replace(
+        recipe,
+        common=replace(
+            recipe.common,
+            samples=recipe.of("51_scaling")["samples"],
+            benchmark_limit=recipe.of("53_datasets")["limit"],
+        ),
+    )
 
-benchmarks = partial(first_of_each, section="53_datasets")   # the recipe's benchmarks, or the first few of each category
+
+benchmarks = partial(
+    first_of_each, section="53_datasets"
+)  # the recipe's benchmarks, or the first few of each category
 
 # %% ../../nbs/paper/53_datasets.ipynb #6fba0258
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, then ours and the others at three points of the schedule with equal tokens at each, and ours without text at the end."
     p, whole = recipe.of("53_datasets"), arms_of_51(recipe)[CENTRE]
-    ours = {at: replace(whole, schedule=replace(whole.schedule, epochs=at*whole.schedule.epochs)) for at in (0.0, *POINTS)}
+    ours = {
+        at: replace(whole, schedule=replace(whole.schedule, epochs=at * whole.schedule.epochs))
+        for at in (0.0, *POINTS)
+    }
     told = {o: tuple((s.strip(), p["cases"]) for s in p[o].split(",")) for o in OTHERS if p[o]}
-    other = lambda sources, at: Arm(sources, k=0, form="cot_base", schedule=ours[at].schedule, base=whole.base, compute_of=ours[at])
+    other = lambda sources, at: Arm(
+        sources,
+        k=0,
+        form="cot_base",
+        schedule=ours[at].schedule,
+        base=whole.base,
+        compute_of=ours[at],
+    )
     pictures = tuple((s, n) for s, n in whole.sources if source_of(s).category != "text_only")
-    return {BEFORE: ours[0.0], **{name(OURS, at): ours[at] for at in POINTS}, **{name(o, at): other(sources, at) for o, sources in told.items() for at in POINTS}, IMAGES: replace(whole, sources=pictures, compute_of=whole)}
+    return {
+        BEFORE: ours[0.0],
+        **{name(OURS, at): ours[at] for at in POINTS},
+        **{name(o, at): other(sources, at) for o, sources in told.items() for at in POINTS},
+        IMAGES: replace(whole, sources=pictures, compute_of=whole),
+    }
 
 # %% ../../nbs/paper/53_datasets.ipynb #054fa5d6
 class Tasks(Everywhere):
     "Results that can be averaged over both kinds of reasoning, too."
+
     def within(self, where: str) -> list[str]:
         "The benchmarks of a category, the one that is named, those of reasoning, or all."
-        return [b for b in self.benchmarks if category_of(b) != "multimodal_classification"] if where == REASONING else super().within(where)
+        return (
+            [b for b in self.benchmarks if category_of(b) != "multimodal_classification"]
+            if where == REASONING
+            else super().within(where)
+        )
 
 # %% ../../nbs/paper/53_datasets.ipynb #093ef18f
 @lru_cache
 def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
     return {q.id: q for q in subset(load(benchmark, max_pixels=max_pixels), limit)}
 
+
 def unread(e, rows: list[dict]) -> list[tuple]:  # (row, run, question, response, template)
     "The responses of an evaluation that the parser could not read."
     p, t = e.params, load_template(e.params["form"])
     qs = _asked(p["benchmark"], p["max_pixels"], p["limit"])
     who = identity(getattr(p["student"], "folder", p["student"]))
-    keys = {(r.question, n): sample_key(r.question, who, r.prompt, p["sampling"].key, n) for r in requests(list(qs.values()), p["form"], p["seeds"]) for n in r.indices}
+    keys = {
+        (r.question, n): sample_key(r.question, who, r.prompt, p["sampling"].key, n)
+        for r in requests(list(qs.values()), p["form"], p["seeds"])
+        for n in r.indices
+    }
     have = Ledger().find(list(keys.values()))
-    return [(row, n, qs[row["question"]], have[keys[row["question"], n]].text, t) for row in rows for n, status in enumerate(row["statuses"]) if status == "unparsed"]
+    return [
+        (row, n, qs[row["question"]], have[keys[row["question"], n]].text, t)
+        for row in rows
+        for n, status in enumerate(row["statuses"])
+        if status == "unparsed"
+    ]
+
 
 def graded(results: Results, wanted: dict, grader: str) -> Results:
     "The same results with the grader's verdict where the parser has none. `wanted`: what `evaluations` gives."
-    rows = {a: {b: [[{**r, "statuses": list(r["statuses"])} for r in run] for run in runs] for b, runs in per.items()} for a, per in results.rows.items()}
-    asked = [u for a, per in wanted.items() for b, es in per.items() for e, run in zip(es, rows[a][b]) for u in unread(e, run)]
+    rows = {
+        a: {
+            b: [[{**r, "statuses": list(r["statuses"])} for r in run] for run in runs]
+            for b, runs in per.items()
+        }
+        for a, per in results.rows.items()
+    }
+    asked = [
+        u
+        for a, per in wanted.items()
+        for b, es in per.items()
+        for e, run in zip(es, rows[a][b])
+        for u in unread(e, run)
+    ]
     for thinks in (True, False):
         mine = [u for u in asked if u[4].think_first == thinks]
-        for (row, n, *_), v in zip(mine, open_ended([(q, f"{q.answer}: {q.answer_text}", text) for _, _, q, text, _ in mine], grader, thinks, reasoning=False)): row["statuses"][n] = v.status
+        for (row, n, *_), v in zip(
+            mine,
+            open_ended(
+                [(q, f"{q.answer}: {q.answer_text}", text) for _, _, q, text, _ in mine],
+                grader,
+                thinks,
+                reasoning=False,
+            ),
+        ):
+            row["statuses"][n] = v.status
     return type(results)(results.common, rows)
 
 # %% ../../nbs/paper/53_datasets.ipynb #c149ea52
 def figure(results: dict):
     "Fig. 1, left: accuracy along the schedule, the mean of the three categories, the start dotted; parser and grader together."
-    from octomed.figures import lines
+    from octomed.evaluate.figures import lines
+
     at = {}
     for r in results["rows"]:
-        if r["benchmark"] == "Overall": at.setdefault(r["arm"], []).append(r["graded"])
-    mean = {a: sum(xs)/len(xs) for a, xs in at.items()}
-    series = {d: [(0, mean[BEFORE]), *((p, mean[name(d, p)]) for p in POINTS)] for d in (OURS, *OTHERS) if name(d, POINTS[-1]) in mean}
-    return lines(series, title="Along the schedule, by dataset (Fig. 1, left)", xlabel="share of the schedule", ylabel="accuracy over all categories, %", dotted={"start": [(0, mean[BEFORE]), (1, mean[BEFORE])]}, xticks=(0, *POINTS))
+        if r["benchmark"] == "Overall":
+            at.setdefault(r["arm"], []).append(r["graded"])
+    mean = {a: sum(xs) / len(xs) for a, xs in at.items()}
+    series = {
+        d: [(0, mean[BEFORE]), *((p, mean[name(d, p)]) for p in POINTS)]
+        for d in (OURS, *OTHERS)
+        if name(d, POINTS[-1]) in mean
+    }
+    return lines(
+        series,
+        title="Along the schedule, by dataset (Fig. 1, left)",
+        xlabel="share of the schedule",
+        ylabel="accuracy over all categories, %",
+        dotted={"start": [(0, mean[BEFORE]), (1, mean[BEFORE])]},
+        xticks=(0, *POINTS),
+    )
+
 
 def categories_figure(results: dict):
     "Each dataset at the end by category, beside the start."
-    from octomed.figures import bars_with_paper
+    from octomed.evaluate.figures import bars_with_paper
+
     names = {BEFORE: "start", **{name(d, POINTS[-1]): d for d in (OURS, *OTHERS)}, IMAGES: IMAGES}
-    rows = [{"arm": names[r["arm"]], "category": "", "benchmark": r["category"].replace("_", " "), "accuracy": r["graded"], "interval": r["graded_interval"]} for r in results["rows"] if r["benchmark"] == "Overall" and r["arm"] in names]
-    return bars_with_paper(rows, title="At the end, by category", arms=names.values(), xlabel="accuracy by parser and grader, %")
+    rows = [
+        {
+            "arm": names[r["arm"]],
+            "category": "",
+            "benchmark": r["category"].replace("_", " "),
+            "accuracy": r["graded"],
+            "interval": r["graded_interval"],
+        }
+        for r in results["rows"]
+        if r["benchmark"] == "Overall" and r["arm"] in names
+    ]
+    return bars_with_paper(
+        rows,
+        title="At the end, by category",
+        arms=names.values(),
+        xlabel="accuracy by parser and grader, %",
+    )

@@ -9,36 +9,64 @@ __all__ = ['FAMILIES', 'REASONING', 'MARGIN', 'before', 'Compared', 'Gains', 'ju
 # %% ../../nbs/paper/54_families.ipynb #0f647a33
 import time
 from dataclasses import dataclass, replace
-from ..core import CATEGORIES, Recipe, load_recipe
-from ..experiment import Arm, Claim, Results, above_chance, category_of, evaluations, finding, findings_frame, rows_frame, run_arms, schedule_of, stages, table, warm_up, write_results
-from ..stats import paired_bootstrap
-from ..store import run_all
+
+from ..core.recipe import CATEGORIES, Recipe, load_recipe
+from ..core.workers import run_all
+from octomed.evaluate.arms import (
+    Arm,
+    Results,
+    category_of,
+    evaluations,
+    run_arms,
+    schedule_of,
+    stages,
+    warm_up,
+)
+from ..evaluate.claims import Claim, finding
+from ..evaluate.stats import paired_bootstrap
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
 # %% ../../nbs/paper/54_families.ipynb #3049f3a8
-FAMILIES = {"Qwen2.5-VL": "clinic/tiny", "Qwen3-VL": "clinic/tiny-qwen3", "InternVL": "clinic/tiny-internvl"}   # name → student
+FAMILIES = {
+    "Qwen2.5-VL": "clinic/tiny",
+    "Qwen3-VL": "clinic/tiny-qwen3",
+    "InternVL": "clinic/tiny-internvl",
+}  # name → student
 REASONING = "InternVL (reasoning)"
 
-def before(arm: str) -> str: return f"{arm}, before"
+
+def before(arm: str) -> str:
+    return f"{arm}, before"
 
 # %% ../../nbs/paper/54_families.ipynb #7c29984a
 MARGIN = 0.15
 
+
 @dataclass(frozen=True)
 class Compared(Claim):
     "A claim about two arms."
-    measure: str = "accuracy"   # or `gain`: accuracy above the arm's own base
+
+    measure: str = "accuracy"  # or `gain`: accuracy above the arm's own base
+
 
 @dataclass
 class Gains(Results):
     "Results in which an arm's scores are what it gained over its base, question by question."
+
     def scores(self, arm, where, seed=None):
         "((questions, training seeds × runs) of −1, 0 and 1, the benchmark of each question)."
-        (after, groups), (start, _) = super().scores(arm, where, seed), super().scores(before(arm), where, seed)
+        (after, groups), (start, _) = (
+            super().scores(arm, where, seed),
+            super().scores(before(arm), where, seed),
+        )
         return after - start, groups
+
 
 def judged(claim: Compared, results: Results) -> dict:
     "The finding of a claim about accuracies or about gains."
-    return finding(claim, Gains(results.common, results.rows) if claim.measure == "gain" else results)
+    return finding(
+        claim, Gains(results.common, results.rows) if claim.measure == "gain" else results
+    )
 
 # %% ../../nbs/paper/54_families.ipynb #897da4bf
 def claims() -> list[Compared]:
@@ -47,45 +75,122 @@ def claims() -> list[Compared]:
     small = "Three classes built small, of one or two million parameters, on one textbook; what the families' own pretraining adds is not here."
     two = "The bases differ in their family and in their kind, as in the paper."
     imitated = "The base was taught to reason by imitating the same teachers; a base that learnt by reinforcement may have other room left."
-    gains = [Compared(f"{a} gains on image classification", a, before(a), looks, paper=None if a == "InternVL" else fig, not_proved=small) for a in (*FAMILIES, REASONING)]
-    alike = [Compared(f"On image classification, {a} gains as much as Qwen2.5-VL", a, "Qwen2.5-VL", looks, kind="equivalent", margin=MARGIN, measure="gain", paper=fig,
-                      not_proved=small + " One that gains more by more than the margin disagrees, too.") for a in ("Qwen3-VL", REASONING)]
-    on = {w: f"On {'text-only questions' if w == text else 'multimodal reasoning'}" for w in (text, reasoning)}
-    less = [Compared(f"{on[w]}, an instruct base gains more than a base of another family that reasons already", "Qwen3-VL", REASONING, w, measure="gain", paper=fig, not_proved=two) for w in on]
-    same = [Compared(f"{on[w]}, within InternVL, the instruct base gains more than the one that reasons already", "InternVL", REASONING, w, measure="gain", not_proved=imitated) for w in on]
-    ends = [Compared(f"{on[w]}, both bases of InternVL end at the same accuracy", "InternVL", REASONING, w, kind="equivalent", margin=MARGIN, not_proved=imitated + " Two students at chance are equal, too.") for w in on]
+    gains = [
+        Compared(
+            f"{a} gains on image classification",
+            a,
+            before(a),
+            looks,
+            paper=None if a == "InternVL" else fig,
+            not_proved=small,
+        )
+        for a in (*FAMILIES, REASONING)
+    ]
+    alike = [
+        Compared(
+            f"On image classification, {a} gains as much as Qwen2.5-VL",
+            a,
+            "Qwen2.5-VL",
+            looks,
+            kind="equivalent",
+            margin=MARGIN,
+            measure="gain",
+            paper=fig,
+            not_proved=small + " One that gains more by more than the margin disagrees, too.",
+        )
+        for a in ("Qwen3-VL", REASONING)
+    ]
+    on = {
+        w: f"On {'text-only questions' if w == text else 'multimodal reasoning'}"
+        for w in (text, reasoning)
+    }
+    less = [
+        Compared(
+            f"{on[w]}, an instruct base gains more than a base of another family that reasons already",
+            "Qwen3-VL",
+            REASONING,
+            w,
+            measure="gain",
+            paper=fig,
+            not_proved=two,
+        )
+        for w in on
+    ]
+    same = [
+        Compared(
+            f"{on[w]}, within InternVL, the instruct base gains more than the one that reasons already",
+            "InternVL",
+            REASONING,
+            w,
+            measure="gain",
+            not_proved=imitated,
+        )
+        for w in on
+    ]
+    ends = [
+        Compared(
+            f"{on[w]}, both bases of InternVL end at the same accuracy",
+            "InternVL",
+            REASONING,
+            w,
+            kind="equivalent",
+            margin=MARGIN,
+            not_proved=imitated + " Two students at chance are equal, too.",
+        )
+        for w in on
+    ]
     return [*gains, *alike, *less, *same, *ends]
 
 # %% ../../nbs/paper/54_families.ipynb #c46eee67
 def scope(recipe: Recipe) -> Recipe:
     "The recipe as this section uses it: its own number of test questions."
-    return replace(recipe, common=replace(recipe.common, benchmark_limit=recipe.of("54_families")["limit"]))
+    return replace(
+        recipe, common=replace(recipe.common, benchmark_limit=recipe.of("54_families")["limit"])
+    )
+
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "The first benchmark of each category."
-    return tuple(next(b for b in recipe.common.benchmarks if category_of(b) == c) for c in CATEGORIES)
+    return tuple(
+        next(b for b in recipe.common.benchmarks if category_of(b) == c) for c in CATEGORIES
+    )
+
 
 def bases(recipe: Recipe) -> dict[str, Arm]:
     "Name → the arm whose student is the base: an instruct base of each family, and one of InternVL that was taught to reason."
     p = recipe.of("54_families")
     chosen = [f.strip() for f in p["families"].split(",")]
-    thinks = {f: replace(warm_up(recipe, p["warm"], p["warm_epochs"]), student=FAMILIES[f]) for f in chosen}
+    thinks = {
+        f: replace(warm_up(recipe, p["warm"], p["warm_epochs"]), student=FAMILIES[f])
+        for f in chosen
+    }
     answers = {f: replace(arm, form="direct", compute_of=arm) for f, arm in thinks.items()}
     return answers | ({REASONING: thinks["InternVL"]} if "InternVL" in chosen else {})
+
 
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "Every base before and after the same fine-tuning."
     p, found = recipe.of("54_families"), {}
     for name, base in bases(recipe).items():
-        after = Arm(tuple((pool, p["questions"]) for pool in recipe.common.train), k=1, student=base.student, schedule=schedule_of(recipe.common, p["epochs"]), base=base)
-        found |= {before(name): replace(after, form=base.form, schedule=schedule_of(recipe.common, 0)), name: after}
+        after = Arm(
+            tuple((pool, p["questions"]) for pool in recipe.common.train),
+            k=1,
+            student=base.student,
+            schedule=schedule_of(recipe.common, p["epochs"]),
+            base=base,
+        )
+        found |= {
+            before(name): replace(after, form=base.form, schedule=schedule_of(recipe.common, 0)),
+            name: after,
+        }
     return found
 
 # %% ../../nbs/paper/54_families.ipynb #2857ba66
 def make_bases(recipe: Recipe):
     "Make the bases, one family beside the other."
     by_student = {}
-    for b in bases(recipe).values(): by_student.setdefault(b.student, []).append(stages(b, recipe.common)["student"])
+    for b in bases(recipe).values():
+        by_student.setdefault(b.student, []).append(stages(b, recipe.common)["student"])
     run_all(list(by_student.values()), desc="bases, a family beside the other")
 
 # %% ../../nbs/paper/54_families.ipynb #7bf76ef7
@@ -94,15 +199,38 @@ def gains(results: Results) -> list[dict]:
     kw, found = dict(n=results.common.bootstrap, seed=results.common.base_seed), []
     for name in (a for a in results.rows if before(a) in results.rows):
         for b in results.benchmarks:
-            got = paired_bootstrap(results.scores(name, b)[0], results.scores(before(name), b)[0], **kw)
-            found.append({"base": name, "category": category_of(b), "benchmark": b, "gain": got.difference, "interval": list(got.interval)})
+            got = paired_bootstrap(
+                results.scores(name, b)[0], results.scores(before(name), b)[0], **kw
+            )
+            found.append(
+                {
+                    "base": name,
+                    "category": category_of(b),
+                    "benchmark": b,
+                    "gain": got.difference,
+                    "interval": list(got.interval),
+                }
+            )
     return found
 
 # %% ../../nbs/paper/54_families.ipynb #76e8927b
 def figure(results: dict):
     "Fig. 9: every base before and after the fine-tuning, by category."
-    from octomed.figures import bars_with_paper
+    from octomed.evaluate.figures import bars_with_paper
+
     tuned = {r["arm"] for r in results["rows"]}
-    rows = [{**r, "arm": "fine-tuned" if before(r["arm"]) in tuned else "base", "benchmark": r["arm"].removesuffix(before(""))} for r in results["rows"]]
-    order = {c: i for i, c in enumerate((CATEGORIES[2], *CATEGORIES[:2]))}   # classification on top, as in the paper
-    return bars_with_paper(sorted(({**r, "paper": None} for r in rows), key=lambda r: order[r["category"]]), title="Three families, before and after (Fig. 9)")
+    rows = [
+        {
+            **r,
+            "arm": "fine-tuned" if before(r["arm"]) in tuned else "base",
+            "benchmark": r["arm"].removesuffix(before("")),
+        }
+        for r in results["rows"]
+    ]
+    order = {
+        c: i for i, c in enumerate((CATEGORIES[2], *CATEGORIES[:2]))
+    }  # classification on top, as in the paper
+    return bars_with_paper(
+        sorted(({**r, "paper": None} for r in rows), key=lambda r: order[r["category"]]),
+        title="Three families, before and after (Fig. 9)",
+    )

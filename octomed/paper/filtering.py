@@ -9,17 +9,22 @@ __all__ = ['POINTS', 'NONE', 'NAMES', 'scope', 'name', 'claims', 'benchmarks', '
 import time
 from dataclasses import replace
 from functools import partial
-import octomed.clinic.graders   # the simulated grader of difficulty
-from ..core import Recipe, load_recipe
-from ..distill import FILTERS
-from ..experiment import Arm, Claim, above_chance, evaluations, finding, findings_frame, rows_frame, run_arms, schedule_of, scoped, stages, table, warm_up, write_results
-from ..questions import source_of
+
+from ..core.recipe import Recipe, load_recipe
+from ..data.sources import source_of
+from ..distill.filters import FILTERS
+from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of, scoped, stages, warm_up
+from ..evaluate.claims import Claim, finding
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
 # %% ../../nbs/paper/43_filtering.ipynb #775bb73b
-POINTS = (0.25, 0.5, 1.0)   # of the schedule: early, half, the end
+POINTS = (0.25, 0.5, 1.0)  # of the schedule: early, half, the end
 NONE, NAMES = "none", ("student", "teacher", "difficulty", "length", "dissent")
 
-def name(arm: str, point: float) -> str: return f"{arm}, {point:.0%}"
+
+def name(arm: str, point: float) -> str:
+    return f"{arm}, {point:.0%}"
+
 
 def claims() -> list[Claim]:
     "What the paper says in Fig. 4, and ours: the end of the schedule, and two more filters."
@@ -28,55 +33,157 @@ def claims() -> list[Claim]:
     small = "A pool of fewer than two hundred questions; at the paper's size a filter costs less variety."
     fig = "Fig. 4: all three better early"
     return [
-        Claim("Early, the student's pass count is better than no filter", name("student", early), name(NONE, early), where, paper=fig, not_proved=told),
-        Claim("Early, the teacher's pass count is better than no filter", name("teacher", early), name(NONE, early), where, paper=fig, not_proved=told),
-        Claim("Early, the grader's rating is better than no filter", name("difficulty", early), name(NONE, early), where, paper=fig, not_proved=told),
-        *(Claim(f"Early, the student's pass count is better than the {whose}", name("student", early), name(other, early), where, paper="takeaway of Fig. 4: student filters best early", not_proved=told) for other, whose in (("teacher", "teacher's"), ("difficulty", "grader's rating"))),
-        Claim("At the end, the student's pass count is better than no filter", name("student", end), name(NONE, end), where, not_proved=small + " The paper finds them about equal there."),
-        Claim("At the end, the student's pass count is better than the grader's rating", name("student", end), name("difficulty", end), where, not_proved=small + " The paper finds them about equal there."),
-        Claim("At the end, no filter does as well as the grader's rating", name(NONE, end), name("difficulty", end), where, kind="equivalent", margin=0.10, paper="Fig. 4: about equal peaks", not_proved=small),
-        Claim("At the end, keeping responses of middle length changes nothing", name("length", end), name(NONE, end), where, kind="equivalent", margin=0.10, not_proved=small),
-        Claim("At the end, disagreement among the teacher's samples does as well as its pass count", name("dissent", end), name("teacher", end), where, kind="equivalent", margin=0.10, not_proved=small),
+        Claim(
+            "Early, the student's pass count is better than no filter",
+            name("student", early),
+            name(NONE, early),
+            where,
+            paper=fig,
+            not_proved=told,
+        ),
+        Claim(
+            "Early, the teacher's pass count is better than no filter",
+            name("teacher", early),
+            name(NONE, early),
+            where,
+            paper=fig,
+            not_proved=told,
+        ),
+        Claim(
+            "Early, the grader's rating is better than no filter",
+            name("difficulty", early),
+            name(NONE, early),
+            where,
+            paper=fig,
+            not_proved=told,
+        ),
+        *(
+            Claim(
+                f"Early, the student's pass count is better than the {whose}",
+                name("student", early),
+                name(other, early),
+                where,
+                paper="takeaway of Fig. 4: student filters best early",
+                not_proved=told,
+            )
+            for other, whose in (("teacher", "teacher's"), ("difficulty", "grader's rating"))
+        ),
+        Claim(
+            "At the end, the student's pass count is better than no filter",
+            name("student", end),
+            name(NONE, end),
+            where,
+            not_proved=small + " The paper finds them about equal there.",
+        ),
+        Claim(
+            "At the end, the student's pass count is better than the grader's rating",
+            name("student", end),
+            name("difficulty", end),
+            where,
+            not_proved=small + " The paper finds them about equal there.",
+        ),
+        Claim(
+            "At the end, no filter does as well as the grader's rating",
+            name(NONE, end),
+            name("difficulty", end),
+            where,
+            kind="equivalent",
+            margin=0.10,
+            paper="Fig. 4: about equal peaks",
+            not_proved=small,
+        ),
+        Claim(
+            "At the end, keeping responses of middle length changes nothing",
+            name("length", end),
+            name(NONE, end),
+            where,
+            kind="equivalent",
+            margin=0.10,
+            not_proved=small,
+        ),
+        Claim(
+            "At the end, disagreement among the teacher's samples does as well as its pass count",
+            name("dissent", end),
+            name("teacher", end),
+            where,
+            kind="equivalent",
+            margin=0.10,
+            not_proved=small,
+        ),
     ]
 
 # %% ../../nbs/paper/43_filtering.ipynb #eff63fd7
-scope = partial(scoped, section="43_filtering")   # the recipe as this section uses it: its own number of samples and of test questions
+scope = partial(
+    scoped, section="43_filtering"
+)  # the recipe as this section uses it: its own number of samples and of test questions
+
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What the students are read on."
     return (recipe.of("43_filtering")["benchmark"],)
 
+
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, then no filter and each filter at three points of the schedule, with equal tokens at each."
     p, common = recipe.of("43_filtering"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
-    pool = tuple((s, p["questions"]) for s in common.train if source_of(s).category == "multimodal_reasoning")
-    plain = {at: Arm(pool, k=1, schedule=schedule_of(common, at*p["epochs"]), base=first) for at in (0, *POINTS)}
+    pool = tuple(
+        (s, p["questions"]) for s in common.train if source_of(s).category == "multimodal_reasoning"
+    )
+    plain = {
+        at: Arm(pool, k=1, schedule=schedule_of(common, at * p["epochs"]), base=first)
+        for at in (0, *POINTS)
+    }
     window = lambda f: (f, p["lowest"] if f == "student" else FILTERS[f][0], FILTERS[f][1])
-    kept = {name(f, at): replace(plain[at], filter=window(f), compute_of=plain[at]) for f in NAMES for at in POINTS}
+    kept = {
+        name(f, at): replace(plain[at], filter=window(f), compute_of=plain[at])
+        for f in NAMES
+        for at in POINTS
+    }
     return {"before": plain[0], **{name(NONE, at): plain[at] for at in POINTS}, **kept}
 
 # %% ../../nbs/paper/43_filtering.ipynb #7c93f47c
 def seen(recipe: Recipe, filter: str) -> list[dict]:
     "Each question of the pool with what a filter saw of it, and whether it was kept."
-    from octomed.core import read_jsonl
-    from octomed.distill import read_questions
+    from octomed.core.files import read_jsonl
+    from octomed.distill.pools import read_questions
+
     s = stages(arms(recipe)[name(filter, 1)], recipe.common)
     tags = {q.id: q.tags for q in read_questions(s["data"].folder)}
-    return [{"filter": filter, "steps": tags[r["question"]].get("steps"), **r} for r in read_jsonl(s["filtered"].folder/"values.jsonl")]
+    return [
+        {"filter": filter, "steps": tags[r["question"]].get("steps"), **r}
+        for r in read_jsonl(s["filtered"].folder / "values.jsonl")
+    ]
 
 # %% ../../nbs/paper/43_filtering.ipynb #101ffc8e
 def peaks(rows: list[dict]) -> list[dict]:
     "Each arm's best point, and the first point at which it reaches nine tenths of no filter's best."
     at = {r["arm"]: r["accuracy"] for r in rows}
     best = max(at[name(NONE, p)] for p in POINTS)
-    return [{"filter": f, "peak": max(at[name(f, p)] for p in POINTS), "at": max(POINTS, key=lambda p: at[name(f, p)]),
-             "near the unfiltered peak at": next((p for p in POINTS if at[name(f, p)] >= 0.9*best), None)} for f in (NONE, *NAMES)]
+    return [
+        {
+            "filter": f,
+            "peak": max(at[name(f, p)] for p in POINTS),
+            "at": max(POINTS, key=lambda p: at[name(f, p)]),
+            "near the unfiltered peak at": next(
+                (p for p in POINTS if at[name(f, p)] >= 0.9 * best), None
+            ),
+        }
+        for f in (NONE, *NAMES)
+    ]
 
 # %% ../../nbs/paper/43_filtering.ipynb #e27c8f79
 def figure(results: dict):
     "Fig. 4: accuracy along the schedule, a line for each filter."
-    from octomed.figures import lines
+    from octomed.evaluate.figures import lines
+
     at = {r["arm"]: r["accuracy"] for r in results["rows"]}
-    series = {f: [(0, at["before"])] + [(p, at[name(f, p)]) for p in POINTS] for f in (NONE, *NAMES)}
-    return lines(series, title="Which questions are kept (Fig. 4)", xlabel="share of the schedule", xticks=[0, *POINTS])
+    series = {
+        f: [(0, at["before"])] + [(p, at[name(f, p)]) for p in POINTS] for f in (NONE, *NAMES)
+    }
+    return lines(
+        series,
+        title="Which questions are kept (Fig. 4)",
+        xlabel="share of the schedule",
+        xticks=[0, *POINTS],
+    )

@@ -8,38 +8,83 @@ __all__ = ['claims', 'arms', 'paper_rows', 'figure']
 # %% ../../nbs/paper/42_formatting.ipynb #7195ac63
 import time
 from dataclasses import replace
-from ..core import Recipe, load_recipe
-from ..experiment import Arm, Claim, above_chance, evaluations, finding, run_arms, schedule_of, stages, table, write_results
-from ..stats import paper_number
+
+from ..core.recipe import Recipe, load_recipe
+from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of, stages
+from ..evaluate.claims import Claim, finding
+from ..evaluate.stats import paper_number
+from ..evaluate.tables import above_chance, table, write_results
 
 # %% ../../nbs/paper/42_formatting.ipynb #a99b6962
 def claims() -> list[Claim]:
     "What the paper says in Table 1, and the compute-matched controls."
     built = "The clinic's vignettes are built in steps; that chains of steps can be written down is given, that a student gains from reading them is not."
     return [
-        Claim("On multimodal reasoning, learning the reasoning beats learning the answer alone", "cot", "direct", "multimodal_reasoning", paper="38.15 against 23.08", not_proved=built),
-        Claim("On text-only questions, learning the reasoning beats learning the answer alone", "cot", "direct", "text_only", paper="52.19 against 29.23", not_proved=built),
-        Claim("On image classification, the answer alone beats the reasoning", "direct", "cot", "multimodal_classification", paper="65.46 against 63.33",
-              not_proved="One small student that sees 16 visual tokens an image says little about a 7B with a pretrained tower."),
-        Claim("On multimodal reasoning, the gain remains at equal compute", "cot", "direct, same compute", "multimodal_reasoning", not_proved="Equal tokens are not equal steps of reasoning; the direct student repeats its rows."),
-        Claim("On text-only questions, the gain remains at equal compute", "cot", "direct, same compute", "text_only", not_proved="Equal tokens are not equal steps of reasoning; the direct student repeats its rows."),
+        Claim(
+            "On multimodal reasoning, learning the reasoning beats learning the answer alone",
+            "cot",
+            "direct",
+            "multimodal_reasoning",
+            paper="38.15 against 23.08",
+            not_proved=built,
+        ),
+        Claim(
+            "On text-only questions, learning the reasoning beats learning the answer alone",
+            "cot",
+            "direct",
+            "text_only",
+            paper="52.19 against 29.23",
+            not_proved=built,
+        ),
+        Claim(
+            "On image classification, the answer alone beats the reasoning",
+            "direct",
+            "cot",
+            "multimodal_classification",
+            paper="65.46 against 63.33",
+            not_proved="One small student that sees 16 visual tokens an image says little about a 7B with a pretrained tower.",
+        ),
+        Claim(
+            "On multimodal reasoning, the gain remains at equal compute",
+            "cot",
+            "direct, same compute",
+            "multimodal_reasoning",
+            not_proved="Equal tokens are not equal steps of reasoning; the direct student repeats its rows.",
+        ),
+        Claim(
+            "On text-only questions, the gain remains at equal compute",
+            "cot",
+            "direct, same compute",
+            "text_only",
+            not_proved="Equal tokens are not equal steps of reasoning; the direct student repeats its rows.",
+        ),
     ]
 
 # %% ../../nbs/paper/42_formatting.ipynb #ebec957e
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "CoT, direct, and direct at CoT's compute."
     p = recipe.of("42_formatting")
-    cot = Arm(tuple((pool, p["questions"]) for pool in recipe.common.train), "cot", k=1, schedule=schedule_of(recipe.common, p["epochs"]))
+    cot = Arm(
+        tuple((pool, p["questions"]) for pool in recipe.common.train),
+        "cot",
+        k=1,
+        schedule=schedule_of(recipe.common, p["epochs"]),
+    )
     direct = replace(cot, form="direct")
     return {"cot": cot, "direct": direct, "direct, same compute": replace(direct, compute_of=cot)}
 
 # %% ../../nbs/paper/42_formatting.ipynb #52cebc3e
 def paper_rows() -> dict:
     "The paper's Overall of each category, by arm (Table 1)."
-    return {(arm, c): paper_number(1, "Overall", arm, c)/100 for arm in ("cot", "direct") for c in ("text_only", "multimodal_reasoning", "multimodal_classification")}
+    return {
+        (arm, c): paper_number(1, "Overall", arm, c) / 100
+        for arm in ("cot", "direct")
+        for c in ("text_only", "multimodal_reasoning", "multimodal_classification")
+    }
 
 # %% ../../nbs/paper/42_formatting.ipynb #40f56096
 def figure(results: dict):
     "Table 1 as a figure: arms by benchmark, ours filled, the paper's Overall hollow."
-    from octomed.figures import bars_with_paper
+    from octomed.evaluate.figures import bars_with_paper
+
     return bars_with_paper(results["rows"], title="Reasoning first or the answer at once (Table 1)")

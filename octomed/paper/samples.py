@@ -11,51 +11,109 @@ import time
 from dataclasses import replace
 from functools import partial
 from math import log2
-import octomed.clinic.near   # rewordings of questions are a source
-from ..core import Recipe, load_recipe
-from ..experiment import Arm, Claim, above_chance, evaluations, finding, findings_frame, rows_frame, run_arms, schedule_of, scoped, stages, table, warm_up, write_results
+
+from ..core.recipe import Recipe, load_recipe
+from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of, scoped, stages, warm_up
+from ..evaluate.claims import Claim, finding
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
 # %% ../../nbs/paper/44_samples.ipynb #5969face
 KS, EPOCHS = (1, 4, 16), (1, 2, 3)
 REPEATED, REWORDED = "k=1, equal steps", "16 wordings, 1 trace each"
 
-def name(k: int, epochs: int) -> str: return f"k={k}, {epochs} epoch{'s'*(epochs > 1)}"
+
+def name(k: int, epochs: int) -> str:
+    return f"k={k}, {epochs} epoch{'s' * (epochs > 1)}"
+
 
 def claims() -> list[Claim]:
     "What the paper says in Fig. 5, and the two controls."
     steps = "More traces are more steps of training; the control with equal steps says how much of this is steps."
-    tokens = "Equal tokens are equal steps only on average: the traces of a question differ in length."
+    tokens = (
+        "Equal tokens are equal steps only on average: the traces of a question differ in length."
+    )
     where = "text_only"
     return [
-        Claim("At three epochs, sixteen traces a question beat one", name(16, 3), name(1, 3), where, paper="85.01 (its peak) against 75.16", not_proved=steps),
-        Claim("Four traces for one epoch beat one trace for three epochs", name(4, 1), name(1, 3), where, paper="76.50 against 75.16", not_proved=steps + " The paper itself calls these two similar."),
-        Claim("At three epochs, accuracy rises with each doubling of k", name(16, 3), name(1, 3), where, kind="trend", paper="75.16 at k = 1, 85.01 at k = 16", along=tuple((name(k, 3), log2(k)) for k in KS), not_proved=steps),
-        Claim("At equal steps, sixteen different traces beat one that is repeated", name(16, 1), REPEATED, where, not_proved=tokens),
-        Claim("Sixteen traces of one question teach as much as sixteen wordings with one trace each", name(16, 1), REWORDED, where, kind="equivalent", margin=0.10,
-              not_proved="The rewordings keep the options and their order; real near-duplicates may not."),
+        Claim(
+            "At three epochs, sixteen traces a question beat one",
+            name(16, 3),
+            name(1, 3),
+            where,
+            paper="85.01 (its peak) against 75.16",
+            not_proved=steps,
+        ),
+        Claim(
+            "Four traces for one epoch beat one trace for three epochs",
+            name(4, 1),
+            name(1, 3),
+            where,
+            paper="76.50 against 75.16",
+            not_proved=steps + " The paper itself calls these two similar.",
+        ),
+        Claim(
+            "At three epochs, accuracy rises with each doubling of k",
+            name(16, 3),
+            name(1, 3),
+            where,
+            kind="trend",
+            paper="75.16 at k = 1, 85.01 at k = 16",
+            along=tuple((name(k, 3), log2(k)) for k in KS),
+            not_proved=steps,
+        ),
+        Claim(
+            "At equal steps, sixteen different traces beat one that is repeated",
+            name(16, 1),
+            REPEATED,
+            where,
+            not_proved=tokens,
+        ),
+        Claim(
+            "Sixteen traces of one question teach as much as sixteen wordings with one trace each",
+            name(16, 1),
+            REWORDED,
+            where,
+            kind="equivalent",
+            margin=0.10,
+            not_proved="The rewordings keep the options and their order; real near-duplicates may not.",
+        ),
     ]
 
 # %% ../../nbs/paper/44_samples.ipynb #ef6c338e
-scope = partial(scoped, section="44_samples")   # the recipe as this section uses it: its own number of samples and of test questions
+scope = partial(
+    scoped, section="44_samples"
+)  # the recipe as this section uses it: its own number of samples and of test questions
+
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What the students are read on."
     return (recipe.of("44_samples")["benchmark"],)
 
+
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, k × epochs, one trace repeated to equal steps, and rewordings where there are any."
     p = recipe.of("44_samples")
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
-    one = lambda k, epochs: Arm(((p["source"], p["questions"]),), k=k, schedule=schedule_of(recipe.common, epochs), base=first)
+    one = lambda k, epochs: Arm(
+        ((p["source"], p["questions"]),),
+        k=k,
+        schedule=schedule_of(recipe.common, epochs),
+        base=first,
+    )
     grid = {name(k, e): one(k, e) for k in KS for e in EPOCHS}
     most = grid[name(KS[-1], 1)]
-    reworded = {REWORDED: replace(most, sources=((p["near"], 16*p["questions"]),), k=1, compute_of=most)} if p["near"] else {}
+    reworded = (
+        {REWORDED: replace(most, sources=((p["near"], 16 * p["questions"]),), k=1, compute_of=most)}
+        if p["near"]
+        else {}
+    )
     return {"before": one(1, 0), **grid, REPEATED: replace(most, k=1, compute_of=most), **reworded}
 
 # %% ../../nbs/paper/44_samples.ipynb #c58d91f6
 def drawn(recipe: Recipe, arm: Arm) -> tuple[list, dict]:
     "The questions of an arm, and their samples with verdicts."
-    from octomed.distill import judged, read_questions
+    from octomed.distill.pools import read_questions
+    from octomed.distill.rejection import judged
+
     s = stages(arm, recipe.common)
     return (qs := read_questions(s["data"].folder)), judged(qs, s["samples"].folder)
 
@@ -67,10 +125,30 @@ def paper_rows(benchmark: str) -> dict:
 # %% ../../nbs/paper/44_samples.ipynb #641c8477
 def figure(results: dict):
     "Fig. 5: accuracy by epochs for each k, ours with bands, the paper's hollow; the controls stand at the first epoch of k = 16."
-    from octomed.figures import lines
+    from octomed.evaluate.figures import lines
+
     at = {r["arm"]: r for r in results["rows"]}
     point = lambda x, arm: (x, at[arm]["accuracy"], at[arm]["interval"])
-    series = {f"k = {k}": [point(0, "before")]*("before" in at) + [point(e, name(k, e)) for e in EPOCHS if name(k, e) in at] for k in KS}
-    series |= {label: [point(1, arm)] for label, arm in (("repeated", REPEATED), ("reworded", REWORDED)) if arm in at}
-    told = {f"k = {k}": [(e, at[name(k, e)]["paper"])] for k in KS for e in EPOCHS if at.get(name(k, e), {}).get("paper") is not None}
-    return lines(series, title="Traces a question and epochs (Fig. 5)", xlabel="epochs", paper=told, xticks=[0, *EPOCHS])
+    series = {
+        f"k = {k}": [point(0, "before")] * ("before" in at)
+        + [point(e, name(k, e)) for e in EPOCHS if name(k, e) in at]
+        for k in KS
+    }
+    series |= {
+        label: [point(1, arm)]
+        for label, arm in (("repeated", REPEATED), ("reworded", REWORDED))
+        if arm in at
+    }
+    told = {
+        f"k = {k}": [(e, at[name(k, e)]["paper"])]
+        for k in KS
+        for e in EPOCHS
+        if at.get(name(k, e), {}).get("paper") is not None
+    }
+    return lines(
+        series,
+        title="Traces a question and epochs (Fig. 5)",
+        xlabel="epochs",
+        paper=told,
+        xticks=[0, *EPOCHS],
+    )

@@ -9,70 +9,207 @@ __all__ = ['SHARES', 'EPOCHS', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED
            'progress_figure', 'parameters_of', 'models_figure']
 
 # %% ../../nbs/paper/51_scaling.ipynb #fa23bf9c
-import re, time
-from functools import partial
+import re
+import time
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from math import log2
+
 import numpy as np
 from scipy.special import expit
-from ..core import CATEGORIES, Recipe, load_recipe
-from ..answers import judge, majority_vote
-from ..distill import requests, route, subset
-from ..engines import teacher
-from ..evaluate import sampling_of
-from ..experiment import Arm, Claim, Results, above_chance, evaluations, finding, findings_frame, first_of_each, rows_frame, run_arms, schedule_of, scoped, stages, table, warm_up, write_results
-from ..ledger import Ledger, draw
+
+from ..core.recipe import CATEGORIES, Recipe, load_recipe
+from ..data.sources import load, source_of
+from ..distill.pools import subset
+from ..distill.sampling import requests, route
+from octomed.evaluate.arms import (
+    Arm,
+    Results,
+    evaluations,
+    first_of_each,
+    run_arms,
+    schedule_of,
+    scoped,
+    stages,
+    warm_up,
+)
+from ..evaluate.claims import Claim, finding
+from ..evaluate.evaluate import sampling_of
+from ..evaluate.stats import Interval, paper_number, paper_table, per_question, verdict
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
+from ..generate.answers import judge, majority_vote
+from ..generate.engines import teacher
+from ..generate.ledger import Ledger, draw
+from ..generate.prompts import load_template
 from .sourcing import BEFORE, EVERYWHERE, Everywhere
-from ..prompts import load_template
-from ..questions import load, source_of
-from ..stats import Interval, paper_number, paper_table, per_question, verdict
 
 # %% ../../nbs/paper/51_scaling.ipynb #8fbf629d
-SHARES, EPOCHS, MARGIN = (1/8, 1/4, 1/2, 1.0), (1, 2, 3), 0.10
+SHARES, EPOCHS, MARGIN = (1 / 8, 1 / 4, 1 / 2, 1.0), (1, 2, 3), 0.10
 
-def name(share: float, epochs: int = 3) -> str: return f"{'all' if share == 1 else Fraction(share)} questions, {epochs} epoch{'s'*(epochs > 1)}"
+
+def name(share: float, epochs: int = 3) -> str:
+    return (
+        f"{'all' if share == 1 else Fraction(share)} questions, {epochs} epoch{'s' * (epochs > 1)}"
+    )
+
 
 FINAL, CENTRE = name(SHARES[-1]), name(SHARES[-2])
-SMALLER, REPEATED = f"{CENTRE}, smaller student", f"{Fraction(SHARES[0])} questions, tokens of {Fraction(SHARES[-2])}"
-TEACHERS, VOTE, SINGLE, CURVE = BESIDE = "its teachers", "vote", "single response", "the curve through the smaller parts"
+SMALLER, REPEATED = (
+    f"{CENTRE}, smaller student",
+    f"{Fraction(SHARES[0])} questions, tokens of {Fraction(SHARES[-2])}",
+)
+TEACHERS, VOTE, SINGLE, CURVE = BESIDE = (
+    "its teachers",
+    "vote",
+    "single response",
+    "the curve through the smaller parts",
+)
 
 # %% ../../nbs/paper/51_scaling.ipynb #ed41e32e
 def claims() -> list[Claim]:
     "What the paper says in Table 2 and §5, and what it does not ask."
     word = lambda c: c.replace("_", " ")
-    told = lambda c, a, b: f"{paper_number(2, 'Overall', a, c):.2f} against {paper_number(2, 'Overall', b, c):.2f}"
+    told = lambda c, a, b: (
+        f"{paper_number(2, 'Overall', a, c):.2f} against {paper_number(2, 'Overall', b, c):.2f}"
+    )
     simulated = "The teachers are simulated: how often each is right is stated, not found."
     text, reasoning, classes = CATEGORIES
     return [
-        *(Claim(f"On {word(c)}, the final mixture lifts the student above its start", FINAL, BEFORE, c, paper=told(c, "OctoMed-7B", "Qwen2.5-VL-7B"), not_proved="The start has read other questions of the same pools; an instruct model has read much else.") for c in CATEGORIES),
-        Claim("On multimodal classification, the student passes the teacher of its images", FINAL, TEACHERS, classes, paper=told(classes, "OctoMed-7B", "GPT-4o"), not_proved=simulated + " That rejection lets a student pass its teacher is one reason; a weak teacher is another."),
-        Claim("On multimodal reasoning, the teacher of images stays ahead of the student", TEACHERS, FINAL, reasoning, paper=told(reasoning, "GPT-4o", "OctoMed-7B"), not_proved=simulated),
-        Claim("On text, the teacher of text stays ahead of the student", TEACHERS, FINAL, text, paper=told(text, "DeepSeek-R1", "OctoMed-7B"), not_proved=simulated),
-        *(Claim(f"On {word(c)}, accuracy rises with each doubling of the questions", FINAL, name(SHARES[0]), c, kind="trend", along=tuple((name(s), log2(s)) for s in SHARES), paper="§5, in words: scaled traces",
-                not_proved="At three epochs, more questions are also more steps.") for c in CATEGORIES),
-        Claim("Over all categories, accuracy rises with each epoch", name(1/2, 3), name(1/2, 1), EVERYWHERE, kind="trend", along=tuple((name(1/2, e), e) for e in EPOCHS), paper="Fig. 5, on MedQA alone", not_proved="Three epochs are the most that was tried; where it turns is not told."),
-        Claim("Over all categories, at equal tokens four times the questions teach more than four times the epochs", CENTRE, REPEATED, EVERYWHERE, not_proved="Equal tokens are equal steps only on average."),
-        Claim("Over all categories, the larger student is better after the same data", CENTRE, SMALLER, EVERYWHERE, not_proved="Two sizes make no law; both have read the same textbook, which may be too short for the larger one."),
-        Claim("On MedQA's counterpart, a vote is better than a single response", VOTE, SINGLE, "text_only", paper="90.81 is a vote of 10; no single score", not_proved="A vote costs as many responses as it has."),
-        Claim("Over all categories, the curve through the smaller parts foretells the whole", FINAL, CURVE, EVERYWHERE, kind="equivalent", margin=MARGIN, not_proved="One step of a doubling; the paper's eight million are many more."),
+        *(
+            Claim(
+                f"On {word(c)}, the final mixture lifts the student above its start",
+                FINAL,
+                BEFORE,
+                c,
+                paper=told(c, "OctoMed-7B", "Qwen2.5-VL-7B"),
+                not_proved="The start has read other questions of the same pools; an instruct model has read much else.",
+            )
+            for c in CATEGORIES
+        ),
+        Claim(
+            "On multimodal classification, the student passes the teacher of its images",
+            FINAL,
+            TEACHERS,
+            classes,
+            paper=told(classes, "OctoMed-7B", "GPT-4o"),
+            not_proved=simulated
+            + " That rejection lets a student pass its teacher is one reason; a weak teacher is another.",
+        ),
+        Claim(
+            "On multimodal reasoning, the teacher of images stays ahead of the student",
+            TEACHERS,
+            FINAL,
+            reasoning,
+            paper=told(reasoning, "GPT-4o", "OctoMed-7B"),
+            not_proved=simulated,
+        ),
+        Claim(
+            "On text, the teacher of text stays ahead of the student",
+            TEACHERS,
+            FINAL,
+            text,
+            paper=told(text, "DeepSeek-R1", "OctoMed-7B"),
+            not_proved=simulated,
+        ),
+        *(
+            Claim(
+                f"On {word(c)}, accuracy rises with each doubling of the questions",
+                FINAL,
+                name(SHARES[0]),
+                c,
+                kind="trend",
+                along=tuple((name(s), log2(s)) for s in SHARES),
+                paper="§5, in words: scaled traces",
+                not_proved="At three epochs, more questions are also more steps.",
+            )
+            for c in CATEGORIES
+        ),
+        Claim(
+            "Over all categories, accuracy rises with each epoch",
+            name(1 / 2, 3),
+            name(1 / 2, 1),
+            EVERYWHERE,
+            kind="trend",
+            along=tuple((name(1 / 2, e), e) for e in EPOCHS),
+            paper="Fig. 5, on MedQA alone",
+            not_proved="Three epochs are the most that was tried; where it turns is not told.",
+        ),
+        Claim(
+            "Over all categories, at equal tokens four times the questions teach more than four times the epochs",
+            CENTRE,
+            REPEATED,
+            EVERYWHERE,
+            not_proved="Equal tokens are equal steps only on average.",
+        ),
+        Claim(
+            "Over all categories, the larger student is better after the same data",
+            CENTRE,
+            SMALLER,
+            EVERYWHERE,
+            not_proved="Two sizes make no law; both have read the same textbook, which may be too short for the larger one.",
+        ),
+        Claim(
+            "On MedQA's counterpart, a vote is better than a single response",
+            VOTE,
+            SINGLE,
+            "text_only",
+            paper="90.81 is a vote of 10; no single score",
+            not_proved="A vote costs as many responses as it has.",
+        ),
+        Claim(
+            "Over all categories, the curve through the smaller parts foretells the whole",
+            FINAL,
+            CURVE,
+            EVERYWHERE,
+            kind="equivalent",
+            margin=MARGIN,
+            not_proved="One step of a doubling; the paper's eight million are many more.",
+        ),
     ]
 
 # %% ../../nbs/paper/51_scaling.ipynb #90c1aa38
-scope = partial(scoped, section="51_scaling")   # the recipe as this section uses it: its own number of samples and of test questions
+scope = partial(
+    scoped, section="51_scaling"
+)  # the recipe as this section uses it: its own number of samples and of test questions
 
-benchmarks = partial(first_of_each, section="51_scaling")   # the recipe's benchmarks, or the first few of each category
+benchmarks = partial(
+    first_of_each, section="51_scaling"
+)  # the recipe's benchmarks, or the first few of each category
 
 # %% ../../nbs/paper/51_scaling.ipynb #0b2aa32b
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, the parts of the questions, the epochs, a smaller student and the control at equal tokens."
     p, common = recipe.of("51_scaling"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
-    part = lambda share: tuple((s, (n := p["questions"] or source_of(s).expected or 0) and max(1, round(share*n))) for s in common.train)   # of a source of unknown size, all in every part
-    one = lambda share, epochs: Arm(part(share), k=p["k"], schedule=replace(schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]), base=first)
-    grid = {name(s): one(s, 3) for s in SHARES} | {name(1/2, e): one(1/2, e) for e in EPOCHS}
-    small = {SMALLER: replace(grid[CENTRE], student=p["smaller"], base=first and replace(first, student=p["smaller"]))} if p["smaller"] else {}
-    return {BEFORE: one(1, 0), **grid, REPEATED: replace(grid[name(SHARES[0])], compute_of=grid[CENTRE]), **small}
+    part = lambda share: tuple(
+        (s, (n := p["questions"] or source_of(s).expected or 0) and max(1, round(share * n)))
+        for s in common.train
+    )  # of a source of unknown size, all in every part
+    one = lambda share, epochs: Arm(
+        part(share),
+        k=p["k"],
+        schedule=replace(schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]),
+        base=first,
+    )
+    grid = {name(s): one(s, 3) for s in SHARES} | {name(1 / 2, e): one(1 / 2, e) for e in EPOCHS}
+    small = (
+        {
+            SMALLER: replace(
+                grid[CENTRE],
+                student=p["smaller"],
+                base=first and replace(first, student=p["smaller"]),
+            )
+        }
+        if p["smaller"]
+        else {}
+    )
+    return {
+        BEFORE: one(1, 0),
+        **grid,
+        REPEATED: replace(grid[name(SHARES[0])], compute_of=grid[CENTRE]),
+        **small,
+    }
 
 # %% ../../nbs/paper/51_scaling.ipynb #31a337c7
 def taught_by(recipe: Recipe, benchmark: str, runs: int) -> list[list[dict]]:
@@ -81,49 +218,103 @@ def taught_by(recipe: Recipe, benchmark: str, runs: int) -> list[list[dict]]:
     qs = subset(load(benchmark, max_pixels=common.max_pixels), common.benchmark_limit or None)
     for who, form in dict.fromkeys(route(q, common) for q in qs):
         mine, t = [q for q in qs if route(q, common) == (who, form)], load_template(form)
-        got = iter(draw(Ledger(), teacher(who, common.max_pixels), requests(mine, form, runs), sampling_of(common, False), desc=f"{who} answers {benchmark}"))
-        for q in mine: found[q.id] = [(s := next(got), judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think)) for _ in range(runs)]
-    row = lambda q, s, v: {"question": q.id, "answer": q.answer, "options": len(q.options), "tags": q.tags, "letters": [v.letter], "statuses": [v.status], "finishes": [s.finish], "tokens": [s.tokens], "forced": [False]}
+        got = iter(
+            draw(
+                Ledger(),
+                teacher(who, common.max_pixels),
+                requests(mine, form, runs),
+                sampling_of(common, False),
+                desc=f"{who} answers {benchmark}",
+            )
+        )
+        for q in mine:
+            found[q.id] = [
+                (
+                    s := next(got),
+                    judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think),
+                )
+                for _ in range(runs)
+            ]
+    row = lambda q, s, v: {
+        "question": q.id,
+        "answer": q.answer,
+        "options": len(q.options),
+        "tags": q.tags,
+        "letters": [v.letter],
+        "statuses": [v.status],
+        "finishes": [s.finish],
+        "tokens": [s.tokens],
+        "forced": [False],
+    }
     return [[row(q, *found[q.id][n]) for q in qs] for n in range(runs)]
 
 # %% ../../nbs/paper/51_scaling.ipynb #e0bcb81f
 def again(recipe: Recipe) -> Recipe:
     "The recipe under which the final student is asked as often as a vote needs."
-    return replace(recipe, common=replace(recipe.common, eval_seeds=recipe.of("51_scaling")["votes"]))
+    return replace(
+        recipe, common=replace(recipe.common, eval_seeds=recipe.of("51_scaling")["votes"])
+    )
+
 
 def voted(repeated: Results) -> Results:
     "The single responses of repeated runs, and their vote."
     (per,), seed = repeated.rows.values(), repeated.common.base_seed
     right = lambda r: majority_vote(r["letters"], (seed, r["question"])).letter == r["answer"]
-    return Results(repeated.common, {SINGLE: per, VOTE: {b: [[{**r, "statuses": ["correct" if right(r) else "wrong"]} for r in run] for run in runs] for b, runs in per.items()}})
+    return Results(
+        repeated.common,
+        {
+            SINGLE: per,
+            VOTE: {
+                b: [
+                    [{**r, "statuses": ["correct" if right(r) else "wrong"]} for r in run]
+                    for run in runs
+                ]
+                for b, runs in per.items()
+            },
+        },
+    )
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bf3e8f3
 def paper_rows() -> dict:
     "Table 2's Overalls, beside ours: the untrained student, the final one, and the teachers of text and of images."
-    of = lambda model, c: paper_number(2, "Overall", model, c)/100
-    return {(arm, c): of(model or ("DeepSeek-R1" if c == "text_only" else "GPT-4o"), c) for arm, model in ((BEFORE, "Qwen2.5-VL-7B"), (FINAL, "OctoMed-7B"), (TEACHERS, "")) for c in CATEGORIES}
+    of = lambda model, c: paper_number(2, "Overall", model, c) / 100
+    return {
+        (arm, c): of(model or ("DeepSeek-R1" if c == "text_only" else "GPT-4o"), c)
+        for arm, model in ((BEFORE, "Qwen2.5-VL-7B"), (FINAL, "OctoMed-7B"), (TEACHERS, ""))
+        for c in CATEGORIES
+    }
+
 
 def medqa_rows(benchmark: str) -> dict:
     "MedQA's vote, beside ours."
-    return {(VOTE, benchmark): paper_number(2, "MedQA", "OctoMed-7B", "text_only")/100}
+    return {(VOTE, benchmark): paper_number(2, "MedQA", "OctoMed-7B", "text_only") / 100}
 
 # %% ../../nbs/paper/51_scaling.ipynb #cd4d4fdc
-def accuracies(results: Results, arms: list[str], where: str, seed: int | None = None) -> np.ndarray:  # (1 + resamples, arms)
+def accuracies(
+    results: Results, arms: list[str], where: str, seed: int | None = None
+) -> np.ndarray:  # (1 + resamples, arms)
     "Accuracies of several arms, first as they are, then under resampled questions; the mean over benchmarks."
     groups, rng = results.scores(arms[0], where)[1], np.random.default_rng(results.common.base_seed)
     y = np.stack([per_question(results.scores(a, where, seed)[0]) for a in arms], 1)
-    drawn = lambda m: np.vstack([np.ones(m), rng.multinomial(m, [1/m]*m, size=results.common.bootstrap)])/m
-    return np.mean([drawn(len(part)) @ part for part in (y[groups == g] for g in dict.fromkeys(groups))], 0)
+    drawn = lambda m: (
+        np.vstack([np.ones(m), rng.multinomial(m, [1 / m] * m, size=results.common.bootstrap)]) / m
+    )
+    return np.mean(
+        [drawn(len(part)) @ part for part in (y[groups == g] for g in dict.fromkeys(groups))], 0
+    )
+
 
 def curve(
-    at,              # places on the axis: log2 of the share
-    accuracy,        # (…, places)
-    n: int,          # responses behind each
-    to,              # where the curve is read
-) -> np.ndarray:     # (…, len(to))
+    at,  # places on the axis: log2 of the share
+    accuracy,  # (…, places)
+    n: int,  # responses behind each
+    to,  # where the curve is read
+) -> np.ndarray:  # (…, len(to))
     "A straight line through the empirical logits, as accuracies."
-    line, right = lambda x: np.stack([np.ones(len(x)), x], 1), n*np.clip(accuracy, 0, 1)
-    return expit(np.log((right + .5)/(n - right + .5)) @ np.linalg.pinv(line(at)).T @ line(to).T)
+    line, right = lambda x: np.stack([np.ones(len(x)), x], 1), n * np.clip(accuracy, 0, 1)
+    return expit(
+        np.log((right + 0.5) / (n - right + 0.5)) @ np.linalg.pinv(line(at)).T @ line(to).T
+    )
 
 # %% ../../nbs/paper/51_scaling.ipynb #bf4fcb87
 def fit(results: Results, where: str) -> dict:
@@ -132,77 +323,196 @@ def fit(results: Results, where: str) -> dict:
     got, n = accuracies(results, arms, where), np.prod(results.scores(arms[0], where)[0].shape)
     fitted, fine = curve(at, got, n, at), np.linspace(at[0], at[-1], 25)
     ahead = curve(at[:-1], got[:, :-1], n, at[-1:])[:, 0]
-    band = lambda v: [float(q) for q in np.quantile(v[1:], [.025, .975])]
+    band = lambda v: [float(q) for q in np.quantile(v[1:], [0.025, 0.975])]
     gain = curve(at, got, n, at[-2:]) @ [-1, 1]
-    return {"category": where, "last doubling": float(gain[0]), "last doubling, interval": band(gain), "largest residual": float(np.abs(got - fitted)[0].max()), "foretold": float(ahead[0]), "foretold, interval": band(ahead),
-            "found": float(got[0, -1]), "if nothing changed": float(got[0, -2]), "curve": [[float(2**x), float(y)] for x, y in zip(fine, curve(at, got[:1], n, fine)[0])]}
+    return {
+        "category": where,
+        "last doubling": float(gain[0]),
+        "last doubling, interval": band(gain),
+        "largest residual": float(np.abs(got - fitted)[0].max()),
+        "foretold": float(ahead[0]),
+        "foretold, interval": band(ahead),
+        "found": float(got[0, -1]),
+        "if nothing changed": float(got[0, -2]),
+        "curve": [[float(2**x), float(y)] for x, y in zip(fine, curve(at, got[:1], n, fine)[0])],
+    }
+
 
 def foretold(c: Claim, results: Results) -> dict:
     "The finding of the claim that the curve foretells the whole: found less foretold."
-    arms, at, size = [name(s) for s in SHARES], np.log2(SHARES), np.prod(results.scores(c.a, c.benchmark)[0].shape)
+    arms, at, size = (
+        [name(s) for s in SHARES],
+        np.log2(SHARES),
+        np.prod(results.scores(c.a, c.benchmark)[0].shape),
+    )
+
     def miss(seed=None):
         got = accuracies(results, arms, c.benchmark, seed)
-        return got[:, -1] - curve(at[:-1], got[:, :-1], size if seed is None else size/results.training_seeds, at[-1:])[:, 0]
-    d = miss(); got = Interval(float(d[0]), *map(float, np.quantile(d[1:], [.025, .975])), len(results.scores(c.a, c.benchmark)[0]))
-    return {"difference": got.difference, "interval": list(got.interval), "n": got.n, "by_seed": [float(miss(s)[0]) for s in range(results.training_seeds)], "verdict": verdict(c.kind, got, c.margin)}
+        return (
+            got[:, -1]
+            - curve(
+                at[:-1],
+                got[:, :-1],
+                size if seed is None else size / results.training_seeds,
+                at[-1:],
+            )[:, 0]
+        )
+
+    d = miss()
+    got = Interval(
+        float(d[0]),
+        *map(float, np.quantile(d[1:], [0.025, 0.975])),
+        len(results.scores(c.a, c.benchmark)[0]),
+    )
+    return {
+        "difference": got.difference,
+        "interval": list(got.interval),
+        "n": got.n,
+        "by_seed": [float(miss(s)[0]) for s in range(results.training_seeds)],
+        "verdict": verdict(c.kind, got, c.margin),
+    }
 
 # %% ../../nbs/paper/51_scaling.ipynb #8373ceca
 def judged(c: Claim, results: Results, votes: Results) -> dict:
     "The finding of a claim, from the results that it is about."
-    if c.b != CURVE: return finding(c, votes if c.a == VOTE else results)
+    if c.b != CURVE:
+        return finding(c, votes if c.a == VOTE else results)
     from dataclasses import asdict
+
     return {**asdict(c), "training_seeds": results.training_seeds, **foretold(c, results)}
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bab7749
 def figure(results: dict):
     "Accuracy by the share of the questions, with the fitted curve."
-    from octomed.figures import lines
+    from octomed.evaluate.figures import lines
+
     at = {(r["arm"], r["category"]): r for r in results["rows"] if r["benchmark"] == "Overall"}
     word = {c: c.replace("_", " ") for c in CATEGORIES}
-    series = {word[c]: [(s, at[name(s), c]["accuracy"], at[name(s), c]["interval"]) for s in SHARES] for c in CATEGORIES}
-    return lines(series, title="Accuracy against data, with a fitted curve", xlabel="share of the questions", dotted={word[f["category"]]: f["curve"] for f in results["fits"] if f["category"] in word}, log=True, xticks=SHARES)
+    series = {
+        word[c]: [(s, at[name(s), c]["accuracy"], at[name(s), c]["interval"]) for s in SHARES]
+        for c in CATEGORIES
+    }
+    return lines(
+        series,
+        title="Accuracy against data, with a fitted curve",
+        xlabel="share of the questions",
+        dotted={word[f["category"]]: f["curve"] for f in results["fits"] if f["category"] in word},
+        log=True,
+        xticks=SHARES,
+    )
+
 
 def epochs_figure(results: dict):
     "Accuracy by epochs, half of the questions; the other two axes as single points at three epochs."
-    from octomed.figures import lines
+    from octomed.evaluate.figures import lines
+
     at = {(r["arm"], r["category"]): r for r in results["rows"] if r["benchmark"] == "Overall"}
-    mean = lambda arm: sum(at[arm, c]["accuracy"] for c in CATEGORIES)/len(CATEGORIES)
-    series = {"1/2 of the questions": [(e, mean(name(1/2, e))) for e in EPOCHS], "1/8, same tokens": [(3, mean(REPEATED))], **({"smaller student": [(3, mean(SMALLER))]} if (SMALLER, CATEGORIES[0]) in at else {})}
-    return lines(series, title="Epochs, repetition, size", xlabel="epochs", ylabel="accuracy over all categories, %", dotted={"start": [(1, mean(BEFORE)), (3, mean(BEFORE))]}, xticks=EPOCHS)
+    mean = lambda arm: sum(at[arm, c]["accuracy"] for c in CATEGORIES) / len(CATEGORIES)
+    series = {
+        "1/2 of the questions": [(e, mean(name(1 / 2, e))) for e in EPOCHS],
+        "1/8, same tokens": [(3, mean(REPEATED))],
+        **({"smaller student": [(3, mean(SMALLER))]} if (SMALLER, CATEGORIES[0]) in at else {}),
+    }
+    return lines(
+        series,
+        title="Epochs, repetition, size",
+        xlabel="epochs",
+        ylabel="accuracy over all categories, %",
+        dotted={"start": [(1, mean(BEFORE)), (3, mean(BEFORE))]},
+        xticks=EPOCHS,
+    )
 
 # %% ../../nbs/paper/51_scaling.ipynb #ea804b4b
 def table_figure(results: dict):
     "Table 2: the start, the final student and its teachers by category, the paper's hollow."
-    from octomed.figures import bars_with_paper
+    from octomed.evaluate.figures import bars_with_paper
+
     names = {BEFORE: "start", FINAL: "student", TEACHERS: TEACHERS}
-    rows = [{**r, "arm": names[r["arm"]], "category": "", "benchmark": r["category"].replace("_", " ")} for r in results["rows"] if r["benchmark"] == "Overall" and r["arm"] in names]
+    rows = [
+        {**r, "arm": names[r["arm"]], "category": "", "benchmark": r["category"].replace("_", " ")}
+        for r in results["rows"]
+        if r["benchmark"] == "Overall" and r["arm"] in names
+    ]
     return bars_with_paper(rows, title="A student and its teachers (Table 2)", arms=names.values())
+
 
 def progress_figure(results: dict):
     "MedQA's counterpart along the questions, single responses and the vote, with the numbers of Fig. 1, right, whose axis is the time at which systems came out."
-    from octomed.figures import lines
+    from octomed.evaluate.figures import lines
+
     where = results["votes"][0]["benchmark"]
     at = {r["arm"]: r for r in [*results["rows"], *results["votes"]] if r["benchmark"] == where}
     point = lambda x, arm: (x, at[arm]["accuracy"], at[arm]["interval"])
-    series = {"single response": [point(0, BEFORE), *(point(s, name(s)) for s in SHARES)], "vote": [point(1, VOTE)], "its teacher": [point(1, TEACHERS)]}
-    of = lambda model: paper_number(2, "MedQA", model, "text_only")/100
-    return lines(series, title="MedQA and its counterpart (numbers of Fig. 1, right)", xlabel="share of the questions", xticks=(0, .25, .5, 1), paper={"single response": [(0, of("Qwen2.5-VL-7B"))], "vote": [(1, of("OctoMed-7B"))], "its teacher": [(1, of("DeepSeek-R1"))]})
+    series = {
+        "single response": [point(0, BEFORE), *(point(s, name(s)) for s in SHARES)],
+        "vote": [point(1, VOTE)],
+        "its teacher": [point(1, TEACHERS)],
+    }
+    of = lambda model: paper_number(2, "MedQA", model, "text_only") / 100
+    return lines(
+        series,
+        title="MedQA and its counterpart (numbers of Fig. 1, right)",
+        xlabel="share of the questions",
+        xticks=(0, 0.25, 0.5, 1),
+        paper={
+            "single response": [(0, of("Qwen2.5-VL-7B"))],
+            "vote": [(1, of("OctoMed-7B"))],
+            "its teacher": [(1, of("DeepSeek-R1"))],
+        },
+    )
 
 # %% ../../nbs/paper/51_scaling.ipynb #9064c318
 def parameters_of(student) -> int:
     "Trainable numbers of a student's folder; 0 for one that is not at hand."
     from pathlib import Path
+
     from safetensors import safe_open
-    count = lambda f: sum(int(np.prod(h.get_slice(k).get_shape())) for h in [safe_open(f, "np")] for k in h.keys())
+
+    count = lambda f: sum(
+        int(np.prod(h.get_slice(k).get_shape())) for h in [safe_open(f, "np")] for k in h.keys()
+    )
     return sum(map(count, Path(student).glob("*.safetensors")))
+
 
 def models_figure(results: dict):
     "Fig. 7: text against images, ours and the paper's models."
-    from octomed.figures import circles
-    at = {(r["arm"], r["category"]): r["accuracy"] for r in results["rows"] if r["benchmark"] == "Overall"}
+    from octomed.evaluate.figures import circles
+
+    at = {
+        (r["arm"], r["category"]): r["accuracy"]
+        for r in results["rows"]
+        if r["benchmark"] == "Overall"
+    }
     text, *seen = CATEGORIES
-    ours = [{"name": n, "x": at[a, text], "y": sum(at[a, c] for c in seen)/len(seen), "size": results["sizes"].get(a, 0)} for a, n in ((BEFORE, "start"), (CENTRE, "1/2 of the questions"), (FINAL, "student"), (SMALLER, "smaller student"), (TEACHERS, TEACHERS)) if (a, text) in at]
+    ours = [
+        {
+            "name": n,
+            "x": at[a, text],
+            "y": sum(at[a, c] for c in seen) / len(seen),
+            "size": results["sizes"].get(a, 0),
+        }
+        for a, n in (
+            (BEFORE, "start"),
+            (CENTRE, "1/2 of the questions"),
+            (FINAL, "student"),
+            (SMALLER, "smaller student"),
+            (TEACHERS, TEACHERS),
+        )
+        if (a, text) in at
+    ]
     overall = {r["category"]: r for r in paper_table(2) if r["task"] == "Overall"}
     billions = lambda model: float(m[1]) if (m := re.search(r"(\d+)B$", model)) else 100.0
-    paper = [{"name": m, "x": overall[text][m]/100, "y": sum(overall[c][m] for c in seen)/len(seen)/100, "size": billions(m), "paper": True} for m in overall[text] if m not in ("category", "task") and all(overall[c][m] for c in CATEGORIES)]
-    return circles([*ours, *paper], "Models on two kinds of task (Fig. 7)", "text-only, %", "with images, %")
+    paper = [
+        {
+            "name": m,
+            "x": overall[text][m] / 100,
+            "y": sum(overall[c][m] for c in seen) / len(seen) / 100,
+            "size": billions(m),
+            "paper": True,
+        }
+        for m in overall[text]
+        if m not in ("category", "task") and all(overall[c][m] for c in CATEGORIES)
+    ]
+    return circles(
+        [*ours, *paper], "Models on two kinds of task (Fig. 7)", "text-only, %", "with images, %"
+    )

@@ -11,18 +11,38 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from ..core import CATEGORIES, Recipe, load_recipe
-from ..experiment import Arm, Claim, Results, above_chance, category_of, evaluations, finding, findings_frame, first_of_each, rows_frame, run_arms, schedule_of, scoped, stages, table, warm_up, write_results
-from ..questions import source_of
-from ..stats import paired_bootstrap
+
+from ..core.recipe import CATEGORIES, Recipe, load_recipe
+from ..data.sources import source_of
+from octomed.evaluate.arms import (
+    Arm,
+    Results,
+    category_of,
+    evaluations,
+    first_of_each,
+    run_arms,
+    schedule_of,
+    scoped,
+    stages,
+    warm_up,
+)
+from ..evaluate.claims import Claim, finding
+from ..evaluate.stats import paired_bootstrap
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295
-SOURCES = dict(zip(("text", "reasoning", "classification"), CATEGORIES))   # name → category
+SOURCES = dict(zip(("text", "reasoning", "classification"), CATEGORIES))  # name → category
 COMBINATIONS = tuple(c for n in (1, 2, 3) for c in combinations(SOURCES, n))
 BEFORE, EVERYWHERE, MARGIN = "before", "every category", 0.10
 
-def name(*sources: str) -> str: return " + ".join(sources)
-def matched(arm: str) -> str: return f"{arm}, text's tokens"
+
+def name(*sources: str) -> str:
+    return " + ".join(sources)
+
+
+def matched(arm: str) -> str:
+    return f"{arm}, text's tokens"
+
 
 ALL = name(*SOURCES)
 
@@ -32,35 +52,117 @@ def claims() -> list[Claim]:
     fig = "Fig. 3, in words alone"
     teachers = "Source and teacher change together, as in the paper: text has the reasoning teacher, images the brief one."
     larger = "At equal questions a mixture also has more tokens and more steps than its parts."
-    needed = [Claim(f"{where.replace('_', ' ').capitalize()} needs its own source: it alone beats both others together", s, name(*(o for o in SOURCES if o != s)), where, paper=fig,
-                    not_proved="All pools are about one small world; real sources lie further apart.") for s, where in SOURCES.items()]
-    strongest = [Claim(f"Over all categories, text-only questions teach more than {o} questions", "text", o, EVERYWHERE, paper=fig, not_proved=teachers) for o in SOURCES if o != "text"]
-    calm = [Claim(f"On {where.replace('_', ' ')}, all three sources together do as well as its own alone", ALL, s, where, kind="equivalent", margin=MARGIN, paper=fig, not_proved=larger + " One that is better by more than the margin disagrees, too.") for s, where in SOURCES.items()]
-    grows = Claim("Over all categories, accuracy rises with each source that is added", ALL, "text", EVERYWHERE, kind="trend", paper=fig, along=tuple((name(*c), len(c)) for c in COMBINATIONS), not_proved=larger)
-    equal = "Equal tokens are more epochs over shorter traces, or fewer of each source in a mixture."
-    controls = [Claim(f"At equal tokens, text-only questions teach more than {o} questions over all categories", "text", matched(o), EVERYWHERE, not_proved=equal) for o in SOURCES if o != "text"]
-    return [*needed, *strongest, *calm, grows, *controls, Claim("At equal tokens, all three sources teach more than text alone over all categories", matched(ALL), "text", EVERYWHERE, not_proved=equal)]
+    needed = [
+        Claim(
+            f"{where.replace('_', ' ').capitalize()} needs its own source: it alone beats both others together",
+            s,
+            name(*(o for o in SOURCES if o != s)),
+            where,
+            paper=fig,
+            not_proved="All pools are about one small world; real sources lie further apart.",
+        )
+        for s, where in SOURCES.items()
+    ]
+    strongest = [
+        Claim(
+            f"Over all categories, text-only questions teach more than {o} questions",
+            "text",
+            o,
+            EVERYWHERE,
+            paper=fig,
+            not_proved=teachers,
+        )
+        for o in SOURCES
+        if o != "text"
+    ]
+    calm = [
+        Claim(
+            f"On {where.replace('_', ' ')}, all three sources together do as well as its own alone",
+            ALL,
+            s,
+            where,
+            kind="equivalent",
+            margin=MARGIN,
+            paper=fig,
+            not_proved=larger + " One that is better by more than the margin disagrees, too.",
+        )
+        for s, where in SOURCES.items()
+    ]
+    grows = Claim(
+        "Over all categories, accuracy rises with each source that is added",
+        ALL,
+        "text",
+        EVERYWHERE,
+        kind="trend",
+        paper=fig,
+        along=tuple((name(*c), len(c)) for c in COMBINATIONS),
+        not_proved=larger,
+    )
+    equal = (
+        "Equal tokens are more epochs over shorter traces, or fewer of each source in a mixture."
+    )
+    controls = [
+        Claim(
+            f"At equal tokens, text-only questions teach more than {o} questions over all categories",
+            "text",
+            matched(o),
+            EVERYWHERE,
+            not_proved=equal,
+        )
+        for o in SOURCES
+        if o != "text"
+    ]
+    return [
+        *needed,
+        *strongest,
+        *calm,
+        grows,
+        *controls,
+        Claim(
+            "At equal tokens, all three sources teach more than text alone over all categories",
+            matched(ALL),
+            "text",
+            EVERYWHERE,
+            not_proved=equal,
+        ),
+    ]
 
 # %% ../../nbs/paper/41_sourcing.ipynb #221ff9a8
-scope = partial(scoped, section="41_sourcing")   # the recipe as this section uses it: its own number of samples and of test questions
+scope = partial(
+    scoped, section="41_sourcing"
+)  # the recipe as this section uses it: its own number of samples and of test questions
 
-benchmarks = partial(first_of_each, section="41_sourcing")   # the recipe's benchmarks, or the first few of each category
+benchmarks = partial(
+    first_of_each, section="41_sourcing"
+)  # the recipe's benchmarks, or the first few of each category
 
 # %% ../../nbs/paper/41_sourcing.ipynb #f7113501
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, the seven combinations at equal questions a source, and three of them at text's tokens."
     p, common = recipe.of("41_sourcing"), recipe.common
-    first, pools = warm_up(recipe, p["warm"], p["warm_epochs"]), {s: [t for t in common.train if source_of(t).category == c] for s, c in SOURCES.items()}
-    part = {s: tuple((pool, p["questions"]//len(ps)) for pool in ps) for s, ps in pools.items()}
-    one = lambda *sources: Arm(sum((part[s] for s in sources), ()), k=1, schedule=schedule_of(common, p["epochs"]), base=first)
+    first, pools = (
+        warm_up(recipe, p["warm"], p["warm_epochs"]),
+        {s: [t for t in common.train if source_of(t).category == c] for s, c in SOURCES.items()},
+    )
+    part = {s: tuple((pool, p["questions"] // len(ps)) for pool in ps) for s, ps in pools.items()}
+    one = lambda *sources: Arm(
+        sum((part[s] for s in sources), ()),
+        k=1,
+        schedule=schedule_of(common, p["epochs"]),
+        base=first,
+    )
     seven = {name(*c): one(*c) for c in COMBINATIONS}
-    same = {matched(a): replace(seven[a], compute_of=seven["text"]) for a in ("reasoning", "classification", ALL)}
+    same = {
+        matched(a): replace(seven[a], compute_of=seven["text"])
+        for a in ("reasoning", "classification", ALL)
+    }
     return {BEFORE: replace(one(*SOURCES), schedule=schedule_of(common, 0)), **seven, **same}
 
 # %% ../../nbs/paper/41_sourcing.ipynb #44d8fd21
 @dataclass
 class Everywhere(Results):
     "Results that can be averaged over all benchmarks, too."
+
     def within(self, where: str) -> list[str]:
         "The benchmarks of a category, the one that is named, or all of them."
         return self.benchmarks if where == EVERYWHERE else super().within(where)
@@ -70,17 +172,46 @@ def gains(results: Everywhere) -> list[dict]:
     "What every arm adds to the start, on each category and on all of them together."
     out = []
     for arm in (a for a in results.rows if a != BEFORE):
-        for where in (*(c for c in CATEGORIES if c in map(category_of, results.benchmarks)), EVERYWHERE):
+        for where in (
+            *(c for c in CATEGORIES if c in map(category_of, results.benchmarks)),
+            EVERYWHERE,
+        ):
             (a, groups), (b, _) = results.scores(arm, where), results.scores(BEFORE, where)
-            got = paired_bootstrap(a, b, n=results.common.bootstrap, seed=results.common.base_seed, groups=groups)
-            out.append({"sources": arm.split(", ")[0], "reads": "text's tokens" if arm == matched(arm.split(", ")[0]) else "equal questions", "category": where, "gain": got.difference, "interval": list(got.interval)})
+            got = paired_bootstrap(
+                a, b, n=results.common.bootstrap, seed=results.common.base_seed, groups=groups
+            )
+            out.append(
+                {
+                    "sources": arm.split(", ")[0],
+                    "reads": "text's tokens"
+                    if arm == matched(arm.split(", ")[0])
+                    else "equal questions",
+                    "category": where,
+                    "gain": got.difference,
+                    "interval": list(got.interval),
+                }
+            )
     return out
 
 # %% ../../nbs/paper/41_sourcing.ipynb #569f8258
 def figure(results: dict):
     "Fig. 3: points above the start, by category and combination, with the controls at equal tokens."
-    from octomed.figures import INK, bars_with_paper
-    rows = [{"arm": g["reads"], "category": g["category"], "benchmark": g["sources"], "accuracy": g["gain"], "interval": g["interval"]} for g in results["gains"]]
-    fig = bars_with_paper(rows, title="Which questions teach which skill (Fig. 3)", xlabel="accuracy above the start, percentage points")
+    from octomed.evaluate.figures import INK, bars_with_paper
+
+    rows = [
+        {
+            "arm": g["reads"],
+            "category": g["category"],
+            "benchmark": g["sources"],
+            "accuracy": g["gain"],
+            "interval": g["interval"],
+        }
+        for g in results["gains"]
+    ]
+    fig = bars_with_paper(
+        rows,
+        title="Which questions teach which skill (Fig. 3)",
+        xlabel="accuracy above the start, percentage points",
+    )
     fig.axes[0].axvline(0, color=INK, lw=1, zorder=1)
     return fig

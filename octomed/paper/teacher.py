@@ -10,13 +10,23 @@ __all__ = ['REASONER', 'INSTRUCT', 'SHORT', 'ALL', 'WRONG', 'IN', 'OUT', 'scope'
 import time
 from dataclasses import replace
 from functools import partial
-from ..core import Recipe, load_recipe
-from ..experiment import Arm, Claim, above_chance, evaluations, finding, findings_frame, rows_frame, run_arms, schedule_of, scoped, stages, table, warm_up, write_results
-from ..questions import source_of
+
+from ..core.recipe import Recipe, load_recipe
+from ..data.sources import source_of
+from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of, scoped, stages, warm_up
+from ..evaluate.claims import Claim, finding
+from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
 # %% ../../nbs/paper/45_teacher.ipynb #07d66754
-REASONER, INSTRUCT, SHORT, ALL, WRONG = "reasoner", "instruct", "instruct, same compute", "reasoner, no rejection", "reasoner, rejected only"
+REASONER, INSTRUCT, SHORT, ALL, WRONG = (
+    "reasoner",
+    "instruct",
+    "instruct, same compute",
+    "reasoner, no rejection",
+    "reasoner, rejected only",
+)
 IN, OUT = "clinic_ward:test", "clinic_boards:test"
+
 
 def claims(IN: str = IN, OUT: str = OUT) -> list[Claim]:
     "What the paper says in Fig. 6, and the controls; of a benchmark in distribution and of one out of it."
@@ -24,68 +34,185 @@ def claims(IN: str = IN, OUT: str = OUT) -> list[Claim]:
     held = "Out of distribution here means conditions that no vignette has named; a student that answers in words may name none of the options."
     fig = "Fig. 6: both help, R1 more"
     return [
-        Claim("In distribution, the reasoning teacher's traces help", REASONER, "before", IN, paper=fig, not_proved=simulated),
-        Claim("In distribution, the other teacher's traces help", INSTRUCT, "before", IN, paper=fig, not_proved=simulated),
-        Claim("In distribution, the reasoning teacher's help more", REASONER, INSTRUCT, IN, paper=fig, not_proved=simulated),
-        Claim("Out of distribution, the reasoning teacher's traces help", REASONER, "before", OUT, paper=fig, not_proved=held),
-        Claim("Out of distribution, the other teacher's traces help", INSTRUCT, "before", OUT, paper=fig, not_proved=held),
-        Claim("Out of distribution, the reasoning teacher's help more", REASONER, INSTRUCT, OUT, paper=fig, not_proved=held),
-        Claim("In distribution, the reasoning teacher's help more at equal compute", REASONER, SHORT, IN, not_proved="Equal tokens are more epochs over shorter traces."),
-        Claim("In distribution, rejection helps", REASONER, ALL, IN, not_proved="A teacher that is right four times in five leaves little to reject."),
-        Claim("In distribution, accepted traces teach more than rejected ones", REASONER, WRONG, IN, not_proved="Questions with a rejected trace are harder than the others: the two sets of questions differ."),
-        Claim("In distribution, even rejected traces alone help", WRONG, "before", IN, not_proved="A wrong chain holds many true facts; which of them the student learns is not told."),
+        Claim(
+            "In distribution, the reasoning teacher's traces help",
+            REASONER,
+            "before",
+            IN,
+            paper=fig,
+            not_proved=simulated,
+        ),
+        Claim(
+            "In distribution, the other teacher's traces help",
+            INSTRUCT,
+            "before",
+            IN,
+            paper=fig,
+            not_proved=simulated,
+        ),
+        Claim(
+            "In distribution, the reasoning teacher's help more",
+            REASONER,
+            INSTRUCT,
+            IN,
+            paper=fig,
+            not_proved=simulated,
+        ),
+        Claim(
+            "Out of distribution, the reasoning teacher's traces help",
+            REASONER,
+            "before",
+            OUT,
+            paper=fig,
+            not_proved=held,
+        ),
+        Claim(
+            "Out of distribution, the other teacher's traces help",
+            INSTRUCT,
+            "before",
+            OUT,
+            paper=fig,
+            not_proved=held,
+        ),
+        Claim(
+            "Out of distribution, the reasoning teacher's help more",
+            REASONER,
+            INSTRUCT,
+            OUT,
+            paper=fig,
+            not_proved=held,
+        ),
+        Claim(
+            "In distribution, the reasoning teacher's help more at equal compute",
+            REASONER,
+            SHORT,
+            IN,
+            not_proved="Equal tokens are more epochs over shorter traces.",
+        ),
+        Claim(
+            "In distribution, rejection helps",
+            REASONER,
+            ALL,
+            IN,
+            not_proved="A teacher that is right four times in five leaves little to reject.",
+        ),
+        Claim(
+            "In distribution, accepted traces teach more than rejected ones",
+            REASONER,
+            WRONG,
+            IN,
+            not_proved="Questions with a rejected trace are harder than the others: the two sets of questions differ.",
+        ),
+        Claim(
+            "In distribution, even rejected traces alone help",
+            WRONG,
+            "before",
+            IN,
+            not_proved="A wrong chain holds many true facts; which of them the student learns is not told.",
+        ),
     ]
 
 # %% ../../nbs/paper/45_teacher.ipynb #0f3842d2
-scope = partial(scoped, section="45_teacher")   # the recipe as this section uses it: its own number of samples and of test questions
+scope = partial(
+    scoped, section="45_teacher"
+)  # the recipe as this section uses it: its own number of samples and of test questions
+
 
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "The recipe's text-only benchmarks."
     return tuple(b for b in recipe.common.benchmarks if source_of(b).category == "text_only")
+
 
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, each teacher, the brief one at the other's compute, no rejection, and rejected traces only."
     p, common = recipe.of("45_teacher"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
     pool = tuple((s, p["questions"]) for s in common.train if source_of(s).category == "text_only")
-    one = Arm(pool, k=1, schedule=schedule_of(common, p["epochs"]), base=first, teacher=common.teacher_text, control=p["control"])
-    return {"before": replace(one, schedule=schedule_of(common, 0)), REASONER: one, INSTRUCT: (brief := replace(one, teacher=common.teacher_image)), SHORT: replace(brief, compute_of=one),
-            ALL: replace(one, keep="all", compute_of=one), WRONG: replace(one, keep="wrong", compute_of=one)}
+    one = Arm(
+        pool,
+        k=1,
+        schedule=schedule_of(common, p["epochs"]),
+        base=first,
+        teacher=common.teacher_text,
+        control=p["control"],
+    )
+    return {
+        "before": replace(one, schedule=schedule_of(common, 0)),
+        REASONER: one,
+        INSTRUCT: (brief := replace(one, teacher=common.teacher_image)),
+        SHORT: replace(brief, compute_of=one),
+        ALL: replace(one, keep="all", compute_of=one),
+        WRONG: replace(one, keep="wrong", compute_of=one),
+    }
 
 # %% ../../nbs/paper/45_teacher.ipynb #a19fab02
 def answers(recipe: Recipe, arm: Arm) -> tuple[list, dict]:
     "The questions of an arm, and its teacher's samples with verdicts."
-    from octomed.distill import judged, read_questions
+    from octomed.distill.pools import read_questions
+    from octomed.distill.rejection import judged
+
     s = stages(arm, recipe.common)
     return (qs := read_questions(s["data"].folder)), judged(qs, s["samples"].folder)
 
 # %% ../../nbs/paper/45_teacher.ipynb #77095898
 def error_analysis(by_teacher: dict, n: int) -> list[dict]:
     "Of `n` questions, those that each teacher fails, and both: on every sample, and on half of them or more."
-    from octomed.distill import failed_by_all
+    from octomed.distill.statistics import failed_by_all
+
     def row(label, at_most):
         alone = {t: len(failed_by_all([got], at_most)) for t, got in by_teacher.items()}
         a, b = alone.values()
-        return {"fails on": label, **alone, "both": len(failed_by_all(list(by_teacher.values()), at_most)), "both, if independent": round(a*b/n, 2), "of": n}
+        return {
+            "fails on": label,
+            **alone,
+            "both": len(failed_by_all(list(by_teacher.values()), at_most)),
+            "both, if independent": round(a * b / n, 2),
+            "of": n,
+        }
+
     return [row("every sample", 0.0), row("half of them or more", 0.5)]
 
 # %% ../../nbs/paper/45_teacher.ipynb #921234af
 def reasoning(recipe: Recipe, arm: Arm, specs: list, amount: int) -> list[dict]:
     "Of the traces that would be accepted: how many reason rightly, by number of options and steps."
     from octomed.clinic.teachers import reasoning_valid
-    from octomed.answers import score
-    from octomed.store import run
+    from octomed.core.store import run
+    from octomed.generate.answers import score
+
     found: dict[tuple, list] = {}
     for spec in specs:
         asked = replace(arm, sources=((spec, amount),))
         run(stages(asked, recipe.common)["samples"])
         qs, got = answers(recipe, asked)
-        for q in qs: found.setdefault((len(q.options), q.tags["steps"]), []).extend((score(v), score(v) and reasoning_valid(q, s.text)) for s, v in got[q.id])
-    return [{"teacher": arm.teacher, "options": o, "steps": n, "samples": len(x), "correct": sum(a for a, _ in x), "of these, valid": sum(b for _, b in x)/max(1, sum(a for a, _ in x))} for (o, n), x in sorted(found.items())]
+        for q in qs:
+            found.setdefault((len(q.options), q.tags["steps"]), []).extend(
+                (score(v), score(v) and reasoning_valid(q, s.text)) for s, v in got[q.id]
+            )
+    return [
+        {
+            "teacher": arm.teacher,
+            "options": o,
+            "steps": n,
+            "samples": len(x),
+            "correct": sum(a for a, _ in x),
+            "of these, valid": sum(b for _, b in x) / max(1, sum(a for a, _ in x)),
+        }
+        for (o, n), x in sorted(found.items())
+    ]
 
 # %% ../../nbs/paper/45_teacher.ipynb #5c95fa5b
 def figure(results: dict):
     "Fig. 6: arms by benchmark, in and out of distribution."
-    from octomed.figures import bars_with_paper
-    where = {results.get("inside", IN): "in distribution", results.get("outside", OUT): "out of distribution"}
-    return bars_with_paper([{**r, "category": "", "benchmark": where.get(r["benchmark"], r["benchmark"])} for r in results["rows"]], title="Who teaches, and what is rejected (Fig. 6)")
+    from octomed.evaluate.figures import bars_with_paper
+
+    where = {
+        results.get("inside", IN): "in distribution",
+        results.get("outside", OUT): "out of distribution",
+    }
+    return bars_with_paper(
+        [
+            {**r, "category": "", "benchmark": where.get(r["benchmark"], r["benchmark"])}
+            for r in results["rows"]
+        ],
+        title="Who teaches, and what is rejected (Fig. 6)",
+    )
