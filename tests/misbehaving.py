@@ -11,13 +11,16 @@ from octomed.generate.engine_openai import on_loopback
 
 def chunks(text="<think>I see.</think> <answer>B</answer>", finish="stop", model="fake-1", **delta):
     "A response as the parts of a stream."
-    part = lambda d, f=None: {
-        "id": "x",
-        "object": "chat.completion.chunk",
-        "model": model,
-        "system_fingerprint": "fp_1",
-        "choices": [{"index": 0, "delta": d, "finish_reason": f}],
-    }
+
+    def part(d, f=None):
+        return {
+            "id": "x",
+            "object": "chat.completion.chunk",
+            "model": model,
+            "system_fingerprint": "fp_1",
+            "choices": [{"index": 0, "delta": d, "finish_reason": f}],
+        }
+
     words = [part({"content": w}) for w in text.split(" ") and [text[:5], text[5:]] if w]
     return [
         part({"role": "assistant", **delta}),
@@ -123,6 +126,7 @@ def handler(fake):
             if path.startswith("/files/") and (f := fake.files.get(path.split("/")[2])) is not None:
                 return self.send(f)
             self.send({"error": {"message": "no such path"}}, 404)
+            return None
 
         def do_POST(self):
             data, path = self.read(), self.path.removeprefix("/v1")
@@ -137,6 +141,7 @@ def handler(fake):
             if path == "/batches" and fake.files is not None:
                 return self.batch(json.loads(data))
             self.send({"error": {"message": "no such path"}}, 404)
+            return None
 
         def chat(self, body):
             if not body.get("stream"):

@@ -235,6 +235,7 @@ def plain_letter(text):
         return None
     if not text[1:].strip(")] ") or text[1] in ")]:.":
         return text[0], text[1:].strip(" :.)]")
+    return None
 
 
 def plain_read(form, content, options):
@@ -243,8 +244,13 @@ def plain_read(form, content, options):
         content = content[:room] + "…"
     if form == "boxed":
         content = content.replace(r"\boxed", "")
-    named = lambda x: next((o for o in options if o.upper() == x.upper()), None)
-    texts = lambda x: [o for o in options if plain_words(options[o]) == plain_words(x) != ""]
+
+    def named(x):
+        return next((o for o in options if o.upper() == x.upper()), None)
+
+    def texts(x):
+        return [o for o in options if plain_words(options[o]) == plain_words(x) != ""]
+
     said = plain_letter(content)
     if (
         form == "whole"

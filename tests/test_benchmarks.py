@@ -256,7 +256,7 @@ def test_every_benchmark_runs_small_and_its_rows_are_well_formed(name):
 @pytest.mark.parametrize("name", list(BENCHES))
 def test_the_full_size_names_arguments_and_is_larger(name):
     f, full = BENCHES[name]
-    small = dict(zip(f.__code__.co_varnames, f.__defaults__))
+    small = dict(zip(f.__code__.co_varnames, f.__defaults__, strict=False))
     assert full and set(full) <= set(small) and all(full[k] > small[k] for k in full)
 
 
@@ -315,9 +315,11 @@ def test_the_lengths_that_are_packed():
 
 
 def test_targets_hold_for_lines_of_the_full_size_only():
-    packed = lambda n, value, unit: judged(
-        row("packing", "octomed", f"{n:,} lengths, mean 840, bins of 8,192", value, unit)
-    )["met"]
+    def packed(n, value, unit):
+        return judged(
+            row("packing", "octomed", f"{n:,} lengths, mean 840, bins of 8,192", value, unit)
+        )["met"]
+
     assert [
         packed(8_000_000, 60.0, "s"),
         packed(8_000_000, 61.0, "s"),
@@ -407,15 +409,18 @@ def test_no_library_room_imports_a_section_or_the_clinic(room):
 def uneven(student, picture):
     "A student, its processor, and three rows of which one has an image and another is short."
     model, processor = student
-    ask = lambda text, *images: [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
+
+    def ask(text, *images):
+        return [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": i} for i in images),
+                    {"type": "text", "text": text},
+                ],
+            }
+        ]
+
     return (
         model,
         processor,
@@ -460,7 +465,7 @@ def test_fault_27_our_loop_hands_the_defined_gradient_to_the_optimiser(uneven):
     before = [p.detach().clone() for p in model.parameters()]
     for budget in (10_000, max(len(r.input_ids) for r in rows)):
         assert beside(fitted_gradient(model, processor, rows, budget, 12_544), right)[0] < 1e-4
-    assert all((a == b).all() for a, b in zip(before, model.parameters()))
+    assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=False))
 
 
 def test_a_trainer_runs_lap_by_lap_and_its_last_words_are_heard(tmp_path):

@@ -72,7 +72,7 @@ def test_the_teacher_of_one_length_says_the_same_at_one_length():
         for t in (SimulatedTeacher(INSTRUCT), c.OneLength())
     )
     by_id = {q.id: q for q in qs}
-    for a, b in zip(plain, full):
+    for a, b in zip(plain, full, strict=False):
         q = by_id[a.question]
         assert (
             judge(a.text, q.letters, q.answer, True) == judge(b.text, q.letters, q.answer, True)
@@ -83,7 +83,7 @@ def test_the_teacher_of_one_length_says_the_same_at_one_length():
         assert b.tokens == len(b.text.split()) and b.model != a.model
     ended = [
         (len(a.text.partition("</think>")[0].split()), len(b.text.partition("</think>")[0].split()))
-        for a, b in zip(plain, full)
+        for a, b in zip(plain, full, strict=False)
         if "</think>" in a.text
     ]
     short, long = np.array(ended, float).T
@@ -283,7 +283,7 @@ def test_the_figures_show_every_arm_and_signal():
     results, repeated = made(longer=10)
     seen = c.cells(results, repeated)
     fig = c.figure({"lengths": c.mean_lengths(seen, 100, 0)})
-    assert set(fig.axes[0].get_legend().get_texts()[k].get_text() for k in range(3)) == {
+    assert {fig.axes[0].get_legend().get_texts()[k].get_text() for k in range(3)} == {
         c.ROUTED,
         c.ONE_TEACHER,
         c.ONE_LENGTH,

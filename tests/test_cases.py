@@ -130,12 +130,14 @@ def test_a_question_that_is_not_the_clinics_has_no_verdict_on_its_reasoning(clin
 
 
 def test_findings_by_hand():
-    one = lambda right, valid, tr, tv: {
-        (c.STUDENT, "right"): np.array(right, float),
-        (c.STUDENT, "valid"): np.array(valid, float),
-        (c.TEACHER, "right"): np.array(tr, float),
-        (c.TEACHER, "valid"): np.array(tv, float),
-    }
+    def one(right, valid, tr, tv):
+        return {
+            (c.STUDENT, "right"): np.array(right, float),
+            (c.STUDENT, "valid"): np.array(valid, float),
+            (c.TEACHER, "right"): np.array(tr, float),
+            (c.TEACHER, "valid"): np.array(tv, float),
+        }
+
     n = {b: one([1] * 40 + [0] * 40, [1] * 36 + [0] * 44, [4] * 80, [3] * 80) for b in c.IN} | {
         b: one([1] * 4 + [0] * 76, [0] * 80, [4] * 80, [3] * 80) for b in c.OUT
     }

@@ -96,17 +96,21 @@ def test_fault_34_a_resumed_run_is_the_run_that_was_not_stopped(
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
     again, log2 = run(student, rows, s, tmp_path)
     assert whole.keys() == again.keys() and all(torch.equal(whole[n], again[n]) for n in whole)
-    drop = lambda log: [{k: v for k, v in r.items() if k != "seconds"} for r in log]
+
+    def drop(log):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in log]
+
     assert drop(log) == drop(log2)
 
 
 def test_fault_34_optimiser_and_random_states_are_those_of_the_moment(
     student, rows, tmp_path, monkeypatch
 ):
-    dropout = lambda m: (
-        [setattr(l.self_attn, "attention_dropout", 0.3) for l in m[0].model.language_model.layers]
-        and m
-    )
+    def dropout(m):
+        return [
+            setattr(l.self_attn, "attention_dropout", 0.3) for l in m[0].model.language_model.layers
+        ] and m
+
     noisy = dropout((copy.deepcopy(student[0]), student[1]))
     s, how = Schedule(batch=3, lr=1e-2), Execution(checkpoint_every=2, pack=False)
     whole, _ = run(noisy, rows, s, how=how)
@@ -266,13 +270,16 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(student, rows, tmp_path, mon
     (tmp_path / "rows").mkdir()
     save_student(tmp_path / "base", *student, [])
     save_rows(tmp_path / "rows", rows, {})
-    declared = lambda seed: sft(
-        base=Outside(tmp_path / "base"),
-        rendered=Outside(tmp_path / "rows"),
-        schedule=Schedule(epochs=2, batch=3, lr=1e-2),
-        seed=seed,
-        max_pixels=PIXELS,
-    )
+
+    def declared(seed):
+        return sft(
+            base=Outside(tmp_path / "base"),
+            rendered=Outside(tmp_path / "rows"),
+            schedule=Schedule(epochs=2, batch=3, lr=1e-2),
+            seed=seed,
+            max_pixels=PIXELS,
+        )
+
     monkeypatch.setenv("OCTOMED_TRAIN", "checkpoint_every=2")
     step, dead = train.Loop.step, []
 

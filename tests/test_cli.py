@@ -57,15 +57,37 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for (
-        name
-    ) in ["check", "plan", "run", "status", "report", "sources", "decontaminate", "judge", "distill", "train", "evaluate"]:
+    for name in [
+        "check",
+        "plan",
+        "run",
+        "status",
+        "report",
+        "sources",
+        "decontaminate",
+        "judge",
+        "distill",
+        "train",
+        "evaluate",
+    ]:
         assert name in done.stdout
 
 
 @pytest.mark.parametrize(
     "command",
-    ["check", "plan", "run", "status", "report", "sources", "decontaminate", "judge", "distill", "train", "evaluate"],
+    [
+        "check",
+        "plan",
+        "run",
+        "status",
+        "report",
+        "sources",
+        "decontaminate",
+        "judge",
+        "distill",
+        "train",
+        "evaluate",
+    ],
 )
 def test_every_command_has_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
@@ -95,7 +117,7 @@ def test_wrong_arguments(capsys, argv):
     "command", ["run", "plan", "status", "report", "distill --recipe", "train --recipe"]
 )
 def test_unknown_recipe(capsys, tmp_path, command):
-    code, out, err = call(capsys, *command.split(), "corse")
+    code, _out, err = call(capsys, *command.split(), "corse")
     assert (
         code == 2
         and err.startswith("octomed: there is no recipe corse: choose from ")
@@ -122,7 +144,7 @@ def test_unknown_recipe(capsys, tmp_path, command):
 )
 def test_malformed_recipe(capsys, tmp_path, text, sentence):
     (tmp_path / "r.yaml").write_text(text)
-    code, out, err = call(capsys, "run", tmp_path / "r.yaml")
+    code, _out, err = call(capsys, "run", tmp_path / "r.yaml")
     assert code == 2 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 

@@ -299,7 +299,7 @@ def test_what_slurm_is_given_waits_for_its_parents_and_may_be_requeued(tiny, tmp
     )
     rows = submit("tiny", file=tmp_path / "a.yaml")
     scripts = [(bin / f"{r['id']}.sh").read_text() for r in rows]
-    for r, text in zip(rows, scripts):
+    for r, text in zip(rows, scripts, strict=False):
         assert (
             "--requeue" in text
             and "--partition=long" in text

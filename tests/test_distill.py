@@ -96,7 +96,7 @@ def declared(teacher="toy/teacher", n=16, k=4, keep="correct", answer="letter"):
 
 
 def test_fault_15_a_question_with_none_of_16_accepted_is_counted_and_left_out():
-    _, drawn, kept = declared()
+    _, _drawn, kept = declared()
     rows, funnel = (
         read_jsonl(run(kept) / "traces.jsonl"),
         json.loads((run(kept) / "funnel.json").read_text()),
@@ -124,7 +124,10 @@ def test_the_funnel_conserves_samples_and_keeps_every_outcome():
 def test_accepted_sets_are_nested_in_k_and_a_later_run_tops_up():
     few = read_jsonl(run(declared(n=8, k=2)[2]) / "traces.jsonl")
     many = read_jsonl(run(declared(n=16, k=4)[2]) / "traces.jsonl")
-    index = lambda rows, q: [r["index"] for r in rows if r["question"] == q]
+
+    def index(rows, q):
+        return [r["index"] for r in rows if r["question"] == q]
+
     for q in QUESTIONS[1:]:
         assert index(few, q.id) == [1, 3] and index(many, q.id) == [1, 3, 5, 7]
 
@@ -330,7 +333,7 @@ def test_the_difficulty_filter_keeps_3_to_6_and_says_what_was_not_rated():
 
 
 def test_the_accepted_set_of_filtered_questions_is_part_of_the_whole():
-    data, drawn, whole = declared("toy/half", k=1)
+    _data, drawn, whole = declared("toy/half", k=1)
     part = accepted(
         questions=sieved("teacher", *FILTERS["teacher"]), samples=drawn, k=1, answer="letter"
     )
@@ -389,7 +392,9 @@ def test_diversity_and_duplicates():
 
 
 def test_teacher_errors_are_counted_where_all_were_asked():
-    v = lambda s: (None, Verdict(None, s))
+    def v(s):
+        return (None, Verdict(None, s))
+
     one, other = (
         {"q1": [v("wrong"), v("correct")], "q2": [v("wrong")], "q3": [v("wrong")]},
         {"q1": [v("wrong")], "q2": [v("truncated")]},
@@ -498,7 +503,9 @@ def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
                         1,
                     )
 
-    s = lambda n, text: Sample(QUESTIONS[0].id, "m", "p", "s", n, text, "stop")
+    def s(n, text):
+        return Sample(QUESTIONS[0].id, "m", "p", "s", n, text, "stop")
+
     got = judged_open(
         [(QUESTIONS[0], "high temperature")],
         {

@@ -222,8 +222,8 @@ def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, pict
             ],
         },
     ]
-    for messages in (chat, chat[:1] + [{"role": "user", "content": chat[1]["content"][1:]}]):
-        text, images, size = stand_in._prompt(messages)
+    for messages in (chat, [*chat[:1], {"role": "user", "content": chat[1]["content"][1:]}]):
+        _text, images, size = stand_in._prompt(messages)
         assert size == len(
             other.processor.tokenizer(chat_text(other.processor, messages, 12_544))["input_ids"]
         )

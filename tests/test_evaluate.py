@@ -289,16 +289,18 @@ def test_fault_42_a_tied_vote_is_broken_by_the_seed_alone(monkeypatch):
 
 
 def test_both_overalls_stand_in_the_table():
-    run_of = lambda vote: [
-        row(
-            question=str(n),
-            answer="A",
-            statuses=["correct", "wrong"],
-            letters=["A", "B"],
-            **({"vote": ["A", "B", "A"]} if vote else {}),
-        )
-        for n in range(6)
-    ]
+    def run_of(vote):
+        return [
+            row(
+                question=str(n),
+                answer="A",
+                statuses=["correct", "wrong"],
+                letters=["A", "B"],
+                **({"vote": ["A", "B", "A"]} if vote else {}),
+            )
+            for n in range(6)
+        ]
+
     register(
         Source(
             "otherbench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1"
@@ -470,8 +472,9 @@ def test_a_model_without_revision_or_server_is_asked_for_it(name, says):
 
 def test_how_a_model_is_run_is_in_no_key(monkeypatch):
     a, b = (Respondent(f"{k}:org/model@1f2e") for k in ("vllm", "transformers"))
-    key = lambda s: (
-        evaluation(
+
+    def key(s):
+        return evaluation(
             student=s,
             benchmark="toybench:test",
             limit=None,
@@ -481,7 +484,7 @@ def test_how_a_model_is_run_is_in_no_key(monkeypatch):
             max_pixels=12_544,
             data="1",
         ).key
-    )
+
     assert key(a) == key(b) != key(Respondent("vllm:org/model@2"))
     before = key("org/model@1f2e")
     monkeypatch.setenv("OCTOMED_ENGINE", "vllm")

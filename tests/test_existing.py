@@ -29,7 +29,10 @@ def cases():
 @pytest.fixture
 def talk():
     "A small source of chats."
-    say = lambda role, text: {"role": role, "content": text}
+
+    def say(role, text):
+        return {"role": role, "content": text}
+
     made = [
         {
             "messages": [
@@ -69,7 +72,7 @@ def test_every_answer_is_learnt_after_what_was_said_before_it(talk):
 def test_fault_25_chats_are_counted_nested_and_rendered_an_answer_a_row(talk, student, tmp_path):
     from octomed.generate.render import load_rows
 
-    model, processor = student
+    _model, processor = student
     processor.save_pretrained(tmp_path / "base")
     common, drawn = Common(student=str(tmp_path / "base")), {}
     for n in (2, 4):
@@ -209,7 +212,10 @@ def test_a_dataset_without_a_source_is_left_out():
 
 def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
     q = Question("which is it?", ("fever", "rash"), "B", "clinic_ward", "test", "text_only")
-    row = lambda statuses: {"question": q.id, "statuses": statuses}
+
+    def row(statuses):
+        return {"question": q.id, "statuses": statuses}
+
     results = D.Tasks(
         Common(),
         {"a": {"clinic_ward:test": [[row(["unparsed", "wrong"]), row(["correct", "truncated"])]]}},

@@ -63,11 +63,14 @@ def test_the_grader_of_a_filter_is_the_recipe_s_unless_an_arm_has_its_own():
     from octomed.generate.engines import register_teacher
 
     register_teacher("test/other-grader", None, "1")
-    graded = lambda arm, common: (
-        stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)["filtered"]
-        .params["evidence"][0]
-        .params["grader"]
-    )
+
+    def graded(arm, common):
+        return (
+            stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)["filtered"]
+            .params["evidence"][0]
+            .params["grader"]
+        )
+
     assert graded(PICTURED, COMMON) == "clinic/grader"
     assert (
         graded(PICTURED, replace(COMMON, grader="test/other-grader"))
@@ -104,17 +107,19 @@ def test_an_arm_as_formatting_declares_it_expands_as_before():
 
 
 def results(**arms):
-    rows = lambda right, seed: [
-        {
-            "question": str(n),
-            "statuses": ["correct" if r else "wrong"],
-            "letters": ["A"],
-            "forced": [False],
-            "tokens": [3],
-            "options": 4,
-        }
-        for n, r in enumerate(right)
-    ]
+    def rows(right, seed):
+        return [
+            {
+                "question": str(n),
+                "statuses": ["correct" if r else "wrong"],
+                "letters": ["A"],
+                "forced": [False],
+                "tokens": [3],
+                "options": 4,
+            }
+            for n, r in enumerate(right)
+        ]
+
     return Results(
         replace(COMMON, bootstrap=500),
         {
@@ -290,21 +295,26 @@ def test_the_warm_up_reads_no_question_of_an_arm():
         wanted = {source for arm in arms.values() for source in arm.sources}
         (first,) = {replace(arm.base, student="") for arm in arms.values()}
         assert all(n < 0 for _, n in first.sources)
-        ids = lambda sources: {
-            q.id
-            for spec, n in sources
-            if spec in pool
-            for q in subset(pool[spec], n, recipe.common.base_seed)
-        }
+
+        def ids(sources):
+            return {
+                q.id
+                for spec, n in sources
+                if spec in pool
+                for q in subset(pool[spec], n, recipe.common.base_seed)
+            }
+
         assert not ids(wanted) & ids(first.sources)
         for spec, n in first.sources:
             assert dict(wanted).get(spec, 0) - n <= SOURCES[spec].expected
 
 
 def test_minutes_of_sections_side_by_side_are_their_share_of_the_machine(monkeypatch):
-    minutes = lambda: write_results(
-        None, "42_formatting", Recipe("r", Common(), {}), [], [], time.time() - 600
-    )["card"]["minutes"]
+    def minutes():
+        return write_results(
+            None, "42_formatting", Recipe("r", Common(), {}), [], [], time.time() - 600
+        )["card"]["minutes"]
+
     assert 10 <= minutes() < 11
     monkeypatch.setenv("OCTOMED_BESIDE", "2")
     assert 5 <= minutes() < 5.5

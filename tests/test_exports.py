@@ -166,9 +166,9 @@ def test_batch_is_devices_by_accumulation_and_more_devices_shard():
 @pytest.mark.parametrize(
     "changed, says",
     [
-        (dict(compute_of=ARM), "no epochs of its own"),
-        (dict(schedule=replace(ARM.schedule, optimizer="muon")), "adamw"),
-        (dict(schedule=replace(ARM.schedule, freeze=("model.visual.blocks.0",))), "cannot freeze"),
+        ({"compute_of": ARM}, "no epochs of its own"),
+        ({"schedule": replace(ARM.schedule, optimizer="muon")}, "adamw"),
+        ({"schedule": replace(ARM.schedule, freeze=("model.visual.blocks.0",))}, "cannot freeze"),
     ],
 )
 def test_runs_that_it_cannot_make_are_refused(changed, says):
@@ -231,7 +231,7 @@ def test_hub_rows_load_with_images_and_the_card_counts_them(tmp_path):
     )
     found = traces(ARM, COMMON)[0]
     assert len(data) == counts["kept"] == len(found)
-    for r, x in zip(data, found):
+    for r, x in zip(data, found, strict=False):
         assert r["messages"][-1] == {"content": x.response, "role": "assistant"} and (
             r["question"],
             r["answer"],
@@ -313,7 +313,7 @@ def test_a_task_judges_as_evaluation_does_with_nothing_but_the_parser(tasks):
         timeout=60,
         check=True,
     )
-    for text, got in zip(said, json.loads(p.stdout)):
+    for text, got in zip(said, json.loads(p.stdout), strict=False):
         v = judge(text, row["options"], row["answer"], True, tuple(row["forms"]))
         assert got == {
             "accuracy": float(v.status == "correct"),

@@ -368,17 +368,19 @@ def test_the_two_kinds_of_bases_differ_in_what_they_imitate_and_read_equal_token
 
 
 def results(recipe, **right):
-    rows = lambda good: [
-        {
-            "question": str(n),
-            "statuses": ["correct" if r else "wrong"],
-            "letters": ["A"],
-            "forced": [False],
-            "tokens": [3],
-            "options": 4,
-        }
-        for n, r in enumerate(good)
-    ]
+    def rows(good):
+        return [
+            {
+                "question": str(n),
+                "statuses": ["correct" if r else "wrong"],
+                "letters": ["A"],
+                "forced": [False],
+                "tokens": [3],
+                "options": 4,
+            }
+            for n, r in enumerate(good)
+        ]
+
     return Results(
         replace(recipe.common, bootstrap=400),
         {
@@ -390,7 +392,10 @@ def results(recipe, **right):
 
 def test_a_claim_about_gains_is_a_difference_of_differences():
     recipe, n = declared("smoke")[0], 60
-    share = lambda *shares: [[i < n * s for i in range(n)] for s in shares]
+
+    def share(*shares):
+        return [[i < n * s for i in range(n)] for s in shares]
+
     r = results(
         recipe,
         **{

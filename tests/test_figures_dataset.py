@@ -13,14 +13,14 @@ from octomed.paper import dataset as D
 def question(stem, answer="A", **kw):
     return Question(
         **{
-            **dict(
-                stem=stem,
-                options=("yes", "no"),
-                answer=answer,
-                source="clinic_ward",
-                split="train",
-                category="text_only",
-            ),
+            **{
+                "stem": stem,
+                "options": ("yes", "no"),
+                "answer": answer,
+                "source": "clinic_ward",
+                "split": "train",
+                "category": "text_only",
+            },
             **kw,
         }
     )

@@ -32,6 +32,7 @@ from octomed.data.formats import (
 from octomed.data.readers import _text, _Walk, read_csv, read_exams, read_keyed, read_rows
 from octomed.data.slides import TEST_SITES, TISSUES, contour_boxes, cut_patches, tiles
 from octomed.data.sources import load, load_report
+import itertools
 
 DATA = os.environ.get("OCTOMED_DATA")
 real = pytest.mark.skipif(not DATA, reason="OCTOMED_DATA is not set")
@@ -234,9 +235,12 @@ def test_fault_23_pmc_vqa_answers_that_name_no_option(tmp_path):
 
 
 def test_rexvqa_answers_as_letters_or_texts_and_views_by_their_names():
-    row = dict(
-        id="q", question="Which?", options=["A. x", "B. y"], ImagePath=["../deid/a/1.png", "2.png"]
-    )
+    row = {
+        "id": "q",
+        "question": "Which?",
+        "options": ["A. x", "B. y"],
+        "ImagePath": ["../deid/a/1.png", "2.png"],
+    }
     assert [
         from_rexvqa({**row, "correct_answer": a})["answer"]
         for a in ("B", "B.", "B. y", "y", "C", "", None, "z")
@@ -309,7 +313,9 @@ def test_ham10000_classes():
 
 
 def test_chats_must_take_turns():
-    turn = lambda who: {"from": who, "value": "<image>\nWell?"}
+    def turn(who):
+        return {"from": who, "value": "<image>\nWell?"}
+
     assert [
         m["content"]
         for m in from_chat(
@@ -359,7 +365,10 @@ def test_a_split_does_not_depend_on_the_order_of_the_rows_and_takes_either_heade
         ("b", "image_id,adjudicated_dr_grade", -1),
     ):
         (tmp_path / name).write_text(
-            "\n".join([head, *(f"{n},{g}" for n, g in list(zip(names, grades))[::order])]) + "\n"
+            "\n".join(
+                [head, *(f"{n},{g}" for n, g in list(zip(names, grades, strict=False))[::order])]
+            )
+            + "\n"
         )
     assert [from_fundus(r)["origin"] for _, r in read_split(tmp_path / "a", "test")] == [
         from_fundus(r)["origin"] for _, r in read_split(tmp_path / "b", "test")
@@ -498,13 +507,15 @@ def outer_boxes(mask) -> set:
                     todo.append(p)
         return seen
 
-    inside = lambda p: 0 <= p[0] < h and 0 <= p[1] < w
+    def inside(p):
+        return 0 <= p[0] < h and 0 <= p[1] < w
+
     four = [(0, 1), (1, 0), (0, -1), (-1, 0)]
     outside = flood([(-1, -1)], lambda p: not inside(p) or not mask[p], four)
     left, boxes = {(y, x) for y in range(h) for x in range(w)} - outside, set()
     while left:
         part = flood(
-            [next(iter(left))], lambda p: p in left, four + [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+            [next(iter(left))], lambda p: p in left, [*four, (1, 1), (1, -1), (-1, 1), (-1, -1)]
         )
         ys, xs = [y for y, _ in part], [x for _, x in part]
         boxes.add((min(xs), min(ys), max(xs) - min(xs) + 1, max(ys) - min(ys) + 1))
@@ -536,7 +547,7 @@ def test_tiles_cover_a_side_evenly(start, length):
         and all(n == min(length, 1024) for _, n in parts)
         and start + length - 1 <= parts[-1][0] + parts[-1][1] <= start + length
     )
-    assert all(a + n - b >= 128 for (a, n), (b, _) in zip(parts, parts[1:]))
+    assert all(a + n - b >= 128 for (a, n), (b, _) in itertools.pairwise(parts))
     assert (len(parts) == 1) == (length <= 1024) and len(parts) <= 1 + length // 512
 
 
@@ -572,12 +583,17 @@ def bcss(tmp_path):
 
 def test_bcss_patches_are_cut_once_by_class_and_site(bcss):
     counts = cut_patches(bcss / "bcss")
-    assert counts == dict(
-        regions=6,
-        too_small=2,
-        used=4,
-        patches={"train/Tumor": 1, "train/Stroma": 1, "train/Necrosis": 3, "test/Inflammatory": 1},
-    )
+    assert counts == {
+        "regions": 6,
+        "too_small": 2,
+        "used": 4,
+        "patches": {
+            "train/Tumor": 1,
+            "train/Stroma": 1,
+            "train/Necrosis": 3,
+            "test/Inflammatory": 1,
+        },
+    }
     names = sorted(f.name for f in (bcss / "bcss" / "patches" / "train").glob("*/*"))
     assert names == [f"TCGA-A1-A0SK-DX1_{n}.png" for n in ("100_100_250_250", "10_20_500_400")] + [
         f"TCGA-A2-A04P-DX1_{x}_0_1024_250.png" for x in (0, 1024, 512)
@@ -586,7 +602,7 @@ def test_bcss_patches_are_cut_once_by_class_and_site(bcss):
         cut_patches(bcss / "bcss")
     train, test = (load(f"bcss:{s}", folder=bcss, max_pixels=12_544) for s in ("train", "test"))
     assert (
-        Counter(q.answer_text for q in train) == dict(Tumor=1, Stroma=1, Necrosis=3)
+        Counter(q.answer_text for q in train) == {"Tumor": 1, "Stroma": 1, "Necrosis": 3}
         and [q.answer_text for q in test] == ["Inflammatory"]
         and all(q.at_hand and q.options == tuple(TISSUES.values()) for q in train + test)
     )

@@ -83,12 +83,18 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
                 -1, nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)[:, None], 0.0
             )
 
-    how = dict(
-        max_new_tokens=24, do_sample=False, repetition_penalty=1.1, pad_token_id=tok.pad_token_id
-    )
-    draw = lambda ends: plain.generate(
-        **inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()])
-    )
+    how = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "repetition_penalty": 1.1,
+        "pad_token_id": tok.pad_token_id,
+    }
+
+    def draw(ends):
+        return plain.generate(
+            **inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()])
+        )
+
     ends = draw(tok.eos_token_id)[:3, width + 2].tolist() + [
         tok.eos_token_id
     ]  # tokens with which some rows end early
@@ -206,7 +212,7 @@ def test_fault_9_killed_runs_resume_with_exactly_what_is_missing(tmp_path):
     path, made = tmp_path / "ledger.sqlite", 0
     for _ in range(3):
         p = start(path)
-        for n, line in enumerate(p.stdout):
+        for n, _line in enumerate(p.stdout):
             made += 1
             if n == 200:
                 break
@@ -229,7 +235,10 @@ def test_two_writers_meet_in_one_ledger(tmp_path):
 
 def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    sample = lambda n: Sample(f"q{n}", "m", "p", "s", 0, "x" * 4000, "stop")
+
+    def sample(n):
+        return Sample(f"q{n}", "m", "p", "s", 0, "x" * 4000, "stop")
+
     ledger.append([sample(0)])
     ledger.db.execute(
         f"PRAGMA max_page_count={ledger.db.execute('PRAGMA page_count').fetchone()[0] + 2}"

@@ -34,14 +34,14 @@ from octomed.generate.graders import (
 def question(n=0, **kw):
     return Question(
         **{
-            **dict(
-                stem=f"Which vessel is number {n}?",
-                options=("aorta", "vena cava", "iliac artery"),
-                answer="B",
-                source="demo",
-                split="train",
-                category="text_only",
-            ),
+            **{
+                "stem": f"Which vessel is number {n}?",
+                "options": ("aorta", "vena cava", "iliac artery"),
+                "answer": "B",
+                "source": "demo",
+                "split": "train",
+                "category": "text_only",
+            },
             **kw,
         }
     )
@@ -223,9 +223,13 @@ def test_a_slot_that_nothing_fills_is_refused():
 
 def test_open_ended_s_is_one_only_for_yes():
     q = question()
-    score_of = lambda said, name, **kw: [
-        score(v) for v in open_ended([(q, "vena cava", "the great vein")], Fixed(said, name, **kw))
-    ]
+
+    def score_of(said, name, **kw):
+        return [
+            score(v)
+            for v in open_ended([(q, "vena cava", "the great vein")], Fixed(said, name, **kw))
+        ]
+
     assert score_of("<verdict>yes</verdict>", "s@1") == [1]
     for n, said in enumerate(
         (
@@ -263,7 +267,7 @@ def test_the_thought_is_shown_where_it_may_be():
 
 def test_only_what_the_source_does_not_say_is_asked():
     e = Fixed("<modality>CT</modality><region>spine</region>", "eye@1")
-    image = dict(images=("1" * 16,), category="multimodal_reasoning")
+    image = {"images": ("1" * 16,), "category": "multimodal_reasoning"}
     qs = [
         question(1, **image, tags={"modality": "mri", "region": "brain"}),
         question(2, **image, tags={"modality": "xray"}),
@@ -292,7 +296,7 @@ def test_the_clinic_grader_keeps_its_stated_rates():
     assert teacher("clinic/grader").model == g.model
     off = [
         abs(f.value - g.rating[q.tags["steps"] - 1])
-        for q, f in zip(qs, found)
+        for q, f in zip(qs, found, strict=False)
         if f.status == "graded"
     ]
     assert (
@@ -306,7 +310,7 @@ def test_the_clinic_grader_keeps_its_stated_rates():
     looked = questions("clinic_rounds", limit=300, max_pixels=None)
     answers = [
         (t, source_tags(q))
-        for q, (t, who) in zip(looked, tags([replace(q, tags={}) for q in looked]))
+        for q, (t, who) in zip(looked, tags([replace(q, tags={}) for q in looked]), strict=False)
         if who == "grader"
     ]
     for kind in ("modality", "region"):

@@ -156,32 +156,38 @@ def test_what_no_family_or_tile_can_hold_is_said():
 # --- the models' own processors, built from their published configurations ------------------------------------------------
 
 CONFIGS = {
-    "qwen2_vl": dict(
-        patch_size=14,
-        merge_size=2,
-        temporal_patch_size=2,
-        size=dict(shortest_edge=3136, longest_edge=12_845_056),
-    ),
-    "qwen2_5_vl": dict(
-        patch_size=14,
-        merge_size=2,
-        temporal_patch_size=2,
-        size=dict(shortest_edge=3136, longest_edge=12_845_056),
-    ),
-    "qwen3_vl": dict(
-        patch_size=16,
-        merge_size=2,
-        temporal_patch_size=2,
-        size=dict(shortest_edge=65_536, longest_edge=16_777_216),
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    ),
-    "internvl": dict(
-        size=dict(height=448, width=448), crop_to_patches=True, min_patches=1, max_patches=12
-    ),
-    "internvl-112": dict(
-        size=dict(height=112, width=112), crop_to_patches=True, min_patches=1, max_patches=12
-    ),
+    "qwen2_vl": {
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 3136, "longest_edge": 12_845_056},
+    },
+    "qwen2_5_vl": {
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 3136, "longest_edge": 12_845_056},
+    },
+    "qwen3_vl": {
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    },
+    "internvl": {
+        "size": {"height": 448, "width": 448},
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 12,
+    },
+    "internvl-112": {
+        "size": {"height": 112, "width": 112},
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 12,
+    },
 }  # the clinic's, built small
 
 
@@ -418,9 +424,12 @@ def test_fault_18_four_inks_plain_and_as_adobe_inverts_them():
 def deep_png(rows):
     "A PNG of 16 bits a channel in RGB, which Pillow reads and does not write."
     h, w, _ = rows.shape
-    part = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def part(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     return (
         b"\x89PNG\r\n\x1a\n"
         + part(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0))
@@ -760,7 +769,7 @@ def test_file_hashes_are_those_of_the_bytes_with_and_without_reading_ahead(
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
     data = [os.urandom(n) for n in (0, 1, 20_000, (1 << 20) - 1, 1 << 20, (3 << 20) + 7)] * 3
     paths = [tmp_path / str(n) for n in range(len(data))]
-    for p, d in zip(paths, data):
+    for p, d in zip(paths, data, strict=False):
         p.write_bytes(d)
     for workers in (1, 2):
         assert file_hashes(paths, workers) == [blake3(d).hexdigest() for d in data]
@@ -812,20 +821,20 @@ def test_fault_21_report_tells_copies_conflicts_and_twins(files):
         and r.pixel_twins == ((3, 4), (0, 1))
         and r.contradicted == (4,)
     )
-    assert r.counts() == dict(
-        rows=7,
-        unreadable=1,
-        byte_groups=1,
-        byte_extra=1,
-        pixel_groups=1,
-        pixel_extra=2,
-        conflicts=1,
-        conflict_rows=3,
-        against=2,
-        byte_twins=(1, 1),
-        pixel_twins=(2, 2),
-        contradicted=1,
-    )
+    assert r.counts() == {
+        "rows": 7,
+        "unreadable": 1,
+        "byte_groups": 1,
+        "byte_extra": 1,
+        "pixel_groups": 1,
+        "pixel_extra": 2,
+        "conflicts": 1,
+        "conflict_rows": 3,
+        "against": 2,
+        "byte_twins": (1, 1),
+        "pixel_twins": (2, 2),
+        "contradicted": 1,
+    }
     kept, dropped = r.split(train)
     assert kept == [train[6]] and [why for _, why in dropped] == [
         "same pixels under another label"
@@ -847,9 +856,9 @@ def test_fault_25_report_conserves_rows(files):
 
 
 def test_report_on_questions_tells_another_question_from_another_label():
-    ask = lambda stem, answer, *pics: Question(
-        stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics
-    )
+    def ask(stem, answer, *pics):
+        return Question(stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics)
+
     r = image_report(
         [
             ask("is it?", "A", "p1"),
@@ -882,18 +891,18 @@ def test_report_on_the_real_mri():
         for f in ("Training", "Testing")
     )
     r = image_report(train, test)
-    assert r.counts() == dict(
-        rows=2_870,
-        unreadable=0,
-        byte_groups=73,
-        byte_extra=93,
-        pixel_groups=75,
-        pixel_extra=101,
-        conflicts=0,
-        conflict_rows=0,
-        against=394,
-        byte_twins=(83, 88),
-        pixel_twins=(244, 251),
-        contradicted=0,
-    )
+    assert r.counts() == {
+        "rows": 2_870,
+        "unreadable": 0,
+        "byte_groups": 73,
+        "byte_extra": 93,
+        "pixel_groups": 75,
+        "pixel_extra": 101,
+        "conflicts": 0,
+        "conflict_rows": 0,
+        "against": 394,
+        "byte_twins": (83, 88),
+        "pixel_twins": (244, 251),
+        "contradicted": 0,
+    }
     assert [len(r.split(train, by)[0]) for by in ("bytes", "pixels")] == [2_713, 2_556]

@@ -38,24 +38,24 @@ def small():
 
     c = configuration("Qwen/Qwen2.5-VL-7B-Instruct")
     text, vision = c.text_config.to_dict(), c.vision_config.to_dict()
-    text |= dict(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-    )
-    vision |= dict(
-        depth=4,
-        hidden_size=64,
-        intermediate_size=160,
-        num_heads=4,
-        out_hidden_size=128,
-        fullatt_block_indexes=[1, 3],
-    )
+    text |= {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    }
+    vision |= {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [1, 3],
+    }
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
@@ -160,7 +160,7 @@ def saved_bytes(model, batch) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model.model(**batch).last_hidden_state
+        model.model(**batch).last_hidden_state
     return sum(n for n, _ in seen.values())
 
 
@@ -189,7 +189,10 @@ def test_states_are_what_an_optimizer_holds(small):
     model(**inputs()).logits.square().mean().backward()
     opt.step()
     held = states(s, "fp32 under bf16 autocast")
-    size = lambda ts: sum(t.numel() * t.element_size() for t in ts)
+
+    def size(ts):
+        return sum(t.numel() * t.element_size() for t in ts)
+
     assert held["weights"] == size(model.parameters()) and held["gradients"] == size(
         p.grad for p in model.parameters() if p.grad is not None
     )

@@ -20,6 +20,7 @@ from octomed.train.attention import (
 from octomed.train.loop import loss_sum
 from octomed.train.objective import linear_cross_entropy, packed_loss_sum
 from octomed.train.packing import check_packed, pack, packed_batch, packed_groups
+import itertools
 
 PIXELS = 12_544
 CPU = ["sdpa", "octomed_split", "eager"]
@@ -95,7 +96,10 @@ def gradient(model, groups, loss):
 def distance(a, b):
     "The largest relative distance of two gradients: of the whole, and of each parameter beside a hundredth of the whole."
     assert a.keys() == b.keys()
-    whole = lambda g: torch.cat([x.flatten() for x in g.values()])
+
+    def whole(g):
+        return torch.cat([x.flatten() for x in g.values()])
+
     size = float(whole(b).norm())
     return max(
         float((whole(a) - whole(b)).norm()) / size,
@@ -386,7 +390,7 @@ def test_fault_28_a_packed_run_is_the_padded_run(tiny, pictures):
             )
         )
     for run in runs[1:]:
-        for a, b in zip(runs[0], run):
+        for a, b in zip(runs[0], run, strict=False):
             assert (
                 a["tokens"] == b["tokens"]
                 and math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
@@ -448,7 +452,7 @@ def test_padded_batches_and_generation_stay_what_they_were(tiny, pictures):
     assert (
         math.isclose(loss, loss2, rel_tol=1e-6)
         and texts == texts2
-        and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(logits, logits2))
+        and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(logits, logits2, strict=False))
     )
 
 
@@ -477,12 +481,12 @@ def reference_varlen(
     assert (
         torch.equal(cu_seq_q, cu_seq_k)
         and cu_seq_q.dtype == torch.int32
-        and max_q == max(b - a for a, b in zip(ends, ends[1:]))
+        and max_q == max(b - a for a, b in itertools.pairwise(ends))
     )
     assert (
         ends[0] == 0 and ends[-1] == len(query) and enable_gqa == (query.shape[1] != key.shape[1])
     )
-    for a, b in zip(ends, ends[1:]):
+    for a, b in itertools.pairwise(ends):
         q, k, v = (x[a:b].transpose(0, 1)[None] for x in (query, key, value))
         out.append(
             torch.nn.functional.scaled_dot_product_attention(
@@ -552,7 +556,9 @@ def test_fault_32_chunked_loss_equals_the_eager_one(tokens, chunk, frozen):
     eager = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum")
     ours = linear_cross_entropy(hidden, weight, target, chunk)
     assert math.isclose(eager.item(), ours.item(), rel_tol=1e-5)
-    for a, b in zip(torch.autograd.grad(eager / 3, wanted), torch.autograd.grad(ours / 3, wanted)):
+    for a, b in zip(
+        torch.autograd.grad(eager / 3, wanted), torch.autograd.grad(ours / 3, wanted), strict=False
+    ):
         assert (a - b).norm() < 1e-5 * a.norm()
 
 
@@ -596,6 +602,8 @@ def test_fault_32_equals_the_one_of_pytorch():
     ours = linear_cross_entropy(hidden, weight, target, 6)
     assert math.isclose(theirs.item(), ours.item(), rel_tol=1e-5)
     for a, b in zip(
-        torch.autograd.grad(theirs, (hidden, weight)), torch.autograd.grad(ours, (hidden, weight))
+        torch.autograd.grad(theirs, (hidden, weight)),
+        torch.autograd.grad(ours, (hidden, weight)),
+        strict=False,
     ):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)

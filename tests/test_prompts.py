@@ -97,7 +97,10 @@ def test_revision_follows_meaning_and_not_the_file(tmp_path):
 
 def test_fault_16_a_changed_payload_changes_the_key_and_the_same_one_does_not():
     t = load_template("cot")
-    key = lambda q, t=t: prompt_key(render(t, q), t)
+
+    def key(q, t=t):
+        return prompt_key(render(t, q), t)
+
     assert key(QUESTION) == key(replace(QUESTION, answer="A", source="x", split="test"))
     keys = {
         key(QUESTION),

@@ -94,17 +94,17 @@ def test_json_round_trip_and_a_changed_row():
 @pytest.mark.parametrize(
     "changed,reason",
     [
-        (dict(stem="  "), "empty stem"),
-        (dict(options=()), "fewer than two options"),
-        (dict(options=("yes",)), "fewer than two options"),
-        (dict(options=tuple(f"o{i}" for i in range(27))), "more than 26 options"),
-        (dict(options=("yes", " ")), "empty option"),
-        (dict(options=("yes", "yes ")), "duplicate options"),
-        (dict(options=("e\u0301", "\u00e9")), "duplicate options"),
-        (dict(answer=None), "no answer"),
-        (dict(answer=""), "no answer"),
-        (dict(answer="C"), "answer outside the options"),
-        (dict(answer="?"), "answer outside the options"),
+        ({"stem": "  "}, "empty stem"),
+        ({"options": ()}, "fewer than two options"),
+        ({"options": ("yes",)}, "fewer than two options"),
+        ({"options": tuple(f"o{i}" for i in range(27))}, "more than 26 options"),
+        ({"options": ("yes", " ")}, "empty option"),
+        ({"options": ("yes", "yes ")}, "duplicate options"),
+        ({"options": ("e\u0301", "\u00e9")}, "duplicate options"),
+        ({"answer": None}, "no answer"),
+        ({"answer": ""}, "no answer"),
+        ({"answer": "C"}, "answer outside the options"),
+        ({"answer": "?"}, "answer outside the options"),
     ],
 )
 def test_fault_23_flaws_have_reasons(changed, reason):
@@ -121,20 +121,20 @@ def write(folder, rows, name="medqa/phrases_no_exclude_test.jsonl"):
 
 
 def test_fault_23_bad_rows_are_dropped_with_a_reason_and_never_crash(here):
-    base = dict(
-        question="Which?",
-        answer="x",
-        options={"A": "x", "B": "y"},
-        meta_info="step1",
-        answer_idx="A",
-    )
+    base = {
+        "question": "Which?",
+        "answer": "x",
+        "options": {"A": "x", "B": "y"},
+        "meta_info": "step1",
+        "answer_idx": "A",
+    }
     bad = {
-        "no answer": [dict(answer_idx=""), dict(answer_idx=None)],
-        "answer outside the options": [dict(answer_idx="C"), dict(answer_idx="AB")],
-        "empty option": [dict(options={"A": "x", "B": ""})],
-        "more than 26 options": [dict(options=[f"o{i}" for i in range(30)])],
-        "fewer than two options": [dict(options={})],
-        "empty stem": [dict(question=" ")],
+        "no answer": [{"answer_idx": ""}, {"answer_idx": None}],
+        "answer outside the options": [{"answer_idx": "C"}, {"answer_idx": "AB"}],
+        "empty option": [{"options": {"A": "x", "B": ""}}],
+        "more than 26 options": [{"options": [f"o{i}" for i in range(30)]}],
+        "fewer than two options": [{"options": {}}],
+        "empty stem": [{"question": " "}],
     }
     rows = [{**base, **b} for bs in bad.values() for b in bs]
     write(here, [base, *rows])
@@ -150,15 +150,15 @@ def test_fault_23_bad_rows_are_dropped_with_a_reason_and_never_crash(here):
 @given(
     st.lists(
         st.fixed_dictionaries(
-            dict(
-                qid=st.integers(),
-                qtext=st.text(max_size=5),
-                ra=st.one_of(st.text(max_size=2), st.integers(-1, 30), st.none()),
-                image=st.none(),
-                answers=st.lists(st.text(max_size=3), max_size=30).map(
+            {
+                "qid": st.integers(),
+                "qtext": st.text(max_size=5),
+                "ra": st.one_of(st.text(max_size=2), st.integers(-1, 30), st.none()),
+                "image": st.none(),
+                "answers": st.lists(st.text(max_size=3), max_size=30).map(
                     lambda ts: [{"aid": i, "atext": t} for i, t in enumerate(ts, 1)]
                 ),
-            )
+            }
         ),
         max_size=6,
     )
@@ -296,7 +296,7 @@ def test_trap_headqa_counts_from_1_in_a_string_and_names_a_picture_that_is_not_h
 
 
 def test_trap_medmcqa_counts_from_1_here_and_from_0_on_the_hub():
-    row = dict(question="Which?", opa="a", opb="b", opc="c", opd="d", id="1")
+    row = {"question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "id": "1"}
     assert [from_medmcqa({**row, "cop": c}, 1)["answer"] for c in (0, 1, 4, 5)] == [
         None,
         "A",
@@ -338,26 +338,26 @@ def test_trap_mmmu_pro_options_are_python_in_a_string_and_only_health_counts():
 def test_hub_rows_normalise():
     assert (
         from_medqa(
-            dict(
-                question="Which?",
-                options=[{"key": "A", "value": "x"}, {"key": "B", "value": "y"}],
-                answer_idx="B",
-                answer="y",
-                meta_info="step1",
-            )
+            {
+                "question": "Which?",
+                "options": [{"key": "A", "value": "x"}, {"key": "B", "value": "y"}],
+                "answer_idx": "B",
+                "answer": "y",
+                "meta_info": "step1",
+            }
         )["answer"]
         == "B"
     )
     assert (
         from_medqa(
-            dict(
-                question="Which?",
-                options={"A": "x", "B": "y", "C": "z", "D": "w"},
-                answer_idx="D",
-                answer="w",
-                meta_info="",
-                metamap_phrases=[],
-            )
+            {
+                "question": "Which?",
+                "options": {"A": "x", "B": "y", "C": "z", "D": "w"},
+                "answer_idx": "D",
+                "answer": "w",
+                "meta_info": "",
+                "metamap_phrases": [],
+            }
         )["answer"]
         == "D"
     )
@@ -365,33 +365,42 @@ def test_hub_rows_normalise():
         [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}],
         {"aid": [1, 2], "atext": ["x", "y"]},
     ):
-        f = from_headqa(dict(name="Exam", qid=3, qtext="Which?", ra=2, answers=answers, image=None))
+        f = from_headqa(
+            {
+                "name": "Exam",
+                "qid": 3,
+                "qtext": "Which?",
+                "ra": 2,
+                "answers": answers,
+                "image": None,
+            }
+        )
         assert (f["answer"], f["options"], f["origin"]) == ("B", ("x", "y"), "Exam/3")
     picture = Image.new("RGB", (3, 3))
     assert from_headqa(
-        dict(name="Exam", qid=3, qtext="Which?", ra=2, answers=answers, image=picture)
+        {"name": "Exam", "qid": 3, "qtext": "Which?", "ra": 2, "answers": answers, "image": picture}
     )["images"] == (picture,)
-    m = dict(
-        question_id=1,
-        question="Which?",
-        options=["x", "y", "z"],
-        answer="C",
-        answer_index=2,
-        category="health",
-        src="s",
-    )
+    m = {
+        "question_id": 1,
+        "question": "Which?",
+        "options": ["x", "y", "z"],
+        "answer": "C",
+        "answer_index": 2,
+        "category": "health",
+        "src": "s",
+    }
     assert from_mmlu_pro(m)["answer"] == "C" and from_mmlu_pro({**m, "category": "law"}) is None
     x = from_medxpertqa(
-        dict(
-            id="MM-1",
-            question="Which?\nAnswer Choices: (A) x (B) y",
-            options={"A": "x", "B": "y", "C": None},
-            label="B",
-            images=["MM-1-a.png"],
-            medical_task="t",
-            body_system="b",
-            question_type="q",
-        )
+        {
+            "id": "MM-1",
+            "question": "Which?\nAnswer Choices: (A) x (B) y",
+            "options": {"A": "x", "B": "y", "C": None},
+            "label": "B",
+            "images": ["MM-1-a.png"],
+            "medical_task": "t",
+            "body_system": "b",
+            "question_type": "q",
+        }
     )
     assert (x["stem"], x["options"], x["answer"], x["images"]) == (
         "Which?",
@@ -400,16 +409,16 @@ def test_hub_rows_normalise():
         ("name:MM-1-a.png",),
     )
     p = from_mmmu_pro(
-        dict(
-            id="t_1",
-            question="See <image 1>",
-            options="['x', 'y']",
-            image_1=picture,
-            image_2=None,
-            answer="A",
-            subject="Pharmacy",
-            img_type="['MRI']",
-        )
+        {
+            "id": "t_1",
+            "question": "See <image 1>",
+            "options": "['x', 'y']",
+            "image_1": picture,
+            "image_2": None,
+            "answer": "A",
+            "subject": "Pharmacy",
+            "img_type": "['MRI']",
+        }
     )
     assert p["images"] == (picture,) and p["answer"] == "A"
 
@@ -428,26 +437,27 @@ def test_hub_is_asked_at_the_given_revision_and_counts_from_0(monkeypatch, tmp_p
 
     hub = FakeHub(
         [
-            dict(
-                id="1",
-                question="Which?",
-                opa="a",
-                opb="b",
-                opc="c",
-                opd="d",
-                cop=0,
-                choice_type="single",
-                exp=None,
-                subject_name="S",
-                topic_name=None,
-            )
+            {
+                "id": "1",
+                "question": "Which?",
+                "opa": "a",
+                "opb": "b",
+                "opc": "c",
+                "opd": "d",
+                "cop": 0,
+                "choice_type": "single",
+                "exp": None,
+                "subject_name": "S",
+                "topic_name": None,
+            }
         ]
     )
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     r = load_report("medmcqa:dev", revision="abc")
     assert (
-        hub.asked == (("openlifescienceai/medmcqa", None), dict(split="validation", revision="abc"))
+        hub.asked
+        == (("openlifescienceai/medmcqa", None), {"split": "validation", "revision": "abc"})
         and r.questions[0].answer == "A"
         and r.where.endswith("@abc")
     )
@@ -469,7 +479,7 @@ def test_a_pinned_revision_is_what_the_hub_is_asked_for(monkeypatch):
 
     import datasets
 
-    hub = FakeHub([dict(question="Which?", options={"A": "x", "B": "y"}, answer_idx="B")])
+    hub = FakeHub([{"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}])
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     assert (
@@ -489,7 +499,7 @@ def test_one_table_of_a_hub_that_holds_several(monkeypatch):
         "Figure_path": "f.jpg",
         "Question": "Which?",
         "Answer": "y",
-        **{f"Choice {l}": f" {l}:{t} " for l, t in zip("ABCD", "xyzw")},
+        **{f"Choice {l}": f" {l}:{t} " for l, t in zip("ABCD", "xyzw", strict=False)},
         "Answer_label": "B",
     }
     monkeypatch.setattr(datasets, "load_dataset", hub := FakeHub([row]))
@@ -516,15 +526,15 @@ def test_hub_pictures_enter_the_store(monkeypatch):
 
     picture = Image.effect_noise((40, 40), 9).convert("RGB")
     rows = [
-        dict(
-            id="t_1",
-            question="See <image 1>",
-            options="['x', 'y']",
-            image_1=picture,
-            answer="A",
-            subject="Pharmacy",
-            img_type="[]",
-        )
+        {
+            "id": "t_1",
+            "question": "See <image 1>",
+            "options": "['x', 'y']",
+            "image_1": picture,
+            "answer": "A",
+            "subject": "Pharmacy",
+            "img_type": "[]",
+        }
     ] * 1
     monkeypatch.setattr(datasets, "load_dataset", FakeHub(rows))
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
@@ -583,8 +593,8 @@ def test_malformed_files_name_file_and_line(here):
     write(
         here,
         [
-            dict(question="Which?", options={"A": "x"}, answer_idx="A"),
-            dict(question="Which?", answer_idx="A"),
+            {"question": "Which?", "options": {"A": "x"}, "answer_idx": "A"},
+            {"question": "Which?", "answer_idx": "A"},
         ],
     )
     with pytest.raises(
@@ -623,7 +633,7 @@ def test_fault_18_a_bad_picture_is_dropped_with_a_reason(here):
 def test_brain_tumor_by_folder():
     qs = load("brain_tumor:train", folder=EXAMPLES, max_pixels=12_544)
     assert (
-        Counter(q.answer for q in qs) == dict(A=2, B=2, C=2, D=2)
+        Counter(q.answer for q in qs) == {"A": 2, "B": 2, "C": 2, "D": 2}
         and qs[0].origin == "Training/glioma_tumor/image(1).jpg"
     )
     assert len({q.id for q in load("brain_tumor:train", folder=EXAMPLES, images=False)}) == 8
@@ -642,7 +652,9 @@ def test_limit_is_nested_repeatable_and_spread():
 
 
 def test_a_package_registers_its_own_source():
-    made = lambda limit, max_pixels: [Q, replace(Q, stem="Other?", answer="C")][:limit]
+    def made(limit, max_pixels):
+        return [Q, replace(Q, stem="Other?", answer="C")][:limit]
+
     register(
         Source(
             "mine",
@@ -659,15 +671,15 @@ def test_a_package_registers_its_own_source():
         r = load_report("mine:train")
         assert r.questions == [Q] and r.reasons == {"answer outside the options": 1}
         row = next(r for r in sources_table() if r["source"] == "mine")
-        assert row == dict(
-            source="mine",
-            split="train",
-            category="text_only",
-            expected=2,
-            found=2,
-            where="made here",
-            licence="CC0",
-        )
+        assert row == {
+            "source": "mine",
+            "split": "train",
+            "category": "text_only",
+            "expected": 2,
+            "found": 2,
+            "where": "made here",
+            "licence": "CC0",
+        }
         with pytest.raises(UsageError, match="category"):
             register(replace(SOURCES["mine:train"], category="other"))
         with pytest.raises(UsageError, match="role"):
@@ -693,19 +705,19 @@ def test_identity_follows_the_bytes(here):
 def counted(n, taken):
     for i in range(n):
         taken.append(i)
-        yield dict(
-            id=str(i),
-            question=f"Which {i}?",
-            opa="a",
-            opb="b",
-            opc="c",
-            opd="d",
-            cop=i % 5 - 1,
-            choice_type="single",
-            exp=None,
-            subject_name="S",
-            topic_name=None,
-        )
+        yield {
+            "id": str(i),
+            "question": f"Which {i}?",
+            "opa": "a",
+            "opb": "b",
+            "opc": "c",
+            "opd": "d",
+            "cop": i % 5 - 1,
+            "choice_type": "single",
+            "exp": None,
+            "subject_name": "S",
+            "topic_name": None,
+        }
 
 
 def test_fault_25_a_stream_holds_a_block_and_conserves_its_rows(monkeypatch):
@@ -791,7 +803,9 @@ def test_identity_follows_the_images(here):
 
 
 def test_the_table_says_which_images_are_missing(here):
-    where = lambda: {f"{r['source']}:{r['split']}": r["where"] for r in sources_table(here)}
+    def where():
+        return {f"{r['source']}:{r['split']}": r["where"] for r in sources_table(here)}
+
     w = where()
     assert (
         w["pmc_vqa:train"] == "pmc_vqa/train.csv"
@@ -804,7 +818,15 @@ def test_the_table_says_which_images_are_missing(here):
 
 def test_the_fuller_form_counts_before_the_partial_one(here):
     rows = [
-        dict(id=str(i), question=f"Which {i}?", opa="a", opb="b", opc="c", opd="d", cop=4)
+        {
+            "id": str(i),
+            "question": f"Which {i}?",
+            "opa": "a",
+            "opb": "b",
+            "opc": "c",
+            "opd": "d",
+            "cop": 4,
+        }
         for i in range(3)
     ]
     assert load_report("medmcqa:train", folder=here).rows == 2
@@ -812,7 +834,7 @@ def test_the_fuller_form_counts_before_the_partial_one(here):
     assert [q.answer for q in load("medmcqa:train", folder=here)] == ["D"] * 3
     write(
         here,
-        [dict(question="Which?", options={"A": "x", "B": "y"}, answer_idx="A")],
+        [{"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_idx": "A"}],
         "medqa/dev.jsonl",
     )
     (here / "medqa" / "tadsligar_medqa_5opt_dev.json").unlink()
@@ -901,21 +923,21 @@ def classes(**sizes):
 def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_told():
     picked, report = balanced(classes(many=50, some=20, few=3), 30)
     assert (
-        Counter(q.answer_text for q in picked) == dict(many=14, some=13, few=3)
+        Counter(q.answer_text for q in picked) == {"many": 14, "some": 13, "few": 3}
         and report["short"] == {"few": 7}
         and report["said"] == "few has 3 of the 10 asked for"
     )
     assert (report["in"], report["picked"], report["left"]) == (73, 30, 43)
-    picked, report = balanced(classes(many=50, some=20, few=3), dict(many=10, few=10))
+    picked, report = balanced(classes(many=50, some=20, few=3), {"many": 10, "few": 10})
     assert (
-        Counter(q.answer_text for q in picked) == dict(many=10, few=3)
+        Counter(q.answer_text for q in picked) == {"many": 10, "few": 3}
         and report["short"] == {"few": 7}
-        and report["classes"]["some"] == dict(there=20, asked=0, picked=0)
+        and report["classes"]["some"] == {"there": 20, "asked": 0, "picked": 0}
     )
     picked, report = balanced(classes(a=2, b=2), 10)
     assert len(picked) == 4 and report["short"] == {"a": 3, "b": 3}
     with pytest.raises(UsageError, match="no class fwe: choose from few, many, some"):
-        balanced(classes(many=5, some=2, few=3), dict(fwe=1))
+        balanced(classes(many=5, some=2, few=3), {"fwe": 1})
 
 
 @settings(max_examples=80, deadline=None)
@@ -941,8 +963,8 @@ def test_fault_25_26_balanced_sampling_is_even_seeded_and_conserving(sizes, n, s
 
 def test_balanced_by_another_class_and_another_seed():
     qs = [replace(q, tags={"site": "ab"[i % 2]}) for i, q in enumerate(classes(x=40))]
-    picked, report = balanced(qs, 10, by=lambda q: q.tags["site"])
-    assert Counter(q.tags["site"] for q in picked) == dict(a=5, b=5)
+    picked, _report = balanced(qs, 10, by=lambda q: q.tags["site"])
+    assert Counter(q.tags["site"] for q in picked) == {"a": 5, "b": 5}
     assert {q.id for q in picked} != {
         q.id for q in balanced(qs, 10, 1, by=lambda q: q.tags["site"])[0]
     }
@@ -1011,9 +1033,12 @@ def test_what_the_named_sets_explain():
         rows["left unexplained"]["traces"] == 995_648
         and abs(rows["left unexplained"]["share"] - 0.124456) < 1e-9
     )
-    assert explained("medqa:train", samples=1, acceptance=0.5, paper=10_178)[-1] == dict(
-        source="left unexplained", questions=None, traces=5_089, share=0.5
-    )
+    assert explained("medqa:train", samples=1, acceptance=0.5, paper=10_178)[-1] == {
+        "source": "left unexplained",
+        "questions": None,
+        "traces": 5_089,
+        "share": 0.5,
+    }
     with pytest.raises(UsageError):
         explained("nothing:train")
 
@@ -1088,8 +1113,7 @@ def test_real_rows_normalise(spec, reasons):
     assert not any(
         "Answer Choices:" in q.stem
         or q.stem.startswith(("Question:", "QUESTION:"))
-        or (spec == "medqa:dev"
-        and q.options[0].startswith("A. "))
+        or (spec == "medqa:dev" and q.options[0].startswith("A. "))
         for q in r.questions
     )
 

@@ -63,7 +63,10 @@ def test_the_paper_recipe_has_the_papers_numbers():
     assert student == "Qwen/Qwen2.5-VL-7B-Instruct" and len(commit) == 40 == len(
         commit.strip("ghijklmnopqrstuvwxyz")
     )
-    kind = lambda t: (t.partition(":")[0] in KINDS, t.partition(":")[2].rpartition("@")[0])
+
+    def kind(t):
+        return (t.partition(":")[0] in KINDS, t.partition(":")[2].rpartition("@")[0])
+
     assert [kind(t) for t in (c.teacher_text, c.teacher_image, c.grader)] == [
         (True, "deepseek-ai/DeepSeek-R1"),
         (True, "gpt-4o"),
@@ -75,7 +78,10 @@ def test_the_paper_recipe_has_the_papers_numbers():
         and s["44_samples"]["source"] == "medqa:train"
         and s["45_teacher"]["epochs"] == 1
     )
-    asked = lambda n, pools: sum(min(n, SOURCES[p].expected or 0) for p in pools)
+
+    def asked(n, pools):
+        return sum(min(n, SOURCES[p].expected or 0) for p in pools)
+
     assert asked(s["42_formatting"]["questions"], c.train) == pytest.approx(100_000, rel=0.01)
     assert asked(
         s["45_teacher"]["questions"], [p for p in c.train if SOURCES[p].category == "text_only"]

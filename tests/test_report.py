@@ -92,9 +92,10 @@ def test_chance_one_seed_and_flat_lengths():
     assert "One training seed" in said(claims=[{"training_seeds": 1}]) and not said(
         claims=[{"training_seeds": 2}]
     )
-    several = lambda *tokens: [
-        line(benchmark=f"{n}:test", mean_tokens=t) for n, t in enumerate(tokens)
-    ]
+
+    def several(*tokens):
+        return [line(benchmark=f"{n}:test", mean_tokens=t) for n, t in enumerate(tokens)]
+
     assert (
         "Response lengths hardly differ between tasks: x." in said(several(100, 105, 110))
         and not said(several(100, 105, 130))
@@ -117,7 +118,9 @@ def test_fault_44_a_score_that_rests_on_the_order_is_told_and_shown():
 
 
 def test_text_only_loss_is_of_arms_that_read_images_and_lies_outside_both_intervals():
-    over = lambda arm, x: line(arm, "Overall", x)
+    def over(arm, x):
+        return line(arm, "Overall", x)
+
     rows, reads = (
         [over("before", 0.5), over("images", 0.3), over("text", 0.3), over("near", 0.42)],
         {
@@ -305,9 +308,12 @@ def test_values_that_the_recipe_gave_otherwise_are_told(places):
     common = json.loads(
         json.dumps(core.asdict(core.load_recipe(str(places / "smoke.yaml")).common))
     )
-    card = lambda **changed: (out / "cards" / "42_b.json").write_text(
-        json.dumps({"params": {"common": common | changed, "scalars": {}}})
-    )
+
+    def card(**changed):
+        return (out / "cards" / "42_b.json").write_text(
+            json.dumps({"params": {"common": common | changed, "scalars": {}}})
+        )
+
     card()
     assert not as_json(str(places / "smoke.yaml"))["sections"][0]["values_moved"]
     card(batch=32)

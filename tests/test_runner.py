@@ -294,9 +294,7 @@ def test_fault_4_disk_full_in_the_runner(world, monkeypatch):
         m.setattr(core.os, "fsync", full)
         with pytest.raises(OctomedError, match="no space left to write 1_a.ipynb: free some"):
             world.run()
-    assert not (world.out / "r" / "results").exists() and not [
-        p for p in world.folder.rglob(".*.ipynb.*")
-    ]
+    assert not (world.out / "r" / "results").exists() and not list(world.folder.rglob(".*.ipynb.*"))
     assert world.run()["ran"] == ["1_a"]
 
 
@@ -375,11 +373,12 @@ def test_fault_6_stale_by_module(world, monkeypatch):
     "The code of a module that the notebook imports is part of its key."
 
     world.section("1_a", body="from octomed.core import digest\nfinish('1_a', n=n)")
-    key = lambda: (
-        runner.notebook_stage(
+
+    def key():
+        return runner.notebook_stage(
             runner.Section("1_a", world.nbs / "1_a.ipynb"), core.load_recipe(str(world.recipe))
         ).key
-    )
+
     before, real = key(), Path.read_text
     monkeypatch.setattr(
         Path,
@@ -410,9 +409,9 @@ def test_fault_7_two_runners_at_once(world):
 
 
 def test_sections_side_by_side(world, capfd):
-    meet = lambda me, other: (
-        f"pathlib.Path('{world.folder}/{me}').touch()\nwhile not pathlib.Path('{world.folder}/{other}').exists(): time.sleep(0.05)\nfinish({me!r}, n=n)"
-    )
+    def meet(me, other):
+        return f"pathlib.Path('{world.folder}/{me}').touch()\nwhile not pathlib.Path('{world.folder}/{other}').exists(): time.sleep(0.05)\nfinish({me!r}, n=n)"
+
     world.section("0_z")
     world.run(only="0_z")
     world.section("1_a", body=meet("1_a", "2_b")).section("2_b", body=meet("2_b", "1_a")).section(

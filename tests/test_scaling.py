@@ -13,6 +13,7 @@ from octomed.evaluate.claims import finding
 from octomed.evaluate.figures import VERDICT_COLOURS
 from octomed.evaluate.stats import paper_number
 from octomed.paper import scaling as S
+import itertools
 
 RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 PLACES = (
@@ -62,7 +63,7 @@ def test_every_part_lies_within_the_next_and_the_smallest_holds_every_pool(name)
     recipe, arms = declared(name)
     amounts = [dict(arms[S.name(s)].sources) for s in S.SHARES]
     assert all(set(a) == set(recipe.common.train) and min(a.values()) >= 1 for a in amounts)
-    for less, more in zip(amounts, amounts[1:]):
+    for less, more in itertools.pairwise(amounts):
         assert all(less[s] < more[s] for s in less)
     assert {source_of(s).category for s in amounts[0]} == set(CATEGORIES)
     for spec, n in arms[S.CENTRE].base.sources:
@@ -87,7 +88,7 @@ def test_parts_of_a_pool_are_nested_question_by_question():
     for part in (lambda n: subset(made, n, 0), lambda n: balanced(made, n, 0)[0]):
         parts = [{q.id for q in part(n)} for n in (20, 40, 80, 160)]
         assert [len(p) for p in parts] == [20, 40, 80, 160] and all(
-            a < b for a, b in zip(parts, parts[1:])
+            a < b for a, b in itertools.pairwise(parts)
         )
 
 
@@ -118,20 +119,23 @@ def test_claims_are_about_arms_and_what_stands_beside_them(name):
 
 def invented(shares=(0.2, 0.3, 0.4, 0.5), seeds=2, n=60, **others):
     "Results whose arms are right on these shares of the questions."
-    rows = lambda right, b: [
-        {
-            "question": f"{b}{i}",
-            "answer": "A",
-            "statuses": ["correct" if i < right * n else "wrong"],
-            "letters": ["A" if i < right * n else "B"],
-            "forced": [False],
-            "tokens": [9],
-            "options": 4,
-        }
-        for i in range(n)
-    ]
+
+    def rows(right, b):
+        return [
+            {
+                "question": f"{b}{i}",
+                "answer": "A",
+                "statuses": ["correct" if i < right * n else "wrong"],
+                "letters": ["A" if i < right * n else "B"],
+                "forced": [False],
+                "tokens": [9],
+                "options": 4,
+            }
+            for i in range(n)
+        ]
+
     arms = (
-        {S.name(s): right for s, right in zip(S.SHARES, shares)}
+        {S.name(s): right for s, right in zip(S.SHARES, shares, strict=False)}
         | {
             S.BEFORE: 0.1,
             S.name(1 / 2, 1): 0.2,
@@ -208,14 +212,16 @@ def test_a_fit_says_what_it_misses():
 
 
 def test_a_vote_is_right_where_most_readable_responses_are():
-    row = lambda letters: {
-        "question": "q",
-        "answer": "A",
-        "letters": letters,
-        "statuses": [
-            "correct" if l == "A" else "unparsed" if l is None else "wrong" for l in letters
-        ],
-    }
+    def row(letters):
+        return {
+            "question": "q",
+            "answer": "A",
+            "letters": letters,
+            "statuses": [
+                "correct" if l == "A" else "unparsed" if l is None else "wrong" for l in letters
+            ],
+        }
+
     b = "clinic_ward:test"
     got = S.voted(
         Results(
@@ -314,14 +320,17 @@ def test_the_figures_show_every_part_and_the_paper_hollow():
         "OctoMed-7B",
         "GPT-4o",
     } <= names and "DeepSeek-R1" not in names
-    hollow = lambda fig: sorted(
-        {
-            round(float(y), 2)
-            for l in fig.axes[0].lines
-            for y in l.get_ydata()
-            if l.get_markerfacecolor() == "white"
-        }
-    )
+
+    def hollow(fig):
+        return sorted(
+            {
+                round(float(y), 2)
+                for l in fig.axes[0].lines
+                for y in l.get_ydata()
+                if l.get_markerfacecolor() == "white"
+            }
+        )
+
     assert (
         hollow(S.progress_figure(r)) == [57.99, 90.81, 93.16]
         and S.epochs_figure(r).axes[0].get_xlabel() == "epochs"

@@ -116,7 +116,9 @@ def test_a_server_that_only_fails_stops_the_run_early(fake):
     assert len(fake.asked) < 60
     fake.script = [status(500)] * 4
     kept = list(engine(concurrency=1, keep_failures=True).generate([ask(n=2)], PLAIN))
-    assert [(s.finish, s.text) for s in kept][0] == ("error", "broken") and kept[1].finish == "stop"
+    assert (
+        next((s.finish, s.text) for s in kept) == ("error", "broken") and kept[1].finish == "stop"
+    )
 
 
 def test_fault_11_refusals_and_length_are_outcomes(fake):
@@ -274,7 +276,10 @@ def test_fault_40_a_forced_exit_continues_where_the_server_can_and_is_counted(fa
         "a vLLM server would add its model's own generation config"
     )
     fake.answer = lambda body: chunks("<think>It may ", finish="length")
-    refuse = lambda h, body: status(400, "the final message does not appear in the chat")(h, body)
+
+    def refuse(h, body):
+        return status(400, "the final message does not appear in the chat")(h, body)
+
     fake.script = [lambda h, body: h.stream(fake.answer(body)), refuse]
     (got,) = engine().generate([ask(n=1)], s)
     assert (got.text, got.finish, got.answer_tokens) == ("<think>It may ", "length", 0), (
@@ -404,7 +409,10 @@ def test_a_recipe_names_a_server_and_the_environment_says_where_it_is(fake):
 
 def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
-    echo = lambda h, body: h.stream(chunks(f"your key is {h.headers['Authorization']}"))
+
+    def echo(h, body):
+        return h.stream(chunks(f"your key is {h.headers['Authorization']}"))
+
     fake.script = [
         echo,
         status(500, CANARY),

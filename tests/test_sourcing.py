@@ -118,22 +118,27 @@ def invented(**right):
         "clinic_reading:test",
         "clinic_scanner:test",
     )
-    rows = lambda k, n: [
-        {
-            "statuses": ["correct" if i < k else "wrong"],
-            "question": str(i),
-            "letters": ["A"],
-            "forced": [False],
-            "tokens": [3],
-            "options": 4,
-        }
-        for i in range(n)
-    ]
+
+    def rows(k, n):
+        return [
+            {
+                "statuses": ["correct" if i < k else "wrong"],
+                "question": str(i),
+                "letters": ["A"],
+                "forced": [False],
+                "tokens": [3],
+                "options": 4,
+            }
+            for i in range(n)
+        ]
+
     sizes = (20, 10, 10, 10, 10, 10)
     return S.Everywhere(
         Common(bootstrap=200),
         {
-            arm.replace("_", " + "): {b: [rows(k, n)] for b, k, n in zip(places, ks, sizes)}
+            arm.replace("_", " + "): {
+                b: [rows(k, n)] for b, k, n in zip(places, ks, sizes, strict=False)
+            }
             for arm, ks in right.items()
         },
     )
@@ -149,9 +154,7 @@ def test_every_category_is_the_mean_over_benchmarks_whatever_their_sizes():
 
 
 def test_gains_are_differences_to_the_start_by_category():
-    r = invented(
-        before=(4, 2, 2, 2, 2, 2), text=(8, 4, 1, 2, 2, 2), reasoning=(4, 2, 6, 2, 2, 2)
-    )
+    r = invented(before=(4, 2, 2, 2, 2, 2), text=(8, 4, 1, 2, 2, 2), reasoning=(4, 2, 6, 2, 2, 2))
     r.rows[S.matched("reasoning")] = r.rows["reasoning"]
     found = {(g["sources"], g["reads"], g["category"]): g["gain"] for g in S.gains(r)}
     assert found["text", "equal questions", "text_only"] == pytest.approx(0.2) and found[

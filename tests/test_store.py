@@ -141,11 +141,14 @@ def test_fault_2_workers_and_their_server_end_with_the_process(stages, tmp_path,
     while not waits.exists() or not waits.read_text():
         assert time.time() < end and p.poll() is None
         time.sleep(0.05)
-    group = lambda: [
-        pid
-        for pid in os.listdir("/proc")
-        if pid.isdigit() and _session(pid) == p.pid and int(pid) != p.pid
-    ]
+
+    def group():
+        return [
+            pid
+            for pid in os.listdir("/proc")
+            if pid.isdigit() and _session(pid) == p.pid and int(pid) != p.pid
+        ]
+
     assert len(group()) >= 2  # the server and a worker
     (os.killpg if signum == signal.SIGINT else os.kill)(
         p.pid, signum

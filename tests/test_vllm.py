@@ -141,10 +141,18 @@ def started(folder, asked, tmp_path_factory):
         "VLLM_CONFIG_ROOT": str(place),
         "VLLM_CACHE_ROOT": str(place),
     }
-    rows = lambda requests: [
-        {"question": r.question, "messages": r.messages, "prompt": r.prompt, "indices": r.indices}
-        for r in requests
-    ]
+
+    def rows(requests):
+        return [
+            {
+                "question": r.question,
+                "messages": r.messages,
+                "prompt": r.prompt,
+                "indices": r.indices,
+            }
+            for r in requests
+        ]
+
     jobs = {name: {"requests": rows(r), "sampling": vars(s)} for name, (r, s) in asked.items() if s}
     jobs["left early"] = {**jobs["many"], "take": 3}
     (place / "jobs.json").write_text(
@@ -200,7 +208,10 @@ def started(folder, asked, tmp_path_factory):
             stderr=b,
             start_new_session=True,
         )
-    tail = lambda name: (place / name).read_text()[-2000:]
+
+    def tail(name):
+        return (place / name).read_text()[-2000:]
+
     try:
         assert worker.wait(600) == 0, tail("engine.log")
         for _ in range(600):
@@ -343,7 +354,7 @@ def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
     """Greedy, from an open thought: vLLM ends it inside one pass, we in a second one. They part only where the thought ended in blanks, which we strip, or is
     no text that the tokenizer would cut into the same tokens again: the second pass reads text."""
     ids, compared = lambda text: here.processor.tokenizer(text)["input_ids"], 0
-    for r, (theirs, tokens) in zip(asked["thoughts"][0], started[1]["built_in"]):
+    for r, (theirs, tokens) in zip(asked["thoughts"][0], started[1]["built_in"], strict=False):
         prompt, s = (
             here.processor.apply_chat_template(
                 r.messages, add_generation_prompt=True, tokenize=False

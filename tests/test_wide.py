@@ -125,7 +125,7 @@ def test_fault_27_what_is_dealt_to_processes_sums_to_the_step(student, rows, pac
     whole, trained = gradient(groups)
     parts = [dealt(groups, r, ranks) for r in range(ranks)]
     assert len({len(p) for p in parts}) == 1, "processes would wait for each other for ever"
-    for now in zip(*parts):
+    for now in zip(*parts, strict=False):
         assert len({any(r.images for r in g) for g in now}) == 1, (
             "some look at an image and some do not"
         )
@@ -135,7 +135,10 @@ def test_fault_27_what_is_dealt_to_processes_sums_to_the_step(student, rows, pac
         for g, _ in shares
         if any(r.images for p in parts for x in p for r in x)
     )
-    flat = lambda g: torch.cat([g[n].flatten() for n in whole])
+
+    def flat(g):
+        return torch.cat([g[n].flatten() for n in whole])
+
     assert (sum(flat(g) for g, _ in shares) - flat(whole)).norm() < 1e-5 * flat(whole).norm()
     model.zero_grad()
 
@@ -166,7 +169,7 @@ def compared(alone, wide):
         [json.loads(l) for l in (f / "log.jsonl").read_text().splitlines()] for f in (alone, wide)
     ]
     assert len(logs[0]) == len(logs[1]) == 2
-    for a, b in zip(*logs):
+    for a, b in zip(*logs, strict=False):
         assert (
             math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
             and math.isclose(a["norm"], b["norm"], rel_tol=1e-4)
@@ -200,9 +203,11 @@ def job(student, rows, tmp_path):
 def test_fault_27_two_processes_are_one(job, tmp_path, monkeypatch):
     from octomed.core.store import Outside, run
 
-    made = lambda: run(
-        train.sft(**{**job, "base": Outside(job["base"]), "rendered": Outside(job["rendered"])})
-    )
+    def made():
+        return run(
+            train.sft(**{**job, "base": Outside(job["base"]), "rendered": Outside(job["rendered"])})
+        )
+
     monkeypatch.setenv("OCTOMED_TRAIN", "micro_tokens=110")
     alone = made().rename(tmp_path / "alone")  # the same stage is made again
     monkeypatch.setenv(
@@ -380,7 +385,7 @@ def test_shipped_configurations_are_accelerates_own(name):
 
 def test_low_rank_additions_are_merged_and_answer_the_same(student, rows, tmp_path):
     model, processor = copy.deepcopy(student[0]), student[1]
-    batch, at = padded_inputs(processor, rows, Pixels(processor, PIXELS))
+    batch, _at = padded_inputs(processor, rows, Pixels(processor, PIXELS))
     seen, step = [], Loop.step
 
     def watched(self, *a):
@@ -406,7 +411,7 @@ def test_low_rank_additions_are_merged_and_answer_the_same(student, rows, tmp_pa
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in student[0].named_parameters()]
     moved = {
         n
-        for (n, p), q in zip(model.named_parameters(), student[0].parameters())
+        for (n, p), q in zip(model.named_parameters(), student[0].parameters(), strict=False)
         if not torch.equal(p, q)
     }
     assert moved and all("language_model.layers" in n and n.endswith("proj.weight") for n in moved)

@@ -43,14 +43,17 @@ def main(student, messages, questions, rounds):
                 start = time.perf_counter()
                 assert way(engine, asked) == 16 * questions, name
                 took[name].append((time.perf_counter() - start) / (16 * questions) * 1e6)
-        row = lambda what, who, x: {
-            "bench": f"engines, {kind}",
-            "who": who,
-            "what": what,
-            "value": round(median(x), 1),
-            "unit": "µs a sample",
-            "interval": [round(min(x), 1), round(max(x), 1)],
-        }
+
+        def row(what, who, x):
+            return {
+                "bench": f"engines, {kind}",
+                "who": who,
+                "what": what,
+                "value": round(median(x), 1),
+                "unit": "µs a sample",
+                "interval": [round(min(x), 1), round(max(x), 1)],
+            }
+
         rows += [
             row(f"{TOKENS} tokens, {16 * questions} samples", name, x) for name, x in took.items()
         ]
@@ -58,7 +61,12 @@ def main(student, messages, questions, rounds):
             row(
                 "beside n=16 in one request",
                 "VLLMEngine",
-                [a - b for a, b in zip(took["VLLMEngine"], took["vLLM, n=16 in one request"])],
+                [
+                    a - b
+                    for a, b in zip(
+                        took["VLLMEngine"], took["vLLM, n=16 in one request"], strict=False
+                    )
+                ],
             )
         ]
         rows += [

@@ -49,6 +49,7 @@ def main(folder: Path):
     )
     ready.write_text(wanted)
     print(f"{folder.name} is ready")
+    return None
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from octomed.generate.engines import FORCED, Request, Sampling
 
 def main(student, jobs, out):
     jobs = json.loads(Path(jobs).read_text())
-    options = dict(
-        max_pixels=12_544,
-        logprobs=True,
-        max_model_len=2048,
-        max_num_seqs=32,
-        enforce_eager=True,
-        block_size=32,
-        distributed_executor_backend="uni",
-        reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": FORCED},
-    )
+    options = {
+        "max_pixels": 12_544,
+        "logprobs": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 32,
+        "enforce_eager": True,
+        "block_size": 32,
+        "distributed_executor_backend": "uni",
+        "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": FORCED},
+    }
     engine, found = VLLMEngine(student, "tiny@1", ahead=24, **options), {}
     for name, job in jobs["generate"].items():
         asked = [
@@ -32,7 +32,7 @@ def main(student, jobs, out):
             for r in job["requests"]
         ]
         got = engine.generate(asked, Sampling(**job["sampling"]))
-        found[name] = [asdict(s) for s, _ in zip(got, range(job.get("take", 10**9)))]
+        found[name] = [asdict(s) for s, _ in zip(got, range(job.get("take", 10**9)), strict=False)]
         got.close()
         assert not engine.llm.llm_engine.has_unfinished_requests(), f"{name} left something running"
     found["one_request"], found["many_requests"], found["cached"] = in_one(engine, jobs["fan"])
@@ -70,7 +70,7 @@ def in_one(engine, messages, seed=1000):
 
 def built_in(engine, messages, budget, answer):
     "(text, tokens) of a greedy response whose thought vLLM itself ends after `budget` tokens; the prompt opens the thought."
-    text, images, size = engine._prompt(messages)
+    text, images, _size = engine._prompt(messages)
     p = engine._params(Sampling(temperature=0), 0, budget + len(engine._ids(FORCED)) + answer)
     p.thinking_token_budget = budget
     engine.llm.llm_engine.add_request("thought", engine._input(text + "<think>", images), p)
@@ -78,6 +78,7 @@ def built_in(engine, messages, budget, answer):
         for o in engine.llm.llm_engine.step():
             if o.finished:
                 return o.outputs[0].text, len(o.outputs[0].token_ids)
+    return None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from ..generate.answers import judge
 
 # %% ../../nbs/bench/05_answers.ipynb #60dd01cd
 _PROSE = "The nuclei are long and thin, the options differ in the architecture of the tissue, and the answer depends on what lies between the cells. "
-_TISSUE = {"A": "Tumor", "B": "Stroma", "C": "Inflammatory", "D": "Necrosis"}
+_TISSUE = {
+    "A": "Tumor",
+    "B": "Stroma",
+    "C": "Inflammatory",
+    "D": "Necrosis",
+}
 _ENDS = {
     "boxed": r"\boxed{B: Stroma}",
     "answer": "<answer>B: Stroma</answer>",

@@ -35,10 +35,58 @@ TEXT = (
     "medxpertqa_text:test",
 )  # the paper's text benchmarks
 SIZES = {"medmcqa": 182_822, "medqa": 10_178}  # training questions
-LEVELS = [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1]
+LEVELS = [
+    0,
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.95,
+    0.98,
+    0.99,
+    1,
+]
 QUANTILES = {
-    "medmcqa": [2, 4, 5, 6, 7, 8, 9, 11, 12, 15, 24, 42, 62, 77, 217],
-    "medqa": [22, 54, 64, 78, 90, 102, 111, 122, 137, 153, 171, 192, 214, 238, 293],
+    "medmcqa": [
+        2,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        11,
+        12,
+        15,
+        24,
+        42,
+        62,
+        77,
+        217,
+    ],
+    "medqa": [
+        22,
+        54,
+        64,
+        78,
+        90,
+        102,
+        111,
+        122,
+        137,
+        153,
+        171,
+        192,
+        214,
+        238,
+        293,
+    ],
 }  # words of a stem at these levels
 
 
@@ -85,6 +133,7 @@ def made_up(n: int, stems: list[str], seed: int):
         rng.random(n).tolist(),
         rng.integers(0, len(items), n).tolist(),
         rng.integers(16, 40, n).tolist(),
+        strict=False,
     ):
         stem, other = take(k), items[item]
         if kind < 0.002:
@@ -95,7 +144,7 @@ def made_up(n: int, stems: list[str], seed: int):
             stem[-12:] = other[-12:]
         yield {
             "question": " ".join(stem),
-            "options": {l: " ".join(take(o)) for l, o in zip("ABCD", of)},
+            "options": {l: " ".join(take(o)) for l, o in zip("ABCD", of, strict=False)},
             "answer": "ABCD"[at % 4],
         }
 
@@ -126,7 +175,12 @@ def corpus(out, questions, a_file, specs, identity, seed):
     )
     stems, files = [r["question"] for r in everything], -(-questions // a_file)
     tasks = [
-        (out / f"part-{i:03d}.jsonl", min(a_file, questions - i * a_file), stems, seed + i)
+        (
+            out / f"part-{i:03d}.jsonl",
+            min(a_file, questions - i * a_file),
+            stems,
+            seed + i,
+        )
         for i in range(files)
     ]
     if files == 1:
@@ -136,6 +190,7 @@ def corpus(out, questions, a_file, specs, identity, seed):
             [pool.submit(_write, *t) for t in tasks], desc=f"{questions:,} questions"
         ):
             job.result()
+    return None
 
 # %% ../../nbs/bench/02_decontaminate.ipynb #7825e119
 PLAIN = """
@@ -231,13 +286,29 @@ def contestants(
             (folder / "train").mkdir()
             for t in train:
                 os.symlink(t, folder / "train" / t.name)
-            return [peer("datatrove", *DATATROVE), "pipeline.py", n, words, bench, folder / "train"]
+            return [
+                peer("datatrove", *DATATROVE),
+                "pipeline.py",
+                n,
+                words,
+                bench,
+                folder / "train",
+            ]
 
         return of(command)
 
     everyone = {
         "octomed": lambda folder: octomed_decontaminates(train, [bench], n),
-        "plain Python": of(lambda folder: [sys.executable, "-c", PLAIN, n, bench, *train]),
+        "plain Python": of(
+            lambda folder: [
+                sys.executable,
+                "-c",
+                PLAIN,
+                n,
+                bench,
+                *train,
+            ]
+        ),
         "datatrove, s1's words": datatrove("s1"),
         "datatrove, as it comes": datatrove("own"),
     }
@@ -284,7 +355,8 @@ def alone(what: str, train: list[Path], bench: list[Path], n: int, repeats: int)
             for t, _ in (
                 octomed_decontaminates(train, bench, n) for _ in progress(range(repeats), desc=what)
             )
-        )
+        ),
+        strict=False,
     )
     memory = f"{what}: peak memory of all processes" + (
         "" if all(peaks) else " not measured, there is no /proc"

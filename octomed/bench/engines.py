@@ -41,15 +41,18 @@ def _asked(folder: Path):
     pictures = [
         intake(Image.effect_noise((112, 112), 20 + n).convert("RGB"), 12_544) for n in range(8)
     ]
-    chat = lambda text, *images: [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
+
+    def chat(text, *images):
+        return [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": i} for i in images),
+                    {"type": "text", "text": text},
+                ],
+            }
+        ]
+
     long = words.split() * 32
     write_json(
         folder / "chats.json",
@@ -81,7 +84,14 @@ def bench_engines(
         with TemporaryDirectory() as folder:
             _asked(Path(folder))
             got = timed(
-                [python, script, small_student(), Path(folder) / "chats.json", questions, rounds],
+                [
+                    python,
+                    script,
+                    small_student(),
+                    Path(folder) / "chats.json",
+                    questions,
+                    rounds,
+                ],
                 env={**os.environ, **VLLM, "OCTOMED_STORE": str(store_dir())},
             )
     except OctomedError as e:

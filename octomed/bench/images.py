@@ -58,11 +58,11 @@ def _decoded(what: str, paths: list[Path], rounds: int) -> list[dict]:
     sizes, times = _sizes(paths), []
     for r in range(rounds):
         both = [0.0, 0.0]
-        for k, (p, size) in enumerate(zip(paths, sizes)):
+        for k, (p, size) in enumerate(zip(paths, sizes, strict=False)):
             for who in (0, 1) if (k + r) % 2 else (1, 0):
                 both[who] += took(_pil_alone, p, size) if who else took(_ours, p)
         times.append(both)
-    ours, theirs = zip(*times)
+    ours, theirs = zip(*times, strict=False)
     rows = [
         repeated(
             "images", who, f"decode + resize, {what}", [len(paths) / t for t in x], "images/s/core"
@@ -112,7 +112,7 @@ def _saved_by_pil(paths, sizes) -> float:
         return took(
             lambda: [
                 _pil_alone(p, size).save(f"{d}/{k}.png", compress_level=1)
-                for k, (p, size) in enumerate(zip(paths, sizes))
+                for k, (p, size) in enumerate(zip(paths, sizes, strict=False))
             ]
         )
 

@@ -153,7 +153,15 @@ def bench_ledger_index(
         keys, absent = _filled(Path(d), n, rows), [rng.randbytes(16).hex() for _ in range(10_000)]
         write_json(Path(d) / "keys.json", [keys, absent])
         _forget(p for p in Path(d).iterdir() if p.is_file())
-        got = timed([sys.executable, "-c", LOOK_UP, d, rows])
+        got = timed(
+            [
+                sys.executable,
+                "-c",
+                LOOK_UP,
+                d,
+                rows,
+            ]
+        )
     said = json.loads(got.out)
     if said["found"] != [len(keys), len(keys), 0]:
         raise OctomedError(

@@ -92,7 +92,9 @@ def batchings(
         per = max(1, budget // max(len(r.input_ids) for r in step))
         return [step[at : at + per] for at in range(0, len(step), per)]
 
-    packed = lambda step: packed_groups(step, budget)
+    def packed(step):
+        return packed_groups(step, budget)
+
     return {
         "packed, octomed_split": ("octomed_split", packed, packed_loss_sum),
         "packed, block masks": ("sdpa", packed, packed_loss_sum),

@@ -37,7 +37,14 @@ from ..train.students import base_student
 # %% ../../nbs/bench/01_timing.ipynb #12e24c0a
 def row(bench: str, who: str, what: str, value: float | None, unit: str, interval=None) -> dict:
     "One measured number. A value of None was not measured, and `what` says why."
-    return dict(bench=bench, who=who, what=what, value=value, unit=unit, interval=interval)
+    return {
+        "bench": bench,
+        "who": who,
+        "what": what,
+        "value": value,
+        "unit": unit,
+        "interval": interval,
+    }
 
 
 def spread(a: list[float]) -> list[float]:
@@ -85,7 +92,7 @@ def in_turns(
 
 
 def over(a: list[float], b: list[float]) -> list[float]:
-    return [x / y for x, y in zip(a, b)]  # turn by turn
+    return [x / y for x, y in zip(a, b, strict=False)]  # turn by turn
 
 # %% ../../nbs/bench/01_timing.ipynb #d58c1895
 PARTS = (
@@ -184,7 +191,10 @@ class Timed:
 
 def timed(command: list, **kw) -> Timed:
     "Run a command on two cores. Raises `OctomedError` with its last words if it fails."
-    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def spent():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     start, before, peak, cpu = time.perf_counter(), spent(), 0, {}
     p = subprocess.Popen(
         [str(c) for c in command],
@@ -230,8 +240,20 @@ def peer(
         if not uv:
             raise OctomedError("uv is not there: install it with `pip install uv`")
         for args in (
-            ["venv", "--clear", "--python", sys.executable, folder],
-            ["pip", "install", "--python", python, *requirements],
+            [
+                "venv",
+                "--clear",
+                "--python",
+                sys.executable,
+                folder,
+            ],
+            [
+                "pip",
+                "install",
+                "--python",
+                python,
+                *requirements,
+            ],
         ):
             got = subprocess.run([uv, *map(str, args)], capture_output=True, text=True)
             if got.returncode:
@@ -261,7 +283,15 @@ def small_rows(questions: int) -> list[Row]:
 
 # %% ../../nbs/bench/01_timing.ipynb #9118b204
 TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in words
-    ("decontaminate", "octomed", r"8,000,000 questions.*: time", "s", "≤", 60, "≤ 60 s and ≤ 2 GB"),
+    (
+        "decontaminate",
+        "octomed",
+        r"8,000,000 questions.*: time",
+        "s",
+        "≤",
+        60,
+        "≤ 60 s and ≤ 2 GB",
+    ),
     (
         "decontaminate",
         "octomed",
@@ -271,7 +301,15 @@ TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in 
         2,
         "≤ 60 s and ≤ 2 GB",
     ),
-    ("images", "octomed / PIL alone", r"decode \+ resize.*", "×", "≥", 0.9, "≥ 90 % of PIL"),
+    (
+        "images",
+        "octomed / PIL alone",
+        r"decode \+ resize.*",
+        "×",
+        "≥",
+        0.9,
+        "≥ 90 % of PIL",
+    ),
     (
         "images",
         "octomed / plain reading",
@@ -281,7 +319,15 @@ TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in 
         0.9,
         "cold files hashed at ≥ 90 % of plain reading",
     ),
-    ("answers", "octomed", r"think first.*", "traces/s/core", "≥", 100_000, "≥ 100,000 traces/s"),
+    (
+        "answers",
+        "octomed",
+        r"think first.*",
+        "traces/s/core",
+        "≥",
+        100_000,
+        "≥ 100,000 traces/s",
+    ),
     (
         "answers",
         "octomed",
@@ -291,7 +337,15 @@ TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in 
         20_000,
         "≥ 20,000 traces/s in the slowest form",
     ),
-    ("ledger", "octomed", r"appends.*", "samples/s", "≥", 20_000, "≥ 20,000 appends/s"),
+    (
+        "ledger",
+        "octomed",
+        r"appends.*",
+        "samples/s",
+        "≥",
+        20_000,
+        "≥ 20,000 appends/s",
+    ),
     (
         "ledger_index",
         "octomed",
@@ -329,7 +383,15 @@ TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in 
         "8 million lengths ≤ 60 s, ≥ 99.5 %",
     ),
     *(
-        ("trainers", who, what, "of its norm", "≤", 1e-4, "the same gradient to 1e-4")
+        (
+            "trainers",
+            who,
+            what,
+            "of its norm",
+            "≤",
+            1e-4,
+            "the same gradient to 1e-4",
+        )
         for who, what in (
             ("octomed", r"gradient.*"),
             ("TRL", r"gradient.* in one micro-batch.*"),
@@ -337,7 +399,15 @@ TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in 
         )
     ),
     *(
-        ("trainers", f"octomed / {who}", r"as documented.*", "×", "≥", 1.5, "≥ 1.5 × as documented")
+        (
+            "trainers",
+            f"octomed / {who}",
+            r"as documented.*",
+            "×",
+            "≥",
+            1.5,
+            "≥ 1.5 × as documented",
+        )
         for who in ("TRL", "LLaMA-Factory")
     ),
 ]

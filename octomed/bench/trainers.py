@@ -68,7 +68,7 @@ def defined_gradient(
 
     model.zero_grad()
     sizes = [sum(len(r.input_ids) - r.prompt for r in group) for group in groups]
-    for group, size in zip(groups, sizes):
+    for group, size in zip(groups, sizes, strict=False):
         for r in group:
             batch = collate(processor, [r.input_ids], [r.images], pixels)
             logits = model(**batch, use_cache=False).logits[0, r.prompt - 1 : -1]
@@ -219,7 +219,12 @@ CAREFUL = {
 TRAINERS = (
     Trainer(
         "TRL",
-        ("trl==1.16.0", "transformers==5.19.0", "pillow", *_TORCH),
+        (
+            "trl==1.16.0",
+            "transformers==5.19.0",
+            "pillow",
+            *_TORCH,
+        ),
         TRL,
         {
             "max_length": None,
@@ -283,7 +288,15 @@ def peer_gradient(
             "gradient_accumulation_steps": -(-len(rows) // micro),
         }
         timed(
-            [python, "-c", t.script, json.dumps(settings), 0], cwd=own, env={**os.environ, **ALONE}
+            [
+                python,
+                "-c",
+                t.script,
+                json.dumps(settings),
+                0,
+            ],
+            cwd=own,
+            env={**os.environ, **ALONE},
         )
         return load_file(f"{own}/gradient.safetensors"), [
             [ours(*one) for one in group]
@@ -299,13 +312,15 @@ def gradients(folder: Path, rows: list[Row], pythons: dict[str, Path]) -> list[d
         [],
     )
     pixels, sizes = Pixels(processor, max_pixels), [len(r.input_ids) for r in rows]
-    right = lambda groups, means=False: defined_gradient(model, processor, groups, pixels, means)
+
+    def right(groups, means=False):
+        return defined_gradient(model, processor, groups, pixels, means)
 
     def told(who, how, a, b, than="the definition"):
         what = f"gradient of {len(rows)} rows of {min(sizes)} to {max(sizes)} tokens, {how}, beside {than}"
         found.extend(
             row("trainers", who, what, x, unit)
-            for x, unit in zip(beside(a, b), ("of its norm", "× its norm"))
+            for x, unit in zip(beside(a, b), ("of its norm", "× its norm"), strict=False)
         )
 
     for how, budget in (
@@ -387,12 +402,20 @@ def entered(
     tuple[str, str], tuple
 ]:  # (who, how) → its Python, script, settings, rows of an optimiser step
     "All that run against each other; without peers, our loop alone."
-    ours = lambda **other: (
-        sys.executable,
-        OURS,
-        {"schedule": {}, "how": {}, "max_pixels": small_arm(0)[1].max_pixels, **other},
-        Schedule().batch,
-    )
+
+    def ours(**other):
+        return (
+            sys.executable,
+            OURS,
+            {
+                "schedule": {},
+                "how": {},
+                "max_pixels": small_arm(0)[1].max_pixels,
+                **other,
+            },
+            Schedule().batch,
+        )
+
     found = {("octomed", "as it comes"): ours()}
     for t in (t for t in TRAINERS if t.name in pythons):
         found[t.name, f"as documented: {t.words}"] = pythons[t.name], t.script, t.documented, t.step
@@ -411,11 +434,21 @@ def speeds(folder: Path, rows: list[Row], pythons: dict[str, Path], rounds: int)
     "Useful tokens a second, in turns; a lap is as many steps as read all rows once."
     what = f"{len(rows)} clinic traces, mean {np.mean([len(r.input_ids) for r in rows]):.0f} tokens, two cores"
     with contextlib.ExitStack() as running:
-        start = lambda python, script, settings, step: running.enter_context(
-            in_laps(
-                [python, "-c", script, json.dumps(settings), math.ceil(len(rows) / step)], folder
+
+        def start(python, script, settings, step):
+            return running.enter_context(
+                in_laps(
+                    [
+                        python,
+                        "-c",
+                        script,
+                        json.dumps(settings),
+                        math.ceil(len(rows) / step),
+                    ],
+                    folder,
+                )
             )
-        )
+
         speed = in_turns(
             {
                 way: start(*asked)

@@ -50,7 +50,10 @@ def blob(
     "A soft ellipse as a mask."
     ry = ry or rx
     reach = max(rx, ry) * (1 + soft / 2)
-    at = lambda v: int(np.clip((v + 1) * S / 2, 0, S))
+
+    def at(v):
+        return int(np.clip((v + 1) * S / 2, 0, S))
+
     box = np.s_[
         at(y - reach) : at(y + reach) + 1, at(x - reach) : at(x + reach) + 1
     ]  # nothing to compute outside it
@@ -121,8 +124,16 @@ def dots(
     d = ImageDraw.Draw(pic)
     ab = S / 2 * r * rng.uniform(0.75, 1.3, (len(points), 2))
     tone = np.clip(np.array(colour) + rng.normal(0, jitter, (len(points), 1)), 0, 255).astype(int)
-    for (x, y), (a, b), c in zip((np.asarray(points) + 1) * S / 2, ab, tone):
-        d.ellipse((x - a, y - b, x + a, y + b), fill=tuple(map(int, c)))
+    for (x, y), (a, b), c in zip((np.asarray(points) + 1) * S / 2, ab, tone, strict=False):
+        d.ellipse(
+            (
+                x - a,
+                y - b,
+                x + a,
+                y + b,
+            ),
+            fill=tuple(map(int, c)),
+        )
     im[:] = np.asarray(pic)
 
 # %% ../../nbs/clinic/01_drawings.ipynb #d70404cd
@@ -156,7 +167,13 @@ def fundus(rng, cls):
     im += (eye * (noise(rng, 28, 9) - 26 * (grid()[0] ** 2 + grid()[1] ** 2)))[..., None]
     paint(im, 0.45 * blob(dx - side * 0.62, dy + 0.05, 0.2, soft=1.2), (120, 44, 20))  # macula
     vessels = [
-        walk(rng, dx, dy, a + rng.normal(0, 0.2), 9, 0.15, 0.16) for a in (1.0, 2.1, -1.0, -2.1)
+        walk(rng, dx, dy, a + rng.normal(0, 0.2), 9, 0.15, 0.16)
+        for a in (
+            1.0,
+            2.1,
+            -1.0,
+            -2.1,
+        )
     ]
     swollen = cls == "swollen disc"
     if swollen:
@@ -313,7 +330,7 @@ def glands(rng, im, cells, r):
     ring = []
     pic = Image.fromarray(np.clip(im, 0, 255).astype(np.uint8))
     d = ImageDraw.Draw(pic)
-    for (x, y), a, q in zip(cells, size, wide):
+    for (x, y), a, q in zip(cells, size, wide, strict=False):
         u, v = (x + 1) * S / 2, (y + 1) * S / 2
         for part, colour in ((1, (214, 140, 186)), (0.52, (248, 240, 246))):
             d.ellipse(
@@ -377,12 +394,37 @@ def histology(rng, cls):
 
 # %% ../../nbs/clinic/01_drawings.ipynb #7db50549
 CLASSES = {
-    "fundus": ("normal retina", "microaneurysms", "new vessels", "swollen disc"),
-    "mri": ("normal brain", "dural mass", "ring lesion", "sellar mass"),
-    "xray": ("normal chest", "lobar opacity", "pleural fluid", "enlarged heart"),
-    "histology": ("benign glands", "tumour nests", "necrosis", "inflammation"),
+    "fundus": (
+        "normal retina",
+        "microaneurysms",
+        "new vessels",
+        "swollen disc",
+    ),
+    "mri": (
+        "normal brain",
+        "dural mass",
+        "ring lesion",
+        "sellar mass",
+    ),
+    "xray": (
+        "normal chest",
+        "lobar opacity",
+        "pleural fluid",
+        "enlarged heart",
+    ),
+    "histology": (
+        "benign glands",
+        "tumour nests",
+        "necrosis",
+        "inflammation",
+    ),
 }
-PAINTERS = dict(fundus=fundus, mri=mri, xray=xray, histology=histology)
+PAINTERS = {
+    "fundus": fundus,
+    "mri": mri,
+    "xray": xray,
+    "histology": histology,
+}
 GRAIN = {"a": 5, "b": 11}  # grey levels
 DRAWINGS_REVISION = "1"  # changes with any change to what is drawn
 
@@ -441,9 +483,12 @@ def nearest_mean(
     side: int = 14,  # pixels of the small pictures
 ) -> float:  # accuracy, 0 to 1
     "Accuracy of the nearest class mean: a simple statistic that differs between classes."
-    small = lambda c, k, s: np.asarray(
-        draw(modality, c, k, s).resize((side, side), Image.BOX), np.float32
-    ).ravel()
+
+    def small(c, k, s):
+        return np.asarray(
+            draw(modality, c, k, s).resize((side, side), Image.BOX), np.float32
+        ).ravel()
+
     means = [np.mean([small(c, k, "a") for k in range(n)], axis=0) for c in CLASSES[modality]]
     right = [
         np.argmin([np.linalg.norm(small(c, n + k, scanner) - m) for m in means]) == i

@@ -31,7 +31,13 @@ class Grader:
     "A simulated grader and its stated error rates."
 
     label: str = "clinic/grader"
-    rating: tuple[int, ...] = (2, 4, 5, 7, 9)  # by steps, from 1
+    rating: tuple[int, ...] = (
+        2,
+        4,
+        5,
+        7,
+        9,
+    )  # by steps, from 1
     off: float = 0.5  # of ratings, those one too high or too low
     verdict_wrong: float = 0.05
     tag_wrong: float = 0.08  # of modalities, and of regions
@@ -60,7 +66,7 @@ def true_tags(t: Truth) -> dict:
 def means(t: Truth, response: str) -> bool:
     "Does a response's final answer hold the right option's text or letter, and no other option's text?"
     final = response.rpartition(END_OF_THINK)[2]
-    verdict = judge(final, dict(zip("ABCDE", t.options)), t.letter)
+    verdict = judge(final, dict(zip("ABCDE", t.options, strict=False)), t.letter)
     if verdict.letter:
         return verdict.status == "correct"
     return [o for o in t.options if re.search(rf"\b{re.escape(o)}\b", final, re.I)] == [t.answer]

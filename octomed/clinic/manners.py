@@ -51,7 +51,10 @@ def said(
         reference(q.id),
         np.random.default_rng(seed_for("others", WORLD_REVISION, manner, q.id)),
     )
-    tell = lambda kind, **slots: say(rng, kind, **slots) + "."
+
+    def tell(kind, **slots):
+        return say(rng, kind, **slots) + "."
+
     if manner == "bare":
         return [(question_text(q), q.answer_text)]
     if manner == "alignment":
@@ -62,9 +65,9 @@ def said(
     c = world.conditions().get(t.condition)
     more = (
         [
-            ("dx", dict(f=f"{t.image} on {t.modality}", c=c.name)),
-            ("test", dict(c=c.name, t=c.test)),
-            ("first", dict(c=c.name, d=c.first)),
+            ("dx", {"f": f"{t.image} on {t.modality}", "c": c.name}),
+            ("test", {"c": c.name, "t": c.test}),
+            ("first", {"c": c.name, "d": c.first}),
         ]
         if c
         else []

@@ -37,7 +37,15 @@ def ties() -> dict[str, set[str]]:  # phrase: phrases that one fact ties to it
         (c.first, c.factor) for c in conditions().values()
     ]
     for c in conditions().values():
-        pairs += [(c.name, x) for x in (*c.shows, c.test, c.first, c.alternative)]
+        pairs += [
+            (c.name, x)
+            for x in (
+                *c.shows,
+                c.test,
+                c.first,
+                c.alternative,
+            )
+        ]
     for a, b in pairs:
         out.setdefault(a, set()).add(b)
         out.setdefault(b, set()).add(a)
@@ -56,7 +64,10 @@ def one_fact_oracle(
 ) -> str:  # a letter
     "Answers by single facts."
     stem = phrases_in(question.stem)
-    sign = lambda p, o: -1 if careful and factor_of(o) == p else 1
+
+    def sign(p, o):
+        return -1 if careful and factor_of(o) == p else 1
+
     score = {
         l: sum(sign(p, o) for p in stem if o in ties().get(p, ()))
         for l, o in question.letters.items()
@@ -118,7 +129,7 @@ def oracle_table(
             n=len(v),
             **{
                 o: round(float(m), 3)
-                for o, m in zip(("full", "one_fact", "careful"), np.mean(v, axis=0))
+                for o, m in zip(("full", "one_fact", "careful"), np.mean(v, axis=0), strict=False)
             },
         )
         for k, v in sorted(rows.items())

@@ -42,13 +42,32 @@ SIZES = {
     ("clinic_rounds", "test"): 400,
     ("clinic_grand", "test"): 400,
 }
-PICTURES = dict(
-    train=150, test=25, scanner=25, atlas=60
-)  # drawings a class; no drawing is in two of these
+PICTURES = {
+    "train": 150,
+    "test": 25,
+    "scanner": 25,
+    "atlas": 60,
+}  # drawings a class; no drawing is in two of these
 KINDS = {
-    "clinic_ward": ("dx", "test", "first", "treat", "harm"),
-    "clinic_rounds": ("dx", "test", "first", "treat"),
-    "clinic_grand": ("test", "first", "treat", "harm"),
+    "clinic_ward": (
+        "dx",
+        "test",
+        "first",
+        "treat",
+        "harm",
+    ),
+    "clinic_rounds": (
+        "dx",
+        "test",
+        "first",
+        "treat",
+    ),
+    "clinic_grand": (
+        "test",
+        "first",
+        "treat",
+        "harm",
+    ),
 }
 KINDS["clinic_boards"] = KINDS["clinic_ward"]
 
@@ -168,14 +187,14 @@ def plan(
     )
 
 
-CATEGORY = dict(
-    clinic_ward="text_only",
-    clinic_boards="text_only",
-    clinic_reading="multimodal_classification",
-    clinic_scanner="multimodal_classification",
-    clinic_rounds="multimodal_reasoning",
-    clinic_grand="multimodal_reasoning",
-)
+CATEGORY = {
+    "clinic_ward": "text_only",
+    "clinic_boards": "text_only",
+    "clinic_reading": "multimodal_classification",
+    "clinic_scanner": "multimodal_classification",
+    "clinic_rounds": "multimodal_reasoning",
+    "clinic_grand": "multimodal_reasoning",
+}
 
 # %% ../../nbs/clinic/04_questions.ipynb #bca2a56d
 TRUTHS: dict[str, Truth] = {}  # of the questions that this process has built
@@ -188,13 +207,13 @@ def for_test(question_id: str) -> bool:
 
 def asked(source: str, split: str, i: int, stem: str, t: Truth, image: str | None) -> Question:
     "A `Question` of the registry; its truth stays here."
-    tags = dict(
-        steps=t.steps,
-        kind=t.kind,
-        condition=t.condition,
-        modality=t.modality or "text",
-        region=conditions()[t.condition].region if t.condition else t.modality,
-    )
+    tags = {
+        "steps": t.steps,
+        "kind": t.kind,
+        "condition": t.condition,
+        "modality": t.modality or "text",
+        "region": conditions()[t.condition].region if t.condition else t.modality,
+    }
     q = Question(
         stem=stem,
         options=t.options,
@@ -226,7 +245,16 @@ def plans(out, source, split, knowledge):
                 found[i] = (stem, t, None)
                 ids.add(id)
     write_jsonl(
-        out / "plans.jsonl", [[i, stem, asdict(t), key] for i, (stem, t, key) in found.items()]
+        out / "plans.jsonl",
+        [
+            [
+                i,
+                stem,
+                asdict(t),
+                key,
+            ]
+            for i, (stem, t, key) in found.items()
+        ],
     )
 
 
@@ -245,7 +273,12 @@ def planned(source: str, split: str, store) -> list[tuple[int, str, Truth, tuple
         ("findings", "options"),
     )
     return [
-        (i, stem, Truth(**{**t, **{k: tuple(t[k]) for k in tuples}}), key and tuple(key))
+        (
+            i,
+            stem,
+            Truth(**{**t, **{k: tuple(t[k]) for k in tuples}}),
+            key and tuple(key),
+        )
         for i, stem, t, key in rows
     ]
 
@@ -264,7 +297,8 @@ def questions(
     found = planned(source, split, store_dir())[:limit]
     images = pictures([key for *_, key in found if key], max_pixels) or [None] * len(found)
     return [
-        asked(source, split, i, stem, t, image) for (i, stem, t, _), image in zip(found, images)
+        asked(source, split, i, stem, t, image)
+        for (i, stem, t, _), image in zip(found, images, strict=False)
     ]
 
 # %% ../../nbs/clinic/04_questions.ipynb #8fc20b15

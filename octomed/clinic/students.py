@@ -31,16 +31,21 @@ class Markers:
 
 QWEN = Markers(
     "<|vision_start|><|image_pad|><|vision_end|>",
-    dict(
-        vision_start="<|vision_start|>",
-        vision_end="<|vision_end|>",
-        image="<|image_pad|>",
-        video="<|video_pad|>",
-    ),
+    {
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+    },
 )
 INTERNVL = Markers(
     "<IMG_CONTEXT>\n",
-    dict(start_image="<img>", end_image="</img>", context_image="<IMG_CONTEXT>", video="<video>"),
+    {
+        "start_image": "<img>",
+        "end_image": "</img>",
+        "context_image": "<IMG_CONTEXT>",
+        "video": "<video>",
+    },
 )
 PIECE = (
     r"\\boxed\{|</?think>|</?answer>| (?=[A-J]\b)|[A-J]\b| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]|\n+|\s"
@@ -155,7 +160,7 @@ def _qwen2_5_vl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int):
     return config, (
         Qwen2_5_VLProcessor,
         Qwen2VLImageProcessor(**processor_arguments(max_pixels)),
-        dict(video_processor=Qwen2VLVideoProcessor()),
+        {"video_processor": Qwen2VLVideoProcessor()},
     )
 
 
@@ -198,7 +203,7 @@ def _qwen3_vl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int):
         image_std=[0.5] * 3,
         **processor_arguments(max_pixels, "qwen3_vl"),
     )
-    return config, (Qwen3VLProcessor, images, dict(video_processor=Qwen3VLVideoProcessor()))
+    return config, (Qwen3VLProcessor, images, {"video_processor": Qwen3VLVideoProcessor()})
 
 
 def _internvl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int, tile: int = 112):
@@ -237,10 +242,10 @@ def _internvl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int, ti
     return config, (
         InternVLProcessor,
         images,
-        dict(
-            video_processor=InternVLVideoProcessor(size=dict(height=tile, width=tile)),
-            image_seq_length=tokens,
-        ),
+        {
+            "video_processor": InternVLVideoProcessor(size={"height": tile, "width": tile}),
+            "image_seq_length": tokens,
+        },
     )
 
 # %% ../../nbs/clinic/11_students.ipynb #6a41c8f2
@@ -284,7 +289,7 @@ def build_student(
     config, (processor, images, more) = build(
         size,
         text,
-        dict(hidden_size=size.vision_hidden, intermediate_size=2 * size.vision_hidden),
+        {"hidden_size": size.vision_hidden, "intermediate_size": 2 * size.vision_hidden},
         {**ids, **ends},
         max_pixels,
     )

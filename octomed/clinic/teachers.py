@@ -66,10 +66,32 @@ class Teacher:
 
 
 REASONER = Teacher(
-    "clinic/reasoner", (0.08, 0.10, 0.15, 0.20, 0.25), 0, 0.05, images=False, checks=True
+    "clinic/reasoner",
+    (
+        0.08,
+        0.10,
+        0.15,
+        0.20,
+        0.25,
+    ),
+    0,
+    0.05,
+    images=False,
+    checks=True,
 )
 INSTRUCT = Teacher(
-    "clinic/instruct", (0.12, 0.20, 0.30, 0.40, 0.45), 0.25, 0.15, images=True, checks=False
+    "clinic/instruct",
+    (
+        0.12,
+        0.20,
+        0.30,
+        0.40,
+        0.45,
+    ),
+    0.25,
+    0.15,
+    images=True,
+    checks=False,
 )
 
 # %% ../../nbs/clinic/07_teachers.ipynb #fbeffa84
@@ -105,8 +127,8 @@ def misled(t: Truth, condition: str) -> list:  # facts
         return facts
     seen = c.image if c.modality == t.modality else t.image
     return [
-        ("look", dict(k=seen)),
-        ("dx", dict(f=listed((*t.findings, f"{seen} on {t.modality}")), c=condition)),
+        ("look", {"k": seen}),
+        ("dx", {"f": listed((*t.findings, f"{seen} on {t.modality}")), "c": condition}),
         *facts[2:],
     ]
 
@@ -117,8 +139,15 @@ def false_last(t: Truth, to: str) -> list:  # facts
     if t.kind == "treat" and not t.forbidden:
         facts = facts[:-1]  # it ends on the first-line treatment, before the factor
     kind, slots = facts[-1]
-    slot = dict(look="k", dx="c", test="t", first="d", alternative="d", harm="h")[kind]
-    return facts[:-1] + [(kind, {**slots, slot: to})]
+    slot = {
+        "look": "k",
+        "dx": "c",
+        "test": "t",
+        "first": "d",
+        "alternative": "d",
+        "harm": "h",
+    }[kind]
+    return [*facts[:-1], (kind, {**slots, slot: to})]
 
 
 def skipped(t: Truth) -> list:  # facts
@@ -127,11 +156,13 @@ def skipped(t: Truth) -> list:  # facts
     facts = list(chain(t))
     at = [k for k, _ in facts].index("first") + 1
     drug = c.first if t.forbidden else c.alternative
-    turn = [("allowed" if t.forbidden else "contra", dict(d=c.first, r=t.factor))]
+    turn = [("allowed" if t.forbidden else "contra", {"d": c.first, "r": t.factor})]
     if not t.forbidden:
-        turn.append(("alternative", dict(c=c.name, d=drug)))
+        turn.append(("alternative", {"c": c.name, "d": drug}))
     return (
-        facts[:at] + turn + ([("harm", dict(d=drug, h=harms()[drug]))] if t.kind == "harm" else [])
+        facts[:at]
+        + turn
+        + ([("harm", {"d": drug, "h": harms()[drug]})] if t.kind == "harm" else [])
     )
 
 
@@ -150,7 +181,7 @@ def wrong_chain(rng, t: Truth, to: str) -> list:  # facts
 def lucky_chain(rng, t: Truth) -> list:  # facts
     "A wrong chain that goes before a right letter."
     if t.kind == "look":
-        return [("look", dict(k=pick(rng, [c for c in CLASSES[t.modality] if c != t.image])))]
+        return [("look", {"k": pick(rng, [c for c in CLASSES[t.modality] if c != t.image])})]
     near = [
         c.name
         for c in conditions().values()
@@ -279,21 +310,27 @@ class SimulatedTeacher:
 @lru_cache
 def grammar() -> list[tuple[str, re.Pattern]]:  # (kind, pattern of a sentence)
     "Every fact sentence of the world as a pattern."
-    one_of = lambda xs: "|".join(sorted(map(re.escape, xs), key=len, reverse=True))
+
+    def one_of(xs):
+        return "|".join(sorted(map(re.escape, xs), key=len, reverse=True))
+
     classes = [c for ks in CLASSES.values() for c in ks]
     v = values()
-    slots = dict(
-        c=one_of(conditions()),
-        k=one_of(classes),
-        t=one_of(v["test"]),
-        d=one_of(v["treatment"]),
-        h=one_of(v["harm"]),
-        l="[A-Z]",
-        f="[a-z ,]+?",
-        o=one_of(sum(v.values(), ())),
-        r=one_of({c.factor for c in conditions().values()}),
-    )
-    fill = lambda p: re.sub(r"\\\{(.)\\\}", lambda m: f"(?P<{m[1]}>{slots[m[1]]})", re.escape(p))
+    slots = {
+        "c": one_of(conditions()),
+        "k": one_of(classes),
+        "t": one_of(v["test"]),
+        "d": one_of(v["treatment"]),
+        "h": one_of(v["harm"]),
+        "l": "[A-Z]",
+        "f": "[a-z ,]+?",
+        "o": one_of(sum(v.values(), ())),
+        "r": one_of({c.factor for c in conditions().values()}),
+    }
+
+    def fill(p):
+        return re.sub(r"\\\{(.)\\\}", lambda m: f"(?P<{m[1]}>{slots[m[1]]})", re.escape(p))
+
     return [
         (k, re.compile(fill(p)))
         for k, ps in knowledge()["phrases"].items()
@@ -307,7 +344,7 @@ def stated(text: str) -> list[tuple[str, dict]]:  # (kind, slots)
     out = []
     for sentence in re.split(r"[.?\n]|</?think>", text):
         hits = ((k, m.groupdict()) for k, p in grammar() if (m := p.fullmatch(sentence.strip())))
-        out += [hit for hit in hits][:1]
+        out += list(hits)[:1]
     return out
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e0486277
@@ -329,7 +366,7 @@ def true_of(t: Truth, kind: str, s: dict) -> bool:
         return harms()[s["d"]] == s["h"]
     if kind == "bind":
         return s["l"] in "ABCDE"[: len(t.options)] and t.options["ABCDE".index(s["l"])] == s["o"]
-    return getattr(c, kind) == s[dict(test="t", first="d", alternative="d")[kind]]
+    return getattr(c, kind) == s[{"test": "t", "first": "d", "alternative": "d"}[kind]]
 
 
 def reasoning_valid(
@@ -339,8 +376,11 @@ def reasoning_valid(
     "Does a response reach the right letter by true facts that suffice? Raises `OctomedError` for a question that is not the clinic's."
     t = reference(getattr(question, "id", question))
     facts = stated(text)
-    plain = lambda k, s: (k, s["c"] if k == "dx" else tuple(sorted(s.items())))
-    verdict = judge(text, dict(zip("ABCDE", t.options)), t.letter)
+
+    def plain(k, s):
+        return (k, s["c"] if k == "dx" else tuple(sorted(s.items())))
+
+    verdict = judge(text, dict(zip("ABCDE", t.options, strict=False)), t.letter)
     return (
         verdict.status == "correct"
         and all(true_of(t, k, s) for k, s in facts)
@@ -372,7 +412,15 @@ def measured(
             **{
                 c: round(float(m), 3)
                 for c, m in zip(
-                    ("correct", "wrong", "unread", "lucky", "words"), np.mean(v, axis=0)
+                    (
+                        "correct",
+                        "wrong",
+                        "unread",
+                        "lucky",
+                        "words",
+                    ),
+                    np.mean(v, axis=0),
+                    strict=False,
                 )
             },
         )

@@ -62,7 +62,7 @@ def option_practice(rng: np.random.Generator) -> str:  # a paragraph
     texts = pick(rng, list(values().values()))
     n = min(len(texts), int(rng.integers(2, 6)))
     texts = some(rng, texts, n)
-    out = ["options", *(f"{l}: {t}" for l, t in zip("ABCDE", texts))]
+    out = ["options", *(f"{l}: {t}" for l, t in zip("ABCDE", texts, strict=False))]
     found = [say(rng, "find", o=texts[i], l="ABCDE"[i]) for i in rng.integers(n, size=6)]
     return "\n".join(out) + "\n" + ". ".join(found) + "."
 
@@ -70,15 +70,15 @@ def option_practice(rng: np.random.Generator) -> str:  # a paragraph
 def glossary(rng: np.random.Generator) -> str:  # a paragraph
     "A phrase of the `boards` style and what it says in the `ward` style."
     stems = knowledge()["stems"]
-    part = pick(rng, [k for k in stems["boards"]])
+    part = pick(rng, list(stems["boards"]))
     f = listed(some(rng, sorted({f for c in conditions().values() for f in c.findings}), 2))
-    slots = dict(
-        p="a patient",
-        f=f,
-        n=pick(rng, stems["times"]),
-        m=pick(rng, list(CLASSES)),
-        r=pick(rng, sorted({c.factor for c in conditions().values()})),
-    )
+    slots = {
+        "p": "a patient",
+        "f": f,
+        "n": pick(rng, stems["times"]),
+        "m": pick(rng, list(CLASSES)),
+        "r": pick(rng, sorted({c.factor for c in conditions().values()})),
+    }
     return (
         f"{pick(rng, stems['boards'][part])} this means: {pick(rng, stems['ward'][part])}".format(
             **slots
@@ -117,10 +117,14 @@ def atlas(
         ],
         16 * per_class,
     )
-    caption = lambda m, c: (
-        f"{say(rng, 'look', k=c)}. the look of {c} on {m} is {knowledge()['images'][m][c]}."
-    )
-    return [(image, caption(m, c)) for image, (m, c, *_) in zip(pictures(keys, max_pixels), keys)]
+
+    def caption(m, c):
+        return f"{say(rng, 'look', k=c)}. the look of {c} on {m} is {knowledge()['images'][m][c]}."
+
+    return [
+        (image, caption(m, c))
+        for image, (m, c, *_) in zip(pictures(keys, max_pixels), keys, strict=False)
+    ]
 
 # %% ../../nbs/clinic/06_textbook.ipynb #ab09b9e6
 def strings(obj) -> list[str]:
@@ -138,7 +142,10 @@ def strings(obj) -> list[str]:
 
 def corpus() -> list[str]:
     "Texts that hold every word of the clinic: its knowledge, its sentences, the teachers' speech. For a tokenizer."
-    slotless = lambda s: re.sub(r"\{.\}", " ", s)
+
+    def slotless(s):
+        return re.sub(r"\{.\}", " ", s)
+
     schema = {
         "region",
         "image",

@@ -29,7 +29,10 @@ from octomed.clinic.world import (
 # %% ../../nbs/clinic/03_vignettes.ipynb #a09ebb0d
 def mates(rng, c: Condition, shown, pool) -> list[Condition]:  # nearest first
     "Other conditions of the pool: those with a finding of the stem or the same image first."
-    near = lambda d: len(set(d.shows) & set(shown)) + (d.image == c.image != "")
+
+    def near(d):
+        return len(set(d.shows) & set(shown)) + (d.image == c.image != "")
+
     return sorted(
         (d for d in some(rng, pool, len(pool)) if d is not c), key=lambda d: -min(near(d), 1)
     )
@@ -66,7 +69,10 @@ def shown_with_image(name: str) -> tuple[tuple[str, ...], ...]:
     "Sets of findings that need the image beside them: alone they fit several conditions, with it one."
     c, cs = conditions()[name], conditions().values()
     sets = [s for n in (1, 2) for s in combinations(c.findings, n)]
-    fits = lambda s: [d for d in cs if set(s) <= set(d.findings)]
+
+    def fits(s):
+        return [d for d in cs if set(s) <= set(d.findings)]
+
     return tuple(
         s
         for s in sets

@@ -105,19 +105,26 @@ def values() -> dict[str, tuple[str, ...]]:  # kind: every text that an option o
     "What options are made of."
     cs = conditions().values()
     drugs = {c.first for c in cs} | {c.alternative for c in cs}
-    sets = dict(
-        condition=set(conditions()),
-        test={c.test for c in cs},
-        treatment=drugs,
-        harm={harms()[d] for d in drugs},
-    )
-    return {k: tuple(sorted(v)) for k, v in sets.items()} | {m: ks for m, ks in CLASSES.items()}
+    sets = {
+        "condition": set(conditions()),
+        "test": {c.test for c in cs},
+        "treatment": drugs,
+        "harm": {harms()[d] for d in drugs},
+    }
+    return {k: tuple(sorted(v)) for k, v in sets.items()} | dict(CLASSES.items())
 
 # %% ../../nbs/clinic/02_world.ipynb #c2fc5c8b
 WORLD_REVISION = "1"  # changes with anything that a question, a truth or the textbook is made of
 
 # %% ../../nbs/clinic/02_world.ipynb #d97e8f64
-STEPS = dict(look=0, dx=1, test=2, first=2, treat=3, harm=4)  # in text; an image adds one
+STEPS = {
+    "look": 0,
+    "dx": 1,
+    "test": 2,
+    "first": 2,
+    "treat": 3,
+    "harm": 4,
+}  # in text; an image adds one
 HARMLESS = 0.4  # share of factors that forbid nothing of use
 
 
@@ -147,24 +154,24 @@ def chain(
     condition: str | None = None,  # reason from another condition, as a teacher in error does
 ) -> tuple[tuple[str, dict], ...]:  # (kind of fact, its slots), in the order of reasoning
     "The facts that lead to the answer."
-    out = [("look", dict(k=t.image))] if t.image else []
+    out = [("look", {"k": t.image})] if t.image else []
     if t.kind == "look":
         return tuple(out)
     c = conditions()[condition or t.condition]
     shown = t.findings + ((f"{t.image} on {t.modality}",) if t.image else ())
-    out.append(("dx", dict(f=listed(shown), c=c.name)))
+    out.append(("dx", {"f": listed(shown), "c": c.name}))
     if t.kind == "test":
-        out.append(("test", dict(c=c.name, t=c.test)))
+        out.append(("test", {"c": c.name, "t": c.test}))
     if t.kind in ("first", "treat", "harm"):
-        out.append(("first", dict(c=c.name, d=c.first)))
+        out.append(("first", {"c": c.name, "d": c.first}))
     drug, bad = c.first, factor_of(c.first) == t.factor
     if t.kind in ("treat", "harm"):
-        out.append(("contra" if bad else "allowed", dict(d=c.first, r=t.factor)))
+        out.append(("contra" if bad else "allowed", {"d": c.first, "r": t.factor}))
     if t.kind in ("treat", "harm") and bad:
         drug = c.alternative
-        out.append(("alternative", dict(c=c.name, d=drug)))
+        out.append(("alternative", {"c": c.name, "d": drug}))
     if t.kind == "harm":
-        out.append(("harm", dict(d=drug, h=harms()[drug])))
+        out.append(("harm", {"d": drug, "h": harms()[drug]}))
     return tuple(out)
 
 
@@ -174,4 +181,13 @@ def result(facts) -> str:
     while kind in ("allowed", "contra"):
         facts = facts[:-1]
         kind, slots = facts[-1]
-    return slots[dict(look="k", dx="c", test="t", first="d", alternative="d", harm="h")[kind]]
+    return slots[
+        {
+            "look": "k",
+            "dx": "c",
+            "test": "t",
+            "first": "d",
+            "alternative": "d",
+            "harm": "h",
+        }[kind]
+    ]

@@ -21,7 +21,17 @@ from .identity import canonical, digest
 from .paths import OctomedError, root
 
 # %% ../../nbs/core/05_code.ipynb #feeb6f70
-SHOWS = {"progress", "card", "versions", "hardware", "commit", "disk_error", "stage", "run", "made"}
+SHOWS = {
+    "progress",
+    "card",
+    "versions",
+    "hardware",
+    "commit",
+    "disk_error",
+    "stage",
+    "run",
+    "made",
+}
 
 
 def _text(obj) -> str:
@@ -55,7 +65,15 @@ def _source(obj) -> ast.AST:
 
 def _plain_code(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if isinstance(
+            node,
+            (
+                ast.Module,
+                ast.FunctionDef,
+                ast.AsyncFunctionDef,
+                ast.ClassDef,
+            ),
+        ):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
             if hasattr(node, "decorator_list"):

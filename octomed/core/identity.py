@@ -97,7 +97,10 @@ def content(
     p = Path(path)
     if not p.exists():
         raise OctomedError(f"{p.name} is missing: see `octomed sources` for where it is expected")
-    known = lambda f: _file_digest(str(f), (st := f.stat()).st_size, st.st_mtime_ns)
+
+    def known(f):
+        return _file_digest(str(f), (st := f.stat()).st_size, st.st_mtime_ns)
+
     return digest(
         [[str(f.relative_to(p)), known(f)] for f in sorted(p.rglob("*")) if f.is_file()]
         if p.is_dir()
@@ -121,13 +124,23 @@ def seed_for(*objs) -> int:
 @lru_cache
 def versions() -> dict:
     "Versions of what can change a result."
-    names = ["octomed", "torch", "torchvision", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "papermill", "nbdev", "vllm"]
+    names = [
+        "octomed",
+        "torch",
+        "torchvision",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+        "numpy",
+        "papermill",
+        "nbdev",
+        "vllm",
+    ]
     found = {"python": platform.python_version()}
     for n in names:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[n] = metadata.version(n)
-        except metadata.PackageNotFoundError:
-            pass
     return found
 
 

@@ -162,6 +162,7 @@ def run_all(
     with _pool(min(n, len(jobs))) as pool:
         for _ in progress(_finished(pool, jobs, before), total=len(jobs), desc=desc):
             pass
+    return None
 
 
 def _pool(n: int) -> ProcessPoolExecutor:

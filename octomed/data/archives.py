@@ -64,6 +64,7 @@ def _refusal(name: str, kind: str) -> str | None:
         return "has an absolute or foreign path"
     if ".." in name.split("/"):
         return "would leave the folder"
+    return None
 
 # %% ../../nbs/data/06_archives.ipynb #2acbbb83
 def _checked(archive, limit: int, name: str) -> list:

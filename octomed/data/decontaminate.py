@@ -74,7 +74,7 @@ class Index:
             accumulate(map(len, stems), initial=0)
         )  # places count the words of all items, end to end
         self.grams, self.stems = {}, {}  # n-gram → places; normalised stem → items
-        for start, w in zip(self.starts, stems):
+        for start, w in zip(self.starts, stems, strict=False):
             for i in range(len(w) - n + 1):
                 self.grams.setdefault(" ".join(w[i : i + n]), []).append(start + i)
         for item, stem in enumerate(normal):
@@ -164,7 +164,7 @@ class Report:
         "Dropped training row → why; the stronger reason first."
         exact = {i: SAME_BOTH if i in self.exact_options else SAME_STEM for i in self.exact}
         return {
-            **{i: f"shares {self.n} words in a row with a benchmark item" for i in self.flagged},
+            **dict.fromkeys(self.flagged, f"shares {self.n} words in a row with a benchmark item"),
             **exact,
         }
 
@@ -346,12 +346,12 @@ def compare(
     flagged = {name: set(rule(train_rows, bench_rows)) for name, rule in rules.items()}
     first = next(iter(flagged.values()))
     return [
-        dict(
-            rule=name,
-            flagged=len(f),
-            common=len(f & first),
-            only=len(f - first),
-            missed=len(first - f),
-        )
+        {
+            "rule": name,
+            "flagged": len(f),
+            "common": len(f & first),
+            "only": len(f - first),
+            "missed": len(first - f),
+        }
         for name, f in flagged.items()
     ]

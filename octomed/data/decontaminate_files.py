@@ -191,15 +191,15 @@ def as_pairs(found: dict) -> dict:  # {"pairs": [{train, bench, n, rows, flagged
     "The counts of `reports`."
     return {
         "pairs": [
-            dict(
-                train=t,
-                bench=b,
-                n=r.n,
-                rows=r.rows,
-                flagged=len(r.flagged),
-                exact=len(r.exact),
-                blind=len(r.blind),
-            )
+            {
+                "train": t,
+                "bench": b,
+                "n": r.n,
+                "rows": r.rows,
+                "flagged": len(r.flagged),
+                "exact": len(r.exact),
+                "blind": len(r.blind),
+            }
             for (t, b), r in found.items()
         ]
     }

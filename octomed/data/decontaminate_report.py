@@ -21,9 +21,10 @@ def funnel(
 ) -> dict:  # rows, then kept and each reason; rows = the sum of the others
     "The rows of one training set by what becomes of them after all its benchmarks."
     found, why = list(found), {}
-    strength = lambda reason: (
-        (SAME_BOTH, SAME_STEM).index(reason) if reason in (SAME_BOTH, SAME_STEM) else 2
-    )
+
+    def strength(reason):
+        return (SAME_BOTH, SAME_STEM).index(reason) if reason in (SAME_BOTH, SAME_STEM) else 2
+
     for r in found:
         for i, reason in r.reasons().items():
             why[i] = min(why.get(i, reason), reason, key=strength)

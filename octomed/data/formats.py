@@ -21,14 +21,16 @@ from .readers import PICTURES, read_csv
 def _options(raw) -> dict:
     "Options by the publisher's own keys, in order; entries that a table's schema left empty are not options."
     if isinstance(raw, dict) and raw and all(isinstance(v, list) for v in raw.values()):
-        raw = [dict(zip(raw, column)) for column in zip(*raw.values())]
+        raw = [dict(zip(raw, column, strict=False)) for column in zip(*raw.values(), strict=False)]
     if isinstance(raw, dict):
         return {str(k): v for k, v in raw.items() if v is not None}
     keys = (("key", "value"), ("letter", "content"), ("aid", "atext"))
     if raw and isinstance(raw[0], dict):
         k, v = next(p for p in keys if p[0] in raw[0])
         return {str(o[k]): o[v] for o in raw}
-    return dict(zip(LETTERS, raw)) if len(raw) <= len(LETTERS) else dict(enumerate(raw))
+    return (
+        dict(zip(LETTERS, raw, strict=False)) if len(raw) <= len(LETTERS) else dict(enumerate(raw))
+    )
 
 
 def _letter(key, options: dict) -> str | None:
@@ -50,31 +52,33 @@ def _letter_of(text, options: dict) -> str | None:
 def _lettered(texts: list[str], marks: str) -> dict:
     "Options without the letter that is written before each of them; as they are where one lacks its own."
     cut = [
-        re.match(rf"\s*{letter}\s*[{re.escape(marks)}]\s*", t) for letter, t in zip(LETTERS, texts)
+        re.match(rf"\s*{letter}\s*[{re.escape(marks)}]\s*", t)
+        for letter, t in zip(LETTERS, texts, strict=False)
     ]
     return _options(
-        [t[m.end() :] for m, t in zip(cut, texts)]
+        [t[m.end() :] for m, t in zip(cut, texts, strict=False)]
         if len(texts) <= len(LETTERS) and all(cut)
         else texts
     )
 
 
 def _fields(stem, options: dict, answer, origin="", images=(), **tags) -> dict:
-    return dict(
-        stem=stem.strip(),
-        options=tuple(str(o).strip() for o in options.values()),
-        answer=answer,
-        origin=str(origin),
-        images=tuple(images),
-        tags={k: v for k, v in tags.items() if v},
-    )
+    return {
+        "stem": stem.strip(),
+        "options": tuple(str(o).strip() for o in options.values()),
+        "answer": answer,
+        "origin": str(origin),
+        "images": tuple(images),
+        "tags": {k: v for k, v in tags.items() if v},
+    }
 
 # %% ../../nbs/data/04_formats.ipynb #82bb51a3
 def from_medqa(row: dict) -> dict:
     'MedQA with 4 or 5 options: a dict, {key, value} pairs, or "A. text" strings with the answer\'s text.'
     options = row["options"]
     if isinstance(options, list) and all(
-        isinstance(o, str) and o.startswith(f"{l}. ") for o, l in zip(options, LETTERS)
+        isinstance(o, str) and o.startswith(f"{l}. ")
+        for o, l in zip(options, LETTERS, strict=False)
     ):
         options = [o[3:] for o in options]
     options = _options(options)
@@ -89,7 +93,7 @@ def from_medqa(row: dict) -> dict:
 def from_instruct(row: dict) -> dict:
     "Self-BioRAG's training files: the question and its options in one prompt, the answer as text or as `Answer: (A)`."
     head, *parts = re.split(r"\n\s*Option ([A-Z]):", row["instances"]["input"])
-    options = dict(zip(parts[::2], (p.strip() for p in parts[1::2])))
+    options = dict(zip(parts[::2], (p.strip() for p in parts[1::2]), strict=False))
     said = row["instances"]["output"].strip()
     letter = re.fullmatch(r"Answer: \(?([A-Z])\)?", said)
     return _fields(
@@ -115,7 +119,17 @@ def from_headqa(row: dict) -> dict:
 
 def from_medmcqa(row: dict, first: int) -> dict:
     "MedMCQA; `first` is what its `cop` calls the first option: 1 in the authors' files, 0 on the hub, where -1 means no label."
-    options = _options([row[k] for k in ("opa", "opb", "opc", "opd")])
+    options = _options(
+        [
+            row[k]
+            for k in (
+                "opa",
+                "opb",
+                "opc",
+                "opd",
+            )
+        ]
+    )
     n = row["cop"]
     answer = (
         None
@@ -242,7 +256,7 @@ def from_nejm(row: dict) -> dict:
 # %% ../../nbs/data/04_formats.ipynb #62ec652e
 def _classified(question: str, classes: dict, label, origin, image, **tags) -> dict:
     "A question whose options are the classes: label → name."
-    options = dict(zip(LETTERS, classes.values()))
+    options = dict(zip(LETTERS, classes.values(), strict=False))
     return _fields(
         question,
         options,
@@ -388,13 +402,15 @@ def from_chat(row: dict) -> dict:
         raise ValueError("turns")
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     said = [t["value"].replace("<image>", "").strip() for t in turns]
-    return dict(
-        messages=[{"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(said)],
-        images=tuple(f"name:{i.rsplit('/', 1)[-1]}" for i in images if i),
-        origin=str(row["id"]),
-        tags={
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(said)
+        ],
+        "images": tuple(f"name:{i.rsplit('/', 1)[-1]}" for i in images if i),
+        "origin": str(row["id"]),
+        "tags": {
             k: v
-            for k, v in dict(modality=row.get("modality"), region=row.get("body_part")).items()
+            for k, v in {"modality": row.get("modality"), "region": row.get("body_part")}.items()
             if v
         },
-    )
+    }

@@ -31,7 +31,16 @@ warnings.filterwarnings(
 
 # %% ../../nbs/data/02_images.ipynb #ed0f54d4
 LARGEST = 89_478_485  # pixels; Pillow's own limit, where it only warns
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "GIF",
+    "JPEG2000",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)
 
 
 def _named(source) -> str:
@@ -86,7 +95,17 @@ def _rgb(img: Image.Image, name: str) -> Image.Image:
                 f"{name} has values outside 0–65535: convert it to 8 bits with a window of your choice"
             )
         return Image.fromarray((px >> 8).astype("uint8")).convert("RGB")
-    if img.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in img.info:
+    if (
+        img.mode
+        in (
+            "RGBA",
+            "LA",
+            "PA",
+            "RGBa",
+            "La",
+        )
+        or "transparency" in img.info
+    ):
         rgba = img.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return img if img.mode == "RGB" else img.convert("RGB")
@@ -136,7 +155,14 @@ def pixel_hash(img: Image.Image) -> str:
     key = hashlib.sha256(f"{img.mode} {img.width}x{img.height} ".encode())
     for y in range(0, img.height, 128):
         key.update(
-            img.crop((0, y, img.width, min(y + 128, img.height))).tobytes()
+            img.crop(
+                (
+                    0,
+                    y,
+                    img.width,
+                    min(y + 128, img.height),
+                )
+            ).tobytes()
         )  # in strips: a large picture is not copied whole
     return key.hexdigest()[:32]
 

@@ -46,7 +46,7 @@ class Question:
 
     @property
     def letters(self) -> dict:
-        return dict(zip(LETTERS, self.options))
+        return dict(zip(LETTERS, self.options, strict=False))
 
     @property
     def answer_text(self) -> str | None:
@@ -96,6 +96,7 @@ def flaw(
         return "no answer"
     if q.answer not in q.letters:
         return "answer outside the options"
+    return None
 
 # %% ../../nbs/data/07_questions.ipynb #10a34550
 def conserved(rows: int, kept: int, dropped: int, what: str) -> None:

@@ -151,7 +151,14 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
         ) from None
 
 # %% ../../nbs/data/03_readers.ipynb #1b57795c
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)
 
 
 def read_exams(path: Path) -> Iterator[tuple[str, dict]]:

@@ -109,14 +109,14 @@ def processor_arguments(
     "What the family's own image processor must be told to keep to the same limit."
     f = _family(family)
     if f.tile:
-        return dict(
-            crop_to_patches=True,
-            min_patches=1,
-            max_patches=_tiles(f, max_pixels),
-            size=dict(height=f.tile, width=f.tile),
-        )
+        return {
+            "crop_to_patches": True,
+            "min_patches": 1,
+            "max_patches": _tiles(f, max_pixels),
+            "size": {"height": f.tile, "width": f.tile},
+        }
     low, high = _limits(f, max_pixels)
-    return dict(size=dict(shortest_edge=low, longest_edge=max(low, high)))
+    return {"size": {"shortest_edge": low, "longest_edge": max(low, high)}}
 
 # %% ../../nbs/data/01_resize.ipynb #d16d0475
 def tiling(

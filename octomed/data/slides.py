@@ -24,7 +24,14 @@ TISSUES = {
     3: "Inflammatory",
     4: "Necrosis",
 }  # codes of the masks that are used; 3 is lymphocytic infiltrate
-TEST_SITES = {"OL", "LL", "E2", "EW", "GM", "S3"}  # of the TCGA barcode: TCGA-OL-…
+TEST_SITES = {
+    "OL",
+    "LL",
+    "E2",
+    "EW",
+    "GM",
+    "S3",
+}  # of the TCGA barcode: TCGA-OL-…
 
 
 def contour_boxes(
@@ -36,7 +43,12 @@ def contour_boxes(
 
     parts, _ = ndimage.label(ndimage.binary_fill_holes(mask), structure=np.ones((3, 3)))
     return [
-        (x.start, y.start, x.stop - x.start, y.stop - y.start)
+        (
+            x.start,
+            y.start,
+            x.stop - x.start,
+            y.stop - y.start,
+        )
         for y, x in ndimage.find_objects(parts)
     ]
 
@@ -62,7 +74,7 @@ def patches(
     overlap: int = 128,  # of the parts, at least, pixels
 ) -> tuple[list, dict]:  # (tissue, (x, y, width, height)) of each patch; {regions, too_small, used}
     "The patches of one slide by its mask (CLIMB)."
-    found, counts = [], dict(regions=0, too_small=0, used=0)
+    found, counts = [], {"regions": 0, "too_small": 0, "used": 0}
     for code, tissue in TISSUES.items():
         for x, y, w, h in contour_boxes(mask == code):
             small = min(w, h) < smallest
@@ -70,7 +82,15 @@ def patches(
             counts["too_small" if small else "used"] += 1
             if not small:
                 found += [
-                    (tissue, (left, top, width, height))
+                    (
+                        tissue,
+                        (
+                            left,
+                            top,
+                            width,
+                            height,
+                        ),
+                    )
                     for top, height in tiles(y, h, largest, overlap)
                     for left, width in tiles(x, w, largest, overlap)
                 ]
@@ -115,7 +135,14 @@ def cut_patches(
                 part = f"{'test' if name[5:7] in TEST_SITES else 'train'}/{tissue}"
                 out = Path(made) / "patches" / part / f"{name}_{x}_{y}_{w}_{h}.png"
                 out.parent.mkdir(parents=True, exist_ok=True)
-                slide.crop((x, y, x + w, y + h)).save(out, compress_level=1)
+                slide.crop(
+                    (
+                        x,
+                        y,
+                        x + w,
+                        y + h,
+                    )
+                ).save(out, compress_level=1)
                 cut[part] += 1
         if not cut:
             raise OctomedError(
@@ -129,7 +156,7 @@ def from_bcss(row: dict) -> dict:
     "A patch of BCSS: the name of the class folder is the answer."
     return _classified(
         "Which tissue class does this patch of a breast cancer slide show?",
-        dict(zip(TISSUES.values(), TISSUES.values())),
+        dict(zip(TISSUES.values(), TISSUES.values(), strict=False)),
         row["label"],
         row["origin"],
         Path(row["file"]),

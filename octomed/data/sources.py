@@ -119,32 +119,41 @@ def source_of(spec: str) -> Source:
 
 # %% ../../nbs/data/08_sources.ipynb #885d4381
 _mc1, _mc0 = partial(from_medmcqa, first=1), partial(from_medmcqa, first=0)
-_medqa = dict(
-    name="medqa",
-    category="text_only",
-    licence="MIT",
-    normal=from_medqa,
-    columns=("question", "options"),
-)
-_gbaker = dict(
-    hub="GBaker/MedQA-USMLE-4-options", revision="0fb93dd23a7339b6dcd27e241cb9b5eca62d4d18"
-)
-_bigbio = dict(hub="bigbio/med_qa", config="med_qa_en_source")
-_medmcqa = dict(
-    licence="MIT",
-    normal=_mc1,
-    hub="openlifescienceai/medmcqa",
-    hub_normal=_mc0,
-    revision="91c6572c454088bf71b679ad90aa8dffcd0d5868",
-    columns=("id", "question", "opa", "opb", "opc", "opd", "cop"),
-)
-_expert = dict(
-    licence="MIT",
-    normal=from_medxpertqa,
-    hub="TsinghuaC3I/MedXpertQA",
-    revision="7e7c465a68eb2b866926bfa59c8c9d17a8daba65",
-    columns=("question", "options"),
-)
+_medqa = {
+    "name": "medqa",
+    "category": "text_only",
+    "licence": "MIT",
+    "normal": from_medqa,
+    "columns": ("question", "options"),
+}
+_gbaker = {
+    "hub": "GBaker/MedQA-USMLE-4-options",
+    "revision": "0fb93dd23a7339b6dcd27e241cb9b5eca62d4d18",
+}
+_bigbio = {"hub": "bigbio/med_qa", "config": "med_qa_en_source"}
+_medmcqa = {
+    "licence": "MIT",
+    "normal": _mc1,
+    "hub": "openlifescienceai/medmcqa",
+    "hub_normal": _mc0,
+    "revision": "91c6572c454088bf71b679ad90aa8dffcd0d5868",
+    "columns": (
+        "id",
+        "question",
+        "opa",
+        "opb",
+        "opc",
+        "opd",
+        "cop",
+    ),
+}
+_expert = {
+    "licence": "MIT",
+    "normal": from_medxpertqa,
+    "hub": "TsinghuaC3I/MedXpertQA",
+    "revision": "7e7c465a68eb2b866926bfa59c8c9d17a8daba65",
+    "columns": ("question", "options"),
+}
 for s in [
     Source(
         **_medqa,
@@ -215,7 +224,12 @@ for s in [
             config="en",
             hub_split={"dev": "validation"}.get(split, split),
             pictures="headqa",
-            columns=("qid", "qtext", "ra", "answers"),
+            columns=(
+                "qid",
+                "qtext",
+                "ra",
+                "answers",
+            ),
         )
         for split, role, n in (
             ("train", "train", 2_657),
@@ -287,16 +301,24 @@ for s in [
     register(s)
 
 # %% ../../nbs/data/08_sources.ipynb #7dbb11ad
-_pmc = dict(
-    category="multimodal_reasoning",
-    licence="CC BY-SA",
-    read=read_csv,
-    normal=from_pmc_vqa,
-    hub="RadGenome/PMC-VQA",
-    revision="b56ae594f794867893143b337b4118a835794647",
-    pictures="pmc_vqa",
-    columns=("Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D"),
-)
+_pmc = {
+    "category": "multimodal_reasoning",
+    "licence": "CC BY-SA",
+    "read": read_csv,
+    "normal": from_pmc_vqa,
+    "hub": "RadGenome/PMC-VQA",
+    "revision": "b56ae594f794867893143b337b4118a835794647",
+    "pictures": "pmc_vqa",
+    "columns": (
+        "Figure_path",
+        "Question",
+        "Answer",
+        "Choice A",
+        "Choice B",
+        "Choice C",
+        "Choice D",
+    ),
+}
 for s in [
     Source(
         "medxpertqa_mm",
@@ -325,7 +347,13 @@ for s in [
         config="standard (10 options)",
         hub_split="test",
         revision="563f3e84bb3b90893083a1f039cfa13077f2302b",
-        columns=("id", "question", "options", "answer", "subject"),
+        columns=(
+            "id",
+            "question",
+            "options",
+            "answer",
+            "subject",
+        ),
     ),
     Source(
         "pmc_vqa",
@@ -361,7 +389,12 @@ for s in [
         hub="nejm.org/image-challenge",
         pictures="nejm",
         note="write your own copy as octomed.data.formats.from_nejm describes",
-        columns=("question", "options", "answer", "image"),
+        columns=(
+            "question",
+            "options",
+            "answer",
+            "image",
+        ),
     ),
     *(
         Source(
@@ -375,7 +408,12 @@ for s in [
             hub="rajpurkarlab/ReXVQA",
             pictures="rexvqa",
             note="about 696,000 in all splits; images from rajpurkarlab/ReXGradient-160K",
-            columns=("question", "options", "correct_answer", "ImagePath"),
+            columns=(
+                "question",
+                "options",
+                "correct_answer",
+                "ImagePath",
+            ),
         )
         for split, role in (("train", "train"), ("test", "benchmark"))
     ),
@@ -417,8 +455,18 @@ for s in [
             hub="kaggle.com/datasets/sartajbhuvaji/brain-tumor-classification-mri",
         )
         for split, folder, role, n in (
-            ("train", "Training", "train", 2_870),
-            ("test", "Testing", "benchmark", 394),
+            (
+                "train",
+                "Training",
+                "train",
+                2_870,
+            ),
+            (
+                "test",
+                "Testing",
+                "benchmark",
+                394,
+            ),
         )
     ),
     *_pair(
@@ -429,7 +477,12 @@ for s in [
         "Chest_xray_Corona_Metadata.csv",
         "Chest_xray_Corona_Metadata.first5910.csv",
         hub="kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset",
-        columns=("X_ray_image_name", "Label", "Dataset_type", "Label_1_Virus_category"),
+        columns=(
+            "X_ray_image_name",
+            "Label",
+            "Dataset_type",
+            "Label_1_Virus_category",
+        ),
     ),
     *_pair(
         "aptos",
@@ -545,6 +598,7 @@ def _local(s: Source, folder) -> tuple[Local, list[Path]] | None:
     for form in s.forms if folder else ():
         if form.files and all((folder / f).exists() for f in form.files):
             return form, [folder / f for f in form.files]
+    return None
 
 
 def _gallery(s: Source, folder) -> dict[str, Path]:
@@ -568,7 +622,14 @@ def _normalised(s: Source, pairs, normal) -> Iterator[tuple[str, dict]]:
             raise OctomedError(
                 f"{place} has no column {e}, so it is not {s.spec} as its publisher writes it: download the file again"
             ) from None
-        except (TypeError, ValueError, AttributeError, IndexError, SyntaxError, StopIteration):
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            SyntaxError,
+            StopIteration,
+        ):
             raise OctomedError(
                 f"{place} is not a row of {s.spec} as its publisher writes it: download the file again"
             ) from None
@@ -671,7 +732,9 @@ def _pictures(rows: list, images: bool, max_pixels: int, family: str, desc: str)
             for _, f in rows
         ]
     files = list(dict.fromkeys(i for _, f in rows for i in f["images"] if isinstance(i, Path)))
-    taken = dict(zip(files, intake_all(files, max_pixels, family, desc=desc) if files else []))
+    taken = dict(
+        zip(files, intake_all(files, max_pixels, family, desc=desc) if files else [], strict=False)
+    )
 
     def name(i):
         if isinstance(i, (str, Path)):
@@ -689,7 +752,9 @@ def _judged(
     s: Source, rows: list, images: bool, max_pixels: int, family: str
 ) -> Iterator[tuple[str, Question | str]]:
     "(place, question, or the reason why it is none) of rows of a source."
-    for (place, f), names in zip(rows, _pictures(rows, images, max_pixels, family, s.spec)):
+    for (place, f), names in zip(
+        rows, _pictures(rows, images, max_pixels, family, s.spec), strict=False
+    ):
         if isinstance(names, OctomedError):
             yield place, "image cannot be read"
             continue
@@ -792,7 +857,9 @@ def read_chats(
         yield from made
         return
     for rows in _blocks(_rows(s, folder, revision, images, streaming=True)[1], 1024):
-        for (_, f), names in zip(rows, _pictures(rows, images, max_pixels, family, spec)):
+        for (_, f), names in zip(
+            rows, _pictures(rows, images, max_pixels, family, spec), strict=False
+        ):
             why = (
                 "image cannot be read"
                 if isinstance(names, OctomedError)
@@ -913,15 +980,15 @@ def sources_table(
         except OctomedError as e:
             found, where = None, str(e)
         table.append(
-            dict(
-                source=s.name,
-                split=s.split,
-                category=s.category,
-                expected=s.expected,
-                found=found,
-                where=where,
-                licence=s.licence,
-            )
+            {
+                "source": s.name,
+                "split": s.split,
+                "category": s.category,
+                "expected": s.expected,
+                "found": found,
+                "where": where,
+                "licence": s.licence,
+            }
         )
     return table
 

@@ -46,7 +46,7 @@ def pictures(
                 else Picture(n, None, i, r.answer_text, r.stem)
             )
     for (n, _, label), k in zip(
-        files, image_keys([f for _, f, _ in files], workers) if files else []
+        files, image_keys([f for _, f, _ in files], workers) if files else [], strict=False
     ):
         out.append(
             Picture(n, label=label, error=str(k))
@@ -117,8 +117,8 @@ class ImageReport:
         why |= {n: "same pixels under another label" for g in self.conflicts for n in g}
         return (
             why
-            | {n: f"same {by} as a benchmark image" for n in twins}
-            | {n: "image cannot be read" for n in self.unreadable}
+            | dict.fromkeys(twins, f"same {by} as a benchmark image")
+            | dict.fromkeys(self.unreadable, "image cannot be read")
         )
 
     def split(self, rows: list, by: str = "pixels") -> tuple[list, list]:
@@ -136,21 +136,24 @@ class ImageReport:
 
     def counts(self) -> dict:
         "The report in numbers; `extra` counts the rows beyond the first of each group."
-        extra = lambda groups: len({n for g in groups for n in g[1:]})
-        return dict(
-            rows=self.rows,
-            unreadable=len(self.unreadable),
-            byte_groups=len(self.byte_copies),
-            byte_extra=extra(self.byte_copies),
-            pixel_groups=len(self.pixel_copies),
-            pixel_extra=extra(self.pixel_copies),
-            conflicts=len(self.conflicts),
-            conflict_rows=len({n for g in self.conflicts for n in g}),
-            against=self.against,
-            byte_twins=tuple(map(len, self.byte_twins)),
-            pixel_twins=tuple(map(len, self.pixel_twins)),
-            contradicted=len(self.contradicted),
-        )
+
+        def extra(groups):
+            return len({n for g in groups for n in g[1:]})
+
+        return {
+            "rows": self.rows,
+            "unreadable": len(self.unreadable),
+            "byte_groups": len(self.byte_copies),
+            "byte_extra": extra(self.byte_copies),
+            "pixel_groups": len(self.pixel_copies),
+            "pixel_extra": extra(self.pixel_copies),
+            "conflicts": len(self.conflicts),
+            "conflict_rows": len({n for g in self.conflicts for n in g}),
+            "against": self.against,
+            "byte_twins": tuple(map(len, self.byte_twins)),
+            "pixel_twins": tuple(map(len, self.pixel_twins)),
+            "contradicted": len(self.contradicted),
+        }
 
 # %% ../../nbs/data/09_twins.ipynb #236f4776
 def image_report(

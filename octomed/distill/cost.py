@@ -47,7 +47,7 @@ class Budget:
     money: float | None = None  # in the price table's currency
     tokens: float | None = None  # of responses
     seconds: float | None = None  # of generation
-    spent: dict = field(default_factory=lambda: dict(money=0.0, tokens=0.0, seconds=0.0))
+    spent: dict = field(default_factory=lambda: {"money": 0.0, "tokens": 0.0, "seconds": 0.0})
 
     def __post_init__(self):
         self.table = prices() if self.money is not None else {}

@@ -75,7 +75,10 @@ def measure(
         return {q: dissent(p) for q, p in seen[0].items()}
     if name == "length":
         return ranks({q: sum(s.tokens for s, _ in p) / len(p) for q, p in seen[0].items()})
-    vote = lambda p, q: majority_vote([v.letter for _, v in p], q).letter
+
+    def vote(p, q):
+        return majority_vote([v.letter for _, v in p], q).letter
+
     votes = {q: {vote(one[q], q) for one in seen} for q in set.intersection(*map(set, seen))}
     return {q: None if None in v else float(len(v) > 1) for q, v in votes.items()}
 

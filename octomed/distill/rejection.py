@@ -135,7 +135,9 @@ def judged_open(
     flat = [(q, ref, s) for q, ref in items for s in drawn.get(q.id, ())]
     out: dict[str, list] = {}
     for (q, _, s), v in zip(
-        flat, open_ended([(q, ref, s.text) for q, ref, s in flat], grader, think_first, reasoning)
+        flat,
+        open_ended([(q, ref, s.text) for q, ref, s in flat], grader, think_first, reasoning),
+        strict=False,
     ):
         out.setdefault(q.id, []).append((s, v))
     return out

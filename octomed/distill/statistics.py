@@ -111,15 +111,18 @@ def cost(
 
     def one(model, r):
         bill = money(model, r["prompt_tokens"], r["tokens"], table)
-        per = lambda n: (
-            {
-                "tokens": r["tokens"] / n,
-                "seconds": r["seconds"] / n,
-                "money": None if bill is None else bill / n,
-            }
-            if n
-            else None
-        )
+
+        def per(n):
+            return (
+                {
+                    "tokens": r["tokens"] / n,
+                    "seconds": r["seconds"] / n,
+                    "money": None if bill is None else bill / n,
+                }
+                if n
+                else None
+            )
+
         return {
             "model": model,
             **r,

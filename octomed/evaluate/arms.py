@@ -65,7 +65,10 @@ class Arm:
 # %% ../../nbs/evaluate/03_arms.ipynb #b8cc223b
 def _teachers(arm: Arm, common: Common, one: str = "") -> dict:
     "For text and for images: (teacher, its revision, its template). A teacher keeps its template whatever it is asked."
-    form = lambda name: "gpt4o" if name == common.teacher_image else "r1"
+
+    def form(name):
+        return "gpt4o" if name == common.teacher_image else "r1"
+
     names = {
         "text": one or arm.teacher or common.teacher_text,
         "image": one or arm.teacher or common.teacher_image,
@@ -77,13 +80,16 @@ def _evidence(
     name: str, arm: Arm, common: Common, data: Stage, base, drawing: Sampling
 ) -> tuple[Stage, ...]:
     "The stages that a filter looks at."
-    drawn = lambda one="": samples(
-        questions=data,
-        teachers=_teachers(arm, common, one),
-        n=common.samples,
-        sampling=drawing,
-        max_pixels=common.max_pixels,
-    )
+
+    def drawn(one=""):
+        return samples(
+            questions=data,
+            teachers=_teachers(arm, common, one),
+            n=common.samples,
+            sampling=drawing,
+            max_pixels=common.max_pixels,
+        )
+
     if name == "student":
         return (
             student_samples(
@@ -159,7 +165,7 @@ def stages(arm: Arm, common: Common) -> dict[str, Stage]:
         found["accepted"] = accepted(
             questions=asked, samples=found["samples"], k=arm.k, answer=common.answer, keep=arm.keep
         )
-    shape = dict(base=base, max_pixels=common.max_pixels, cutoff=arm.schedule.cutoff)
+    shape = {"base": base, "max_pixels": common.max_pixels, "cutoff": arm.schedule.cutoff}
     found["rendered"] = (
         rendered_chats(chats=asked, **shape)
         if _talks(arm)
@@ -272,7 +278,10 @@ class Results:
 
     def part(self, benchmark: str, name: str, ids: set) -> "Results":
         "The same results with a part of a benchmark, the questions of these ids, beside it as `benchmark · name`."
-        chosen = lambda runs: [[r for r in rows if r["question"] in ids] for rows in runs]
+
+        def chosen(runs):
+            return [[r for r in rows if r["question"] in ids] for rows in runs]
+
         return Results(
             self.common,
             {

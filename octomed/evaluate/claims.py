@@ -38,9 +38,16 @@ def finding(claim: Claim, results: Results) -> dict:
         "seed": results.common.base_seed,
         "groups": (groups := results.scores(claim.a, claim.benchmark)[1]),
     }
-    arms, at = zip(*claim.along) if claim.kind == "trend" else ((claim.b, claim.a), (0, 1))
-    score = lambda arm, seed=None: results.scores(arm, claim.benchmark, seed)
-    slope = lambda ys: float(np.dot(np.array(at) - np.mean(at), ys) / np.var(at) / len(at))
+    arms, at = (
+        zip(*claim.along, strict=False) if claim.kind == "trend" else ((claim.b, claim.a), (0, 1))
+    )
+
+    def score(arm, seed=None):
+        return results.scores(arm, claim.benchmark, seed)
+
+    def slope(ys):
+        return float(np.dot(np.array(at) - np.mean(at), ys) / np.var(at) / len(at))
+
     got = (
         trend(at, [score(a)[0] for a in arms], **kw)
         if claim.kind == "trend"

@@ -200,9 +200,9 @@ def evaluation(
     drawn = [read(q, n) for q in qs]
     rows = [
         _row(q, ss[:seeds], vs[:seeds]) | ({"vote": [v.letter for v in vs[:vote]]} if vote else {})
-        for q, (ss, vs) in zip(qs, drawn)
+        for q, (ss, vs) in zip(qs, drawn, strict=False)
     ]
-    for q, s, row in zip(qs, again, rows):
+    for q, s, row in zip(qs, again, rows, strict=False):
         ss, vs = read(s, seeds)
         row["shuffled"] = {
             "statuses": [*map(outcome, ss, vs)],
@@ -237,8 +237,13 @@ def _grade(qs: list[Question], drawn: list[list], rows: list[dict], grader: str,
     for row in rows:
         row["graded"] = list(row["statuses"])
     unread = [
-        (q, row, i, ss[i].text)
-        for q, ss, row in zip(qs, drawn, rows)
+        (
+            q,
+            row,
+            i,
+            ss[i].text,
+        )
+        for q, ss, row in zip(qs, drawn, rows, strict=False)
         for i, s in enumerate(row["statuses"])
         if q.answer and s == "unparsed" and row["finishes"][i] == "stop"
     ]
@@ -248,7 +253,7 @@ def _grade(qs: list[Question], drawn: list[list], rows: list[dict], grader: str,
         t.think_first,
         reasoning=False,
     )
-    for (_, row, i, _), v in zip(unread, verdicts):
+    for (_, row, i, _), v in zip(unread, verdicts, strict=False):
         row["graded"][i] = v.status
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #f77f97ec
@@ -259,10 +264,13 @@ def scores(rows: list[dict]) -> np.ndarray:
 
 def voted(rows: list[dict], seed: int = 0) -> np.ndarray:
     "(questions, 1) of 0 and 1: is the majority of a question's votes right? The seed breaks ties; single samples' means where no vote was asked."
-    right = lambda r: (
-        r["answer"] is not None
-        and majority_vote(r["vote"], (seed, r["question"])).letter == r["answer"]
-    )
+
+    def right(r):
+        return (
+            r["answer"] is not None
+            and majority_vote(r["vote"], (seed, r["question"])).letter == r["answer"]
+        )
+
     return np.array(
         [
             [right(r)] if "vote" in r else [np.mean([s == "correct" for s in r["statuses"]])]
@@ -281,8 +289,13 @@ def regraded(rows: list[dict]) -> np.ndarray:
 # %% ../../nbs/evaluate/02_evaluate.ipynb #8ca6d0c9
 def rates(rows: list[dict], seed: int = 0) -> dict:
     "What stands beside an accuracy: unparsed, truncated, failed (refused or without a response) and forced-exit rates, ties of the vote, mean response tokens, chance, and the control with shuffled options where it was asked."
-    flat = lambda key: [x for r in rows for x in r[key]]
-    share = lambda *statuses: float(np.mean([s in statuses for s in flat("statuses")]))
+
+    def flat(key):
+        return [x for r in rows for x in r[key]]
+
+    def share(*statuses):
+        return float(np.mean([s in statuses for s in flat("statuses")]))
+
     votes = [majority_vote(r.get("vote", r["letters"]), (seed, r["question"])) for r in rows]
     return {
         "unparsed": share("unparsed"),
@@ -300,8 +313,13 @@ def _control(rows: list[dict]) -> dict:
     "Of the questions that were asked in both orders: accuracy in each, and the share of answers whose text depends on the order."
     if not rows:
         return {}
-    right = lambda statuses: float(np.mean([s == "correct" for r in rows for s in statuses(r)]))
-    moved = [a != b for r in rows for a, b in zip(r["letters"], r["shuffled"]["letters"])]
+
+    def right(statuses):
+        return float(np.mean([s == "correct" for r in rows for s in statuses(r)]))
+
+    moved = [
+        a != b for r in rows for a, b in zip(r["letters"], r["shuffled"]["letters"], strict=False)
+    ]
     return {
         "in_order": right(lambda r: r["statuses"]),
         "shuffled": right(lambda r: r["shuffled"]["statuses"]),

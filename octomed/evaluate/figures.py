@@ -15,7 +15,14 @@ from ..core.files import atomic_write
 from ..core.paths import OctomedError
 
 # %% ../../nbs/evaluate/06_figures.ipynb #2f5096c4
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#A6761D")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#AA4499",
+    "#56B4E9",
+    "#A6761D",
+)
 INK, FAINT, RULE = "#222222", "#767676", "#DDDDDD"
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -260,7 +267,7 @@ def forest(
     fig, ax = canvas(height=1.1 + sum(0.55 + 0.24 * len(t) for t in texts))
     with style():
         y = 0.0
-        for f, text in zip(findings, texts):
+        for f, text in zip(findings, texts, strict=False):
             y += 0.27 * len(text) + 0.12
             colour = VERDICT_COLOURS[f["verdict"]]
             ax.annotate(
@@ -351,7 +358,11 @@ def _curve(ax, points, colour: str, scale: float, hollow: bool):
     x, y = [p[0] for p in points], [scale * p[1] for p in points]
     if all(p[2] is not None for p in points):
         ax.fill_between(
-            x, *zip(*[[scale * v for v in p[2]] for p in points]), color=colour, alpha=0.13, lw=0
+            x,
+            *zip(*[[scale * v for v in p[2]] for p in points], strict=False),
+            color=colour,
+            alpha=0.13,
+            lw=0,
         )
     ax.plot(
         x,
@@ -382,9 +393,10 @@ def lines(
     if not any(series.values()):
         raise OctomedError("there is nothing to draw: give at least one point")
     fig, ax = canvas(height=4.2)
-    colour = lambda name: (
-        COLOURS[list(series).index(name) % len(COLOURS)] if name in series else FAINT
-    )
+
+    def colour(name):
+        return COLOURS[list(series).index(name) % len(COLOURS)] if name in series else FAINT
+
     with style():
         if log:
             ax.set_xscale("log", base=2)
@@ -399,7 +411,7 @@ def lines(
             (*_, end), _ = (
                 points,
                 ax.plot(
-                    *zip(*[(x, scale * y) for x, y in points]),
+                    *zip(*[(x, scale * y) for x, y in points], strict=False),
                     color=colour(name),
                     lw=1.6,
                     ls=(0, (1, 1.6)),
@@ -415,8 +427,8 @@ def lines(
             ax.set_xticks(xticks, [f"{t:g}" for t in xticks])
             ax.minorticks_off()
         low, high = ax.get_ylim()
-        for (name, (x, y)), at in zip(
-            ends.items(), _spread([y for _, y in ends.values()], (high - low) * 0.065)
+        for (name, (_x, _y)), at in zip(
+            ends.items(), _spread([y for _, y in ends.values()], (high - low) * 0.065), strict=False
         ):
             ax.annotate(
                 name,
@@ -449,7 +461,7 @@ def circles(
     with style():
         heights = [100 * p["y"] for p in points]
         room = max(heights) - min(heights) or 10
-        for p, at in zip(points, _spread(heights, room * 0.05)):
+        for p, at in zip(points, _spread(heights, room * 0.05), strict=False):
             colour = FAINT if p.get("paper") else COLOURS[0]
             x, y = 100 * p["x"], 100 * p["y"]
             ax.scatter(
@@ -471,7 +483,7 @@ def circles(
                 fontsize=9,
                 color=colour,
                 annotation_clip=False,
-                arrowprops=dict(arrowstyle="-", color=RULE, lw=0.8),
+                arrowprops={"arrowstyle": "-", "color": RULE, "lw": 0.8},
                 zorder=2,
             )
         ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -511,7 +523,7 @@ def image_grid(
     with style():
         for ax in axes.flat:
             ax.axis("off")
-        for ax, image, name in zip(axes.flat, images, titles):
+        for ax, image, name in zip(axes.flat, images, titles, strict=False):
             if isinstance(image, (str, Path)):
                 with Image.open(image) as opened:
                     image = opened.convert("RGB")
@@ -539,7 +551,7 @@ def _counts(ax, heading: str, rows: list[dict], series: list[str], xlabel: str):
     ax.minorticks_off()
     for r in rows:
         y = at[r.get("group") or "", r["name"]]
-        for i, s in enumerate(s for s in series if r.get(s)):
+        for _i, s in enumerate(s for s in series if r.get(s)):
             ax.plot(
                 r[s],
                 y,
@@ -561,12 +573,12 @@ def _facts(ax, facts: list[tuple], series: list[str]):
     ax.axis("off")
     ax.set_ylim(len(facts) + 0.1, -1)
     places = [0.42 + 0.58 * (i + 1) / len(series) for i in range(len(series))]
-    for x, s in zip(places, series):
+    for x, s in zip(places, series, strict=False):
         ax.text(x, -0.5, s, ha="right", va="center", color=_colour(s, series), fontweight="bold")
     for y, (what, *values) in enumerate(facts):
         ax.axhline(y, color=RULE, lw=0.8)
         ax.text(0, y + 0.5, what, va="center")
-        for x, v in zip(places, values):
+        for x, v in zip(places, values, strict=False):
             ax.text(x, y + 0.5, v, ha="right", va="center")
     ax.set_xlim(0, 1)
 

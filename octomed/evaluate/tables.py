@@ -94,7 +94,9 @@ def rows_frame(rows: list[dict]):
     "The table as a data frame, in per cent, with the rates that an accuracy hides; a column that no row fills is left out; no interval is broken over two lines."
     import pandas as pd
 
-    per = lambda v: None if v is None else round(100 * v, 1)
+    def per(v):
+        return None if v is None else round(100 * v, 1)
+
     told = (
         "vote",
         "graded",
@@ -189,9 +191,10 @@ def reference_view(section: str, recipe: str = "course") -> list[dict]:
         return [{"text/markdown": f"*No reference run of {section} is kept here yet.*"}]
     r = json.loads(path.read_text())
     c = r["card"]
-    line = lambda f: (
-        f"| {f['text']} | {f['paper'] or '–'} | {100 * f['difference']:+.1f} ({100 * f['interval'][0]:+.1f} to {100 * f['interval'][1]:+.1f}) | {f['n']} × {f['training_seeds']} | **{f['verdict']}** |"
-    )
+
+    def line(f):
+        return f"| {f['text']} | {f['paper'] or '–'} | {100 * f['difference']:+.1f} ({100 * f['interval'][0]:+.1f} to {100 * f['interval'][1]:+.1f}) | {f['n']} × {f['training_seeds']} | **{f['verdict']}** |"
+
     moved = "" if c["code"] == section_code(section) else " The section's code has changed since."
     table = [
         "| claim | paper | difference in points, 95 % | questions × training seeds | verdict |",

@@ -19,8 +19,19 @@ from ..core.identity import seed_for
 from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/03_answers.ipynb #6c631fc9
-STATUSES = ("correct", "wrong", "parsed", "unparsed", "truncated")
-FORMS = ("boxed", "answer", "phrase", "whole")
+STATUSES = (
+    "correct",
+    "wrong",
+    "parsed",
+    "unparsed",
+    "truncated",
+)
+FORMS = (
+    "boxed",
+    "answer",
+    "phrase",
+    "whole",
+)
 END_OF_THINK = "</think>"
 
 
@@ -155,7 +166,7 @@ def lettered(
     if not isinstance(options, dict):
         if len(options) > 26:
             raise OctomedError(f"{len(options)} options have no letters: give at most 26")
-        options = dict(zip(string.ascii_uppercase, options))
+        options = dict(zip(string.ascii_uppercase, options, strict=False))
     if bad := [k for k in options if k not in _LETTERS]:
         raise OctomedError(f"an option is named {bad[0]!r}: name each by one letter")
     return {k: str(v) for k, v in options.items()}
@@ -246,7 +257,13 @@ def majority_vote(
     )
 
 # %% ../../nbs/generate/03_answers.ipynb #3b18b980
-AGREEMENT = ("same", "only ours", "only theirs", "different", "guessed")
+AGREEMENT = (
+    "same",
+    "only ours",
+    "only theirs",
+    "different",
+    "guessed",
+)
 
 
 def _kind(text: str, options: dict, ours: str | None, theirs: str | None) -> str:
@@ -273,7 +290,14 @@ def agreement(
         ours = judge(text, options, **how).letter
         n[kind := _kind(text, options, ours, theirs)] += 1
         if kind != "same":
-            differ.append({"kind": kind, "ours": ours, "theirs": theirs, "end": text[-200:]})
+            differ.append(
+                {
+                    "kind": kind,
+                    "ours": ours,
+                    "theirs": theirs,
+                    "end": text[-200:],
+                }
+            )
     return {k: n[k] for k in AGREEMENT}, differ
 
 # %% ../../nbs/generate/03_answers.ipynb #14cb94ff

@@ -400,7 +400,12 @@ async def _read(self: OpenAIEngine, client, body: dict) -> Said:
                 said.take(part)
         except Exception as e:
             raise ValueError(f"the stream broke off: {self._plainly(e)}") from None
-    if said.finish not in ("stop", "length", "content_filter", "tool_calls"):
+    if said.finish not in (
+        "stop",
+        "length",
+        "content_filter",
+        "tool_calls",
+    ):
         raise ValueError("the stream ended before the response did")
     return said
 

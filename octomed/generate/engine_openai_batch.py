@@ -65,7 +65,14 @@ class OpenAIBatchEngine(OpenAIEngine):
         batch = client.batches.create(
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
         )
-        return self._note({"id": batch.id, "sampling": s.key, "names": names, "collected": False})
+        return self._note(
+            {
+                "id": batch.id,
+                "sampling": s.key,
+                "names": names,
+                "collected": False,
+            }
+        )
 
     def _note(self, record: dict) -> dict:
         write_json(self.folder / f"{record['id']}.json", record)

@@ -66,13 +66,18 @@ def shrinking(
         ended = ended | stopping_criteria(ids, None)
         if 8 * int(ended.sum()) < len(rows):
             continue  # leaving rows out copies the cache
-        for n, row in zip(rows[ended].tolist(), ids[ended]):
+        for n, row in zip(rows[ended].tolist(), ids[ended], strict=False):
             whole[n] = row
         left = (~ended).nonzero()[:, 0]
         ids, rows, ended = ids[left], rows[left], ended[left]
         kw |= {
             k: kw[k].index_select(-2, left)
-            for k in ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+            for k in (
+                "attention_mask",
+                "position_ids",
+                "token_type_ids",
+                "mm_token_type_ids",
+            )
             if kw.get(k) is not None
         }
         kw["past_key_values"].batch_select_indices(left)
@@ -152,7 +157,16 @@ class TransformersEngine:
                 chat_images(r.messages),
             )
             size = len(self.processor.tokenizer(text)["input_ids"])
-            rows += [(size, r, i, text, images) for i in r.indices]
+            rows += [
+                (
+                    size,
+                    r,
+                    i,
+                    text,
+                    images,
+                )
+                for i in r.indices
+            ]
         rows.sort(key=lambda x: x[0])
         fits = [
             x for x in rows if x[0] + sampling.max_tokens + sampling.answer_tokens <= self.limit
@@ -196,10 +210,10 @@ class TransformersEngine:
                 s.answer_tokens,
                 [seeds[n] ^ 1 for n in late],
             )
-            for (n, f), (text, finish, ids) in zip(late.items(), more):
+            for (n, f), (text, finish, ids) in zip(late.items(), more, strict=False):
                 out[n] = (f + text, finish, ids)
         seconds = (time.time() - start) / len(rows)
-        for n, ((size, r, i, *_), (text, finish, ids)) in enumerate(zip(rows, out)):
+        for n, ((size, r, i, *_), (text, finish, ids)) in enumerate(zip(rows, out, strict=False)):
             extra = len(ids) if n in late else 0
             yield self._sample(r, i, s, text, finish, first[n] + extra, extra, seconds, size)
 

@@ -27,11 +27,14 @@ from octomed.generate.engines import (
 # %% ../../nbs/generate/06_engine_vllm.ipynb #c89faefa
 def _plain(messages: list) -> list:
     "The same chat, text turns as plain strings: what text-only models' templates expect."
-    flat = lambda c: (
-        c
-        if isinstance(c, str) or any(p["type"] != "text" for p in c)
-        else "".join(p["text"] for p in c)
-    )
+
+    def flat(c):
+        return (
+            c
+            if isinstance(c, str) or any(p["type"] != "text" for p in c)
+            else "".join(p["text"] for p in c)
+        )
+
     return [{**m, "content": flat(m["content"])} for m in messages]
 
 
@@ -207,6 +210,7 @@ def _start(
     except ValueError as e:
         return str(e)
     open[number] = job
+    return None
 
 
 def _done(self: VLLMEngine, job, s: Sampling, text, finish, tokens, logprobs=()) -> Sample:
@@ -269,7 +273,9 @@ def _finish(self: VLLMEngine, o, open: dict, s: Sampling) -> Sample | None:
     job, out = open.pop(o.request_id), o.outputs[0]
     finish = out.finish_reason if out.finish_reason in FINISHES else "error"
     logprobs = (
-        tuple(d[t].logprob for t, d in zip(out.token_ids, out.logprobs)) if self.logprobs else ()
+        tuple(d[t].logprob for t, d in zip(out.token_ids, out.logprobs, strict=False))
+        if self.logprobs
+        else ()
     )
     if not job.forced and (forced := forced_exit(out.text, finish, s)):
         second, r = (

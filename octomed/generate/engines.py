@@ -43,7 +43,12 @@ class Request:
     indices: tuple[int, ...] = (0,)
 
 # %% ../../nbs/generate/04_engines.ipynb #87e3c3ec
-FINISHES = ("stop", "length", "refused", "error")
+FINISHES = (
+    "stop",
+    "length",
+    "refused",
+    "error",
+)
 
 
 @dataclass

@@ -169,7 +169,13 @@ def read_tags(text: str) -> dict | None:
 
 # %% ../../nbs/generate/10_graders.ipynb #61e4764c
 GRADING = Sampling(temperature=0.0, top_p=1.0, max_tokens=1024)
-GRADED = ("graded", "unparsed", "length", "refused", "error")
+GRADED = (
+    "graded",
+    "unparsed",
+    "length",
+    "refused",
+    "error",
+)
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def grades(
         sampling,
         desc=f"{r.name} by {engine.model}",
     )
-    known = {key: _grade(s, read) for key, s in zip(once, drawn)}
+    known = {key: _grade(s, read) for key, s in zip(once, drawn, strict=False)}
     return [known[a.question, a.prompt] for a in asked]
 
 
@@ -253,18 +259,21 @@ def moderate(
         raise OctomedError(
             "these grades are not of these questions: give the grades of `difficulty` in the order of the questions"
         )
-    why = lambda g: (
-        f"rating {g.status}"
-        if g.value is None
-        else f"rated below {low}"
-        if g.value < low
-        else f"rated above {high}"
-        if g.value > high
-        else None
-    )
+
+    def why(g):
+        return (
+            f"rating {g.status}"
+            if g.value is None
+            else f"rated below {low}"
+            if g.value < low
+            else f"rated above {high}"
+            if g.value > high
+            else None
+        )
+
     kept, dropped = (
-        [q for q, g in zip(questions, found) if not why(g)],
-        [(q, why(g)) for q, g in zip(questions, found) if why(g)],
+        [q for q, g in zip(questions, found, strict=False) if not why(g)],
+        [(q, why(g)) for q, g in zip(questions, found, strict=False) if why(g)],
     )
     conserved(len(questions), len(kept), len(dropped), "the difficulty filter")
     return kept, dropped
@@ -287,7 +296,9 @@ def open_ended(
     "Whether each response means its reference; further arguments as `grades`."
     shown = [_final(response, think_first, reasoning) for *_, response in items]
     put = [
-        (q, {"reference": ref, "response": text}) for (q, ref, _), text in zip(items, shown) if text
+        (q, {"reference": ref, "response": text})
+        for (q, ref, _), text in zip(items, shown, strict=False)
+        if text
     ]
     got = iter(grades(rubric("open_ended"), put, read_verdict, grader, **kw))
 
@@ -311,7 +322,11 @@ def tags(
 ) -> list[tuple[dict, str]]:  # (modality and region, who says so), in the order of the questions
     "The tags of each question, from `source`, `grader`, or nobody: `unparsed`, … as the grade's status, `no image` where there is nothing to look at."
     given = [source_tags(q) for q in questions]
-    asked = {q.id: q for q, g in zip(questions, given) if q.images and q.at_hand and len(g) < 2}
+    asked = {
+        q.id: q
+        for q, g in zip(questions, given, strict=False)
+        if q.images and q.at_hand and len(g) < 2
+    }
     words = {"modalities": ", ".join(MODALITIES), "regions": ", ".join(REGIONS)}
     found = (
         {
@@ -332,4 +347,4 @@ def tags(
         g = found[q.id]
         return ({**g.value, **known}, "grader") if g.value else (known, g.status)
 
-    return [one(q, known) for q, known in zip(questions, given)]
+    return [one(q, known) for q, known in zip(questions, given, strict=False)]

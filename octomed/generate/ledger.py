@@ -25,7 +25,13 @@ from ..core.paths import OctomedError, store_dir
 from .engines import Engine, Request, Sample, Sampling
 
 # %% ../../nbs/generate/09_ledger.ipynb #d980c8d1
-KEY = ("question", "model", "prompt", "sampling", "index")
+KEY = (
+    "question",
+    "model",
+    "prompt",
+    "sampling",
+    "index",
+)
 
 
 def sample_key(question: str, model: str, prompt: str, sampling: str, index: int) -> bytes:
@@ -67,7 +73,10 @@ def _connect(path: Path) -> sqlite3.Connection:
 # %% ../../nbs/generate/09_ledger.ipynb #0886e23b
 def _prepare(db: sqlite3.Connection, name: str):
     "The tables, with a column for each field of `Sample`; the errors of an earlier version's samples go where errors are."
-    columns = lambda t: {row[1] for row in db.execute(f"PRAGMA table_info({t})")}
+
+    def columns(t):
+        return {row[1] for row in db.execute(f"PRAGMA table_info({t})")}
+
     if all(columns(t).issuperset(_COLUMNS) for t in ("samples", "errors")):
         return
     db.execute("BEGIN IMMEDIATE")
@@ -167,8 +176,8 @@ def _append(
     rows = [(sample_key(*_key(s)), *map(_utf8, _row(s)), time.time()) for s in samples]
     failed = [s.finish == "error" for s in samples]
     errors, new = (
-        [r for r, bad in zip(rows, failed) if bad],
-        [r for r, bad in zip(rows, failed) if not bad],
+        [r for r, bad in zip(rows, failed, strict=False) if bad],
+        [r for r, bad in zip(rows, failed, strict=False) if not bad],
     )
     try:
         if errors:
@@ -266,13 +275,14 @@ def _write_parquet(db: sqlite3.Connection, to: Path, rows: int = 10_000):
         with pq.ParquetWriter(part, schema, compression="zstd") as out:
             found = db.execute(f"SELECT {_NAMES} FROM samples ORDER BY rowid")
             while block := found.fetchmany(rows):
-                key, *columns, at = zip(*block)
+                key, *columns, at = zip(*block, strict=False)
                 out.write_table(
                     pa.table(
                         dict(
                             zip(
                                 schema.names,
                                 ([k.hex() for k in key], *columns, [int(1000 * t) for t in at]),
+                                strict=False,
                             )
                         ),
                         schema=schema,

@@ -92,12 +92,13 @@ def claims() -> list[Measured]:
         "The teachers write a sentence for each step; that their length follows the task is given."
     )
     small = "Length is read beside the answer of one small student; a 7B's long traces hold doubts and returns that these do not."
-    gap = lambda text, a, b, benchmark, **kw: Measured(
-        text, a, b, benchmark, measure="gap", not_proved=told, **kw
-    )
-    track = lambda text, measure, arm=ROUTED, where=several: Measured(
-        text, arm, arm, where, measure=measure, not_proved=small
-    )
+
+    def gap(text, a, b, benchmark, **kw):
+        return Measured(text, a, b, benchmark, measure="gap", not_proved=told, **kw)
+
+    def track(text, measure, arm=ROUTED, where=several):
+        return Measured(text, arm, arm, where, measure=measure, not_proved=small)
+
     return [
         gap(
             "In distribution, responses are longer on multimodal reasoning than on classification",
@@ -241,11 +242,18 @@ class Cell:
 
 def cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
     "(arm, benchmark) → lengths and errors."
-    over = lambda runs, f: np.array([[f(r) for r in run] for run in runs], float).T
-    wrong = lambda r: np.mean([s != "correct" for s in r["statuses"]])
-    other = lambda r: np.mean(
-        [l is None or l != r["letters"][0] for l in r["letters"][1:] or r["letters"]]
-    )
+
+    def over(runs, f):
+        return np.array([[f(r) for r in run] for run in runs], float).T
+
+    def wrong(r):
+        return np.mean([s != "correct" for s in r["statuses"]])
+
+    def other(r):
+        return np.mean(
+            [l is None or l != r["letters"][0] for l in r["letters"][1:] or r["letters"]]
+        )
+
     found = {}
     for arm, per in results.rows.items():
         for b, runs in per.items():
@@ -320,18 +328,26 @@ def statistic(
     seed: int | None = None,  # of training; None: all
 ):  # (weights of each benchmark) → (resamples,)
     "What a claim measures."
-    part = lambda arm: [seen[arm, b].of(seed) for b in c.where]
-    joined = lambda f: np.concatenate([f(x) for x in part(c.a)])
+
+    def part(arm):
+        return [seen[arm, b].of(seed) for b in c.where]
+
+    def joined(f):
+        return np.concatenate([f(x) for x in part(c.a)])
 
     def gap(arm, ws):
         unit = np.mean([x.length.mean() for (a, _), x in seen.items() if a == arm])
-        first, second = [w @ x.length.mean(1) / w.sum(1) / unit for w, x in zip(ws, part(arm))]
+        first, second = [
+            w @ x.length.mean(1) / w.sum(1) / unit for w, x in zip(ws, part(arm), strict=False)
+        ]
         return first - second
 
-    mean = lambda f: lambda ws: np.mean([f(w, x) for w, x in zip(ws, part(c.a))], axis=0)
-    save = lambda f: (
-        lambda ws: saved(np.concatenate(ws, axis=1), joined(f), joined(lambda x: x.error))
-    )
+    def mean(f):
+        return lambda ws: np.mean([f(w, x) for w, x in zip(ws, part(c.a), strict=False)], axis=0)
+
+    def save(f):
+        return lambda ws: saved(np.concatenate(ws, axis=1), joined(f), joined(lambda x: x.error))
+
     return {
         "gap": lambda ws: gap(c.a, ws) - (gap(c.b, ws) if c.b != c.a else 0),
         "steps": mean(lambda w, x: concordance(w, x.length, x.steps)),
@@ -354,7 +370,10 @@ def judged(c: Measured, results: Results, seen: dict) -> dict:
         [len(seen[c.a, b].error) for b in c.where],
         np.random.default_rng(results.common.base_seed),
     )
-    point = lambda seed=None: float(statistic(c, seen, seed)([np.ones((1, m)) for m in sizes])[0])
+
+    def point(seed=None):
+        return float(statistic(c, seen, seed)([np.ones((1, m)) for m in sizes])[0])
+
     drawn = np.concatenate(
         [
             statistic(c, seen)(
@@ -385,7 +404,12 @@ def mean_lengths(seen: dict, n: int, seed: int) -> list[dict]:
 
     got = {k: bootstrap(c.length, n=n, seed=seed) for k, c in seen.items()}
     return [
-        {"arm": a, "benchmark": b, "tokens": i.difference, "interval": list(i.interval)}
+        {
+            "arm": a,
+            "benchmark": b,
+            "tokens": i.difference,
+            "interval": list(i.interval),
+        }
         for (a, b), i in got.items()
     ]
 
@@ -394,7 +418,9 @@ def figure(results: dict):
     "Fig. 8: mean response length by benchmark, in and out of distribution."
     from octomed.evaluate.figures import bars_with_paper
 
-    of = lambda b: "in distribution" if b in IN else "out of distribution"
+    def of(b):
+        return "in distribution" if b in IN else "out of distribution"
+
     rows = [
         {
             "arm": r["arm"],
@@ -428,9 +454,13 @@ def curves(seen: dict, points: int = 20) -> dict[str, list]:
         max(1, round(len(error) * k / points)) for k in range(2, points + 1)
     ]  # of the first few, a risk is noise
     one, rate = np.ones((1, len(error))), float(error.mean())
-    mean = lambda s: np.mean(
-        [risk(one, x, e)[1][0] for x, e in zip(np.concatenate(s).T, error.T)], axis=0
-    )
+
+    def mean(s):
+        return np.mean(
+            [risk(one, x, e)[1][0] for x, e in zip(np.concatenate(s).T, error.T, strict=False)],
+            axis=0,
+        )
+
     return {
         **{
             name: [(m / len(error), float(r[m - 1])) for r in [mean(s)] for m in at]
@@ -445,7 +475,7 @@ def coverage_figure(results: dict):
     from octomed.evaluate.figures import lines
 
     return lines(
-        {k: v for k, v in results["coverage"].items()},
+        dict(results["coverage"].items()),
         title="Which answers to hand on",
         xlabel="share of the answers that are kept",
         ylabel="errors among them, %",

@@ -45,14 +45,17 @@ def claims() -> list[Claim]:
     "That a right answer is more often than not rightly reasoned, as often as the teacher's, and more often where the student was taught."
     shown = "Figs. S1–S3: the cases that are shown are sound"
     strict = "A chain that leaves a needed fact unsaid counts as not valid, though the student may know it."
-    most = lambda where, benchmark: Claim(
-        f"{where}, more than half of the right answers are rightly reasoned",
-        STUDENT,
-        "one half",
-        benchmark,
-        paper=shown,
-        not_proved=strict,
-    )
+
+    def most(where, benchmark):
+        return Claim(
+            f"{where}, more than half of the right answers are rightly reasoned",
+            STUDENT,
+            "one half",
+            benchmark,
+            paper=shown,
+            not_proved=strict,
+        )
+
     return [
         most("On text", WARD),
         most("On multimodal reasoning", ROUNDS),
@@ -125,7 +128,7 @@ def answered(recipe: Recipe, arm: Arm, benchmark: str) -> list[tuple[Question, S
             s := have[k],
             judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think),
         )
-        for q, k in zip(qs, keys)
+        for q, k in zip(qs, keys, strict=False)
     ]
 
 
@@ -171,8 +174,13 @@ def chosen(
     "The cases that are shown."
     lot, places = sorted(all, key=lambda c: digest("case", seed, c.question.id)), []
     inside = [c for c in lot if c.benchmark in IN]
-    named = lambda right: "right" if right else "wrong"
-    first = lambda cs: next(iter(cs), None)
+
+    def named(right):
+        return "right" if right else "wrong"
+
+    def first(cs):
+        return next(iter(cs), None)
+
     for kind in dict.fromkeys(sorted(c.kind for c in inside)):
         places += [
             (
@@ -225,18 +233,18 @@ def breaks(c: Case) -> str:
     )
 
 
-WORDS = dict(
-    look="what the image shows",
-    dx="the diagnosis",
-    test="its test",
-    first="its first treatment",
-    contra="what is forbidden",
-    allowed="what is allowed",
-    alternative="the other treatment",
-    harm="the harm",
-    lacks="a finding that is said to be lacking",
-    bind="which option that is",
-)
+WORDS = {
+    "look": "what the image shows",
+    "dx": "the diagnosis",
+    "test": "its test",
+    "first": "its first treatment",
+    "contra": "what is forbidden",
+    "allowed": "what is allowed",
+    "alternative": "the other treatment",
+    "harm": "the harm",
+    "lacks": "a finding that is said to be lacking",
+    "bind": "which option that is",
+}
 
 # %% ../../nbs/paper/55_cases.ipynb #8bbf94e9
 def told(place: str, c: Case | None, n: int) -> dict:
@@ -280,7 +288,10 @@ def in_words(d: dict) -> str:
     options = "\n".join(
         f"- {k}: {v}" + (" ←" if k == d["answer"] else "") for k, v in d["options"].items()
     )
-    quoted = lambda text: "\n".join(f"> {line}" for line in text.replace("<", "&lt;").splitlines())
+
+    def quoted(text):
+        return "\n".join(f"> {line}" for line in text.replace("<", "&lt;").splitlines())
+
     trace = (
         f"{d['teacher']}, accepted{'' if d['trace_valid'] is None else ', rightly reasoned' if d['trace_valid'] else ', but not rightly reasoned'}:\n\n{quoted(d['trace'])}"
         if d["trace"]
@@ -310,7 +321,7 @@ def open_cases(recipe: Recipe, n: int) -> list[dict]:
         ]
         got = draw(Ledger(), engine, asked, p["sampling"], desc="without options")
         verdicts = open_ended(
-            [(q, q.answer_text, s.text) for q, s in zip(qs, got)],
+            [(q, q.answer_text, s.text) for q, s in zip(qs, got, strict=False)],
             common.grader,
             think_first=True,
             reasoning=False,
@@ -325,7 +336,7 @@ def open_cases(recipe: Recipe, n: int) -> list[dict]:
                 "tokens": s.tokens,
                 "status": v.status,
             }
-            for q, s, v in zip(qs, got, verdicts)
+            for q, s, v in zip(qs, got, verdicts, strict=False)
         ]
     return found
 
@@ -355,14 +366,15 @@ def found_of(c: Claim, n: dict, resamples: int, seed: int) -> dict:
         tops, downs = zip(
             *[
                 (w @ n[b][who, "valid"], w @ n[b][who, "right"])
-                for b, w in zip(where, ws)
+                for b, w in zip(where, ws, strict=False)
                 if b in some
-            ]
+            ],
+            strict=False,
         )
         return np.mean(
             [
                 np.divide(t, d, out=np.full(len(t), np.nan), where=d > 0)
-                for t, d in zip(tops, downs)
+                for t, d in zip(tops, downs, strict=False)
             ],
             axis=0,
         )
@@ -372,7 +384,10 @@ def found_of(c: Claim, n: dict, resamples: int, seed: int) -> dict:
         TEACHER: lambda ws: share(TEACHER, ws, where),
         STUDENT: lambda ws: share(STUDENT, ws, OUT),
     }[c.b]
-    value = lambda ws: share(STUDENT, ws, IN) - other(ws)
+
+    def value(ws):
+        return share(STUDENT, ws, IN) - other(ws)
+
     sizes = [len(n[b][STUDENT, "right"]) for b in where]
     point, drawn = (
         value([np.ones((1, m)) for m in sizes])[0],
@@ -417,10 +432,13 @@ def figure(results: dict, cases: int = 4):
     ]
     if not (some := [d for d in some if d][:cases] or with_image[:1]):
         raise OctomedError("no case has an image: there is nothing to draw")
-    wrapped = lambda head, text: [
-        head,
-        *(f"   {line}" for line in textwrap.wrap(" ".join(text.split()), 112)),
-    ]
+
+    def wrapped(head, text):
+        return [
+            head,
+            *(f"   {line}" for line in textwrap.wrap(" ".join(text.split()), 112)),
+        ]
+
     texts = [
         wrapped(f"{d['number']}. {d['place']}", d["stem"])
         + [f"   {k}: {v}" + ("  ←" if k == d["answer"] else "") for k, v in d["options"].items()]
@@ -451,10 +469,10 @@ def figure(results: dict, cases: int = 4):
         width=9.2,
         height=sum(0.165 * len(t) + 0.35 for t in texts) + 0.3,
         squeeze=False,
-        gridspec_kw=dict(width_ratios=[1, 5.4], height_ratios=[len(t) + 2 for t in texts]),
+        gridspec_kw={"width_ratios": [1, 5.4], "height_ratios": [len(t) + 2 for t in texts]},
     )
     with style():
-        for (left, right), d, text in zip(axes, some, texts):
+        for (left, right), d, text in zip(axes, some, texts, strict=False):
             left.axis("off")
             right.axis("off")
             left.set_anchor("N")

@@ -126,7 +126,13 @@ def counted(
         missing = None if s.category == "text_only" else UNTOLD
         seen = Counter((t.get("modality", missing), t.get("region", missing)) for t in told)
     return [
-        {**row, "modality": m, "region": r, "who": who, "questions": n}
+        {
+            **row,
+            "modality": m,
+            "region": r,
+            "who": who,
+            "questions": n,
+        }
         for (m, r), n in seen.items()
     ]
 
@@ -168,7 +174,9 @@ def agreement(questions: list[Question], grader: str = "clinic/grader") -> dict:
     known = [q for q in questions if len(source_tags(q)) == 2]
     found = tags([replace(q, tags={}) for q in known], grader)
     alike = {
-        kind: sum(t.get(kind) == source_tags(q)[kind] for q, (t, _) in zip(known, found))
+        kind: sum(
+            t.get(kind) == source_tags(q)[kind] for q, (t, _) in zip(known, found, strict=False)
+        )
         for kind in ("modality", "region")
     }
     return {"asked": len(known), **alike, "unread": sum(who != "grader" for _, who in found)}
@@ -272,7 +280,14 @@ def composition(results: dict):
     )
 
 # %% ../../nbs/paper/30_dataset.ipynb #5417efa7
-def open_part(acceptance=(1.0, 0.9, 0.8, 0.7)) -> list[dict]:
+def open_part(
+    acceptance=(
+        1.0,
+        0.9,
+        0.8,
+        0.7,
+    ),
+) -> list[dict]:
     "What of the paper's 8 million its named sources leave open, by the share of responses that is accepted."
     left = {
         a: explained(samples=PAPER["samples"], acceptance=a, paper=PAPER["traces"])[-1]
@@ -375,7 +390,7 @@ def repeats(
 ) -> dict[str, int]:
     "Images that stand in a set more than once, and those whose copies have different labels."
     labels: dict[str, list] = {}
-    for q, k in zip(questions, keys):
+    for q, k in zip(questions, keys, strict=False):
         labels.setdefault(k, []).append(q.answer)
     several, torn = (
         [l for l in labels.values() if len(l) > 1],
@@ -470,7 +485,13 @@ def scope(recipe: Recipe) -> Recipe:
     "The recipe as this section uses it: its own number of test images, and what suits a small student from scratch, whatever the recipe's own is."
     small = {
         name: getattr(Common(), name)
-        for name in ("batch", "warmup", "max_pixels", "max_tokens", "answer_tokens")
+        for name in (
+            "batch",
+            "warmup",
+            "max_pixels",
+            "max_tokens",
+            "answer_tokens",
+        )
     }
     return replace(
         recipe,
@@ -484,7 +505,17 @@ def inputs(recipe: Recipe) -> list:
     "The real files that this section reads, where they are at hand."
     return [
         p
-        for s in at_hand(dict.fromkeys((*TEXT_TRAIN, *TEXT_BENCH, TRAIN, TEST, *NAMED)))
+        for s in at_hand(
+            dict.fromkeys(
+                (
+                    *TEXT_TRAIN,
+                    *TEXT_BENCH,
+                    TRAIN,
+                    TEST,
+                    *NAMED,
+                )
+            )
+        )
         for p in question_sources(s)
         if p is not None
     ]

@@ -148,14 +148,17 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         for at in (0.0, *POINTS)
     }
     told = {o: tuple((s.strip(), p["cases"]) for s in p[o].split(",")) for o in OTHERS if p[o]}
-    other = lambda sources, at: Arm(
-        sources,
-        k=0,
-        form="cot_base",
-        schedule=ours[at].schedule,
-        base=whole.base,
-        compute_of=ours[at],
-    )
+
+    def other(sources, at):
+        return Arm(
+            sources,
+            k=0,
+            form="cot_base",
+            schedule=ours[at].schedule,
+            base=whole.base,
+            compute_of=ours[at],
+        )
+
     pictures = tuple((s, n) for s, n in whole.sources if source_of(s).category != "text_only")
     return {
         BEFORE: ours[0.0],
@@ -194,7 +197,13 @@ def unread(e, rows: list[dict]) -> list[tuple]:  # (row, run, question, response
     }
     have = Ledger().find(list(keys.values()))
     return [
-        (row, n, qs[row["question"]], have[keys[row["question"], n]].text, t)
+        (
+            row,
+            n,
+            qs[row["question"]],
+            have[keys[row["question"], n]].text,
+            t,
+        )
         for row in rows
         for n, status in enumerate(row["statuses"])
         if status == "unparsed"
@@ -214,7 +223,7 @@ def graded(results: Results, wanted: dict, grader: str) -> Results:
         u
         for a, per in wanted.items()
         for b, es in per.items()
-        for e, run in zip(es, rows[a][b])
+        for e, run in zip(es, rows[a][b], strict=False)
         for u in unread(e, run)
     ]
     for thinks in (True, False):
@@ -227,6 +236,7 @@ def graded(results: Results, wanted: dict, grader: str) -> Results:
                 thinks,
                 reasoning=False,
             ),
+            strict=False,
         ):
             row["statuses"][n] = v.status
     return type(results)(results.common, rows)

@@ -139,7 +139,13 @@ def claims() -> list[Compared]:
         )
         for w in on
     ]
-    return [*gains, *alike, *less, *same, *ends]
+    return [
+        *gains,
+        *alike,
+        *less,
+        *same,
+        *ends,
+    ]
 
 # %% ../../nbs/paper/54_families.ipynb #c46eee67
 def scope(recipe: Recipe) -> Recipe:
@@ -196,7 +202,7 @@ def make_bases(recipe: Recipe):
 # %% ../../nbs/paper/54_families.ipynb #7bf76ef7
 def gains(results: Results) -> list[dict]:
     "What every arm added to its base, by benchmark."
-    kw, found = dict(n=results.common.bootstrap, seed=results.common.base_seed), []
+    kw, found = {"n": results.common.bootstrap, "seed": results.common.base_seed}, []
     for name in (a for a in results.rows if before(a) in results.rows):
         for b in results.benchmarks:
             got = paired_bootstrap(

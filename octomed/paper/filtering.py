@@ -19,7 +19,16 @@ from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, w
 
 # %% ../../nbs/paper/43_filtering.ipynb #775bb73b
 POINTS = (0.25, 0.5, 1.0)  # of the schedule: early, half, the end
-NONE, NAMES = "none", ("student", "teacher", "difficulty", "length", "dissent")
+NONE, NAMES = (
+    "none",
+    (
+        "student",
+        "teacher",
+        "difficulty",
+        "length",
+        "dissent",
+    ),
+)
 
 
 def name(arm: str, point: float) -> str:
@@ -134,7 +143,10 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         at: Arm(pool, k=1, schedule=schedule_of(common, at * p["epochs"]), base=first)
         for at in (0, *POINTS)
     }
-    window = lambda f: (f, p["lowest"] if f == "student" else FILTERS[f][0], FILTERS[f][1])
+
+    def window(f):
+        return (f, p["lowest"] if f == "student" else FILTERS[f][0], FILTERS[f][1])
+
     kept = {
         name(f, at): replace(plain[at], filter=window(f), compute_of=plain[at])
         for f in NAMES

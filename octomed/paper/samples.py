@@ -93,12 +93,15 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, k × epochs, one trace repeated to equal steps, and rewordings where there are any."
     p = recipe.of("44_samples")
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
-    one = lambda k, epochs: Arm(
-        ((p["source"], p["questions"]),),
-        k=k,
-        schedule=schedule_of(recipe.common, epochs),
-        base=first,
-    )
+
+    def one(k, epochs):
+        return Arm(
+            ((p["source"], p["questions"]),),
+            k=k,
+            schedule=schedule_of(recipe.common, epochs),
+            base=first,
+        )
+
     grid = {name(k, e): one(k, e) for k in KS for e in EPOCHS}
     most = grid[name(KS[-1], 1)]
     reworded = (
@@ -106,7 +109,12 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         if p["near"]
         else {}
     )
-    return {"before": one(1, 0), **grid, REPEATED: replace(most, k=1, compute_of=most), **reworded}
+    return {
+        "before": one(1, 0),
+        **grid,
+        REPEATED: replace(most, k=1, compute_of=most),
+        **reworded,
+    }
 
 # %% ../../nbs/paper/44_samples.ipynb #c58d91f6
 def drawn(recipe: Recipe, arm: Arm) -> tuple[list, dict]:
@@ -128,7 +136,10 @@ def figure(results: dict):
     from octomed.evaluate.figures import lines
 
     at = {r["arm"]: r for r in results["rows"]}
-    point = lambda x, arm: (x, at[arm]["accuracy"], at[arm]["interval"])
+
+    def point(x, arm):
+        return (x, at[arm]["accuracy"], at[arm]["interval"])
+
     series = {
         f"k = {k}": [point(0, "before")] * ("before" in at)
         + [point(e, name(k, e)) for e in EPOCHS if name(k, e) in at]

@@ -45,7 +45,16 @@ from ..generate.prompts import load_template
 from .sourcing import BEFORE, EVERYWHERE, Everywhere
 
 # %% ../../nbs/paper/51_scaling.ipynb #8fbf629d
-SHARES, EPOCHS, MARGIN = (1 / 8, 1 / 4, 1 / 2, 1.0), (1, 2, 3), 0.10
+SHARES, EPOCHS, MARGIN = (
+    (
+        1 / 8,
+        1 / 4,
+        1 / 2,
+        1.0,
+    ),
+    (1, 2, 3),
+    0.10,
+)
 
 
 def name(share: float, epochs: int = 3) -> str:
@@ -69,10 +78,15 @@ TEACHERS, VOTE, SINGLE, CURVE = BESIDE = (
 # %% ../../nbs/paper/51_scaling.ipynb #ed41e32e
 def claims() -> list[Claim]:
     "What the paper says in Table 2 and §5, and what it does not ask."
-    word = lambda c: c.replace("_", " ")
-    told = lambda c, a, b: (
-        f"{paper_number(2, 'Overall', a, c):.2f} against {paper_number(2, 'Overall', b, c):.2f}"
-    )
+
+    def word(c):
+        return c.replace("_", " ")
+
+    def told(c, a, b):
+        return (
+            f"{paper_number(2, 'Overall', a, c):.2f} against {paper_number(2, 'Overall', b, c):.2f}"
+        )
+
     simulated = "The teachers are simulated: how often each is right is stated, not found."
     text, reasoning, classes = CATEGORIES
     return [
@@ -182,16 +196,23 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, the parts of the questions, the epochs, a smaller student and the control at equal tokens."
     p, common = recipe.of("51_scaling"), recipe.common
     first = warm_up(recipe, p["warm"], p["warm_epochs"])
-    part = lambda share: tuple(
-        (s, (n := p["questions"] or source_of(s).expected or 0) and max(1, round(share * n)))
-        for s in common.train
-    )  # of a source of unknown size, all in every part
-    one = lambda share, epochs: Arm(
-        part(share),
-        k=p["k"],
-        schedule=replace(schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]),
-        base=first,
-    )
+
+    def part(share):
+        return tuple(
+            (s, (n := p["questions"] or source_of(s).expected or 0) and max(1, round(share * n)))
+            for s in common.train
+        )  # of a source of unknown size, all in every part
+
+    def one(share, epochs):
+        return Arm(
+            part(share),
+            k=p["k"],
+            schedule=replace(
+                schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]
+            ),
+            base=first,
+        )
+
     grid = {name(s): one(s, 3) for s in SHARES} | {name(1 / 2, e): one(1 / 2, e) for e in EPOCHS}
     small = (
         {
@@ -235,17 +256,20 @@ def taught_by(recipe: Recipe, benchmark: str, runs: int) -> list[list[dict]]:
                 )
                 for _ in range(runs)
             ]
-    row = lambda q, s, v: {
-        "question": q.id,
-        "answer": q.answer,
-        "options": len(q.options),
-        "tags": q.tags,
-        "letters": [v.letter],
-        "statuses": [v.status],
-        "finishes": [s.finish],
-        "tokens": [s.tokens],
-        "forced": [False],
-    }
+
+    def row(q, s, v):
+        return {
+            "question": q.id,
+            "answer": q.answer,
+            "options": len(q.options),
+            "tags": q.tags,
+            "letters": [v.letter],
+            "statuses": [v.status],
+            "finishes": [s.finish],
+            "tokens": [s.tokens],
+            "forced": [False],
+        }
+
     return [[row(q, *found[q.id][n]) for q in qs] for n in range(runs)]
 
 # %% ../../nbs/paper/51_scaling.ipynb #e0bcb81f
@@ -259,7 +283,10 @@ def again(recipe: Recipe) -> Recipe:
 def voted(repeated: Results) -> Results:
     "The single responses of repeated runs, and their vote."
     (per,), seed = repeated.rows.values(), repeated.common.base_seed
-    right = lambda r: majority_vote(r["letters"], (seed, r["question"])).letter == r["answer"]
+
+    def right(r):
+        return majority_vote(r["letters"], (seed, r["question"])).letter == r["answer"]
+
     return Results(
         repeated.common,
         {
@@ -277,7 +304,10 @@ def voted(repeated: Results) -> Results:
 # %% ../../nbs/paper/51_scaling.ipynb #3bf3e8f3
 def paper_rows() -> dict:
     "Table 2's Overalls, beside ours: the untrained student, the final one, and the teachers of text and of images."
-    of = lambda model, c: paper_number(2, "Overall", model, c) / 100
+
+    def of(model, c):
+        return paper_number(2, "Overall", model, c) / 100
+
     return {
         (arm, c): of(model or ("DeepSeek-R1" if c == "text_only" else "GPT-4o"), c)
         for arm, model in ((BEFORE, "Qwen2.5-VL-7B"), (FINAL, "OctoMed-7B"), (TEACHERS, ""))
@@ -296,9 +326,13 @@ def accuracies(
     "Accuracies of several arms, first as they are, then under resampled questions; the mean over benchmarks."
     groups, rng = results.scores(arms[0], where)[1], np.random.default_rng(results.common.base_seed)
     y = np.stack([per_question(results.scores(a, where, seed)[0]) for a in arms], 1)
-    drawn = lambda m: (
-        np.vstack([np.ones(m), rng.multinomial(m, [1 / m] * m, size=results.common.bootstrap)]) / m
-    )
+
+    def drawn(m):
+        return (
+            np.vstack([np.ones(m), rng.multinomial(m, [1 / m] * m, size=results.common.bootstrap)])
+            / m
+        )
+
     return np.mean(
         [drawn(len(part)) @ part for part in (y[groups == g] for g in dict.fromkeys(groups))], 0
     )
@@ -323,7 +357,10 @@ def fit(results: Results, where: str) -> dict:
     got, n = accuracies(results, arms, where), np.prod(results.scores(arms[0], where)[0].shape)
     fitted, fine = curve(at, got, n, at), np.linspace(at[0], at[-1], 25)
     ahead = curve(at[:-1], got[:, :-1], n, at[-1:])[:, 0]
-    band = lambda v: [float(q) for q in np.quantile(v[1:], [0.025, 0.975])]
+
+    def band(v):
+        return [float(q) for q in np.quantile(v[1:], [0.025, 0.975])]
+
     gain = curve(at, got, n, at[-2:]) @ [-1, 1]
     return {
         "category": where,
@@ -334,7 +371,10 @@ def fit(results: Results, where: str) -> dict:
         "foretold, interval": band(ahead),
         "found": float(got[0, -1]),
         "if nothing changed": float(got[0, -2]),
-        "curve": [[float(2**x), float(y)] for x, y in zip(fine, curve(at, got[:1], n, fine)[0])],
+        "curve": [
+            [float(2**x), float(y)]
+            for x, y in zip(fine, curve(at, got[:1], n, fine)[0], strict=False)
+        ],
     }
 
 
@@ -407,7 +447,10 @@ def epochs_figure(results: dict):
     from octomed.evaluate.figures import lines
 
     at = {(r["arm"], r["category"]): r for r in results["rows"] if r["benchmark"] == "Overall"}
-    mean = lambda arm: sum(at[arm, c]["accuracy"] for c in CATEGORIES) / len(CATEGORIES)
+
+    def mean(arm):
+        return sum(at[arm, c]["accuracy"] for c in CATEGORIES) / len(CATEGORIES)
+
     series = {
         "1/2 of the questions": [(e, mean(name(1 / 2, e))) for e in EPOCHS],
         "1/8, same tokens": [(3, mean(REPEATED))],
@@ -429,7 +472,12 @@ def table_figure(results: dict):
 
     names = {BEFORE: "start", FINAL: "student", TEACHERS: TEACHERS}
     rows = [
-        {**r, "arm": names[r["arm"]], "category": "", "benchmark": r["category"].replace("_", " ")}
+        {
+            **r,
+            "arm": names[r["arm"]],
+            "category": "",
+            "benchmark": r["category"].replace("_", " "),
+        }
         for r in results["rows"]
         if r["benchmark"] == "Overall" and r["arm"] in names
     ]
@@ -442,18 +490,29 @@ def progress_figure(results: dict):
 
     where = results["votes"][0]["benchmark"]
     at = {r["arm"]: r for r in [*results["rows"], *results["votes"]] if r["benchmark"] == where}
-    point = lambda x, arm: (x, at[arm]["accuracy"], at[arm]["interval"])
+
+    def point(x, arm):
+        return (x, at[arm]["accuracy"], at[arm]["interval"])
+
     series = {
         "single response": [point(0, BEFORE), *(point(s, name(s)) for s in SHARES)],
         "vote": [point(1, VOTE)],
         "its teacher": [point(1, TEACHERS)],
     }
-    of = lambda model: paper_number(2, "MedQA", model, "text_only") / 100
+
+    def of(model):
+        return paper_number(2, "MedQA", model, "text_only") / 100
+
     return lines(
         series,
         title="MedQA and its counterpart (numbers of Fig. 1, right)",
         xlabel="share of the questions",
-        xticks=(0, 0.25, 0.5, 1),
+        xticks=(
+            0,
+            0.25,
+            0.5,
+            1,
+        ),
         paper={
             "single response": [(0, of("Qwen2.5-VL-7B"))],
             "vote": [(1, of("OctoMed-7B"))],
@@ -468,9 +527,11 @@ def parameters_of(student) -> int:
 
     from safetensors import safe_open
 
-    count = lambda f: sum(
-        int(np.prod(h.get_slice(k).get_shape())) for h in [safe_open(f, "np")] for k in h.keys()
-    )
+    def count(f):
+        return sum(
+            int(np.prod(h.get_slice(k).get_shape())) for h in [safe_open(f, "np")] for k in h
+        )
+
     return sum(map(count, Path(student).glob("*.safetensors")))
 
 
@@ -501,7 +562,10 @@ def models_figure(results: dict):
         if (a, text) in at
     ]
     overall = {r["category"]: r for r in paper_table(2) if r["task"] == "Overall"}
-    billions = lambda model: float(m[1]) if (m := re.search(r"(\d+)B$", model)) else 100.0
+
+    def billions(model):
+        return float(m[1]) if (m := re.search(r"(\d+)B$", model)) else 100.0
+
     paper = [
         {
             "name": m,

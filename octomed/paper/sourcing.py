@@ -31,7 +31,9 @@ from ..evaluate.stats import paired_bootstrap
 from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295
-SOURCES = dict(zip(("text", "reasoning", "classification"), CATEGORIES))  # name → category
+SOURCES = dict(
+    zip(("text", "reasoning", "classification"), CATEGORIES, strict=False)
+)  # name → category
 COMBINATIONS = tuple(c for n in (1, 2, 3) for c in combinations(SOURCES, n))
 BEFORE, EVERYWHERE, MARGIN = "before", "every category", 0.10
 
@@ -145,12 +147,15 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         {s: [t for t in common.train if source_of(t).category == c] for s, c in SOURCES.items()},
     )
     part = {s: tuple((pool, p["questions"] // len(ps)) for pool in ps) for s, ps in pools.items()}
-    one = lambda *sources: Arm(
-        sum((part[s] for s in sources), ()),
-        k=1,
-        schedule=schedule_of(common, p["epochs"]),
-        base=first,
-    )
+
+    def one(*sources):
+        return Arm(
+            sum((part[s] for s in sources), ()),
+            k=1,
+            schedule=schedule_of(common, p["epochs"]),
+            base=first,
+        )
+
     seven = {name(*c): one(*c) for c in COMBINATIONS}
     same = {
         matched(a): replace(seven[a], compute_of=seven["text"])

@@ -33,9 +33,12 @@ def _version(package: str, below: str | None = None, least: str = "0") -> str:
         found = version(package)
     except PackageNotFoundError:
         raise OctomedError("not installed: run `pip install -e .`") from None
-    number = lambda v: [
-        int("".join(c for c in x if c.isdigit()) or 0) for x in v.split("+")[0].split(".")[:3]
-    ]
+
+    def number(v):
+        return [
+            int("".join(c for c in x if c.isdigit()) or 0) for x in v.split("+")[0].split(".")[:3]
+        ]
+
     if number(found) < number(least) or (below and number(found) >= number(below)):
         raise OctomedError(
             f"{found} is not between {least} and {below or 'later'}: install what constraints.txt names"
@@ -47,7 +50,20 @@ def _torchvision() -> str:
     import torch
     import torchvision
 
-    torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
+    torchvision.ops.nms(
+        torch.tensor(
+            [
+                [
+                    0.0,
+                    0.0,
+                    1.0,
+                    1.0,
+                ]
+            ]
+        ),
+        torch.ones(1),
+        0.5,
+    )
     return torchvision.__version__
 
 
@@ -207,6 +223,7 @@ def run(args):
     from octomed.run.runner import run_recipe
 
     run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes, jobs=args.jobs)
+    return None
 
 
 def status(args):
@@ -355,7 +372,12 @@ def _arm(args):
     arm = Arm(tuple((s, args.limit) for s in specs), form=getattr(args, "form", "cot"), k=args.k)
     changed = {
         k: tuple(v) if k == "freeze" else v
-        for k in ("optimizer", "precision", "lora", "freeze")
+        for k in (
+            "optimizer",
+            "precision",
+            "lora",
+            "freeze",
+        )
         if (v := getattr(args, k, None))
     }
     if hasattr(args, "epochs"):
@@ -468,6 +490,7 @@ def evaluate(args):
     for row in (score_row, rate_row):
         show(filled([{k: v for k, v in row(r).items() if k != "arm"} for r in rows]), False)
         print()
+    return None
 
 # %% ../../nbs/run/12_cli.ipynb #8d561acb
 def export(args):

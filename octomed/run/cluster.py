@@ -236,7 +236,13 @@ def _again(wait: float = 60):
         return
     if (
         subprocess.run(
-            ["squeue", "--noheader", "--jobs", id, "--format=%T"],
+            [
+                "squeue",
+                "--noheader",
+                "--jobs",
+                id,
+                "--format=%T",
+            ],
             capture_output=True,
             text=True,
             timeout=60,
@@ -383,6 +389,11 @@ def state(name: str) -> list[dict]:  # {job, id, state, log}
         return "queued" if j["id"] in seen else "not done"
 
     return [
-        {"job": j["job"], "id": j["id"], "state": where(j), "log": j["log"]}
+        {
+            "job": j["job"],
+            "id": j["id"],
+            "state": where(j),
+            "log": j["log"],
+        }
         for j in read_json(folder / "jobs.json")
     ]

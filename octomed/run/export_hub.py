@@ -114,7 +114,14 @@ def _steps(arm: Arm, common: Common, out: Path, funnel: dict) -> dict:
         n: s
         for n, s in stages(arm, common).items()
         if isinstance(s, Stage)
-        and n in ("data", "samples", "filtered", "accepted", "student")
+        and n
+        in (
+            "data",
+            "samples",
+            "filtered",
+            "accepted",
+            "student",
+        )
         and s.done
     }
     for n, s in made.items():
@@ -174,7 +181,14 @@ def _contaminated(rows: list[dict]) -> str:
         "… an image",
         "items too short for the rule of words",
     )
-    keys = ("benchmark", "items", "words", "stem", "image", "unseen")
+    keys = (
+        "benchmark",
+        "items",
+        "words",
+        "stem",
+        "image",
+        "unseen",
+    )
     return (
         _table(
             head,
@@ -201,7 +215,10 @@ def provenance(
     shared: list[dict],  # what `contamination` gives
 ) -> str:
     "What a reader of a card must know: sources and licences, teachers, what was dropped, contamination."
-    count = lambda key: {k: sum(key(x) == k for x in found) for k in dict.fromkeys(map(key, found))}
+
+    def count(key):
+        return {k: sum(key(x) == k for x in found) for k in dict.fromkeys(map(key, found))}
+
     by_source, dropped = (
         count(lambda x: f"{x.question.source}:{x.question.split}"),
         lambda d: ", ".join(
@@ -210,7 +227,13 @@ def provenance(
     )
     specs = dict.fromkeys(spec for a in lineage(arm) for spec, _ in a.sources)
     rows = [
-        (s.spec, by_source.get(s.spec, 0), s.category, s.licence, s.hub or "made by octomed")
+        (
+            s.spec,
+            by_source.get(s.spec, 0),
+            s.category,
+            s.licence,
+            s.hub or "made by octomed",
+        )
         for s in map(source_of, specs)
     ]
     before = (

@@ -164,21 +164,27 @@ def llamafactory(
     )
     out = _empty(out)
     found, funnel = traces(arm, common)
-    text = lambda x: (
-        "".join(
-            p["text"]
-            for m in x.messages
-            if not isinstance(m["content"], str)
-            for p in m["content"]
-            if p["type"] == "text"
+
+    def text(x):
+        return (
+            "".join(
+                p["text"]
+                for m in x.messages
+                if not isinstance(m["content"], str)
+                for p in m["content"]
+                if p["type"] == "text"
+            )
+            + x.response
         )
-        + x.response
-    )
+
     kept = [x for x in found if not any(m in text(x) for m in MARKS)]
-    row = lambda x: {
-        "messages": [*_plain(x.messages), {"role": "assistant", "content": x.response}],
-        "images": [f"images/{h}.png" for h in x.question.images],
-    }
+
+    def row(x):
+        return {
+            "messages": [*_plain(x.messages), {"role": "assistant", "content": x.response}],
+            "images": [f"images/{h}.png" for h in x.question.images],
+        }
+
     write_jsonl(out / "traces.jsonl", map(row, kept))
     write_json(
         out / "dataset_info.json",

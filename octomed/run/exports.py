@@ -62,16 +62,24 @@ def traces(
         if p["accepted"]
         else [{"question": id} for id in qs]
     )
-    said = lambda r: (
-        r["response"] if t.think_first else direct_target(boxed_as(qs[r["question"]], p["answer"]))
-    )
+
+    def said(r):
+        return (
+            r["response"]
+            if t.think_first
+            else direct_target(boxed_as(qs[r["question"]], p["answer"]))
+        )
+
     found = [
         Trace(
             qs[r["question"]], render(t, qs[r["question"]]), said(r), r.get("index"), r.get("model")
         )
         for r in rows
     ]
-    size = lambda x: len(row(processor, x.messages, x.response, p["max_pixels"]).input_ids)
+
+    def size(x):
+        return len(row(processor, x.messages, x.response, p["max_pixels"]).input_ids)
+
     kept = [x for x in progress(found, desc="traces") if size(x) <= p["cutoff"]]
     if not kept:
         raise OctomedError(
@@ -108,11 +116,14 @@ def _empty(out) -> Path:
 
 def _plain(messages: list, mark: str = "<image>") -> list[dict]:
     "Chat messages with plain text, images marked."
-    text = lambda content: (
-        content
-        if isinstance(content, str)
-        else "".join(mark if p["type"] == "image" else p["text"] for p in content)
-    )
+
+    def text(content):
+        return (
+            content
+            if isinstance(content, str)
+            else "".join(mark if p["type"] == "image" else p["text"] for p in content)
+        )
+
     return [{"role": m["role"], "content": text(m["content"])} for m in messages]
 
 # %% ../../nbs/run/08_exports.ipynb #4c0e00bf

@@ -227,7 +227,12 @@ def _add_arm(found: dict, p: dict, arm, common):
     steps, key = p["steps"], lambda name: p["steps"][name].key
     found["questions"][key("data")] = p["questions"]
     if "samples" in steps:
-        for q in ("samples", "prompt_tokens", "teacher_tokens", "money"):
+        for q in (
+            "samples",
+            "prompt_tokens",
+            "teacher_tokens",
+            "money",
+        ):
             found[q][key("samples")] = p[q]
     if p["ratings"] != 0:
         found["money"][key("filtered")] = p["ratings"]
@@ -299,7 +304,10 @@ def plan_section(
     from octomed.evaluate.arms import evaluations
 
     common, found, parts, wanted = recipe.common, {q: {} for q in QUANTITIES}, [], {}
-    students = lambda es: {s.key for e in es if hasattr(s := e.params["student"], "key")}
+
+    def students(es):
+        return {s.key for e in es if hasattr(s := e.params["student"], "key")}
+
     every = evaluations(arms, recipe, seeds, benchmarks)
     for name, arm in arms.items():
         p, es = _arm_plan(arm, common), [e for per in every[name].values() for e in per]
@@ -351,9 +359,12 @@ def _minutes(recipe: Recipe, section: str, plan: Plan, before: tuple) -> dict:
         }
     if not plan.parts:
         return {"minutes": None, "basis": "no arms"}
-    new = lambda q: _sum(
-        {k: v for k, v in plan.found[q].items() if not any(k in b.found[q] for b in before)}
-    )
+
+    def new(q):
+        return _sum(
+            {k: v for k, v in plan.found[q].items() if not any(k in b.found[q] for b in before)}
+        )
+
     share, far = (
         plan.left / max(1, plan["evaluations"]),
         [p["student"] for p in plan.parts if not _built(p["student"])],
@@ -464,11 +475,14 @@ def plan(
 def _in_all(recipe: Recipe, plans: list[Plan], gone: set) -> Plan:
     "The sum of all sections, what they share counted once."
     found = {q: {k: v for p in plans for k, v in p.found[q].items()} for q in QUANTITIES}
-    add = lambda key: (
-        None
-        if any(p[key] is None for p in plans if p["arms"])
-        else round(sum(p[key] or 0 for p in plans), 1)
-    )
+
+    def add(key):
+        return (
+            None
+            if any(p[key] is None for p in plans if p["arms"])
+            else round(sum(p[key] or 0 for p in plans), 1)
+        )
+
     students = dict.fromkeys(
         p["student"]
         for plan in plans
@@ -520,7 +534,8 @@ def _assumptions(recipe: Recipe, far: bool) -> list[str]:
     ]
     if not far:
         return told
-    return told + [
+    return [
+        *told,
         f"A response with reasoning has {r['paper_tokens']} tokens (the paper's 6.8 B over its 8 M traces), a prompt {p['r1']} under R1's template and {p['gpt4o']} under GPT-4o's, an image {p['image']}; samples of one question are paid a prompt each.",
         "Models behind servers are counted in money, the student's own responses in device-hours (draw, eval).",
         *assumptions(),
@@ -571,9 +586,10 @@ def as_text(plans: Plans) -> str:
     last, far = plans[-1], any(p.get("training_hours") for p in plans)
     keys = [k for k in SHOWN if far or not k.endswith("hours")]
     lines = [columns([{SHOWN[k]: _shown(p, k) for k in keys} for p in plans]), ""]
-    say = lambda text: lines.append(
-        textwrap.fill(text, 118, initial_indent="· ", subsequent_indent="  ")
-    )
+
+    def say(text):
+        return lines.append(textwrap.fill(text, 118, initial_indent="· ", subsequent_indent="  "))
+
     say(
         "arms × training seeds; read, written: the teachers' tokens; trained: the students', over all epochs and seeds"
         + ("; train, draw, eval: device-hours" if far else "")
@@ -583,14 +599,17 @@ def as_text(plans: Plans) -> str:
         say(f"Not at hand, counted by expected size: {', '.join(last['not_at_hand'])}")
     for a in last["assumptions"]:
         say(a)
-    shown = lambda r: {
-        "trained": r["trained"],
-        "machine": r["machine"],
-        "state": r["state"],
-        "GB": r["total"],
-        "checkpointed": r["total_checkpointed"],
-        "fits": r["fits"],
-    }
+
+    def shown(r):
+        return {
+            "trained": r["trained"],
+            "machine": r["machine"],
+            "state": r["state"],
+            "GB": r["total"],
+            "checkpointed": r["total_checkpointed"],
+            "fits": r["fits"],
+        }
+
     for student in dict.fromkeys(r["student"] for r in last["memory"]):
         lines += [
             "",

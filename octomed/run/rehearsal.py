@@ -69,15 +69,22 @@ class _Lot(BaseHTTPRequestHandler):
             said if isinstance(said, str) else "\n".join(p.get("text", "") for p in said),
             body.get("seed", 0),
         )
-        one = lambda key: {
-            "id": "x",
-            "object": "chat.completion",
-            "model": VERSION,
-            "choices": [
-                {"index": 0, key: {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            ],
-            "usage": {"prompt_tokens": 100, "completion_tokens": len(text.split())},
-        }
+
+        def one(key):
+            return {
+                "id": "x",
+                "object": "chat.completion",
+                "model": VERSION,
+                "choices": [
+                    {
+                        "index": 0,
+                        key: {"role": "assistant", "content": text},
+                        "finish_reason": "stop",
+                    }
+                ],
+                "usage": {"prompt_tokens": 100, "completion_tokens": len(text.split())},
+            }
+
         if body.get("stream"):
             self.reply(f"data: {json.dumps(one('delta'))}\n\ndata: [DONE]\n\n", "text/event-stream")
         else:
@@ -86,7 +93,10 @@ class _Lot(BaseHTTPRequestHandler):
 # %% ../../nbs/run/05_rehearsal.ipynb #b8e3f708
 def _seen(chat: dict) -> dict:
     "A chat without the pictures of which only the name is at hand: LLaVA-Med's come apart from its conversations."
-    there = lambda part: not part.get("image", "").startswith("name:")
+
+    def there(part):
+        return not part.get("image", "").startswith("name:")
+
     first, *rest = chat["messages"]
     return {
         **chat,
@@ -113,7 +123,7 @@ def handful(spec: str, n: int, sizes: tuple[int, ...]) -> tuple[list[dict], str]
     for folder, where in ((data_dir(), "OCTOMED_DATA"), (shipped("examples"), "the examples")):
         if not folder or not question_sources(spec, folder):
             continue
-        if rows := [_few(spec, n, size, folder) for size in sizes][0]:
+        if rows := next(_few(spec, n, size, folder) for size in sizes):
             return rows, where
     return [], "nowhere at hand"
 
@@ -163,27 +173,30 @@ AMOUNTS = (
     "votes",
     "cases",
 )
-SMALL = dict(
-    student="clinic/tiny",
-    pretrain_tokens=2000,
-    batch=4,
-    samples=4,
-    benchmark_limit=2,
-    max_tokens=16,
-    answer_tokens=4,
-    cutoff=2048,
-    eval_seeds=2,
-    bootstrap=200,
-)
+SMALL = {
+    "student": "clinic/tiny",
+    "pretrain_tokens": 2000,
+    "batch": 4,
+    "samples": 4,
+    "benchmark_limit": 2,
+    "max_tokens": 16,
+    "answer_tokens": 4,
+    "cutoff": 2048,
+    "eval_seeds": 2,
+    "bootstrap": 200,
+}
 PLUGINS = ("octomed.clinic.students", "octomed.run.rehearsal")
 
 
 def cut(recipe: Recipe, there: set) -> Recipe:
     "The rehearsal of a recipe with the sources that are there."
     c = recipe.common
-    behind = lambda t: re.sub(
-        r"^(vllm|transformers):(.*)@.*$", r"openai:\2@REHEARSAL", t
-    )  # a model that would be loaded here answers from the server, too
+
+    def behind(t):
+        return re.sub(
+            r"^(vllm|transformers):(.*)@.*$", r"openai:\2@REHEARSAL", t
+        )  # a model that would be loaded here answers from the server, too
+
     common = replace(
         c,
         **SMALL,

@@ -35,6 +35,7 @@ def found_of(recipe: Recipe, section: str) -> tuple[str, Path, dict] | None:
     for origin, folder in (("here", folder_of(recipe)), ("reference", reference_of(recipe))):
         if (path := folder / "results" / f"{section}.json").exists():
             return origin, folder, read_json(path)
+    return None
 
 
 def as_json(
@@ -83,10 +84,9 @@ def _figures(folder: Path, name: str) -> list[str]:
     "One file for each figure: SVG where it is small, else PNG."
     best = {}
     for f in sorted(folder.glob(f"{name}*.*"), key=lambda f: (f.stem, f.suffix)):
-        if (
-            f.suffix == ".png"
-            or (f.suffix == ".svg"
-            and (f.stat().st_size < 400_000 or f.with_suffix(".png") not in folder.iterdir()))
+        if f.suffix == ".png" or (
+            f.suffix == ".svg"
+            and (f.stat().st_size < 400_000 or f.with_suffix(".png") not in folder.iterdir())
         ):
             best[f.stem] = str(f)
     return list(best.values())
@@ -213,7 +213,10 @@ def diagnostics(
 ) -> list[str]:
     "What a reader should know before believing a section's results."
     out, rows = [], [x for x in r["rows"] if x["benchmark"] != "Overall"]
-    at = lambda x: f"{x['arm']} on {x['benchmark']}"
+
+    def at(x):
+        return f"{x['arm']} on {x['benchmark']}"
+
     if low := [
         at(x)
         for x in rows
@@ -271,7 +274,10 @@ def _text_loss(rows: list[dict], reads: dict) -> list[str]:
 # %% ../../nbs/run/06_report.ipynb #e5f7a845
 def _teachers(r: dict) -> list[str]:
     "Acceptance that is low or suspiciously high, disagreement between teachers, and what all of them fail."
-    of = lambda key: r[key] if isinstance(r.get(key), list) else []
+
+    def of(key):
+        return r[key] if isinstance(r.get(key), list) else []
+
     worth = {
         f"{x['teacher']} on {x['source']}": x["acceptance"]
         for x in of("statistics")
@@ -349,10 +355,13 @@ def _what(r: dict) -> dict:
 
 def score_row(r: dict) -> dict:
     "A row of the table, in per cent: single samples; where they were asked, the majority vote and what a grader makes of it; the paper's; chance."
-    plain = lambda v: f"{100 * v:.1f}"
-    both = lambda key: (
-        _per(r, key) and f"{_per(r, key)} ({_interval(r[f'{key}_interval'], plain, '–')})"
-    )
+
+    def plain(v):
+        return f"{100 * v:.1f}"
+
+    def both(key):
+        return _per(r, key) and f"{_per(r, key)} ({_interval(r[f'{key}_interval'], plain, '–')})"
+
     return {
         **_what(r),
         "n": r["n"],
@@ -452,7 +461,14 @@ def inconsistent(x: dict) -> str:
 def _dirty() -> bool:
     "Whether code or data differ from the last commit. Raises `OctomedError` outside git."
     got = subprocess.run(
-        ["git", "status", "--porcelain", "--", ".", ":!outputs"],
+        [
+            "git",
+            "status",
+            "--porcelain",
+            "--",
+            ".",
+            ":!outputs",
+        ],
         cwd=root(),
         capture_output=True,
         text=True,
@@ -523,15 +539,18 @@ def show_in_notebook(section: Section, recipe: str):
         {k: v.splitlines(keepends=True) if k.startswith("text/") else v for k, v in b.items()}
         for b in reference_view(section.name, recipe)
     ]
-    named = lambda b: (
-        {
-            "image/png": {
-                "alt": f"{section.name}: a figure of the reference run, its numbers in the results file"
+
+    def named(b):
+        return (
+            {
+                "image/png": {
+                    "alt": f"{section.name}: a figure of the reference run, its numbers in the results file"
+                }
             }
-        }
-        if "image/png" in b
-        else {}
-    )
+            if "image/png" in b
+            else {}
+        )
+
     shown[0]["outputs"] = [
         {"output_type": "display_data", "data": b, "metadata": named(b)} for b in bundles
     ]

@@ -61,14 +61,25 @@ def _figure(path: str) -> str:
     return f'<figure><img alt="Section {_text(section.replace("_", ", ", 1).replace("_", " "))}: {_text(what)}" src="data:image/{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"></figure>'
 
 
-NUMBERS = ("ours, points", "95 % interval", "n", "training seeds")
+NUMBERS = (
+    "ours, points",
+    "95 % interval",
+    "n",
+    "training seeds",
+)
 
 
 def _claims(claims: list[dict]) -> str:
     "Claims with their verdicts; on a phone each is a small card."
     head = "".join(
         f'<th class="{"num" if k in NUMBERS else "text"}">{k}</th>'
-        for k in ("claim", "paper", *NUMBERS[:2], "verdict", *NUMBERS[2:])
+        for k in (
+            "claim",
+            "paper",
+            *NUMBERS[:2],
+            "verdict",
+            *NUMBERS[2:],
+        )
     )
     body = ""
     for c in claims:
@@ -96,9 +107,12 @@ def _scores(rows: list[dict]) -> str:
         ("arm", "benchmark") if len({s["benchmark"] for s in shown}) > 1 else ("benchmark", "arm")
     )
     keys = [key, *(k for k in shown[0] if k not in (head, key))]
-    kind = lambda k: "key" if k == key else "num"
+
+    def kind(k):
+        return "key" if k == key else "num"
+
     body, last = "", None
-    for r, s in zip(rows, shown):
+    for r, s in zip(rows, shown, strict=False):
         if s[head] != last:
             body += f'<tr class="arm"><th colspan="{len(keys)}">{_text(last := s[head])}</th></tr>'
         body += (
@@ -157,7 +171,13 @@ FACTS = {
     "valid": "Right answers that are rightly reasoned",
     "broken": "Where wrong chains break",
 }
-OPEN = ("statistics", "cost", "filters", "peaks", "failed")
+OPEN = (
+    "statistics",
+    "cost",
+    "filters",
+    "peaks",
+    "failed",
+)
 
 
 def _shown(v) -> str:
@@ -195,13 +215,16 @@ def _fact(key: str, v) -> str:
         return f"<p>{_text(title)}: {_text(_shown(v))}</p>"
     rows = _rows_of(v)
     keys = list(dict.fromkeys(k for r in rows for k in r))
-    kind = lambda k: (
-        "num"
-        if all(isinstance(r.get(k), (int, float)) or r.get(k) is None for r in rows)
-        else "long"
-        if any(len(_shown(r.get(k))) > 30 for r in rows)
-        else "cell"
-    )
+
+    def kind(k):
+        return (
+            "num"
+            if all(isinstance(r.get(k), (int, float)) or r.get(k) is None for r in rows)
+            else "long"
+            if any(len(_shown(r.get(k))) > 30 for r in rows)
+            else "cell"
+        )
+
     head = "".join(
         f'<th class="{kind(k)}">{"" if isinstance(k, int) else _text(k.replace("_", " "))}</th>'
         for k in keys
@@ -293,7 +316,10 @@ def _others(found: dict) -> str:
 def page(found: dict) -> str:
     "The report as one page of HTML."
     claims = [c for r in found["sections"] for c in r["claims"]]
-    code = lambda text: re.sub("`(.+?)`", r"<code>\1</code>", _text(text))
+
+    def code(text):
+        return re.sub("`(.+?)`", r"<code>\1</code>", _text(text))
+
     notes = "".join(f'<p class="note">{code(n)}</p>' for n in found["notes"]) + _others(found)
     links = "".join(
         f'<a href="#{_text(r["section"])}">{_name(r["section"])} <small>{_tally(r["claims"]) or "measures and states"}</small></a>'

@@ -118,6 +118,7 @@ def _fault(nb, error: BaseException | None) -> tuple[int, str, list[str]] | None
             else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             [],
         )
+    return None
 
 # %% ../../nbs/run/03_runner.ipynb #7dfe030a
 def _mark(nb, failed: int | None):
@@ -306,7 +307,13 @@ def check_results(path: Path, section: Section):
             f"{section.name} ran to its end and wrote no results/{path.name}: end it with `write_results`"
         )
     try:
-        lacks = {"section", "recipe", "claims", "rows", "card"} - set(read_json(path))
+        lacks = {
+            "section",
+            "recipe",
+            "claims",
+            "rows",
+            "card",
+        } - set(read_json(path))
     except ValueError:
         raise SectionFailed(
             f"{section.name} wrote results that are not JSON: end it with `write_results`"
@@ -319,20 +326,23 @@ def check_results(path: Path, section: Section):
 
 def _redact_files(folder: Path, names):
     for f in folder.rglob("*"):
-        if f.is_file() and f.suffix in (
-            ".json",
-            ".jsonl",
-            ".svg",
-            ".txt",
-            ".csv",
-            ".md",
-            ".html",
-            ".ipynb",
+        if (
+            f.is_file()
+            and f.suffix
+            in (
+                ".json",
+                ".jsonl",
+                ".svg",
+                ".txt",
+                ".csv",
+                ".md",
+                ".html",
+                ".ipynb",
+            )
+            and (clean := redacted(text := f.read_text(encoding="utf-8", errors="replace"), names))
+            != text
         ):
-            if (
-                clean := redacted(text := f.read_text(encoding="utf-8", errors="replace"), names)
-            ) != text:
-                atomic_write(f, clean)
+            atomic_write(f, clean)
 
 # %% ../../nbs/run/03_runner.ipynb #050fac28
 def publish(stage: Stage, recipe: Recipe) -> int:  # how many files changed
@@ -395,6 +405,7 @@ def _minutes(recipe: Recipe, name: str) -> float | None:
     for folder in (folder_of(recipe), reference_of(recipe)):
         if (card := folder / "cards" / f"{name}.json").exists():
             return read_json(card).get("minutes")
+    return None
 
 
 def _left(recipe: Recipe, names: list[str]) -> str:
@@ -600,6 +611,11 @@ def status(
             else {}
         )
         rows.append(
-            {"section": s.name, "state": state, "minutes": c.get("minutes"), "when": c.get("made")}
+            {
+                "section": s.name,
+                "state": state,
+                "minutes": c.get("minutes"),
+                "when": c.get("made"),
+            }
         )
     return rows

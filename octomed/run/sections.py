@@ -146,13 +146,18 @@ def columns(rows: list[dict], wrap: int = 60) -> str:
         parts = [textwrap.wrap(_cell(r.get(k)), wrap) or [""] for k in keys]
         lines += [[p[i] if i < len(p) else "" for p in parts] for i in range(max(map(len, parts)))]
     widths = [max(len(l[i]) for l in lines) for i in range(len(keys))]
-    number = lambda v: (
-        v is None
-        or isinstance(v, (int, float))
-        or re.fullmatch(r"[\d.,]+( [kMB×]( \d+)?)?|\?", _cell(v))
-    )
+
+    def number(v):
+        return (
+            v is None
+            or isinstance(v, (int, float))
+            or re.fullmatch(r"[\d.,]+( [kMB×]( \d+)?)?|\?", _cell(v))
+        )
+
     right = [all(number(r.get(k)) for r in rows) for k in keys]
     return "\n".join(
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(l, widths, right)).rstrip()
+        "  ".join(
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(l, widths, right, strict=False)
+        ).rstrip()
         for l in lines
     )

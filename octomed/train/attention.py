@@ -100,7 +100,7 @@ def packed_attention(
     ends, lengths = _bounds(position_ids)
     if varlen:
         return _varlen(query, key, value, ends, max(lengths), scaling, causal), None
-    samples = zip(*(x.split(lengths, 2) for x in (query, key, value)))
+    samples = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=False)
     return torch.cat(
         [
             sdpa(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=causal)[0]
@@ -166,7 +166,7 @@ def use_packed_attention(
     for own in ("octomed_flash", "octomed_split"):
         AttentionInterface.register(own, packed_attention)
         AttentionMaskInterface.register(own, packed_mask)
-    model.set_attn_implementation({part: name for part in model.config.sub_configs})
+    model.set_attn_implementation(dict.fromkeys(model.config.sub_configs, name))
     return name
 
 # %% ../../nbs/train/03_attention.ipynb #edb4ba17
@@ -180,14 +180,19 @@ def check_isolation(model, processor) -> float:
         for i in range(min(1000, c.text_config.vocab_size))
         if i not in (c.image_token_id, c.video_token_id)
     ]
-    draw = lambda n, seed: Row(
-        [
-            words[i]
-            for i in torch.randint(len(words), (n,), generator=torch.Generator().manual_seed(seed))
-        ],
-        0,
-        [],
-    )
+
+    def draw(n, seed):
+        return Row(
+            [
+                words[i]
+                for i in torch.randint(
+                    len(words), (n,), generator=torch.Generator().manual_seed(seed)
+                )
+            ],
+            0,
+            [],
+        )
+
     a, other, b = draw(12, 0), draw(12, 1), draw(9, 2)
 
     def hidden(rows):

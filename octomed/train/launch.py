@@ -39,7 +39,12 @@ class Execution:
     )
 
 
-REPORTERS = ("none", "tensorboard", "trackio", "wandb")
+REPORTERS = (
+    "none",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
 
 
 def read_execution(
@@ -228,7 +233,12 @@ def launch_command(
         precision,
     ]
     if (nodes := int(os.environ.get("SLURM_JOB_NUM_NODES", 1))) == 1:
-        return [*start, "-m", module, *args]
+        return [
+            *start,
+            "-m",
+            module,
+            *args,
+        ]
     per = int(c.get("num_processes", 1)) // int(c.get("num_machines") or 1)
     where = f"--num_machines {nodes} --num_processes {nodes * per} --machine_rank $SLURM_NODEID --main_process_ip $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) --main_process_port 29500"
     return [

@@ -152,6 +152,7 @@ class Loop:
         if self.deepspeed:
             return self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
         loss.backward()
+        return None
 
     def step(self, rows: list[Row], lr: float, note: float = 0.0) -> tuple[float, float, float]:
         "One optimiser step: the summed loss, the gradient's norm and the sum of the `note` of every process. Nothing is changed when either is no number."
@@ -214,7 +215,12 @@ class Keeper:
     def write(self, done: int, log: list[dict]):
         l = self.loop
         tensors, numbers = state_of(l.named, l.optimizers) if l.sharded or l.rank == 0 else ({}, {})
-        facts = {"numbers": numbers, "next": self.next_digest(done), "ranks": l.ranks, "log": log}
+        facts = {
+            "numbers": numbers,
+            "next": self.next_digest(done),
+            "ranks": l.ranks,
+            "log": log,
+        }
         write_checkpoint(
             self.folder,
             done,
@@ -252,7 +258,7 @@ class Keeper:
         found = checkpoints(self.folder) if self.folder else []
         named = [
             f"{n} ({r.question})" if r.question else str(n)
-            for n, r in sorted(zip(numbers, chosen), key=lambda x: x[0])
+            for n, r in sorted(zip(numbers, chosen, strict=False), key=lambda x: x[0])
         ]
         rows = ", ".join(named[:64]) + (f" and {len(named) - 64} more" if len(named) > 64 else "")
         kept = f", {found[-1]} is kept" if found else ""
@@ -284,7 +290,9 @@ def fit(
 
 
 def _fit(loop: Loop, rows, seed, steps, desc, folder) -> list[dict]:
-    order = lambda start: islice(batches(len(rows), loop.s, seed, steps), start, None)
+    def order(start):
+        return islice(batches(len(rows), loop.s, seed, steps), start, None)
+
     keeper = Keeper(
         loop, folder, lambda done: digest([asdict(rows[i]) for i in next(order(done), [])])
     )

@@ -18,7 +18,7 @@ def _adam(params: list, s: Schedule):
 
     from torch.optim import AdamW
 
-    given = dict(lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay)
+    given = {"lr": s.lr, "betas": (0.9, 0.999), "weight_decay": s.weight_decay}
     if s.optimizer in ("adamw", "muon"):
         return AdamW(params, fused=True, **given)
     if not find_spec("bitsandbytes"):
@@ -72,9 +72,12 @@ def optimizers(model, s: Schedule) -> list:
     "The optimisers of the parameters that are trained. Raises `OctomedError` where everything is frozen, or bitsandbytes is not installed."
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(tuple(s.freeze)) and (not s.lora or "lora_" in name))
-    matrix = lambda name, p: (
-        s.optimizer == "muon" and p.ndim == 2 and "embed" not in name and "lm_head" not in name
-    )
+
+    def matrix(name, p):
+        return (
+            s.optimizer == "muon" and p.ndim == 2 and "embed" not in name and "lm_head" not in name
+        )
+
     by = {
         kind: [
             p for name, p in model.named_parameters() if p.requires_grad and matrix(name, p) == kind

@@ -177,9 +177,11 @@ def check_packed(
     "Raises `OctomedError` when a batch would let samples see each other."
     import torch
 
-    refuse = lambda why: OctomedError(
-        f"this packed batch would leak between samples ({why}): build it with packed_batch"
-    )
+    def refuse(why):
+        return OctomedError(
+            f"this packed batch would leak between samples ({why}): build it with packed_batch"
+        )
+
     positions = batch.get("position_ids")
     if batch.get("attention_mask") is not None:
         raise refuse("it has an attention mask")

@@ -43,8 +43,18 @@ class Schedule:
             )
 
 
-OPTIMIZERS = ("adamw", "muon", "adamw_8bit", "paged_adamw_8bit")
-PRECISIONS = ("auto", "fp32", "bf16", "bf16_pure")
+OPTIMIZERS = (
+    "adamw",
+    "muon",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+)
+PRECISIONS = (
+    "auto",
+    "fp32",
+    "bf16",
+    "bf16_pure",
+)
 
 
 def learning_rate(step: int, steps: int, s: Schedule) -> float:
@@ -90,9 +100,10 @@ def dealt(
     "The groups of one process."
     if ranks == 1:
         return groups
-    idle = lambda rows: replace(
-        r := min(rows, key=lambda r: len(r.input_ids)), prompt=len(r.input_ids)
-    )
+
+    def idle(rows):
+        return replace(r := min(rows, key=lambda r: len(r.input_ids)), prompt=len(r.input_ids))
+
     mine = []
     for at in range(0, len(groups), ranks):
         now = groups[at : at + ranks]

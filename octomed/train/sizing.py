@@ -96,7 +96,10 @@ def shape_of(model) -> Shape:
         if isinstance(m, (Linear, Conv2d, Conv3d)):
             matrices[part_of(name)] += m.weight.numel()
     t, v = c.text_config, c.vision_config
-    one = lambda *names: next(getattr(v, n) for n in names if hasattr(v, n))
+
+    def one(*names):
+        return next(getattr(v, n) for n in names if hasattr(v, n))
+
     head, patch = (
         getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads,
         one("patch_size"),
@@ -206,9 +209,24 @@ def train_flops(
 
 # %% ../../nbs/train/10_sizing.ipynb #7c5aa0df
 STATES = {  # bytes of a trained parameter: weight, gradient, optimiser; bytes of the residual stream
-    "fp32 under bf16 autocast": (4, 4, 8, 4),
-    "bf16 throughout": (2, 2, 4, 2),  # moments too: small updates are rounded away
-    "bf16, 8-bit optimiser": (2, 2, 2, 2),
+    "fp32 under bf16 autocast": (
+        4,
+        4,
+        8,
+        4,
+    ),
+    "bf16 throughout": (
+        2,
+        2,
+        4,
+        2,
+    ),  # moments too: small updates are rounded away
+    "bf16, 8-bit optimiser": (
+        2,
+        2,
+        2,
+        2,
+    ),
 }
 
 
@@ -313,14 +331,23 @@ def verdicts(s: Shape, load: Load, trained: tuple = PARTS) -> list[dict]:
     for machine, (devices, room) in MACHINES.items():
         for state in STATES:
             plain, kept = (memory(s, load, state, devices, c, trained) for c in (False, True))
-            fits = lambda m: m["total"] <= room * (1 - RESERVE)
+
+            def fits(m):
+                return m["total"] <= room * (1 - RESERVE)
+
             rows.append(
                 {
                     "machine": machine,
                     "state": state,
                     **{
                         k: kept[k] / 1e9
-                        for k in ("weights", "gradients", "optimizer", "copies", "logits")
+                        for k in (
+                            "weights",
+                            "gradients",
+                            "optimizer",
+                            "copies",
+                            "logits",
+                        )
                     },
                     "activations": plain["activations"] / 1e9,
                     "checkpointed": kept["activations"] / 1e9,

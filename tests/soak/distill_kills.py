@@ -99,7 +99,7 @@ def kept(folder: Path) -> dict[bytes, dict]:
                 else []
             )
         assert not held.keys() & {r[0] for r in rows}, "a key is in two shards"
-        held |= {r[0]: dict(zip(names, r)) for r in rows}
+        held |= {r[0]: dict(zip(names, r, strict=False)) for r in rows}
     return held
 
 

@@ -58,7 +58,7 @@ def compared(theirs: list[dict], arm, common) -> dict:
     newline = processor.tokenizer("\n")["input_ids"]
     kept = traces(arm, common)[0]
     assert len(kept) == len(theirs), f"they have {len(theirs)} rows and we {len(kept)}"
-    for x, t in zip(kept, theirs):
+    for x, t in zip(kept, theirs, strict=False):
         ours = row(processor, x.messages, x.response, common.max_pixels)
         labels = [-100] * ours.prompt + ours.input_ids[ours.prompt :]
         found["rows"] += 1

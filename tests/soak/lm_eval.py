@@ -133,13 +133,20 @@ def main(folder: Path):
             next((out / task_name(b, "results")).rglob("results_*.json")).read_text()
         )["results"][name]
         rows = read_jsonl(next((out / task_name(b, "results")).rglob(f"samples_{name}_*.jsonl")))
-        status = lambda r: next(
-            (s for s in ("unparsed", "truncated") if r[s]), "correct" if r["accuracy"] else "wrong"
-        )
+
+        def status(r):
+            return next(
+                (s for s in ("unparsed", "truncated") if r[s]),
+                "correct" if r["accuracy"] else "wrong",
+            )
+
         theirs = {r["doc"]["id"]: status(r) for r in rows}
-        count = lambda of: {
-            s: list(of.values()).count(s) for s in ("correct", "wrong", "unparsed", "truncated")
-        }
+
+        def count(of):
+            return {
+                s: list(of.values()).count(s) for s in ("correct", "wrong", "unparsed", "truncated")
+            }
+
         found.append(
             {
                 "benchmark": b,

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+import contextlib
 
 SECTION = "42_formatting"
 TINY = {
@@ -104,10 +105,8 @@ class Slurm:
     def __exit__(self, *_):
         subprocess.run(["scancel", "--user=root"], capture_output=True)
         for name in ("slurmd", "slurmctld", "munged"):
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
-            except (OSError, ValueError):
-                pass
         time.sleep(3)
 
 
@@ -185,11 +184,14 @@ def main():
         sys.exit(f"{missing[0]} is missing: apt-get install slurm-wlm munge")
     begun, folder = time.time(), Path(tempfile.mkdtemp(prefix="octomed-slurm-"))
     whole, there = folder / "whole", folder / "there"
-    env = lambda f: {
-        "OCTOMED_OUTPUTS": str(f),
-        "OCTOMED_STORE": str(f / "store"),
-        "OMP_NUM_THREADS": "1",
-    }
+
+    def env(f):
+        return {
+            "OCTOMED_OUTPUTS": str(f),
+            "OCTOMED_STORE": str(f / "store"),
+            "OMP_NUM_THREADS": "1",
+        }
+
     os.environ |= env(there)  # before octomed is imported, so that jobs inherit it
     from octomed.core.files import write_json
     from octomed.core.identity import card
@@ -205,7 +207,7 @@ def main():
         stderr=subprocess.DEVNULL,
     )
     local = time.time() - begun
-    with Slurm(folder / "slurm") as slurm:
+    with Slurm(folder / "slurm"):
         start = time.time()
         rows = cluster.submit(str(recipe), file=folder / "asks.yaml")
         print(
@@ -250,7 +252,7 @@ def main():
         },
     )
     print(
-        f"jobs {dict((s, states.count(s)) for s in states)}; results equal to the local run's: {same}; asked again: {again} jobs; killed: {hurts}"
+        f"jobs { {s: states.count(s) for s in states} }; results equal to the local run's: {same}; asked again: {again} jobs; killed: {hurts}"
     )
     if good:
         shutil.rmtree(folder, ignore_errors=True)
