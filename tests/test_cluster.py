@@ -195,6 +195,7 @@ def test_a_stage_survives_the_trip_to_another_process(tmp_path):
 
     import cloudpickle
 
+    import octomed.clinic.questions  # noqa: F401 - registers the sources
     from octomed.distill.pools import questions
 
     work = work_of(

@@ -406,6 +406,9 @@ def test_a_grader_reads_what_is_unparsed_and_its_number_stands_beside(monkeypatc
 
 
 def test_an_arm_says_where_it_is_voted_on_and_graded():
+    import octomed.clinic.graders  # noqa: F401 - registers the grader
+    import octomed.clinic.students  # noqa: F401 - registers the students
+    import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 
     common, arm = (
         Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test", "clinic_boards:test")),

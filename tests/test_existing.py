@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+import octomed.clinic.graders  # noqa: F401 - registers the grader
+import octomed.clinic.students  # noqa: F401 - registers the students
 from octomed.clinic import others as O
 from octomed.clinic import world
 from octomed.core.paths import UsageError

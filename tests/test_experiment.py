@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+import octomed.clinic.graders  # noqa: F401 - registers the grader
+import octomed.clinic.students  # noqa: F401 - registers the students
+import octomed.clinic.wordings  # noqa: F401 - registers the wordings
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS

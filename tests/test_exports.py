@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import octomed.clinic.questions  # noqa: F401 - registers the sources
+import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 import octomed.run.exports as exports
 from octomed.clinic.students import blank
 from octomed.core.files import read_jsonl

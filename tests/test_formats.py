@@ -1,6 +1,7 @@
 "Readers, row functions, splits, patches and archives: each trap of each publisher once."
 
 import io
+import itertools
 import json
 import os
 import stat
@@ -32,7 +33,6 @@ from octomed.data.formats import (
 from octomed.data.readers import _text, _Walk, read_csv, read_exams, read_keyed, read_rows
 from octomed.data.slides import TEST_SITES, TISSUES, contour_boxes, cut_patches, tiles
 from octomed.data.sources import load, load_report
-import itertools
 
 DATA = os.environ.get("OCTOMED_DATA")
 real = pytest.mark.skipif(not DATA, reason="OCTOMED_DATA is not set")

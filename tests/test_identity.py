@@ -46,6 +46,8 @@ def test_the_clinic_is_fixed():
 
 
 def test_equal_arms_are_the_same_stages(tmp_path):
+    import octomed.clinic.students  # noqa: F401 - registers the students
+    import octomed.clinic.teachers  # noqa: F401 - registers the teachers
     from octomed.core.recipe import Common
 
     common = Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test",))

@@ -1,5 +1,6 @@
 "Packing: which rows go together, whether they stay apart, and whether loss and gradient are those of the padded batch."
 
+import itertools
 import math
 
 import numpy as np
@@ -20,7 +21,6 @@ from octomed.train.attention import (
 from octomed.train.loop import loss_sum
 from octomed.train.objective import linear_cross_entropy, packed_loss_sum
 from octomed.train.packing import check_packed, pack, packed_batch, packed_groups
-import itertools
 
 PIXELS = 12_544
 CPU = ["sdpa", "octomed_split", "eager"]

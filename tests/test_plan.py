@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+import octomed.clinic.graders  # noqa: F401 - registers the grader
+import octomed.clinic.students  # noqa: F401 - registers the students
+import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 from octomed.core.recipe import Common, Recipe
 from octomed.evaluate.arms import Arm, schedule_of
 from octomed.run.plan import RATES, plan_section

@@ -334,6 +334,7 @@ def test_a_recipe_with_other_seeds_is_held_against_the_first(places):
 
 
 def test_other_seeds_move_every_seed_and_nothing_else():
+    import octomed.clinic.students  # noqa: F401 - registers the students
     from octomed.evaluate.arms import Arm, evaluated, seeded
 
     a, b = core.load_recipe("smoke"), core.load_recipe("smoke@3")

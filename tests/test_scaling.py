@@ -1,11 +1,14 @@
 "Scaling: the axes and their centre, the curve, what the teachers and a vote say, and the figures."
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.special import expit
 
+import octomed.clinic.students  # noqa: F401 - registers the students
+import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 from octomed.core.recipe import CATEGORIES, Common, load_recipe
 from octomed.data.sources import source_of
 from octomed.evaluate.arms import Results, stages
@@ -13,7 +16,6 @@ from octomed.evaluate.claims import finding
 from octomed.evaluate.figures import VERDICT_COLOURS
 from octomed.evaluate.stats import paper_number
 from octomed.paper import scaling as S
-import itertools
 
 RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 PLACES = (

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import lru_cache, partial
 
+import octomed.clinic.manners  # noqa: F401 - registers the chats
 from ..core.recipe import Recipe, load_recipe
 from ..data.sources import load, source_of
 from ..distill.pools import subset

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import octomed.clinic.graders  # noqa: F401 - registers the grader
 from ..core.recipe import Recipe, load_recipe
 from ..data.sources import source_of
 from ..distill.filters import FILTERS

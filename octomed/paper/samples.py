@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from math import log2
 
+import octomed.clinic.wordings  # noqa: F401 - registers the wordings
 from ..core.recipe import Recipe, load_recipe
 from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of, scoped, stages, warm_up
 from ..evaluate.claims import Claim, finding

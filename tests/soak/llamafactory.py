@@ -95,6 +95,10 @@ def compared(theirs: list[dict], arm, common) -> dict:
 def main():
     import yaml
 
+    import octomed.clinic.questions  # noqa: F401 - registers the sources
+    import octomed.clinic.students  # noqa: F401 - registers the students
+    import octomed.clinic.teachers  # noqa: F401 - registers the teachers
+
     python = FACTORY.python()
     begun, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-llamafactory-"))
     os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}

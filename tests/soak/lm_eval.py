@@ -52,6 +52,10 @@ def environment(folder: Path) -> Path:  # its python
 
 
 def main(folder: Path):
+    import octomed.clinic.questions  # noqa: F401 - registers the sources
+    import octomed.clinic.students  # noqa: F401 - registers the students
+    import octomed.clinic.teachers  # noqa: F401 - registers the teachers
+
     begun, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-lm-eval-"))
     os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}
     from octomed.core.files import read_jsonl, write_json

@@ -5,6 +5,7 @@
 One job is requeued by Slurm, which kills it, and one gets the signals of a preemption, on which submitit requeues it.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-import contextlib
 
 SECTION = "42_formatting"
 TINY = {
