@@ -20,6 +20,8 @@ _TISSUE = {
     "C": "Inflammatory",
     "D": "Necrosis",
 }
+
+# %% ../../nbs/bench/05_answers.ipynb #10c6189c
 _ENDS = {
     "boxed": r"\boxed{B: Stroma}",
     "answer": "<answer>B: Stroma</answer>",
@@ -28,7 +30,7 @@ _ENDS = {
     "no answer": "I would rather not say.",
 }
 
-
+# %% ../../nbs/bench/05_answers.ipynb #187afff3
 def traces(size: int = 4096) -> dict[str, tuple[str, bool]]:  # name → text, does it think first
     "One trace for each form: thought first, then without a thought."
 
@@ -69,7 +71,7 @@ def _first_box(text):
     m = re.search(r"\\boxed\{(.*?)\}", text)
     return m and m[1][:1]
 
-
+# %% ../../nbs/bench/05_answers.ipynb #87d87978
 def _last_tags(text):
     m = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE)
     return m[-1].strip()[:1] if m else None
@@ -129,7 +131,7 @@ HOSTILE = {
     "brackets": "(",
 }
 
-
+# %% ../../nbs/bench/05_answers.ipynb #7516fb8d
 @benchmark(size=1_000_000, rounds=3)
 def bench_answers_hostile(
     size: int = 20_000,  # characters

@@ -12,18 +12,22 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+
+# %% ../../nbs/bench/02_decontaminate.ipynb #e7a1d0dd
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
 import numpy as np
 
+# %% ../../nbs/bench/02_decontaminate.ipynb #1e4ff5e4
 from .timing import Timed, benchmark, peer, ratio, repeated, row, spread, timed
 from ..core.files import progress, read_jsonl, write_jsonl
 from ..core.paths import OctomedError, data_dir, shipped
 from ..core.store import run, stage
 from ..core.workers import workers_here
+
+# %% ../../nbs/bench/02_decontaminate.ipynb #cdb1e26b
 from ..data.sources import identity_of, load, source_of
 
 # %% ../../nbs/bench/02_decontaminate.ipynb #a10f8a24
@@ -35,6 +39,8 @@ TEXT = (
     "medxpertqa_text:test",
 )  # the paper's text benchmarks
 SIZES = {"medmcqa": 182_822, "medqa": 10_178}  # training questions
+
+# %% ../../nbs/bench/02_decontaminate.ipynb #cd3432f4
 LEVELS = [
     0,
     0.05,
@@ -52,6 +58,8 @@ LEVELS = [
     0.99,
     1,
 ]
+
+# %% ../../nbs/bench/02_decontaminate.ipynb #fd87c88e
 QUANTILES = {
     "medmcqa": [
         2,
@@ -89,7 +97,7 @@ QUANTILES = {
     ],
 }  # words of a stem at these levels
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #ce0d1c60
 def lengths(n: int, rng) -> np.ndarray:
     "Words of n stems."
     at, long = rng.random(n), rng.random(n) < SIZES["medqa"] / sum(SIZES.values())
@@ -97,7 +105,7 @@ def lengths(n: int, rng) -> np.ndarray:
         long, *(np.interp(at, LEVELS, QUANTILES[s]) for s in ("medqa", "medmcqa"))
     ).astype(int)
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #12521587
 def salad(words: np.ndarray, total: int, rng, longest: int = 7) -> list[str]:
     "`total` words in runs of one to `longest` from random places."
     runs = rng.integers(1, longest + 1, total)
@@ -148,7 +156,7 @@ def made_up(n: int, stems: list[str], seed: int):
             "answer": "ABCD"[at % 4],
         }
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #ff1caf3a
 def _write(path: Path, n: int, stems: list[str], seed: int):
     import orjson
 
@@ -156,7 +164,7 @@ def _write(path: Path, n: int, stems: list[str], seed: int):
         for q in made_up(n, stems, seed):
             f.write(orjson.dumps(q) + b"\n")
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #f15fb936
 @stage
 def corpus(out, questions, a_file, specs, identity, seed):
     "Benchmarks, one file each and all in one, and made-up training questions, `a_file` in each file. `identity`: of the data, None for the examples."
@@ -215,6 +223,8 @@ DATATROVE = (
     "spacy>=3.8,<3.9",
     "zstandard",
 )
+
+# %% ../../nbs/bench/02_decontaminate.ipynb #522b2ac3
 PIPELINE = """
 import json, sys
 from pathlib import Path
@@ -266,7 +276,7 @@ def octomed_decontaminates(train: list[Path], bench: list[Path], n: int) -> tupl
     )
     return got, sum(p["flagged"] for p in json.loads(got.out)["pairs"])
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #bb8b8086
 def contestants(
     n: int,
     bench: Path,
@@ -346,7 +356,7 @@ def compared(contestants: dict[str, Callable], what: str, repeats: int) -> list[
         rows.append(row("decontaminate", who, f"{what}: flagged", runs[0][1], "rows"))
     return rows
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #238bcc36
 def alone(what: str, train: list[Path], bench: list[Path], n: int, repeats: int) -> list[dict]:
     "Rows of octomed on everything: time on the clock and of the processors, and the most memory of any repeat."
     seconds, cpu, peaks = zip(
@@ -374,7 +384,7 @@ def alone(what: str, train: list[Path], bench: list[Path], n: int, repeats: int)
         ),
     ]
 
-
+# %% ../../nbs/bench/02_decontaminate.ipynb #37a409b3
 @benchmark(questions=8_000_000, a_file=500_000, peer_files=4, slow=50_000, repeats=3, peers=True)
 def bench_decontaminate(
     questions: int = 5_000,  # made-up training questions

@@ -11,13 +11,15 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
+
+# %% ../../nbs/bench/06_engines.ipynb #2fc6e141
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
-
 from PIL import Image
-
 from .timing import benchmark, in_turns, repeated, row, small_student, timed, took
+
+# %% ../../nbs/bench/06_engines.ipynb #bc0dfdfd
 from ..core.files import write_json
 from ..core.paths import OctomedError, root, store_dir
 from ..data.images import intake
@@ -34,7 +36,7 @@ VLLM = {
     "HF_HUB_OFFLINE": "1",
 }
 
-
+# %% ../../nbs/bench/06_engines.ipynb #28807653
 def _asked(folder: Path):
     "What a tiny student is asked, for the script that vLLM's own Python runs."
     words = "which is it ? one two three fever rash the option is user assistant : - ."
@@ -62,7 +64,7 @@ def _asked(folder: Path):
         },
     )
 
-
+# %% ../../nbs/bench/06_engines.ipynb #6a156170
 @benchmark(questions=32, rounds=5, vllm=True)
 def bench_engines(
     questions: int = 1,  # of 16 samples each
@@ -107,7 +109,7 @@ _PART = b'data: {"model": "m", "choices": [{"index": 0, "delta": {"content": "wo
 _LAST = b'data: {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": {"completion_tokens": 16, "prompt_tokens": 9}}\n\ndata: [DONE]\n\n'
 _CHAT = [{"role": "user", "content": "Which is it?"}]
 
-
+# %% ../../nbs/bench/06_engines.ipynb #10e7ba10
 class _Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -150,7 +152,7 @@ def _official(url: str, samples: int):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: asyncio.run(ask())).result()  # a notebook has a loop of its own
 
-
+# %% ../../nbs/bench/06_engines.ipynb #dbe1d376
 def _by_engine(engine: OpenAIEngine, samples: int):
     n = sum(
         1
@@ -161,7 +163,7 @@ def _by_engine(engine: OpenAIEngine, samples: int):
     if n != samples:
         raise OctomedError(f"the local server gave {n} of {samples} samples: look at OpenAIEngine")
 
-
+# %% ../../nbs/bench/06_engines.ipynb #e62eba59
 @benchmark(samples=1000, rounds=5)
 def bench_client(samples: int = 20, rounds: int = 1) -> list[dict]:
     "Microseconds a sample of `OpenAIEngine` beside the official client alone."

@@ -28,6 +28,8 @@ READERS = {  # file, who → what defines `read`
         "pandas.read_csv",
     ): "import pandas\ndef read(p): return pandas.read_csv(p).itertuples()",
 }
+
+# %% ../../nbs/bench/04_formats.ipynb #b11eec64
 COUNT = """
 import sys, time
 exec(sys.argv[1])
@@ -38,7 +40,7 @@ before, start = most(), time.perf_counter()
 print(sum(1 for _ in read(sys.argv[2])), time.perf_counter() - start, most() - before)
 """
 
-
+# %% ../../nbs/bench/04_formats.ipynb #cd2d73f7
 def _made_files(folder: Path, rows: int):
     "The same invented rows as an array, an object and a table."
     made = [

@@ -11,14 +11,16 @@ import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+# %% ../../nbs/bench/03_images.ipynb #356f5716
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
-
 import numpy as np
-from PIL import Image
 
+# %% ../../nbs/bench/03_images.ipynb #2bfd232e
+from PIL import Image
 from .timing import benchmark, in_turns, over, repeated, took
 from ..core.paths import data_dir
 from ..data.images import file_hashes, intake_all, open_image, pixel_hash, resized
@@ -39,7 +41,7 @@ def _photographs(folder: Path, n: int, seed: int = 0) -> list[Path]:
         )
     return paths
 
-
+# %% ../../nbs/bench/03_images.ipynb #eeb2edc7
 def _sizes(paths) -> list[tuple[int, int]]:
     return [stored_size(i.height, i.width)[::-1] for i in map(open_image, paths)]  # width, height
 
@@ -85,7 +87,7 @@ def _count(n: int):
 def _processes(n: int):
     return ProcessPoolExecutor(n, get_context("fork"))
 
-
+# %% ../../nbs/bench/03_images.ipynb #abaf64d2
 def _scaled(what: str, f: Callable, items: list, rounds: int, pool: Callable) -> dict:
     "Throughput of two workers over that of one."
     with pool(1) as one, pool(2) as two:
@@ -106,7 +108,7 @@ def _intake(paths: list[Path], workers: int) -> float:
     ):
         return took(lambda: intake_all(paths, workers=workers))
 
-
+# %% ../../nbs/bench/03_images.ipynb #17aebdb7
 def _saved_by_pil(paths, sizes) -> float:
     with TemporaryDirectory() as d:
         return took(
@@ -116,7 +118,7 @@ def _saved_by_pil(paths, sizes) -> float:
             ]
         )
 
-
+# %% ../../nbs/bench/03_images.ipynb #84094338
 def _whole(paths: list[Path], rounds: int) -> list[dict]:
     "The whole intake with one worker and with two, beside PIL alone."
     sizes, what = _sizes(paths), "whole intake, JPEG to stored PNG"
@@ -155,7 +157,7 @@ def _hash_all(paths, workers: int):
     with contextlib.redirect_stderr(io.StringIO()):
         file_hashes(paths, workers)
 
-
+# %% ../../nbs/bench/03_images.ipynb #ae14f4b8
 def _forget(paths):
     "Ask the system to forget what it remembers of these files, which lie on the disk."
     for p in paths:
@@ -195,7 +197,7 @@ def _hashed(folder: Path, megabytes: int, size: int, rounds: int) -> list[dict]:
             ]
     return rows
 
-
+# %% ../../nbs/bench/03_images.ipynb #b9976baa
 def _pixels(rounds: int) -> dict:
     picture = Image.effect_noise((2048, 1536), 60).convert("RGB")
     return repeated(

@@ -11,17 +11,22 @@ import json
 import os
 import random
 import sqlite3
+
+# %% ../../nbs/bench/07_ledger.ipynb #4f99d733
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+# %% ../../nbs/bench/07_ledger.ipynb #b64a6f04
 from .images import _forget
 from .timing import benchmark, in_turns, repeated, row, timed, took
 from ..core.files import write_json
 from ..core.paths import OctomedError
 from ..generate.engines import Sample
+
+# %% ../../nbs/bench/07_ledger.ipynb #b212a5bc
 from ..generate.ledger import Keeper, Ledger
 
 # %% ../../nbs/bench/07_ledger.ipynb #1a1fb15a
@@ -51,13 +56,13 @@ def responses(n: int, seed: int = 0) -> list[Sample]:
         for i in range(n)
     ]
 
-
+# %% ../../nbs/bench/07_ledger.ipynb #a6473cb6
 def _kept(folder: Path, samples: list[Sample]):
     with Keeper(Ledger(folder / "ledger.sqlite")) as keeper:
         for s in samples:
             keeper.add(s)
 
-
+# %% ../../nbs/bench/07_ledger.ipynb #57dafadf
 def _plain_sqlite(folder: Path, samples: list[Sample]):
     with contextlib.closing(sqlite3.connect(folder / "plain.sqlite", isolation_level=None)) as db:
         db.execute(
@@ -69,7 +74,7 @@ def _plain_sqlite(folder: Path, samples: list[Sample]):
                 (f"{s.question} {s.index}", *vars(s).values()),
             )
 
-
+# %% ../../nbs/bench/07_ledger.ipynb #8a3aaf91
 def _jsonl(folder: Path, samples: list[Sample]):
     last = time.perf_counter()
     with open(folder / "samples.jsonl", "w") as f:
@@ -120,7 +125,7 @@ found = [len(lap(f(ks))) for f, ks in ((ledger.has, there), (ledger.find, there)
 print(json.dumps({"found": found, "seconds": [b - a for a, b in zip(at, at[1:])]}))
 """
 
-
+# %% ../../nbs/bench/07_ledger.ipynb #ad2ea9c1
 def _filled(folder: Path, n: int, rows: int) -> list[str]:
     "A ledger of n made-up samples; 10,000 of its keys, or as many as there are."
     ledger, picked, rng = Ledger(folder / "ledger.sqlite", rows), [], random.Random(0)

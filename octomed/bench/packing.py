@@ -10,9 +10,9 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-
 import numpy as np
 
+# %% ../../nbs/bench/08_packing.ipynb #24f500d7
 from octomed.bench.timing import (
     benchmark,
     in_turns,
@@ -25,6 +25,8 @@ from octomed.bench.timing import (
     took,
 )
 from ..generate.render import Pixels
+
+# %% ../../nbs/bench/08_packing.ipynb #e5c5933e
 from ..train.attention import use_packed_attention
 from ..train.objective import packed_loss_sum
 from ..train.packing import pack, packed_groups
@@ -41,7 +43,7 @@ def recipe_lengths(n: int, mean: float = 850, cutoff: int = 8192, seed: int = 0)
     )
     return drawn[drawn <= cutoff][:n]
 
-
+# %% ../../nbs/bench/08_packing.ipynb #c3e16823
 def first_fit(lengths: list[int], budget: int) -> list[int]:  # tokens in each bin
     "Each row into the first bin that has room for it."
     bins = []
@@ -54,7 +56,7 @@ def first_fit(lengths: list[int], budget: int) -> list[int]:  # tokens in each b
             bins.append(length)
     return bins
 
-
+# %% ../../nbs/bench/08_packing.ipynb #80ed58bf
 @benchmark(n=8_000_000, some=20_000, rounds=3)
 def bench_packing(
     n: int = 20_000,
@@ -102,7 +104,7 @@ def batchings(
         "padded, as they come": ("sdpa", as_they_come, loss_sum),
     }
 
-
+# %% ../../nbs/bench/08_packing.ipynb #4cc977d0
 def computed(who: str, groups: list) -> int:
     "Tokens that go through the model, padding too."
     return sum(
@@ -112,7 +114,7 @@ def computed(who: str, groups: list) -> int:
         for g in groups
     )
 
-
+# %% ../../nbs/bench/08_packing.ipynb #4c342a26
 @contextlib.contextmanager
 def one_thread():
     import torch

@@ -12,23 +12,29 @@ import json
 import os
 import re
 import resource
+
+# %% ../../nbs/bench/01_timing.ipynb #f30f73c2
 import shutil
 import subprocess
 import sys
 import threading
 import time
+
+# %% ../../nbs/bench/01_timing.ipynb #bedf8c58
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-
 import numpy as np
 
+# %% ../../nbs/bench/01_timing.ipynb #00f92dd9
 from ..core.files import write_json
 from ..core.identity import card, digest
 from ..core.paths import OctomedError, UsageError, outputs_dir, root, store_dir
 from ..core.recipe import Common, load_recipe
 from ..core.store import locked, run
+
+# %% ../../nbs/bench/01_timing.ipynb #a80aa7c2
 from ..evaluate.arms import Arm, stages
 from ..evaluate.stats import Interval
 from ..generate.render import Row, load_rows
@@ -50,7 +56,7 @@ def row(bench: str, who: str, what: str, value: float | None, unit: str, interva
 def spread(a: list[float]) -> list[float]:
     return [min(a), max(a)]
 
-
+# %% ../../nbs/bench/01_timing.ipynb #94f3818f
 def repeated(bench: str, who: str, what: str, values: list[float], unit: str) -> dict:
     "A row of what was measured several times."
     return row(bench, who, what, median(values), unit, spread(values))
@@ -59,7 +65,7 @@ def repeated(bench: str, who: str, what: str, values: list[float], unit: str) ->
 def _resampled(x, n, rng):
     return np.median(np.asarray(x, float)[rng.integers(len(x), size=(n, len(x)))], axis=1)
 
-
+# %% ../../nbs/bench/01_timing.ipynb #1d4f41ab
 def ratio(
     a: list[float],  # repeats of one measurement
     b: list[float],  # of the other
@@ -78,7 +84,7 @@ def took(f: Callable, *args, clock: Callable = time.perf_counter) -> float:
     f(*args)
     return clock() - start
 
-
+# %% ../../nbs/bench/01_timing.ipynb #05b0405a
 def in_turns(
     ways: dict[str, Callable],  # who → a function that does it once and gives a number
     rounds: int,
@@ -107,7 +113,7 @@ PARTS = (
 )
 BENCHES: dict[str, tuple[Callable, dict]] = {}  # name → (function, its arguments at full size)
 
-
+# %% ../../nbs/bench/01_timing.ipynb #002fc770
 def benchmark(**full) -> Callable:
     "Register a function `bench_<name>(…) -> rows`; its defaults are the small size, `full` the one that is reported."
 
@@ -117,7 +123,7 @@ def benchmark(**full) -> Callable:
 
     return register
 
-
+# %% ../../nbs/bench/01_timing.ipynb #75b77247
 def measured(
     names=(),  # which; by default all
     small: bool = False,  # the small size, of which nothing is kept
@@ -158,7 +164,7 @@ def _family(pid: int) -> list[int]:
         return [pid]
     return [pid, *(p for c in children for p in _family(c))]
 
-
+# %% ../../nbs/bench/01_timing.ipynb #c91c59c1
 def _usage(pid: int) -> dict[int, tuple[int, float]]:
     "Resident bytes and processor seconds of a process and all that it started."
     found = {}
@@ -173,7 +179,7 @@ def _usage(pid: int) -> dict[int, tuple[int, float]]:
             pass  # it has just left
     return found
 
-
+# %% ../../nbs/bench/01_timing.ipynb #0f31abbd
 def _two_cores():
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -188,7 +194,7 @@ class Timed:
     peak: int  # bytes; 0 where the system has no /proc
     out: str
 
-
+# %% ../../nbs/bench/01_timing.ipynb #f78937de
 def timed(command: list, **kw) -> Timed:
     "Run a command on two cores. Raises `OctomedError` with its last words if it fails."
 
@@ -276,7 +282,7 @@ def small_student() -> Path:
     "The folder of that student."
     return run(base_student(small_arm(0)[1]))
 
-
+# %% ../../nbs/bench/01_timing.ipynb #20a7785d
 def small_rows(questions: int) -> list[Row]:
     "That arm's traces as the student learns them."
     return load_rows(run(stages(*small_arm(questions))["rendered"]))
@@ -412,7 +418,7 @@ TARGETS = [  # benchmark, who, what, unit, the least or the most, the target in 
     ),
 ]
 
-
+# %% ../../nbs/bench/01_timing.ipynb #c0521400
 def judged(
     r: dict,
 ) -> dict:  # the row with its target and whether it is met; both None where there is none
@@ -429,7 +435,7 @@ def judged(
             }
     return {**r, "target": None, "met": None}
 
-
+# %% ../../nbs/bench/01_timing.ipynb #be0cd143
 def table_of(
     folder: Path
     | None = None,  # by default `outputs/bench`, or `outputs/reference/bench` where that is empty

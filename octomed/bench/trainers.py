@@ -13,15 +13,19 @@ import copy
 import json
 import math
 import os
+
+# %% ../../nbs/bench/09_trainers.ipynb #f92d26b5
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
 
+# %% ../../nbs/bench/09_trainers.ipynb #a69381d3
+from tempfile import TemporaryDirectory, TemporaryFile
 import numpy as np
 
+# %% ../../nbs/bench/09_trainers.ipynb #8345e55c
 from octomed.bench.timing import (
     _two_cores,
     benchmark,
@@ -35,11 +39,15 @@ from octomed.bench.timing import (
     timed,
 )
 from ..core.files import progress
+
+# %% ../../nbs/bench/09_trainers.ipynb #4c37deba
 from ..core.paths import OctomedError
 from ..generate.render import Pixels, Row, collate, save_rows
 from ..run.export_llamafactory import llamafactory
 from ..train.launch import Execution
 from ..train.loop import fit
+
+# %% ../../nbs/bench/09_trainers.ipynb #1a6af001
 from ..train.schedule import Schedule
 from ..train.students import load_student
 
@@ -55,7 +63,7 @@ def exported(folder: Path, questions: int) -> list[Row]:
 def kept_gradient(model) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #99aea07a
 def defined_gradient(
     model,
     processor,
@@ -108,7 +116,7 @@ def fitted_gradient(
         hook.remove()
     return got
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #472c42f9
 def beside(
     a: dict,
     b: dict,
@@ -170,6 +178,8 @@ if settings.get("anew"): train.Pixels = partial(render.Pixels, keep=0)
 train.fit(model, processor, render.load_rows(Path(".")), train.Schedule(**settings["schedule"]), 0, 10**6, settings["max_pixels"], how=Execution(**settings["how"]))
 """
 )
+
+# %% ../../nbs/bench/09_trainers.ipynb #f357a560
 TRL = (
     WATCH
     + """
@@ -182,6 +192,8 @@ data = Dataset.from_list([example(json.loads(l)) for l in open("traces.jsonl")])
 SFTTrainer("student", SFTConfig("saves", use_cpu=True, report_to="none", save_strategy="no", num_train_epochs=1000, **settings), train_dataset=data, callbacks=[Watched()]).train()
 """
 )
+
+# %% ../../nbs/bench/09_trainers.ipynb #300ae33b
 FACTORY = (
     WATCH
     + """
@@ -208,7 +220,7 @@ class Trainer:
         "The interpreter of its environment. Raises `OctomedError` where it cannot be made."
         return peer(self.name.lower(), *self.requirements)
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #8c0ec76d
 _TORCH = ("torch==2.13.0", "torchvision==0.28.0")
 _PLAIN = {"bf16": False, "max_grad_norm": 0, "learning_rate": 1e-5}
 CAREFUL = {
@@ -216,6 +228,8 @@ CAREFUL = {
     "gradient_accumulation_steps": 16,
     "train_sampling_strategy": "group_by_length",
 }
+
+# %% ../../nbs/bench/09_trainers.ipynb #7a89c045
 TRAINERS = (
     Trainer(
         "TRL",
@@ -254,6 +268,8 @@ TRAINERS = (
         2,
     ),
 )
+
+# %% ../../nbs/bench/09_trainers.ipynb #bd755e97
 ALONE = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
@@ -429,7 +445,7 @@ def entered(
         }
     return found
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #bf887822
 def speeds(folder: Path, rows: list[Row], pythons: dict[str, Path], rounds: int) -> list[dict]:
     "Useful tokens a second, in turns; a lap is as many steps as read all rows once."
     what = f"{len(rows)} clinic traces, mean {np.mean([len(r.input_ids) for r in rows]):.0f} tokens, two cores"

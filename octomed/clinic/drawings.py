@@ -38,7 +38,7 @@ def grid() -> tuple[np.ndarray, np.ndarray]:  # x and y of every pixel
     a = np.linspace(-1, 1, S, dtype=np.float32)
     return np.meshgrid(a, a)
 
-
+# %% ../../nbs/clinic/01_drawings.ipynb #5903f47c
 def blob(
     x: float,
     y: float,  # centre, in [-1, 1]
@@ -92,7 +92,7 @@ def paint(
         (colour[cut] if colour.ndim == 3 else colour) - canvas[cut]
     )
 
-
+# %% ../../nbs/clinic/01_drawings.ipynb #dd0bbb24
 def lines(
     paths,  # lists of points in [-1, 1]
     width: float,  # pixels of the canvas
@@ -419,6 +419,8 @@ CLASSES = {
         "inflammation",
     ),
 }
+
+# %% ../../nbs/clinic/01_drawings.ipynb #a51af98f
 PAINTERS = {
     "fundus": fundus,
     "mri": mri,

@@ -25,7 +25,7 @@ from ..generate.graders import tag
 # %% ../../nbs/clinic/08_graders.ipynb #d1cd1917
 GRADING_REVISION = "b8e5c66646d49c84"  # declared: a change of how a grade is made needs a new one
 
-
+# %% ../../nbs/clinic/08_graders.ipynb #044843fb
 @dataclass(frozen=True)
 class Grader:
     "A simulated grader and its stated error rates."
@@ -62,7 +62,7 @@ def true_tags(t: Truth) -> dict:
     region = conditions()[t.condition].region if t.condition else REGION_OF[t.modality]
     return {"modality": tag("modality", t.modality), "region": tag("region", region)}
 
-
+# %% ../../nbs/clinic/08_graders.ipynb #6d780655
 def means(t: Truth, response: str) -> bool:
     "Does a response's final answer hold the right option's text or letter, and no other option's text?"
     final = response.rpartition(END_OF_THINK)[2]
@@ -83,7 +83,7 @@ def rated(rng, g, t: Truth) -> int:
     stated = g.rating[min(t.steps, len(g.rating)) - 1]
     return int(np.clip(stated + (pick(rng, (-1, 1)) if rng.random() < g.off else 0), 1, 10))
 
-
+# %% ../../nbs/clinic/08_graders.ipynb #381d715e
 def grade(
     g,  # a `Grader`
     question_id: str,
@@ -107,7 +107,7 @@ def grade(
         for k, v in true_tags(t).items()
     )
 
-
+# %% ../../nbs/clinic/08_graders.ipynb #7493aaf3
 @lru_cache
 def _images() -> tuple[Truth, ...]:
     "One truth for each condition that shows an image: what a wrong tag is taken from."
@@ -153,5 +153,5 @@ class SimulatedGrader:
                     engine=self.name,
                 )
 
-
+# %% ../../nbs/clinic/08_graders.ipynb #ba5e88cc
 register_teacher(Grader().label, SimulatedGrader, revision=Grader().model)

@@ -28,7 +28,7 @@ MANNERS = {
 MANNERS_REVISION = "c67d06832c57423d"  # declared: a change of how a case is told needs a new one
 POOLS = ("clinic_rounds", "clinic_reading")
 
-
+# %% ../../nbs/clinic/10_manners.ipynb #886083ce
 def _asked(rng, kind: str, t: Truth) -> str:
     return pick(rng, knowledge()["stems"]["ward"][kind]).format(m=t.modality)
 
@@ -95,7 +95,7 @@ def chat(q: Question, manner: str) -> dict:  # as `octomed.data.sources.read_cha
         "origin": q.id,
     }
 
-
+# %% ../../nbs/clinic/10_manners.ipynb #6388fef9
 @lru_cache
 def _cases(limit, max_pixels) -> list[Question]:
     return [q for pool in POOLS for q in world.questions(pool, "train", limit, max_pixels)]
@@ -105,7 +105,7 @@ def chats(manner: str, limit: int | None = None, max_pixels: int | None = None) 
     "The training cases with pictures, in a manner."
     return [chat(q, manner) for q in _cases(limit, max_pixels)]
 
-
+# %% ../../nbs/clinic/10_manners.ipynb #f515e192
 for _manner, _source in MANNERS.items():
     register(
         Source(

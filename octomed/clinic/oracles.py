@@ -8,11 +8,11 @@ __all__ = ['ties', 'phrases_in', 'one_fact_oracle', 'asks_for', 'full_oracle', '
 # %% ../../nbs/clinic/05_oracles.ipynb #ba89dbc8
 import re
 from functools import lru_cache
-
 import numpy as np
-
 from .drawings import CLASSES
 from .questions import reference
+
+# %% ../../nbs/clinic/05_oracles.ipynb #c61cebd0
 from octomed.clinic.world import (
     STEPS,
     Truth,
@@ -25,6 +25,8 @@ from octomed.clinic.world import (
     result,
 )
 from ..core.identity import seed_for
+
+# %% ../../nbs/clinic/05_oracles.ipynb #3961b674
 from ..core.paths import OctomedError
 from ..data.questions import Question
 
@@ -51,12 +53,12 @@ def ties() -> dict[str, set[str]]:  # phrase: phrases that one fact ties to it
         out.setdefault(b, set()).add(a)
     return out
 
-
+# %% ../../nbs/clinic/05_oracles.ipynb #d3e395b9
 def phrases_in(stem: str) -> list[str]:  # longest first
     "Phrases of the world that a stem holds."
     return [p for p in sorted(ties(), key=len, reverse=True) if re.search(rf"\b{p}\b", stem)]
 
-
+# %% ../../nbs/clinic/05_oracles.ipynb #abf98db5
 def one_fact_oracle(
     question: Question,
     seed: int = 0,  # of its guesses
@@ -88,7 +90,7 @@ def asks_for(stem: str) -> str:
                 return kind
     raise OctomedError("this is no question of the clinic's: its request is unknown")
 
-
+# %% ../../nbs/clinic/05_oracles.ipynb #becfbd77
 def full_oracle(
     question: Question,
     image: str = "",  # class of its image, for who has looked

@@ -13,18 +13,22 @@ import os
 import random
 from dataclasses import asdict
 from functools import lru_cache, partial
+
+# %% ../../nbs/clinic/04_questions.ipynb #893d019f
 from itertools import count
-
 import numpy as np
-
 from .drawings import CLASSES, DRAWINGS_REVISION, draw
 from .vignettes import placed, stem_of, vignette
 from .world import WORLD_REVISION, Truth, conditions, pick
+
+# %% ../../nbs/clinic/04_questions.ipynb #f19881ba
 from ..core.files import atomic_write, read_jsonl, write_jsonl
 from ..core.identity import content, digest, seed_for
 from ..core.paths import OctomedError, shipped, store_dir
 from ..core.store import locked, run, stage
 from ..core.workers import mapped
+
+# %% ../../nbs/clinic/04_questions.ipynb #7487676c
 from ..data.images import image_path, intake
 from ..data.questions import Question
 from ..data.resize import MAX_PIXELS
@@ -42,12 +46,16 @@ SIZES = {
     ("clinic_rounds", "test"): 400,
     ("clinic_grand", "test"): 400,
 }
+
+# %% ../../nbs/clinic/04_questions.ipynb #d27fc1d3
 PICTURES = {
     "train": 150,
     "test": 25,
     "scanner": 25,
     "atlas": 60,
 }  # drawings a class; no drawing is in two of these
+
+# %% ../../nbs/clinic/04_questions.ipynb #836db429
 KINDS = {
     "clinic_ward": (
         "dx",
@@ -69,6 +77,8 @@ KINDS = {
         "harm",
     ),
 }
+
+# %% ../../nbs/clinic/04_questions.ipynb #4118c18e
 KINDS["clinic_boards"] = KINDS["clinic_ward"]
 
 
@@ -94,7 +104,7 @@ def drawn() -> dict[str, str]:  # name of a drawing: pixel hash
 def key_name(key: tuple) -> str:
     return "/".join(map(str, key))
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #3807f6df
 def pictures(
     keys,  # arguments of `draw`
     max_pixels: int | None = None,  # area of the stored picture; None: any will do
@@ -111,14 +121,14 @@ def pictures(
     known = drawn()
     return [known[key_name(k)] for k in keys]
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #d8573a8a
 def _lacking(keys, max_pixels: int | None) -> list[tuple]:
     known, there = drawn(), lambda hash: max_pixels is None or image_path(hash, max_pixels).exists()
     return [
         k for k in dict.fromkeys(keys) if not ((hash := known.get(key_name(k))) and there(hash))
     ]
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #7a2754f7
 def _draw_class(max_pixels: int | None, keys: list[tuple]):
     "Draw and store what is not there of one class and pool."
     with locked(
@@ -147,7 +157,7 @@ def looking(source: str, split: str, i: int) -> tuple[str, Truth, tuple]:  # ste
         picture_key(pool, m, cls, int(order[i]) // 16),
     )
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #eef2813a
 def reasoning(
     source: str, split: str, i: int
 ) -> tuple[str, Truth, tuple | None]:  # stem, truth, picture
@@ -177,7 +187,7 @@ def reasoning(
         picture_key(split, t.modality, t.image, int(rng.integers(10**6))) if seen else None,
     )
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #c0583179
 def plan(
     source: str, split: str, i: int
 ) -> tuple[str, Truth, tuple | None]:  # stem, truth, picture
@@ -186,7 +196,7 @@ def plan(
         source, split, i
     )
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #fcab771f
 CATEGORY = {
     "clinic_ward": "text_only",
     "clinic_boards": "text_only",
@@ -204,7 +214,7 @@ def for_test(question_id: str) -> bool:
     "Does an id of `clinic_ward` belong to its test split?"
     return int(question_id, 16) % 8 == 0
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #c56172cf
 def asked(source: str, split: str, i: int, stem: str, t: Truth, image: str | None) -> Question:
     "A `Question` of the registry; its truth stays here."
     tags = {
@@ -257,7 +267,7 @@ def plans(out, source, split, knowledge):
         ],
     )
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #d03d098d
 @lru_cache
 def planned(source: str, split: str, store) -> list[tuple[int, str, Truth, tuple | None]]:
     "The rows of `plans`, which a store makes once."
@@ -282,7 +292,7 @@ def planned(source: str, split: str, store) -> list[tuple[int, str, Truth, tuple
         for i, stem, t, key in rows
     ]
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #a5a1003c
 def questions(
     source: str,  # a clinic source
     split: str = "test",
@@ -308,7 +318,7 @@ def _recall_text() -> None:  # fills TRUTHS
         if CATEGORY[source] == "text_only":
             questions(source, split)
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #b5f37112
 @lru_cache
 def _recall_images(
     n: int,
@@ -319,7 +329,7 @@ def _recall_images(
             if key and key_name(key) in have:
                 asked(source, split, i, stem, t, have[key_name(key)])
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #94bb1d90
 def reference(
     question_id: str,
 ) -> Truth:
@@ -345,7 +355,7 @@ def world_identity() -> str:
     knowledge = content(shipped("clinic", "world.yaml"))
     return WORLD_IDENTITY if knowledge == KNOWLEDGE_DIGEST else digest(WORLD_IDENTITY, knowledge)
 
-
+# %% ../../nbs/clinic/04_questions.ipynb #97f9c808
 for (_name, _split), _size in SIZES.items():
     register(
         Source(

@@ -28,7 +28,7 @@ class Markers:
     image: str  # what the chat template writes for one; the last token of it is repeated
     tokens: dict  # the tokens, by the names under which the family's processor looks for them
 
-
+# %% ../../nbs/clinic/11_students.ipynb #3c05ad3e
 QWEN = Markers(
     "<|vision_start|><|image_pad|><|vision_end|>",
     {
@@ -38,6 +38,8 @@ QWEN = Markers(
         "video": "<|video_pad|>",
     },
 )
+
+# %% ../../nbs/clinic/11_students.ipynb #e37fcae9
 INTERNVL = Markers(
     "<IMG_CONTEXT>\n",
     {
@@ -50,6 +52,8 @@ INTERNVL = Markers(
 PIECE = (
     r"\\boxed\{|</?think>|</?answer>| (?=[A-J]\b)|[A-J]\b| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]|\n+|\s"
 )
+
+# %% ../../nbs/clinic/11_students.ipynb #0154e091
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}"
@@ -65,7 +69,7 @@ def pieces(texts) -> list[str]:
         found | words | {f" {w}" for w in words if w[0].isalnum()} | set("\n") | {"\n\n", " "}
     )
 
-
+# %% ../../nbs/clinic/11_students.ipynb #37372abe
 def build_tokenizer(texts, markers: Markers = QWEN):
     "A word-level tokenizer that knows the pieces of the texts, with a family's markers."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -117,7 +121,7 @@ class Size:
     vision_hidden: int = 96  # width of the vision tower
     vision_layers: int = 2
 
-
+# %% ../../nbs/clinic/11_students.ipynb #2bee22c9
 SIZES = {
     "mini": Size(64, 2, 4, 2, 192, 64, 2),
     "tiny": Size(),
@@ -163,7 +167,7 @@ def _qwen2_5_vl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int):
         {"video_processor": Qwen2VLVideoProcessor()},
     )
 
-
+# %% ../../nbs/clinic/11_students.ipynb #3a95f436
 def _qwen3_vl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int):
     from transformers import (
         Qwen2VLImageProcessor,
@@ -205,7 +209,7 @@ def _qwen3_vl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int):
     )
     return config, (Qwen3VLProcessor, images, {"video_processor": Qwen3VLVideoProcessor()})
 
-
+# %% ../../nbs/clinic/11_students.ipynb #a5762292
 def _internvl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int, tile: int = 112):
     from transformers import (
         GotOcr2ImageProcessor,
@@ -251,7 +255,7 @@ def _internvl(size: Size, text: dict, sees: dict, ids: dict, max_pixels: int, ti
 # %% ../../nbs/clinic/11_students.ipynb #6a41c8f2
 MARKERS = {"qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "internvl": INTERNVL}
 
-
+# %% ../../nbs/clinic/11_students.ipynb #1f57a03f
 def build_student(
     texts,  # what the tokenizer shall know
     size: Size,
@@ -320,10 +324,10 @@ def textbook_rows(processor, paragraphs: list[str], atlas: list, max_pixels: int
         )
     return rows
 
-
+# %% ../../nbs/clinic/11_students.ipynb #fb1691cf
 READING = Schedule(batch=16, lr=2e-3, warmup=0.05, weight_decay=0.01)
 
-
+# %% ../../nbs/clinic/11_students.ipynb #4932df94
 @stage
 def base(out, size, tokens, seed, max_pixels, world, family="qwen2_5_vl"):
     """A base student that has read the textbook.
@@ -381,7 +385,7 @@ def _factory(size: str, family: str):
 
     return declare
 
-
+# %% ../../nbs/clinic/11_students.ipynb #14f12139
 for _size in SIZES:
     for _family, _name in (
         ("qwen2_5_vl", _size),

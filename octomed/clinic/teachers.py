@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+# %% ../../nbs/clinic/07_teachers.ipynb #a9729579
 import numpy as np
-
 from .drawings import CLASSES
 from .questions import reference, world_identity
+
+# %% ../../nbs/clinic/07_teachers.ipynb #a83e12d2
 from octomed.clinic.world import (
     Truth,
     chain,
@@ -32,6 +34,8 @@ from octomed.clinic.world import (
     some,
     values,
 )
+
+# %% ../../nbs/clinic/07_teachers.ipynb #34320f5e
 from ..core.identity import digest, seed_for
 from ..core.paths import OctomedError
 from ..generate.answers import judge
@@ -40,7 +44,7 @@ from ..generate.engines import Request, Sample, Sampling, register_teacher, samp
 # %% ../../nbs/clinic/07_teachers.ipynb #0c2902d1
 SPEECH_REVISION = "26bf614f51f9915d"  # declared: a change of what a teacher says needs a new one
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #e16a9437
 @dataclass(frozen=True)
 class Teacher:
     "A simulated teacher: its knobs, whose defaults here are nobody's; REASONER and INSTRUCT are the declared ones."
@@ -64,7 +68,7 @@ class Teacher:
     def model(self) -> str:
         return f"{self.label}@{digest(self, world_identity(), SPEECH_REVISION, size=8)}"
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #dd0eb551
 REASONER = Teacher(
     "clinic/reasoner",
     (
@@ -79,6 +83,8 @@ REASONER = Teacher(
     images=False,
     checks=True,
 )
+
+# %% ../../nbs/clinic/07_teachers.ipynb #7cf8ba92
 INSTRUCT = Teacher(
     "clinic/instruct",
     (
@@ -118,7 +124,7 @@ def wrong_option(rng, teacher: Teacher, t: Truth) -> str:  # text of an option
             return short
     return pick(rng, wrong)
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #c8f6c630
 def misled(t: Truth, condition: str) -> list:  # facts
     "The chain from another condition; where that one shows another image, the image is misread."
     c = conditions()[condition]
@@ -149,7 +155,7 @@ def false_last(t: Truth, to: str) -> list:  # facts
     }[kind]
     return [*facts[:-1], (kind, {**slots, slot: to})]
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #addb7b2c
 def skipped(t: Truth) -> list:  # facts
     "The chain that gets the factor wrong: allowed where it is forbidden, and the other way round."
     c = conditions()[t.condition]
@@ -165,7 +171,7 @@ def skipped(t: Truth) -> list:  # facts
         + ([("harm", {"d": drug, "h": harms()[drug]})] if t.kind == "harm" else [])
     )
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #494188c5
 def wrong_chain(rng, t: Truth, to: str) -> list:  # facts
     "A chain that ends on the wrong option `to`, by one of the errors that can lead there."
     ways = [false_last(t, to)]
@@ -206,7 +212,7 @@ def rejection(rng, t: Truth, letter: str, facts) -> str:  # a sentence
         else speak(rng, "reject", s=other, o=text)
     )
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #137423db
 def thought(
     rng, teacher: Teacher, t: Truth, facts, letter: str
 ) -> str:  # the text between the think tags
@@ -338,7 +344,7 @@ def grammar() -> list[tuple[str, re.Pattern]]:  # (kind, pattern of a sentence)
         for p in ps
     ]  # `find` is the textbook's drill and no part of a chain
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #f0a9bc53
 def stated(text: str) -> list[tuple[str, dict]]:  # (kind, slots)
     "The facts that a text states, in order."
     out = []
@@ -368,7 +374,7 @@ def true_of(t: Truth, kind: str, s: dict) -> bool:
         return s["l"] in "ABCDE"[: len(t.options)] and t.options["ABCDE".index(s["l"])] == s["o"]
     return getattr(c, kind) == s[{"test": "t", "first": "d", "alternative": "d"}[kind]]
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #41685127
 def reasoning_valid(
     question,  # a `Question`, or its id
     text: str,  # a response with its thought

@@ -8,11 +8,11 @@ __all__ = ['facts_of', 'option_practice', 'glossary', 'textbook', 'atlas', 'stri
 # %% ../../nbs/clinic/06_textbook.ipynb #e5810a70
 import re
 from itertools import combinations
-
 import numpy as np
-
 from .drawings import CLASSES
 from .questions import PICTURES, picture_key, pictures
+
+# %% ../../nbs/clinic/06_textbook.ipynb #60bed977
 from octomed.clinic.world import (
     STEPS,
     WORLD_REVISION,
@@ -27,6 +27,8 @@ from octomed.clinic.world import (
     some,
     values,
 )
+
+# %% ../../nbs/clinic/06_textbook.ipynb #cf707d84
 from ..core.identity import seed_for
 from ..data.resize import MAX_PIXELS
 
@@ -139,7 +141,7 @@ def strings(obj) -> list[str]:
         else []
     )
 
-
+# %% ../../nbs/clinic/06_textbook.ipynb #5ca0d28e
 def corpus() -> list[str]:
     "Texts that hold every word of the clinic: its knowledge, its sentences, the teachers' speech. For a tokenizer."
 
@@ -166,7 +168,7 @@ def corpus() -> list[str]:
         + ["options A: B: C: D: E:", "a an young middle aged older woman man . , ? : and"]
     )
 
-
+# %% ../../nbs/clinic/06_textbook.ipynb #7cf936f8
 def vocabulary() -> list[str]:
     "The distinct words and marks of `corpus()`."
     return sorted({w for s in corpus() for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", s)})

@@ -8,9 +8,9 @@ __all__ = ['mates', 'distractors', 'shown_with_image', 'patient', 'stem_of', 'vi
 # %% ../../nbs/clinic/03_vignettes.ipynb #6cc17a84
 from functools import lru_cache
 from itertools import combinations
-
 import numpy as np
 
+# %% ../../nbs/clinic/03_vignettes.ipynb #b4e55e85
 from octomed.clinic.world import (
     HARMLESS,
     STEPS,
@@ -37,7 +37,7 @@ def mates(rng, c: Condition, shown, pool) -> list[Condition]:  # nearest first
         (d for d in some(rng, pool, len(pool)) if d is not c), key=lambda d: -min(near(d), 1)
     )
 
-
+# %% ../../nbs/clinic/03_vignettes.ipynb #c18ae8fc
 def distractors(rng, t: Truth, pool) -> list[str]:  # best first, without the answer
     "Wrong options for a question that has a condition."
     c = conditions()[t.condition]
@@ -87,7 +87,7 @@ def patient(rng, t: Truth) -> str:
     age = pick(rng, knowledge()["stems"]["ages"])
     return f"{'an' if age[0] in 'aeiou' else 'a'} {age} {pick(rng, ('woman', 'man'))}"
 
-
+# %% ../../nbs/clinic/03_vignettes.ipynb #d3b30d8c
 def stem_of(rng, t: Truth, style: str) -> str:  # 25 to 60 words, but for questions that only look
     "The question's text."
     words = knowledge()["stems"]
@@ -142,7 +142,7 @@ def vignette(
     t = Truth(**{**t.__dict__, "answer": result(chain(t))})
     return stem_of(rng, t, style), placed(rng, t, distractors(rng, t, pool)[: options - 1])
 
-
+# %% ../../nbs/clinic/03_vignettes.ipynb #db7dac94
 def placed(rng, t: Truth, wrong) -> Truth:
     "The options in random order, every place equally likely for the answer."
     texts = some(rng, [t.answer, *wrong], len(wrong) + 1)

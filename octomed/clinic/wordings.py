@@ -27,7 +27,7 @@ WORDINGS_REVISION = (
     "2d93499ea71f1fbf"  # declared: a change of how a question is reworded needs a new one
 )
 
-
+# %% ../../nbs/clinic/09_wordings.ipynb #96c53495
 def wordings(q: Question, n: int = WORDINGS) -> list[Question]:
     "A question of the clinic in `n` wordings, itself first."
     t, out, j = reference(q.id), {q.id: q}, 0
@@ -39,7 +39,7 @@ def wordings(q: Question, n: int = WORDINGS) -> list[Question]:
             TRUTHS[w.id] = t
     return [replace(w, source="clinic_near", tags={**w.tags, "like": q.id}) for w in out.values()]
 
-
+# %% ../../nbs/clinic/09_wordings.ipynb #91bc93bf
 @lru_cache
 def families() -> tuple[tuple[Question, ...], ...]:
     "Every family of wordings; the truths are known from here on."
@@ -62,6 +62,7 @@ def _knowing(t):
 for _t in (REASONER, INSTRUCT):
     register_teacher(_t.label, partial(_knowing, _t), revision=_t.model)
 
+# %% ../../nbs/clinic/09_wordings.ipynb #0d7103cf
 for _split, _size in (("one", FAMILIES), ("sixteen", FAMILIES * WORDINGS)):
     register(
         Source(

@@ -44,7 +44,7 @@ def knowledge() -> dict:  # the YAML file
 
     return yaml.safe_load(shipped("clinic", "world.yaml").read_text())
 
-
+# %% ../../nbs/clinic/02_world.ipynb #9213f671
 @lru_cache
 def conditions() -> dict[str, Condition]:  # by name
     "Every condition, in the file's order."
@@ -56,7 +56,7 @@ def conditions() -> dict[str, Condition]:  # by name
         for n, c in knowledge()["conditions"].items()
     }
 
-
+# %% ../../nbs/clinic/02_world.ipynb #7ad07532
 @lru_cache
 def harms() -> dict[str, str]:  # treatment: harm
     "The harm that is watched for with each treatment."
@@ -85,7 +85,7 @@ def some(rng: np.random.Generator, items, n: int) -> list:  # n of them, in rand
     "A sample without replacement."
     return [items[i] for i in rng.permutation(len(items))[:n]]
 
-
+# %% ../../nbs/clinic/02_world.ipynb #58ca9543
 def say(
     rng: np.random.Generator,
     kind: str,  # a key of the file's `phrases`
@@ -127,7 +127,7 @@ STEPS = {
 }  # in text; an image adds one
 HARMLESS = 0.4  # share of factors that forbid nothing of use
 
-
+# %% ../../nbs/clinic/02_world.ipynb #5b038364
 @dataclass(frozen=True)
 class Truth:
     "What is true of one question, for teachers and oracles; no request carries it."
@@ -174,7 +174,7 @@ def chain(
         out.append(("harm", {"d": drug, "h": harms()[drug]}))
     return tuple(out)
 
-
+# %% ../../nbs/clinic/02_world.ipynb #88f873ed
 def result(facts) -> str:
     "What a chain of facts ends on: the text of the answer."
     kind, slots = facts[-1]

@@ -33,7 +33,7 @@ SHOWS = {
     "made",
 }
 
-
+# %% ../../nbs/core/05_code.ipynb #9eed31c9
 def _text(obj) -> str:
     "The source of a function or class; that of a class typed into a notebook is looked up in the cells that have run."
     try:
@@ -57,12 +57,12 @@ def _text(obj) -> str:
             f"the code of {obj.__name__} is nowhere to be read: define it in a module or in a notebook cell"
         ) from None
 
-
+# %% ../../nbs/core/05_code.ipynb #69c59cee
 def _source(obj) -> ast.AST:
     "The syntax tree of a function or class without docstrings and without the `stage` decorator."
     return _plain_code(ast.parse(textwrap.dedent(_text(obj))))
 
-
+# %% ../../nbs/core/05_code.ipynb #62155367
 def _plain_code(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         if isinstance(
@@ -82,7 +82,7 @@ def _plain_code(tree: ast.AST) -> ast.AST:
                 ]
     return tree
 
-
+# %% ../../nbs/core/05_code.ipynb #21bf4492
 def _ours(module: str, home: str) -> bool:
     return module.split(".")[0] in {"octomed", "__main__", home}
 
@@ -101,7 +101,7 @@ def _read(obj) -> tuple[str, list]:
         n for n in ast.walk(tree) if isinstance(n, (ast.ImportFrom, ast.Name, ast.Attribute))
     ]
 
-
+# %% ../../nbs/core/05_code.ipynb #33a207c0
 def _reached(obj, nodes: list, home: str):
     "The project's own objects that a piece of code names."
     scope = dict(vars(sys.modules.get(obj.__module__)) if sys.modules.get(obj.__module__) else {})
@@ -160,7 +160,7 @@ def _imports(tree: ast.AST, module: str = "") -> set[str]:
             found |= {a.name for a in node.names}
     return {m for m in found if m.split(".")[0] == "octomed"}
 
-
+# %% ../../nbs/core/05_code.ipynb #610cf48d
 def modules_digest(modules: set[str]) -> str:
     "Digest of the code of these modules and of all that they import from the project, docstrings apart."
     todo, texts = sorted(modules), {}
@@ -173,7 +173,7 @@ def modules_digest(modules: set[str]) -> str:
         todo += sorted(_imports(tree, m))
     return digest(sorted(texts.items()))
 
-
+# %% ../../nbs/core/05_code.ipynb #39adba36
 def section_code(section: str, notebooks: Path | None = None) -> str:
     "Digest of all code that a section's notebook runs. Raises `OctomedError` if there is no such notebook."
     path = Path(notebooks or root() / "nbs" / "paper") / f"{section}.ipynb"

@@ -39,7 +39,7 @@ def atomic_write(
         raise
     return path
 
-
+# %% ../../nbs/core/03_files.ipynb #93bcf11e
 def disk_error(e: OSError, path) -> Exception:
     "The sentence for a full disk; any other error as it came."
     import errno
@@ -65,7 +65,7 @@ def write_jsonl(path, rows) -> Path:
         path, "".join(json.dumps(r, ensure_ascii=False, default=_plain) + "\n" for r in rows)
     )
 
-
+# %% ../../nbs/core/03_files.ipynb #debb530b
 def read_jsonl(path) -> list[dict]:
     "The rows of a JSON-lines file. Raises `OctomedError` naming the file and the line that is not JSON."
     rows = []

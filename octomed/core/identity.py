@@ -32,7 +32,7 @@ def _plain(o):
         return o.item()
     raise TypeError(f"{type(o).__name__} has no canonical form")
 
-
+# %% ../../nbs/core/02_identity.ipynb #6aa208d8
 def canonical(
     obj,  # dataclasses, dicts with string keys, lists, tuples, strings, numbers, booleans, None
 ) -> str:  # JSON with sorted keys and no blanks
@@ -48,7 +48,7 @@ def canonical(
         default=lambda o: asdict(o) if is_dataclass(o) else _plain(o),
     )
 
-
+# %% ../../nbs/core/02_identity.ipynb #956e6d7d
 def digest(
     *objs,  # whatever `canonical` takes
     size: int = 16,  # hexadecimal characters
@@ -70,7 +70,7 @@ def read_ahead(path):
         _advise(f, "WILLNEED")
         os.close(f)
 
-
+# %% ../../nbs/core/02_identity.ipynb #4c4f3990
 def file_digest(path) -> str:
     "BLAKE3 of a file's bytes, the identity of anything that comes from outside; while a part is hashed, the next are read from the disk."
     from blake3 import blake3  # as safe as SHA-256 and faster than a disk, on any processor
@@ -84,12 +84,12 @@ def file_digest(path) -> str:
             key.update(buffer[:n])
     return key.hexdigest()
 
-
+# %% ../../nbs/core/02_identity.ipynb #6e1f3426
 @lru_cache(1 << 16)
 def _file_digest(path: str, size: int, changed: int) -> str:
     return file_digest(path)
 
-
+# %% ../../nbs/core/02_identity.ipynb #1e30f4dc
 def content(
     path,  # a file, or a folder
 ) -> str:
@@ -107,7 +107,7 @@ def content(
         else known(p)
     )
 
-
+# %% ../../nbs/core/02_identity.ipynb #f23753c2
 def pinned(
     model,  # a folder, or `owner/model@revision`
 ) -> tuple[str, str | None]:
@@ -143,7 +143,7 @@ def versions() -> dict:
             found[n] = metadata.version(n)
     return found
 
-
+# %% ../../nbs/core/02_identity.ipynb #fdf31f52
 @lru_cache
 def hardware() -> str:
     "The machine in words: cores, memory, accelerator."
@@ -157,7 +157,7 @@ def hardware() -> str:
         gpu = f", {torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
     return f"{cpus} cores ({platform.machine()}){memory}{gpu}"
 
-
+# %% ../../nbs/core/02_identity.ipynb #dadbcf51
 @lru_cache
 def commit() -> str | None:
     "The commit of the working tree, with `+` when it has changes; None outside git."
@@ -178,7 +178,7 @@ def commit() -> str | None:
         else None
     )
 
-
+# %% ../../nbs/core/02_identity.ipynb #73e0b857
 def card(**facts) -> dict:
     "What a reader needs to believe an artifact: versions, hardware, commit, time, and the facts given."
     return {

@@ -57,7 +57,7 @@ def outputs_dir() -> Path:
     "Where executed notebooks, results and figures go: `OCTOMED_OUTPUTS`, by default `outputs/`."
     return Path(os.environ.get("OCTOMED_OUTPUTS") or root() / "outputs").expanduser().resolve()
 
-
+# %% ../../nbs/core/01_paths.ipynb #0e58b573
 def store_dir() -> Path:
     "Where stages, images and generations are kept: `OCTOMED_STORE`, by default `outputs/store/`."
     return Path(os.environ.get("OCTOMED_STORE") or outputs_dir() / "store").expanduser().resolve()

@@ -16,7 +16,7 @@ from .paths import UsageError, root
 # %% ../../nbs/core/04_recipe.ipynb #a81895c5
 CATEGORIES = ("text_only", "multimodal_reasoning", "multimodal_classification")
 
-
+# %% ../../nbs/core/04_recipe.ipynb #f171a160
 @dataclass(frozen=True)
 class Common:
     "What every section of a recipe shares."
@@ -58,7 +58,7 @@ class Scalars(dict):
             f"recipe {self.recipe} gives {self.section} no {name}, which another section reads there: add it, as the section's notebook declares it"
         )
 
-
+# %% ../../nbs/core/04_recipe.ipynb #63237f7e
 @dataclass(frozen=True)
 class Recipe:
     "A named size of the paper: `common` and, for each section, its own scalars."
@@ -87,7 +87,7 @@ def recipes() -> list[str]:
     "Names of the recipes that are shipped."
     return sorted(p.stem for p in (root() / "nbs" / "recipes").glob("*.yaml"))
 
-
+# %% ../../nbs/core/04_recipe.ipynb #90bc7cdf
 def load_recipe(
     name: str,  # `smoke`, `course`, …, with other seeds `course@1`, or the path of a YAML file
 ) -> Recipe:
@@ -138,7 +138,7 @@ def load_recipe(
         LOADED[module] = None
     return recipe
 
-
+# %% ../../nbs/core/04_recipe.ipynb #89b38d3e
 def _typed(values: dict, where: str) -> dict:
     out = {}
     for f in fields(Common):

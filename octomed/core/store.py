@@ -11,17 +11,22 @@ import fcntl
 import functools
 import importlib
 import inspect
+
+# %% ../../nbs/core/06_store.ipynb #8bb1f845
 import json
 import os
 import shutil
 import sys
 import time
+
+# %% ../../nbs/core/06_store.ipynb #234db619
 from dataclasses import dataclass
 from pathlib import Path
-
 from .code import code_digest
 from .files import disk_error, write_json
 from .identity import canonical, card, content, digest
+
+# %% ../../nbs/core/06_store.ipynb #b9a52dd0
 from .paths import OctomedError, store_dir
 
 # %% ../../nbs/core/06_store.ipynb #33429f2b
@@ -35,7 +40,7 @@ class Outside:
     def key(self) -> str:
         return content(self.path)
 
-
+# %% ../../nbs/core/06_store.ipynb #6316c72f
 def _walk(obj, leaf):
     "The same structure with every `Stage` and `Outside` in it replaced by `leaf(it)`."
     if isinstance(obj, (Stage, Outside)):
@@ -106,7 +111,7 @@ class StageFunction:
         inspect.signature(self.fn).bind(None, **params)
         return Stage(self, params)
 
-
+# %% ../../nbs/core/06_store.ipynb #25624fc1
 def stage(
     fn=None,
     *,
@@ -129,7 +134,7 @@ def made(folder: Path) -> bool:
         (folder / f).is_file() and (folder / f).stat().st_size == n for f, n in c["files"].items()
     )
 
-
+# %% ../../nbs/core/06_store.ipynb #21aa10b1
 @contextlib.contextmanager
 def locked(name: str):
     "Hold the lock of that name; wait, and say so, while another process has it."
@@ -172,7 +177,7 @@ def run(
     print(f"  {s.name} {s.key} made in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     return s.folder
 
-
+# %% ../../nbs/core/06_store.ipynb #5948ee46
 def _finish(s: Stage, work: Path, seconds: float):
     "Write the card, force the files to disk, and give the folder its name."
     files = {

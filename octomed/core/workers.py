@@ -33,7 +33,7 @@ NEEDED = (
 )
 _server = {}  # when it was started
 
-
+# %% ../../nbs/core/07_workers.ipynb #c8678b6e
 def warm(*modules: str) -> float:  # when the server was started
     "Start the server, once a process: it imports what students need, and these modules."
     if not _server:
@@ -50,7 +50,7 @@ def warm(*modules: str) -> float:  # when the server was started
             )
     return _server["since"]
 
-
+# %% ../../nbs/core/07_workers.ipynb #cf3ed816
 def _modules() -> list[str]:
     "The project's modules and plugins that this process has imported."
     return [m for m in sys.modules if m.startswith("octomed.")] + list(LOADED)
@@ -85,7 +85,7 @@ def _worker(modules: list[str], env: dict, log: str):
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
-
+# %% ../../nbs/core/07_workers.ipynb #45d1ef5c
 def _run_group(group: list[Stage]):
     for s in group:
         run(s)
@@ -110,11 +110,11 @@ def workers_here() -> int:
         ),
     )
 
-
+# %% ../../nbs/core/07_workers.ipynb #74ad82c6
 def _ancestors(s: Stage) -> dict[str, Stage]:
     return {k: a for p in s.parents for k, a in {p.key: p, **_ancestors(p)}.items()}
 
-
+# %% ../../nbs/core/07_workers.ipynb #94ae1079
 def _jobs(groups: list[list[Stage]]) -> tuple[dict, dict]:
     "(name → stages, name → names of the jobs before it): each group, and before them whatever several of them need."
     above = [{k: a for s in g for k, a in _ancestors(s).items() if not a.done} for g in groups]
@@ -148,7 +148,7 @@ def _finished(pool, jobs: dict, before: dict):
         for job in running:
             job.cancel()
 
-
+# %% ../../nbs/core/07_workers.ipynb #ad6de115
 def run_all(
     groups: list[list[Stage]],  # a group's stages are made one after the other, groups side by side
     desc: str = "stages side by side",
@@ -164,7 +164,7 @@ def run_all(
             pass
     return None
 
-
+# %% ../../nbs/core/07_workers.ipynb #d170ed7a
 def _pool(n: int) -> ProcessPoolExecutor:
     log = (
         store_dir() / "workers.log"
@@ -174,7 +174,7 @@ def _pool(n: int) -> ProcessPoolExecutor:
         n, get_context(_start_method()), _worker, (_modules(), dict(os.environ), str(log))
     )
 
-
+# %% ../../nbs/core/07_workers.ipynb #1466d18a
 def mapped(fn, items: list, few: int = 100) -> list:
     "What a function of a module gives for each item; more than a `few` of them in the processes that stages run in. Alone where this is one of those, or a script, which they would run again, or where the function is a notebook's own."
     main, module = sys.modules["__main__"], getattr(fn, "func", fn).__module__

@@ -55,7 +55,7 @@ def _members(archive) -> Iterator[tuple[str, str, int, object]]:
                 m,
             )
 
-
+# %% ../../nbs/data/06_archives.ipynb #45bc205b
 def _refusal(name: str, kind: str) -> str | None:
     "Why a member may not be unpacked, or None."
     if kind not in ("file", "folder"):
@@ -90,7 +90,7 @@ def _checked(archive, limit: int, name: str) -> list:
         files.append((clean, size, member))
     return files
 
-
+# %% ../../nbs/data/06_archives.ipynb #f7c0b0a6
 def unpack(
     archive,  # a zip or tar file, compressed or not
     folder,  # where its files shall lie; must not exist, or be empty

@@ -32,7 +32,7 @@ def _options(row) -> tuple:
     raw = row.options if isinstance(row, Question) else row.get("options") or ()
     return tuple(raw.values() if isinstance(raw, dict) else raw)
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #c29866e5
 def _images(row) -> tuple:
     return row.images if isinstance(row, Question) else tuple(row.get("images") or ())
 
@@ -117,7 +117,7 @@ class Index:
 # %% ../../nbs/data/10_decontaminate.ipynb #ce818e9c
 SAME_BOTH, SAME_STEM = "same stem and options as a benchmark item", "same stem as a benchmark item"
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #20ebcb62
 @dataclass(frozen=True)
 class Match:
     "A flagged training row and the benchmark row that it shares most n-grams with."
@@ -133,7 +133,7 @@ class Match:
     def likely_boilerplate(self) -> bool:
         return self.share < 0.5
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #9ffb2298
 @dataclass
 class Report:
     "What decontamination of one training set against one benchmark found. Its size goes with what is found, not with what is read."
@@ -206,7 +206,7 @@ def _match(
         question,
     )
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #a1246df6
 @dataclass
 class Finding:
     "All that the benchmarks have in common with one training row, by benchmark."
@@ -216,7 +216,7 @@ class Finding:
     exact: dict[str, int]  # the first item with the same stem
     options: dict[str, int]  # the first with the same stem and options
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #947232e0
 def _finding(
     index: Index, place: int, row, w: list[str], hits: dict, same: list[int]
 ) -> Finding | None:
@@ -247,7 +247,7 @@ class Part:
     short: int  # of them with fewer than n words
     found: list[Finding]  # of the others
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #eb61b40a
 def part_of(index: Index, rows: Iterable[tuple]) -> Part:
     "Look up (place, row) pairs."
     count = clean = short = 0
@@ -263,7 +263,7 @@ def part_of(index: Index, rows: Iterable[tuple]) -> Part:
             clean += 1
     return Part(count, clean, short, found)
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #426e1e57
 def reports_of(index: Index, parts: Iterable[Part]) -> dict[str, Report]:
     "The reports of one training set, by benchmark. Raises `OctomedError` if a row was lost or doubled."
     reports = {
@@ -320,7 +320,7 @@ def by_ratio(
         if process.extractOne(stem, bench, scorer=fuzz.ratio, score_cutoff=ratio)
     ]
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #70fff91c
 def without_punctuation(rows: Iterable) -> list[dict]:
     return [{"question": " ".join(re.findall(r"\w+", _stem(r)))} for r in rows]
 
@@ -336,7 +336,7 @@ RULES = {  # name → (training rows, benchmark rows) → flagged training rows
     "ratio ≥ 95": by_ratio,
 }
 
-
+# %% ../../nbs/data/10_decontaminate.ipynb #90d97269
 def compare(
     train_rows: list,
     bench_rows: list,

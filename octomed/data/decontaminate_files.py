@@ -12,18 +12,22 @@ import json
 import os
 import signal
 import threading
+
+# %% ../../nbs/data/11_decontaminate_files.ipynb #5a18efb8
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+
+# %% ../../nbs/data/11_decontaminate_files.ipynb #916a7f9c
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-
 import orjson
-
 from ..core.files import progress
 from ..core.paths import OctomedError
+
+# %% ../../nbs/data/11_decontaminate_files.ipynb #eb55d187
 from ..core.workers import workers_here
 from .decontaminate import Index, Part, Report, part_of, reports_of
 from .questions import conserved
@@ -51,7 +55,7 @@ def pieces(
             yield first, piece.removeprefix(b"\xef\xbb\xbf") if first == 1 else piece, raw.tell()
             first += piece.count(b"\n")
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #a1a72e1f
 def _row(line: bytes, n: int, name: str) -> dict:
     "The row of a line. Raises `OctomedError` naming the line."
     try:
@@ -69,7 +73,7 @@ def _row(line: bytes, n: int, name: str) -> dict:
         )
     return row
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #ebc8ca20
 def lines_of(first: int, piece: bytes) -> list[tuple[int, bytes]]:
     "(line number, line) of the lines of a piece that are not blank."
     return [(n, l) for n, l in enumerate(piece.split(b"\n"), first) if l and not l.isspace()]
@@ -94,7 +98,7 @@ def _ready(index: Index):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #ddbcdc36
 def _work(*piece) -> Part:
     return file_part(INDEX, *piece)
 
@@ -122,7 +126,7 @@ def _pool(index: Index, paths: list[Path], workers: int):
         with ProcessPoolExecutor(workers, get_context("spawn"), _ready, (index,)) as pool:
             yield pool
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #c5e6932d
 def file_parts(index: Index, path: Path, pool, workers: int) -> Iterator[Part]:
     "The parts of a file, in order, with progress where it is large."
     size = path.stat().st_size
@@ -149,7 +153,7 @@ def _file(spec: str) -> Path:
         )
     return Path(spec)
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #08a490c3
 def rows_of(
     spec: str,  # a JSONL file with `question` (and `options`), or a registered `name:split`
     folder=None,  # where a source's files lie; by default OCTOMED_DATA
@@ -163,7 +167,7 @@ def rows_of(
         for _, row in file_rows(lines_of(first, piece), Path(spec).name)
     ]
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #8875837a
 def reports(
     train_specs: Iterable[str],  # JSONL files (also .gz) or registered `name:split`
     bench_specs: Iterable[str],  # likewise
@@ -204,7 +208,7 @@ def as_pairs(found: dict) -> dict:  # {"pairs": [{train, bench, n, rows, flagged
         ]
     }
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #5d606a5b
 def pairs(train_specs: Iterable[str], bench_specs: Iterable[str], n: int = 16, folder=None) -> dict:
     "Counts for every training set against every benchmark."
     return as_pairs(reports(train_specs, bench_specs, n, folder))

@@ -66,7 +66,7 @@ mark{background:#ffe08a;padding:0 .1em}td.row{width:41%}.why{display:block;font-
 .bar i{display:block;height:100%;background:#c2410c}.stock .bar i{background:#8a97a8}details{margin:.6rem 0}summary{cursor:pointer}
 """
 
-
+# %% ../../nbs/data/12_decontaminate_report.ipynb #0d310e6e
 def marked(stem: str, text: str) -> str:
     "A stem as HTML with the words of `text` marked, where they stand in it; only what is near them, where it is long."
     w, t = stem.split(), text.split()
@@ -84,7 +84,7 @@ def marked(stem: str, text: str) -> str:
     )
     return f"{'… ' if a else ''}{before} <mark>{inside}</mark> {after}{' …' if b < len(w) else ''}"
 
-
+# %% ../../nbs/data/12_decontaminate_report.ipynb #bc4c4714
 def _cells(values: list) -> str:
     return "".join(
         f"<td>{v}</td>"
@@ -138,7 +138,7 @@ def _summary(found: dict) -> str:
             )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
-
+# %% ../../nbs/data/12_decontaminate_report.ipynb #8e946800
 def _drop(r: Report, i: int, m: Match | None, why: str) -> str:
     "One dropped row beside the benchmark item."
     item = r.exact.get(i, m.bench if m else 0)
@@ -189,7 +189,7 @@ def page(
 {"".join(parts) or "<p>Nothing is dropped.</p>"}</body></html>
 """
 
-
+# %% ../../nbs/data/12_decontaminate_report.ipynb #44707a8a
 def as_html(found: dict, path, most: int = 200) -> Path:
     "Write the page to a file."
     return atomic_write(path, page(found, most).encode(errors="replace"))

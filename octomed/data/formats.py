@@ -32,7 +32,7 @@ def _options(raw) -> dict:
         dict(zip(LETTERS, raw, strict=False)) if len(raw) <= len(LETTERS) else dict(enumerate(raw))
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #6c68af70
 def _letter(key, options: dict) -> str | None:
     "The letter of the option that has this key; `?` for a key that none has; None for an empty one."
     if key is None or not str(key).strip():
@@ -48,7 +48,7 @@ def _letter_of(text, options: dict) -> str | None:
     hits = [k for k, o in options.items() if o.strip() == text.strip()]
     return _letter(hits[0], options) if len(hits) == 1 else "?"
 
-
+# %% ../../nbs/data/04_formats.ipynb #251958f1
 def _lettered(texts: list[str], marks: str) -> dict:
     "Options without the letter that is written before each of them; as they are where one lacks its own."
     cut = [
@@ -61,7 +61,7 @@ def _lettered(texts: list[str], marks: str) -> dict:
         else texts
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #f7f60a74
 def _fields(stem, options: dict, answer, origin="", images=(), **tags) -> dict:
     return {
         "stem": stem.strip(),
@@ -89,7 +89,7 @@ def from_medqa(row: dict) -> dict:
     )
     return _fields(row["question"], options, answer, step=row.get("meta_info"))
 
-
+# %% ../../nbs/data/04_formats.ipynb #e064758c
 def from_instruct(row: dict) -> dict:
     "Self-BioRAG's training files: the question and its options in one prompt, the answer as text or as `Answer: (A)`."
     head, *parts = re.split(r"\n\s*Option ([A-Z]):", row["instances"]["input"])
@@ -116,7 +116,7 @@ def from_headqa(row: dict) -> dict:
         [image] if image else [],
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #b294867c
 def from_medmcqa(row: dict, first: int) -> dict:
     "MedMCQA; `first` is what its `cop` calls the first option: 1 in the authors' files, 0 on the hub, where -1 means no label."
     options = _options(
@@ -181,7 +181,7 @@ def from_medxpertqa(row: dict) -> dict:
         type=row.get("question_type"),
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #94370dbf
 HEALTH = (
     "Basic_Medical_Science",
     "Clinical_Medicine",
@@ -190,7 +190,7 @@ HEALTH = (
     "Public_Health",
 )
 
-
+# %% ../../nbs/data/04_formats.ipynb #2794cb59
 def from_mmmu_pro(row: dict) -> dict | None:
     "MMMU-Pro, the five subjects of Health & Medicine; other subjects are no rows of this source."
     if row["subject"] not in HEALTH:
@@ -218,7 +218,7 @@ def from_pmc_vqa(row: dict) -> dict:
         row["Question"], options, answer, row["Figure_path"], [f"name:{row['Figure_path']}"]
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #016013fa
 def from_rexvqa(row: dict) -> dict:
     "RexVQA: options with or without their letters, the answer as a letter or as text."
     options, said = _lettered(row["options"], ".):"), str(row["correct_answer"] or "").strip()
@@ -266,7 +266,7 @@ def _classified(question: str, classes: dict, label, origin, image, **tags) -> d
         **tags,
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #f0c7e0ec
 TUMOURS = {
     "glioma_tumor": "Glioma",
     "meningioma_tumor": "Meningioma",
@@ -274,7 +274,7 @@ TUMOURS = {
     "pituitary_tumor": "Pituitary tumor",
 }
 
-
+# %% ../../nbs/data/04_formats.ipynb #01195b12
 def from_brain_tumor(row: dict) -> dict:
     "Brain Tumor MRI: the name of the class folder is the answer."
     return _classified(
@@ -290,7 +290,7 @@ def from_brain_tumor(row: dict) -> dict:
 # %% ../../nbs/data/04_formats.ipynb #f9ba7c9e
 CAUSES = {"": "Normal", "bacteria": "Bacterial pneumonia", "Virus": "Viral pneumonia"}
 
-
+# %% ../../nbs/data/04_formats.ipynb #7307ed6d
 def from_coronahack(row: dict, part: str) -> dict | None:
     "CoronaHack, one split (`TRAIN` or `TEST`), by the rules of CLIMB; rows of no class are no rows of this source."
     cause = row["Label_1_Virus_category"].strip()
@@ -327,7 +327,7 @@ def _grade(row: dict) -> str:
         .removesuffix(".0")
     )
 
-
+# %% ../../nbs/data/04_formats.ipynb #045e9adf
 def _eye(row: dict) -> str:
     return row["id_code"] if "id_code" in row else row["image_id"]
 
@@ -343,7 +343,7 @@ def drawn_for_training(labels: list, share: float = 0.8, seed: int = 0) -> set[i
         for i in rows.sample(int(share * len(rows)), random_state=seed).index
     }
 
-
+# %% ../../nbs/data/04_formats.ipynb #3f110239
 def read_split(path: Path, part: str) -> Iterator[tuple[str, dict]]:
     "(place, row) of the `train` or `test` part of a file of graded eyes; ungradable rows are of neither part."
     rows = [
@@ -355,7 +355,7 @@ def read_split(path: Path, part: str) -> Iterator[tuple[str, dict]]:
     train = drawn_for_training([_grade(r) for _, r in rows])
     yield from (pair for i, pair in enumerate(rows) if (i in train) == (part == "train"))
 
-
+# %% ../../nbs/data/04_formats.ipynb #eadaf545
 def from_fundus(row: dict) -> dict:
     "APTOS or MESSIDOR-2, with their own column names or with those of the other."
     name = _eye(row)
@@ -380,7 +380,7 @@ LESIONS = {
     "vasc": "Vascular lesion",
 }
 
-
+# %% ../../nbs/data/04_formats.ipynb #edd946b8
 def from_ham10000(row: dict) -> dict:
     "HAM10000_metadata.csv: `dx` is the class, `image_id` the file without its ending."
     return _classified(

@@ -12,13 +12,15 @@ import io
 import json
 import os
 import struct
+
+# %% ../../nbs/data/02_images.ipynb #dda41c04
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-
 from ..core.files import atomic_write, progress
+
+# %% ../../nbs/data/02_images.ipynb #2f0fa171
 from ..core.identity import file_digest, read_ahead
 from ..core.paths import OctomedError, store_dir
 from ..core.store import locked
@@ -42,11 +44,11 @@ FORMATS = (
     "WEBP",
 )
 
-
+# %% ../../nbs/data/02_images.ipynb #e4968994
 def _named(source) -> str:
     return Path(source).name if isinstance(source, (str, os.PathLike)) else "an image"
 
-
+# %% ../../nbs/data/02_images.ipynb #614377fe
 def _bytes(source) -> bytes:
     "A file's bytes, read once. Raises `OctomedError` for what is not there, empty, or too large to be an image."
     if isinstance(source, bytes):
@@ -70,7 +72,7 @@ def _bytes(source) -> bytes:
         raise OctomedError(f"{_named(source)} is empty: download it again")
     return data
 
-
+# %% ../../nbs/data/02_images.ipynb #def79f1f
 def _decoded(data: bytes) -> Image.Image:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     img = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -149,7 +151,7 @@ def file_hash(source) -> str:
 
     return blake3(source).hexdigest() if isinstance(source, bytes) else file_digest(source)
 
-
+# %% ../../nbs/data/02_images.ipynb #16e95520
 def pixel_hash(img: Image.Image) -> str:
     "32 hexadecimal characters over mode, width × height and pixels: the same picture whatever its encoding."
     key = hashlib.sha256(f"{img.mode} {img.width}x{img.height} ".encode())
@@ -183,7 +185,7 @@ def resized(
     h, w = stored_size(img.height, img.width, max_pixels, family)
     return img.resize((w, h), Image.Resampling.BICUBIC)
 
-
+# %% ../../nbs/data/02_images.ipynb #11c8c1e8
 def intake(
     source,  # path, bytes or PIL image
     max_pixels: int = MAX_PIXELS,  # area after resizing (paper: 262,144)
@@ -219,7 +221,7 @@ def stored(
         f"no image {image} at {max_pixels} pixels for {family} is in the store: load its source again with max_pixels={max_pixels} and family={family}"
     )
 
-
+# %% ../../nbs/data/02_images.ipynb #92633be3
 def load_image(image: str, max_pixels: int = MAX_PIXELS, family: str = "qwen2_5_vl") -> Image.Image:
     "The stored picture of a pixel hash. Raises `OctomedError` where it was never taken in at this size, is damaged, or is off the family's grid."
     img = open_image(path := stored(image, max_pixels, family))
@@ -240,7 +242,7 @@ def _known() -> dict:
     except (OSError, ValueError):
         return {}
 
-
+# %% ../../nbs/data/02_images.ipynb #f151d07f
 def _remember(new: dict):
     "Add to the index what this process has met, and keep what others have added meanwhile."
     if not new:
@@ -255,7 +257,7 @@ def _cores() -> int:
 
 AHEAD = 8  # files that are read from the disk while others are hashed
 
-
+# %% ../../nbs/data/02_images.ipynb #220ed124
 def _each(
     sources,  # image files, or anything that `open_image` takes
     do,  # (source, its bytes or None, its file hash or None) → result

@@ -22,7 +22,7 @@ SCHEMA = 1
 def _nfc(s: str) -> str:
     return unicodedata.normalize("NFC", s)
 
-
+# %% ../../nbs/data/07_questions.ipynb #ff4b72a3
 @dataclass(frozen=True)
 class Question:
     "A multiple-choice question with its provenance."
@@ -106,7 +106,7 @@ def conserved(rows: int, kept: int, dropped: int, what: str) -> None:
             f"{what}: {rows} rows went in, {kept} were kept and {dropped} dropped, so some were lost or doubled; please report this"
         )
 
-
+# %% ../../nbs/data/07_questions.ipynb #c09db0d5
 def dedupe(
     questions: Iterable[Question],
 ) -> tuple[list[Question], list[tuple[Question, str]]]:  # kept; dropped, each with its reason
@@ -136,7 +136,7 @@ def _shares(sizes: dict, n: int) -> dict:
         shares[c] = min(sizes[c], (n - sum(shares.values())) // (len(order) - i))
     return shares
 
-
+# %% ../../nbs/data/07_questions.ipynb #96dc730f
 def balanced(
     questions: Iterable[Question],
     n: int | dict,  # in all, shared evenly among the classes; or {class: quota}

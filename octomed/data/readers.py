@@ -29,7 +29,7 @@ def _text(path: Path) -> Iterator[str]:
                     f"{path.name} is not UTF-8 text at byte {f.tell() - len(e.object) + e.start}: download it again"
                 ) from None
 
-
+# %% ../../nbs/data/03_readers.ipynb #acc00e61
 def _lines(blocks: Iterator[str]) -> Iterator[str]:
     rest = ""
     for block in blocks:
@@ -44,7 +44,7 @@ _decode, _blanks, LONGEST = (
     1 << 26,
 )  # a row of more than 64 MiB is no row
 
-
+# %% ../../nbs/data/03_readers.ipynb #90c1e9c5
 class _Walk:
     "A cursor over JSON text that comes in blocks."
 
@@ -125,7 +125,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             ) from None
         yield f"line {n} of {path.name}", row
 
-
+# %% ../../nbs/data/03_readers.ipynb #0155e66b
 def read_keyed(path: Path) -> Iterator[tuple[str, dict]]:
     "(place, row) of one JSON object whose keys are the rows' ids. Raises `OctomedError` naming file and line."
     path = Path(path)
@@ -160,7 +160,7 @@ PICTURES = (
     ".tiff",
 )
 
-
+# %% ../../nbs/data/03_readers.ipynb #93bea041
 def read_exams(path: Path) -> Iterator[tuple[str, dict]]:
     "(place, row) of a HeadQA file, with the exam's name added to each row."
     path = Path(path)
@@ -177,7 +177,7 @@ def read_exams(path: Path) -> Iterator[tuple[str, dict]]:
                 {**row, "exam": exam["name"]},
             )
 
-
+# %% ../../nbs/data/03_readers.ipynb #12a773b1
 def read_folders(path: Path) -> Iterator[tuple[str, dict]]:
     "(place, row) of a folder of class folders of images, in the order of their names."
     path = Path(path)

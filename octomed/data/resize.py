@@ -15,7 +15,7 @@ from ..core.paths import OctomedError
 # %% ../../nbs/data/01_resize.ipynb #1ee573d7
 MAX_PIXELS = 262_144  # the paper's limit (§3): 512 × 512
 
-
+# %% ../../nbs/data/01_resize.ipynb #65349d0a
 def smart_resize(
     height: int,  # pixels
     width: int,  # pixels
@@ -53,7 +53,7 @@ class Family:
     def factor(self) -> int:
         return self.patch * self.merge
 
-
+# %% ../../nbs/data/01_resize.ipynb #52a14f6b
 FAMILIES = {
     "qwen2_vl": Family(14, 56 * 56, processor="Qwen2VLProcessor"),
     "qwen2_5_vl": Family(14, 56 * 56, processor="Qwen2_5_VLProcessor"),
@@ -61,7 +61,7 @@ FAMILIES = {
     "internvl": Family(14, tile=448, processor="InternVLProcessor"),
 }
 
-
+# %% ../../nbs/data/01_resize.ipynb #edd09678
 def _family(name: str) -> Family:
     base, _, side = name.partition("-")
     known = FAMILIES.get(base)
@@ -71,7 +71,7 @@ def _family(name: str) -> Family:
         )
     return replace(known, tile=int(side)) if side else known
 
-
+# %% ../../nbs/data/01_resize.ipynb #d389fd92
 def family_of(processor) -> str:
     "The family of a model's processor; where its tiles are not the published ones, their side stands in the name, as in `internvl-112`."
     name = next((n for n, f in FAMILIES.items() if f.processor == type(processor).__name__), None)
@@ -101,7 +101,7 @@ def _tiles(f: Family, max_pixels: int) -> int:
         )
     return min(n, f.max_tiles)
 
-
+# %% ../../nbs/data/01_resize.ipynb #fd005371
 def processor_arguments(
     max_pixels: int = MAX_PIXELS,
     family: str = "qwen2_5_vl",
@@ -158,7 +158,7 @@ def stored_size(
         f"no size of at most {max_pixels} pixels fits an image of {width} × {height}: raise max_pixels or leave it out"
     )
 
-
+# %% ../../nbs/data/01_resize.ipynb #445b1725
 def image_grid(
     height: int,  # pixels of a stored picture
     width: int,  # pixels
@@ -171,7 +171,7 @@ def image_grid(
     n = height * width // f.tile**2
     return n + (n > 1), f.tile // f.patch, f.tile // f.patch
 
-
+# %% ../../nbs/data/01_resize.ipynb #ebe34f99
 def visual_tokens(
     height: int,  # pixels, before or after resizing
     width: int,  # pixels

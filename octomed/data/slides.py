@@ -24,6 +24,8 @@ TISSUES = {
     3: "Inflammatory",
     4: "Necrosis",
 }  # codes of the masks that are used; 3 is lymphocytic infiltrate
+
+# %% ../../nbs/data/05_slides.ipynb #4e83170e
 TEST_SITES = {
     "OL",
     "LL",
@@ -33,7 +35,7 @@ TEST_SITES = {
     "S3",
 }  # of the TCGA barcode: TCGA-OL-…
 
-
+# %% ../../nbs/data/05_slides.ipynb #1e4e6a11
 def contour_boxes(
     mask,  # (height, width) booleans
 ) -> list[tuple[int, int, int, int]]:  # x, y, width, height
@@ -52,7 +54,7 @@ def contour_boxes(
         for y, x in ndimage.find_objects(parts)
     ]
 
-
+# %% ../../nbs/data/05_slides.ipynb #fa574263
 def tiles(
     start: int,
     length: int,  # of the box along one side, pixels
@@ -116,7 +118,7 @@ def _slides(folder: Path) -> Iterator[tuple[str, object, object]]:
             )
         yield f.stem, slide, mask
 
-
+# %% ../../nbs/data/05_slides.ipynb #d806bdf9
 def cut_patches(
     folder,  # holds `images/` and `masks/`, files of the same names
     **sizes,  # smallest, largest, overlap: see `patches`
@@ -151,7 +153,7 @@ def cut_patches(
         os.replace(Path(made) / "patches", folder / "patches")
     return {**counts, "patches": dict(cut)}
 
-
+# %% ../../nbs/data/05_slides.ipynb #9e04b297
 def from_bcss(row: dict) -> dict:
     "A patch of BCSS: the name of the class folder is the answer."
     return _classified(

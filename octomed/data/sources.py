@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+
+# %% ../../nbs/data/08_sources.ipynb #8078b890
 from itertools import islice
 from pathlib import Path
-
 from ..core.identity import content, digest, seed_for
 from ..core.paths import OctomedError, UsageError, data_dir
 from ..core.recipe import CATEGORIES
+
+# %% ../../nbs/data/08_sources.ipynb #77eb7260
 from octomed.data.formats import (
     from_brain_tumor,
     from_chat,
@@ -36,6 +39,8 @@ from octomed.data.formats import (
     from_rexvqa,
     read_split,
 )
+
+# %% ../../nbs/data/08_sources.ipynb #64e54fdb
 from .images import intake, intake_all
 from .questions import Question, conserved, flaw
 from .readers import PICTURES, read_csv, read_exams, read_folders, read_keyed, read_rows
@@ -51,7 +56,7 @@ class Local:
     normal: Callable  # row → fields, or None for a row of another source
     read: Callable = read_rows  # path → (place, row) pairs
 
-
+# %% ../../nbs/data/08_sources.ipynb #06289852
 @dataclass(frozen=True)
 class Source:
     "One split of one dataset, and how to come by it."
@@ -93,11 +98,11 @@ class Source:
     def forms(self) -> tuple[Local, ...]:
         return (Local(self.files, self.normal, self.read), *self.also) if self.normal else ()
 
-
+# %% ../../nbs/data/08_sources.ipynb #ee0cd8a3
 ROLES = ("train", "benchmark", "comparison")
 SOURCES: dict[str, Source] = {}
 
-
+# %% ../../nbs/data/08_sources.ipynb #ff100696
 def register(source: Source) -> Source:
     "Add a source, or replace the one of the same name. Raises `UsageError` for an unknown category or role."
     if source.category not in CATEGORIES:
@@ -109,7 +114,7 @@ def register(source: Source) -> Source:
     SOURCES[source.spec] = source
     return source
 
-
+# %% ../../nbs/data/08_sources.ipynb #0c21e3c7
 def source_of(spec: str) -> Source:
     "The registered source of a `name:split`. Raises `UsageError` for one that nobody registered."
     if spec in SOURCES:
@@ -126,11 +131,15 @@ _medqa = {
     "normal": from_medqa,
     "columns": ("question", "options"),
 }
+
+# %% ../../nbs/data/08_sources.ipynb #826cf87c
 _gbaker = {
     "hub": "GBaker/MedQA-USMLE-4-options",
     "revision": "0fb93dd23a7339b6dcd27e241cb9b5eca62d4d18",
 }
 _bigbio = {"hub": "bigbio/med_qa", "config": "med_qa_en_source"}
+
+# %% ../../nbs/data/08_sources.ipynb #3063b9d1
 _medmcqa = {
     "licence": "MIT",
     "normal": _mc1,
@@ -147,6 +156,8 @@ _medmcqa = {
         "cop",
     ),
 }
+
+# %% ../../nbs/data/08_sources.ipynb #924ab9ad
 _expert = {
     "licence": "MIT",
     "normal": from_medxpertqa,
@@ -154,6 +165,8 @@ _expert = {
     "revision": "7e7c465a68eb2b866926bfa59c8c9d17a8daba65",
     "columns": ("question", "options"),
 }
+
+# %% ../../nbs/data/08_sources.ipynb #acc3a537
 for s in [
     Source(
         **_medqa,
@@ -319,6 +332,8 @@ _pmc = {
         "Choice D",
     ),
 }
+
+# %% ../../nbs/data/08_sources.ipynb #26a20cde
 for s in [
     Source(
         "medxpertqa_mm",
@@ -440,7 +455,7 @@ def _pair(name, counts, normal, read, file, labels, **kw) -> list[Source]:
         for split, role, n in (("train", "train", counts[0]), ("test", "benchmark", counts[1]))
     ]
 
-
+# %% ../../nbs/data/08_sources.ipynb #bd9ff9d3
 for s in [
     *(
         Source(
@@ -591,7 +606,7 @@ class Loaded:
     def reasons(self) -> dict:
         return dict(Counter(r for _, r in self.dropped))
 
-
+# %% ../../nbs/data/08_sources.ipynb #077428dd
 def _local(s: Source, folder) -> tuple[Local, list[Path]] | None:
     "The first form of a source whose files are all there, and their paths."
     folder = Path(folder) if folder else data_dir()
@@ -600,7 +615,7 @@ def _local(s: Source, folder) -> tuple[Local, list[Path]] | None:
             return form, [folder / f for f in form.files]
     return None
 
-
+# %% ../../nbs/data/08_sources.ipynb #431e92bf
 def _gallery(s: Source, folder) -> dict[str, Path]:
     "The image files of a source by their names in lower case; of equal names the first path counts."
     folder = Path(folder) if folder else data_dir()
@@ -612,7 +627,7 @@ def _gallery(s: Source, folder) -> dict[str, Path]:
         if f.suffix.lower() in PICTURES
     }
 
-
+# %% ../../nbs/data/08_sources.ipynb #5287acf6
 def _normalised(s: Source, pairs, normal) -> Iterator[tuple[str, dict]]:
     "(place, fields) of the rows that belong to the source. Raises `OctomedError` naming the place of a row without a needed column."
     for place, row in pairs:
@@ -659,7 +674,7 @@ def _hub_rows(s: Source, revision: str, streaming: bool) -> Iterator[tuple[str, 
     for n, row in enumerate(rows):
         yield f"row {n} of {s.hub}", row
 
-
+# %% ../../nbs/data/08_sources.ipynb #fbafd03e
 def _missing(s: Source) -> OctomedError:
     if not s.normal:
         return OctomedError(
@@ -676,7 +691,7 @@ def _missing(s: Source) -> OctomedError:
         f"{s.spec} is not at hand: put {' and '.join(s.files)} from {s.hub} under the folder that OCTOMED_DATA names{hub}"
     )
 
-
+# %% ../../nbs/data/08_sources.ipynb #c387c4ed
 def _rows(
     s: Source, folder=None, revision=None, pictures=False, streaming=False
 ) -> tuple[str, Iterator]:
@@ -716,7 +731,7 @@ def _drawn(rows: list, limit: int | None, spec: str) -> list:
     random.Random(seed_for("limit", spec)).shuffle(order)
     return [rows[i] for i in sorted(order[:limit])]
 
-
+# %% ../../nbs/data/08_sources.ipynb #cdc81de3
 def _pictures(rows: list, images: bool, max_pixels: int, family: str, desc: str) -> list:
     "For each row its image names, or the `OctomedError` of one that cannot be read."
     if not images:
@@ -747,7 +762,7 @@ def _pictures(rows: list, images: bool, max_pixels: int, family: str, desc: str)
     out = [tuple(map(name, f["images"])) for _, f in rows]
     return [next((n for n in names if isinstance(n, OctomedError)), names) for names in out]
 
-
+# %% ../../nbs/data/08_sources.ipynb #5ede1713
 def _judged(
     s: Source, rows: list, images: bool, max_pixels: int, family: str
 ) -> Iterator[tuple[str, Question | str]]:
@@ -798,7 +813,7 @@ def load_report(
         [(place, why) for place, why in judged if isinstance(why, str)],
     )
 
-
+# %% ../../nbs/data/08_sources.ipynb #3d4f9ead
 def load(
     spec: str, limit: int | None = None, images: bool = True, max_pixels: int = MAX_PIXELS, **kw
 ) -> list[Question]:
@@ -810,7 +825,7 @@ def _blocks(pairs: Iterator, size: int) -> Iterator[list]:
     while block := list(islice(pairs, size)):
         yield block
 
-
+# %% ../../nbs/data/08_sources.ipynb #88ddbdd5
 def stream(
     spec: str,
     images: bool = False,  # take images into the store; by default they are only named
@@ -888,7 +903,7 @@ def read_chats(
 def _album(spec: str, folder: str) -> dict:
     return _gallery(SOURCES[spec], folder)
 
-
+# %% ../../nbs/data/08_sources.ipynb #528f3f8f
 def image_files(q: Question) -> list[Path]:
     "The publisher's files of a question's images. Raises `OctomedError` where the source keeps none, or not these."
     s, folder = source_of(f"{q.source}:{q.split}"), data_dir()
@@ -911,7 +926,7 @@ def image_files(q: Question) -> list[Path]:
         )
     return found
 
-
+# %% ../../nbs/data/08_sources.ipynb #06bdff05
 def image_file(q: Question) -> Path:
     "The publisher's file of a question's first image. Raises `OctomedError` where the source keeps no files."
     return image_files(q)[0]
@@ -922,7 +937,7 @@ def question_sources(spec: str, folder=None) -> list:
     s = source_of(spec)
     return [None] if s.make else (_local(s, folder) or (None, []))[1]
 
-
+# %% ../../nbs/data/08_sources.ipynb #537508ed
 def identity_of(
     spec: str,
     folder=None,  # where the files lie; by default OCTOMED_DATA
@@ -968,7 +983,7 @@ def _found(s: Source, folder=None) -> tuple[int | None, str]:
     )
     return found, ", ".join(here[0].files) + lack
 
-
+# %% ../../nbs/data/08_sources.ipynb #26b4f223
 def sources_table(
     folder=None,  # where the files lie; by default OCTOMED_DATA
 ) -> list[dict]:  # source, split, category, expected, found, where, licence
@@ -1007,7 +1022,7 @@ NAMED = (
     "bcss:train",
 )
 
-
+# %% ../../nbs/data/08_sources.ipynb #43fc8643
 def explained(
     *specs: str,  # training pools; by default those that the paper names
     samples: int = 16,  # responses to a question (paper §2)

@@ -28,7 +28,7 @@ class Picture:
     )
     error: str = ""
 
-
+# %% ../../nbs/data/09_twins.ipynb #63d44cf2
 def pictures(
     rows: Iterable,  # image files, (image file, label) pairs, or Questions
     workers: int | None = None,
@@ -69,7 +69,7 @@ def _copies(found: list[Picture], key) -> list[tuple[int, ...]]:
     rows = (tuple(sorted({p.row for p in g})) for g in _grouped(found, key).values())
     return sorted(r for r in rows if len(r) > 1)
 
-
+# %% ../../nbs/data/09_twins.ipynb #30acf591
 def _twins(
     here: list[Picture], there: list[Picture], key
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -78,7 +78,7 @@ def _twins(
         tuple(sorted({p.row for k in a.keys() & b.keys() for p in side[k]})) for side in (a, b)
     )
 
-
+# %% ../../nbs/data/09_twins.ipynb #1904f0d4
 def _label_conflicts(found: list[Picture]) -> list[tuple[int, ...]]:
     asked = _grouped(
         [p for p in found if p.label is not None and p.pixels], lambda p: (p.pixels, p.stem)
@@ -194,7 +194,7 @@ class Twins:
     train: tuple[int, ...]
     test: tuple[int, ...]
 
-
+# %% ../../nbs/data/09_twins.ipynb #b551bdfc
 def twins(train_keys: Iterable, test_keys: Iterable) -> Twins:
     "Who has a twin on the other side, by equal keys."
     train_keys, test_keys = list(train_keys), list(test_keys)
@@ -210,7 +210,7 @@ def file_twins(train_paths: Iterable, test_paths: Iterable, key: Callable | None
     keys = partial(map, key) if key else file_hashes
     return twins(keys(train_paths), keys(test_paths))
 
-
+# %% ../../nbs/data/09_twins.ipynb #0cfec1ee
 def question_twins(train: Iterable[Question], test: Iterable[Question]) -> Twins:
     "Questions of two sets that share an image by its pixels, whatever its encoding and its question."
     train, test = list(train), list(test)

@@ -31,7 +31,7 @@ def prices(path=None) -> dict[str, tuple[float, float]]:
         if r.get("input") is not None and r.get("output") is not None
     }
 
-
+# %% ../../nbs/distill/01_cost.ipynb #5e0daf06
 def money(
     model: str, prompt_tokens: float, tokens: float, table: dict | None = None
 ) -> float | None:
@@ -68,7 +68,7 @@ class Budget:
         ]
         return f"the budget of {getattr(self, over[0]):g} {over[0]} is spent" if over else None
 
-
+# %% ../../nbs/distill/01_cost.ipynb #70bb8695
 @lru_cache
 def _budget(text: str) -> Budget:
     try:
@@ -81,7 +81,7 @@ def _budget(text: str) -> Budget:
         )
     return Budget(**given)
 
-
+# %% ../../nbs/distill/01_cost.ipynb #41265b2a
 def budget() -> Budget | None:
     "The budget of this process, from `OCTOMED_BUDGET`; None where none is set. Raises `UsageError` for one that cannot be read."
     text = os.environ.get("OCTOMED_BUDGET", "").strip()

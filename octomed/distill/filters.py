@@ -38,7 +38,7 @@ FILTERS = {  # name → lowest and highest value that is kept
     "teachers": (1, 1),  # 1 where two teachers' majorities differ (ours)
 }
 
-
+# %% ../../nbs/distill/05_filters.ipynb #9a3bf775
 def pass_share(pairs: list[tuple[Sample, Verdict]]) -> float:
     "The share of one question's samples that are correct."
     return sum(score(v) for _, v in pairs) / len(pairs)
@@ -49,7 +49,7 @@ def dissent(pairs: list[tuple[Sample, Verdict]]) -> float | None:
     n = Counter(v.letter for _, v in pairs if v.letter)
     return 1 - max(n.values()) / n.total() if n else None
 
-
+# %% ../../nbs/distill/05_filters.ipynb #705f64cc
 def ranks(values: dict[str, float]) -> dict[str, float]:
     "The place of each value among all, from 0 to 1; equal values share the mean of their places."
     order = sorted(values.values())
@@ -82,7 +82,7 @@ def measure(
     votes = {q: {vote(one[q], q) for one in seen} for q in set.intersection(*map(set, seen))}
     return {q: None if None in v else float(len(v) > 1) for q, v in votes.items()}
 
-
+# %% ../../nbs/distill/05_filters.ipynb #31547d3b
 @stage
 def rated(out, questions, grader, revision):
     "A grader's rating of each question, from 1 to 10; None where it gave none. `revision`: the grader's."
@@ -95,7 +95,7 @@ def rated(out, questions, grader, revision):
         ],
     )
 
-
+# %% ../../nbs/distill/05_filters.ipynb #322125ce
 @stage
 def filtered(out, questions, evidence, name, low, high):
     """The questions whose measure lies in [low, high].

@@ -31,7 +31,7 @@ def subset(
     )
     return order[amount:] if (amount or 0) < 0 else order[:amount]
 
-
+# %% ../../nbs/distill/02_pools.ipynb #3c38d41b
 def pick(spec: str, amount: int | None, seed: int, max_pixels: int) -> tuple[list[Question], str]:
     "(questions of a source, what a class lacks): a classification set in equal shares of its classes (paper §3), the others as they come."
     qs = load(spec, max_pixels=max_pixels)
@@ -40,7 +40,7 @@ def pick(spec: str, amount: int | None, seed: int, max_pixels: int) -> tuple[lis
     picked, report = balanced(qs, amount, seed)
     return picked, report["said"]
 
-
+# %% ../../nbs/distill/02_pools.ipynb #1a81a305
 def leaked(
     qs: list[Question],
     against: list,  # (benchmark, rule): `text` (16-gram and exact), `bytes` or `pixels` (its images)
@@ -62,7 +62,7 @@ def leaked(
         why = {**found, **why}
     return why
 
-
+# %% ../../nbs/distill/02_pools.ipynb #39071941
 @stage
 def questions(out, sources, against, seed, max_pixels):
     """Questions of several sources, without duplicates and without what a benchmark holds too.
@@ -87,7 +87,7 @@ def questions(out, sources, against, seed, max_pixels):
         },
     )
 
-
+# %% ../../nbs/distill/02_pools.ipynb #c606dfec
 def read_questions(folder: Path) -> list[Question]:
     "The questions that the stage `questions` wrote."
     return [Question.from_json(r) for r in read_jsonl(folder / "questions.jsonl")]

@@ -46,7 +46,7 @@ KEEP = {
     "wrong": ("wrong",),
 }  # eq. 2; no rejection; rejected traces only
 
-
+# %% ../../nbs/distill/04_rejection.ipynb #7240065b
 def accept(
     verdicts: list,  # of one question's samples, in index order
     k: int,  # how many are kept at most
@@ -74,7 +74,7 @@ def outcome(s: Sample, v: Verdict) -> str:
     "What became of a sample: its verdict, or `refused` and `error` where it has none."
     return s.finish if s.finish in ("refused", "error") else v.status
 
-
+# %% ../../nbs/distill/04_rejection.ipynb #19bf7350
 @stage
 def accepted(out, questions, samples, k, answer, keep="correct"):
     "The accepted set: at most `k` traces a question, by the rule `keep`, and the funnel that led to them. `answer`: see `boxed_as`."

@@ -9,19 +9,24 @@ __all__ = ['route', 'requests', 'prompt_size', 'on_grid', 'ask', 'samples', 'rea
 import json
 from functools import lru_cache
 from pathlib import Path
-
 from ..core.files import read_jsonl, write_jsonl
 from ..core.identity import content, pinned
+
+# %% ../../nbs/distill/03_sampling.ipynb #1bfbd054
 from ..core.paths import OctomedError
 from ..core.recipe import Common
 from ..core.store import stage
 from ..data.images import stored
 from ..data.questions import Question
+
+# %% ../../nbs/distill/03_sampling.ipynb #952ead5f
 from ..data.resize import family_of
 from ..data.sources import load
 from .cost import budget
 from .pools import read_questions
 from ..generate.engine_transformers import TransformersEngine
+
+# %% ../../nbs/distill/03_sampling.ipynb #eb7ed431
 from ..generate.engines import Request, Sampling, teacher
 from ..generate.ledger import Ledger, sample_key, top_up
 from ..generate.prompts import load_template, prompt_key, render
@@ -37,7 +42,7 @@ def requests(qs: list[Question], template_name: str, n: int) -> list[Request]:
     t = load_template(template_name)
     return [Request(q.id, m := render(t, q), prompt_key(m, t), tuple(range(n))) for q in qs]
 
-
+# %% ../../nbs/distill/03_sampling.ipynb #3e712475
 def prompt_size(messages: list[dict]) -> int:
     "About how many tokens a prompt has: four characters a token, and 334 an image, the most that the paper's images have."
     parts = [
@@ -51,7 +56,7 @@ def prompt_size(messages: list[dict]) -> int:
     ]
     return sum(334 if p["type"] == "image" else -(-len(p["text"]) // 4) for p in parts)
 
-
+# %% ../../nbs/distill/03_sampling.ipynb #f2428cb7
 def on_grid(qs: list[Question], max_pixels: int, processor):
     "See that a model finds the images of these questions on its own family's grid: what the store cannot make from an original is taken in from its source. A model that reads no images needs none."
     lacking = set()
@@ -63,7 +68,7 @@ def on_grid(qs: list[Question], max_pixels: int, processor):
     for spec in sorted(lacking):
         load(spec, max_pixels=max_pixels, family=family_of(processor))
 
-
+# %% ../../nbs/distill/03_sampling.ipynb #9136c097
 def ask(engine, qs: list[Question], form: str, n: int, sampling: Sampling, desc: str) -> list[dict]:
     "Draw `n` samples of each question into the ledger, within the budget; what was asked, a row a question."
     asked, spend = requests(qs, form, n), budget()
@@ -90,7 +95,7 @@ def ask(engine, qs: list[Question], form: str, n: int, sampling: Sampling, desc:
         for r in asked
     ]
 
-
+# %% ../../nbs/distill/03_sampling.ipynb #68d2d5ec
 @stage
 def samples(out, questions, teachers, n, sampling, max_pixels):
     """`n` responses of the teacher to each question, all of them kept in the ledger.
@@ -102,7 +107,7 @@ def samples(out, questions, teachers, n, sampling, max_pixels):
             rows += ask(teacher(name, max_pixels), qs, form, n, sampling, f"{name} answers")
     write_jsonl(out / "requests.jsonl", rows)
 
-
+# %% ../../nbs/distill/03_sampling.ipynb #6e72f0e9
 def read_samples(folder: Path) -> dict[str, list]:
     "The samples that a stage asked for, by question, in index order, from the ledger."
     ledger, asked = Ledger(), read_jsonl(folder / "requests.jsonl")
@@ -128,7 +133,7 @@ def identity(student) -> str:
         return json.loads((folder / "card.json").read_text())["key"]
     return f"{folder.resolve().name}@{content(folder)}" if folder.is_dir() else str(student)
 
-
+# %% ../../nbs/distill/03_sampling.ipynb #43688f1b
 @stage
 def student_samples(out, questions, student, form, n, sampling, max_pixels):
     "`n` responses of a student to each question, as `samples` has the teacher's. `student`: stage, folder or hub id."

@@ -27,7 +27,7 @@ def duplicates(texts: list[str]) -> int:
     "How many texts are there already, blanks apart."
     return len(texts) - len({" ".join(t.split()) for t in texts})
 
-
+# %% ../../nbs/distill/07_statistics.ipynb #7ff675b7
 def failed_by_all(
     several: list[
         dict
@@ -45,7 +45,7 @@ def failed_by_all(
 def _mean(xs) -> float | None:
     return sum(xs) / len(xs) if (xs := list(xs)) else None
 
-
+# %% ../../nbs/distill/07_statistics.ipynb #c2c11b23
 def statistics(
     qs: list[Question],
     drawn: dict,  # what `judged` gives
@@ -62,7 +62,7 @@ def statistics(
         for (source, model), pairs in groups.items()
     ]
 
-
+# %% ../../nbs/distill/07_statistics.ipynb #ae01457c
 def _worth(drawn: dict) -> dict:
     right = {q: [s.text for s, v in p if score(v)] for q, p in drawn.items()}
     flat = [(s, v) for p in drawn.values() for s, v in p]

@@ -23,7 +23,7 @@ MODES = {
     "hybrid": ("cot", "direct")
 }  # one student with both modes: the template of the prompt chooses
 
-
+# %% ../../nbs/distill/06_traces.ipynb #9db05f3f
 @stage
 def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
     "The accepted set as the student's tokens; None: the known answers. `form`: the student's template, `cot`, `direct`, or `hybrid`: every accepted trace, and every question once with an empty trace (paper §4, CoT's limiting case)."
@@ -57,7 +57,7 @@ def turns(
         if m["role"] == "assistant"
     ]
 
-
+# %% ../../nbs/distill/06_traces.ipynb #41217490
 @stage
 def chats(out, sources, seed, max_pixels):
     """Chats of other projects' data, the first so many of each in a seeded order.
@@ -82,7 +82,7 @@ def chats(out, sources, seed, max_pixels):
         },
     )
 
-
+# %% ../../nbs/distill/06_traces.ipynb #304cfd1a
 @stage
 def rendered_chats(out, chats, base, max_pixels, cutoff):
     "Every answer of every chat as the student's tokens."

@@ -8,22 +8,26 @@ __all__ = ['Arm', 'stages', 'evaluated', 'warm_up', 'scoped', 'first_of_each', '
 
 # %% ../../nbs/evaluate/03_arms.ipynb #fdf1265e
 from dataclasses import dataclass, replace
-
 import numpy as np
-
 from ..core.files import read_jsonl
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import CATEGORIES, Common, Recipe
+
+# %% ../../nbs/evaluate/03_arms.ipynb #f9761198
 from ..core.store import Stage, run
 from ..core.workers import run_all
 from ..data.sources import identity_of, source_of
 from ..distill.filters import filtered, rated
 from ..distill.pools import questions
+
+# %% ../../nbs/evaluate/03_arms.ipynb #9569ce6a
 from ..distill.rejection import accepted
 from ..distill.sampling import samples, student_samples
 from ..distill.traces import MODES, chats, rendered, rendered_chats
 from .evaluate import evaluation, sampling_of, scores
 from ..generate.engines import Sampling, teacher_revision
+
+# %% ../../nbs/evaluate/03_arms.ipynb #6cbaeba8
 from ..generate.prompts import load_template
 from ..train.schedule import Schedule
 from ..train.students import base_student, sft
@@ -75,7 +79,7 @@ def _teachers(arm: Arm, common: Common, one: str = "") -> dict:
     }
     return {kind: (name, teacher_revision(name), form(name)) for kind, name in names.items()}
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #659256d8
 def _evidence(
     name: str, arm: Arm, common: Common, data: Stage, base, drawing: Sampling
 ) -> tuple[Stage, ...]:
@@ -115,7 +119,7 @@ def _evidence(
         )
     return (drawn(),)
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #a7d1ed68
 def _talks(arm: Arm) -> bool:
     "Does an arm read chats? Raises `UsageError` where it also asks for what chats do not have."
     chat = {source_of(spec).role == "comparison" for spec, _ in arm.sources}
@@ -125,7 +129,7 @@ def _talks(arm: Arm) -> bool:
         )
     return chat == {True}
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #92135676
 def stages(arm: Arm, common: Common) -> dict[str, Stage]:
     "The stages of an arm, declared: data → samples → filter → accepted → rendered → student; of chats: data → rendered → student. With no epoch at all the student is the base student."
     sources = tuple((spec, n or None, identity_of(spec)) for spec, n in arm.sources)
@@ -192,7 +196,7 @@ def stages(arm: Arm, common: Common) -> dict[str, Stage]:
     )
     return found
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #a2c4f9de
 def evaluated(arm: Arm, benchmark: str, common: Common, mode: str = "") -> Stage:
     "The evaluation of an arm's student on a benchmark, declared. `mode`: the template that a hybrid student is asked with, by default that which thinks first."
     t, grader = (
@@ -214,7 +218,7 @@ def evaluated(arm: Arm, benchmark: str, common: Common, mode: str = "") -> Stage
         revision=teacher_revision(grader) if grader else "",
     )
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #ac3f6a8a
 def warm_up(
     recipe: Recipe,
     questions: int,  # of each of the recipe's training pools, the last ones, which other arms do not reach; 0: no warm-up
@@ -228,7 +232,7 @@ def warm_up(
         else None
     )
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #cc833084
 def scoped(
     recipe: Recipe,
     section: str,  # has `samples` drawn a question and a `limit` of questions a benchmark among its scalars
@@ -239,7 +243,7 @@ def scoped(
         recipe, common=replace(recipe.common, samples=p["samples"], benchmark_limit=p["limit"])
     )
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #63ffd791
 def first_of_each(
     recipe: Recipe,
     section: str,  # has `each` among its scalars: benchmarks of each category; 0: all
@@ -252,7 +256,7 @@ def first_of_each(
         for b in [b for b in recipe.common.benchmarks if category_of(b) == c][:n]
     )
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #d42a6e67
 def schedule_of(common: Common, epochs: float, **changed) -> Schedule:
     "The recipe's schedule with a section's epochs."
     return Schedule(
@@ -314,7 +318,7 @@ class Results:
     def training_seeds(self) -> int:
         return len(next(iter(next(iter(self.rows.values())).values())))
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #b5cef5ef
 def category_of(benchmark: str) -> str:
     "The category of a benchmark or of a part of one."
     return source_of(benchmark.split(" · ")[0]).category
@@ -324,7 +328,7 @@ def seeded(arm: Arm, seeds: int, common: Common) -> list[Arm]:
     "The arm with each of its training seeds."
     return [replace(arm, seed=arm.seed + s + 1000 * common.base_seed) for s in range(seeds)]
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #d6ad7394
 def evaluations(
     arms: dict[str, Arm],
     recipe: Recipe,
@@ -340,7 +344,7 @@ def evaluations(
         for name, arm in arms.items()
     }
 
-
+# %% ../../nbs/evaluate/03_arms.ipynb #4106bc97
 def run_arms(arms: dict[str, Arm], recipe: Recipe, seeds: int = 1, benchmarks=None) -> Results:
     "Train every arm with every seed, and evaluate it; arguments as `evaluations`."
     wanted = evaluations(arms, recipe, seeds, benchmarks)

@@ -30,7 +30,7 @@ class Claim:
         tuple[str, float], ...
     ] = ()  # of a `trend`: its arms, each with its place on the axis
 
-
+# %% ../../nbs/evaluate/04_claims.ipynb #a46d0e3c
 def finding(claim: Claim, results: Results) -> dict:
     "The claim's difference a − b, or its slope along the arms, with its interval (questions resampled, seeds of a question together) and verdict."
     kw = {
@@ -64,7 +64,7 @@ def finding(claim: Claim, results: Results) -> dict:
         "verdict": verdict(claim.kind, got, claim.margin),
     }
 
-
+# %% ../../nbs/evaluate/04_claims.ipynb #da317a83
 def _mean(scored) -> float:
     s, groups = scored
     return float(np.mean([s[groups == g].mean() for g in dict.fromkeys(groups)]))

@@ -11,24 +11,30 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-
 import numpy as np
 
+# %% ../../nbs/evaluate/02_evaluate.ipynb #38b15541
 from ..core.files import write_jsonl
 from ..core.identity import pinned, seed_for
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import CATEGORIES, Common
 from ..core.store import Outside, Stage, stage
+
+# %% ../../nbs/evaluate/02_evaluate.ipynb #27872874
 from ..data.questions import Question
 from ..data.sources import load
 from ..distill.pools import subset
 from ..distill.rejection import outcome
 from ..distill.sampling import identity, on_grid, requests
+
+# %% ../../nbs/evaluate/02_evaluate.ipynb #3a177fe0
 from .stats import paper_table
 from ..generate.answers import judge, majority_vote
 from ..generate.engine_transformers import TransformersEngine
 from ..generate.engine_vllm import VLLMEngine
 from ..generate.engines import KINDS, TEACHERS, Engine, Sampling, teacher
+
+# %% ../../nbs/evaluate/02_evaluate.ipynb #11248878
 from ..generate.graders import open_ended
 from ..generate.ledger import Ledger, draw
 from ..generate.prompts import Contender, contenders, load_template
@@ -44,7 +50,7 @@ def engine_here() -> str:
         raise UsageError(f"OCTOMED_ENGINE={name} is no engine: choose from {', '.join(ENGINES)}")
     return name
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #89bb9aa5
 def engine_of(
     student,  # a folder, a hub id (with @revision), or what `teacher` takes: a registered name, `vllm:…@revision`, `openai:…@SERVER`
     max_pixels: int,  # area of the stored images
@@ -81,7 +87,7 @@ def contender(
     "The model of Table 2 that goes by a name."
     return next((c for c in contenders().values() if name and name in (c.name, c.hub, c.api)), None)
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #5007219d
 def respondent(
     name: str,  # [kind:]model@revision, or [kind:]model@SERVER
 ) -> tuple[Respondent, str]:  # the model, and the template that it is read with
@@ -226,12 +232,12 @@ def _row(q: Question, ss: list, vs: list) -> dict:
         "forced": [s.answer_tokens > 0 for s in ss],
     }
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #5c5db118
 def _placed(q: Question, s: Question, letter: str) -> str:
     "The letter that an option of the shuffled question has in the question."
     return next(l for l, text in q.letters.items() if text == s.letters[letter])
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #4b17aabf
 def _grade(qs: list[Question], drawn: list[list], rows: list[dict], grader: str, t):
     "Let a grader say of each finished response that the parser cannot read whether it means the right option; its word stands beside the parser's."
     for row in rows:
@@ -261,7 +267,7 @@ def scores(rows: list[dict]) -> np.ndarray:
     "(questions, runs) of 0 and 1: a refused, failed, truncated or unreadable response is 0."
     return np.array([[s == "correct" for s in r["statuses"]] for r in rows], float)
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #da0ff394
 def voted(rows: list[dict], seed: int = 0) -> np.ndarray:
     "(questions, 1) of 0 and 1: is the majority of a question's votes right? The seed breaks ties; single samples' means where no vote was asked."
 
@@ -279,7 +285,7 @@ def voted(rows: list[dict], seed: int = 0) -> np.ndarray:
         float,
     )
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #ff91ab46
 def regraded(rows: list[dict]) -> np.ndarray:
     "(questions, 1): the mean of a question's runs with the grader's word on what the parser could not read, or without it where no grader was asked."
     return np.array(
@@ -308,7 +314,7 @@ def rates(rows: list[dict], seed: int = 0) -> dict:
         **_control([r for r in rows if "shuffled" in r]),
     }
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #334194aa
 def _control(rows: list[dict]) -> dict:
     "Of the questions that were asked in both orders: accuracy in each, and the share of answers whose text depends on the order."
     if not rows:
@@ -344,7 +350,7 @@ TASKS = {
     "bcss:test": "BCSS",
 }
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #dc2b7896
 def paper_of(
     model: str,  # as Table 2 prints it
     benchmarks,  # name:split; a category's Overall is given where all its benchmarks are among them

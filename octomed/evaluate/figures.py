@@ -24,6 +24,8 @@ COLOURS = (
     "#A6761D",
 )
 INK, FAINT, RULE = "#222222", "#767676", "#DDDDDD"
+
+# %% ../../nbs/evaluate/06_figures.ipynb #9ac7f20c
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -56,7 +58,7 @@ _STYLE = {
     "path.simplify": False,
 }
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #30c3c0a5
 @contextmanager
 def style():
     "The look that all figures share; nothing outside the block changes."
@@ -81,10 +83,10 @@ def canvas(
     plt.close(fig)
     return fig, axes
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #a69b48f9
 _PAPER = {"fc": "white", "ec": "none", "pad": 1.5}  # behind words that cross the grid
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #b761a4fe
 def _settled(fig, title: str = ""):
     "The figure with its layout found and frozen, so that looking at it before it is saved changes nothing."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -99,7 +101,7 @@ def _settled(fig, title: str = ""):
         fig.set_layout_engine("none")
     return fig
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #fe3f01a0
 def _key(ax, entries, y=1.0):
     "Names in their own colours above the axes, in place of a legend box."
     from matplotlib.lines import Line2D
@@ -231,7 +233,7 @@ def bars_with_paper(
         )
     return _settled(fig, title)
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #030c3b18
 def _dot(ax, y: float, row: dict, colour: str):
     if row.get("interval"):
         ax.plot(
@@ -250,7 +252,7 @@ def _dot(ax, y: float, row: dict, colour: str):
 # %% ../../nbs/evaluate/06_figures.ipynb #463b0a47
 VERDICT_COLOURS = {"agrees": COLOURS[0], "disagrees": COLOURS[1], "undecided": FAINT}
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #ebb61328
 def forest(
     findings,  # [{"text", "difference", "interval", "verdict", "n"?, "paper"?, "margin"?}, …]; all numbers in one unit, a `paper` in words is left out
     title: str = "",
@@ -315,7 +317,7 @@ def forest(
             _key(ax, [("ours", INK, True), ("paper", INK, False)], 1.0)
     return _settled(fig, title)
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #e4a53cf3
 def _number(v) -> bool:
     return isinstance(v, (int, float))
 
@@ -348,11 +350,11 @@ def _spread(ys: list[float], least: float) -> list[float]:
         if i in p
     ]
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #63be5886
 def _middle(pile, ys):
     return sum(ys[i] for i in pile) / len(pile)
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #4e66d3e5
 def _curve(ax, points, colour: str, scale: float, hollow: bool):
     points = sorted((*p, None)[:3] for p in points)
     x, y = [p[0] for p in points], [scale * p[1] for p in points]
@@ -563,11 +565,11 @@ def _counts(ax, heading: str, rows: list[dict], series: list[str], xlabel: str):
                 zorder=3 if s == "paper" else 4,
             )
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #6448a012
 def _colour(s: str, series: list[str]) -> str:
     return FAINT if s == "paper" else COLOURS[[x for x in series if x != "paper"].index(s)]
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #b54ced69
 def _facts(ax, facts: list[tuple], series: list[str]):
     "Facts in columns, a line each: what, and a text for each counter."
     ax.axis("off")
@@ -582,7 +584,7 @@ def _facts(ax, facts: list[tuple], series: list[str]):
             ax.text(x, y + 0.5, v, ha="right", va="center")
     ax.set_xlim(0, 1)
 
-
+# %% ../../nbs/evaluate/06_figures.ipynb #a0d92bd3
 def overview(
     panels: dict,  # heading → rows {"name", "group"?, and a count above 0 for each counter that has one}
     series: list[str],  # the counters; `paper` is drawn hollow

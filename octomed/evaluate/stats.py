@@ -63,7 +63,7 @@ def _means(x: np.ndarray, n: int, rng) -> np.ndarray:
         ]
     )
 
-
+# %% ../../nbs/evaluate/01_stats.ipynb #a8bdb25d
 def _members(m: int, groups) -> list[np.ndarray]:
     if groups is None:
         return [np.arange(m)]
@@ -125,7 +125,7 @@ def trend(
 # %% ../../nbs/evaluate/01_stats.ipynb #38e05529
 KINDS = ("greater", "equivalent", "trend")
 
-
+# %% ../../nbs/evaluate/01_stats.ipynb #38fed58c
 def verdict(
     kind: str,  # one of `KINDS`; a trend is claimed to rise, as `greater` is
     interval,  # an `Interval`, or (low, high)
@@ -167,7 +167,7 @@ def detectable(
     "The smallest difference that n paired questions can detect (normal approximation)."
     return _z(level, power) * sd / sqrt(n)
 
-
+# %% ../../nbs/evaluate/01_stats.ipynb #9e0e76ff
 def needed_n(
     difference: float,  # that shall be seen
     sd: float,  # of a question's paired difference
@@ -191,7 +191,7 @@ def paper_table(
             for row in csv.DictReader(f)
         ]
 
-
+# %% ../../nbs/evaluate/01_stats.ipynb #be8c3cbc
 def paper_number(
     n: int,  # the table
     task: str,  # as printed

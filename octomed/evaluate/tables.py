@@ -12,12 +12,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+# %% ../../nbs/evaluate/05_tables.ipynb #516406ce
 import numpy as np
-
 from ..core.code import section_code
 from ..core.files import write_json
 from ..core.identity import card
 from ..core.paths import root
+
+# %% ../../nbs/evaluate/05_tables.ipynb #65809845
 from ..core.recipe import CATEGORIES, Recipe
 from .arms import Results, category_of
 from .evaluate import rates, regraded, voted
@@ -69,7 +71,7 @@ def table(
             )
     return out
 
-
+# %% ../../nbs/evaluate/05_tables.ipynb #c907630a
 def _beside(results: Results, arm: str, where: str) -> dict:
     "The majority vote's accuracy and the grader's, each with its interval, where they were asked."
     common, first, out = (
@@ -84,7 +86,7 @@ def _beside(results: Results, arm: str, where: str) -> dict:
             out |= {key: got.difference, f"{key}_interval": list(got.interval)}
     return out | ({"votes": max(len(r.get("vote", ())) for r in first)} if "vote" in out else {})
 
-
+# %% ../../nbs/evaluate/05_tables.ipynb #11f9a5d2
 def above_chance(rows: list[dict]) -> list[dict]:
     "Rows whose interval reaches down to chance: a student that learnt nothing there, or not enough questions to tell."
     return [r for r in rows if r["interval"][0] <= r["chance"]]
@@ -129,7 +131,7 @@ def rows_frame(rows: list[dict]):
     )
     return found.dropna(axis=1, how="all").fillna("")
 
-
+# %% ../../nbs/evaluate/05_tables.ipynb #9936113b
 def findings_frame(found: list[dict]):
     "Findings as a data frame: differences in percentage points, each training seed beside the mean."
     import pandas as pd
@@ -216,7 +218,7 @@ def reference_view(section: str, recipe: str = "course") -> list[dict]:
         ),
     ]
 
-
+# %% ../../nbs/evaluate/05_tables.ipynb #5874a60e
 def show_reference(section: str, recipe: str = "course"):
     "Display the reference run of a section."
     from IPython.display import display

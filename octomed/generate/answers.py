@@ -32,6 +32,8 @@ FORMS = (
     "phrase",
     "whole",
 )
+
+# %% ../../nbs/generate/03_answers.ipynb #61e84722
 END_OF_THINK = "</think>"
 
 
@@ -46,7 +48,7 @@ class Verdict:
 _BOX = re.compile(r"\\boxed\s*+\{((?:[^{}\\]++|\\(?![{}])|\{[^{}\\]*+\})*+)\}")
 _BRACES = re.compile(r"\\boxed\s*+\{|\\\{|\\\}|\{|\}")
 
-
+# %% ../../nbs/generate/03_answers.ipynb #be29daff
 def boxed(
     text: str,  # a response, of any length
 ) -> str | None:  # its content, as written
@@ -92,7 +94,7 @@ _PHRASES = {
     for word, rest in _ANCHORS.items()
 }
 
-
+# %% ../../nbs/generate/03_answers.ipynb #dbec498b
 def phrase(
     text: str,  # a response
 ) -> str | None:
@@ -113,7 +115,7 @@ _LETTER = re.compile(r"[\s(\[]*+([A-Za-z])(?:[\s)\]]*+\Z|[)\]:.])")
 def _clean(text: str) -> str:
     return " ".join(_MARKUP.sub("", re.sub(r"\\[ ,;~]|~", " ", text)).split())
 
-
+# %% ../../nbs/generate/03_answers.ipynb #9d80a81c
 @lru_cache(maxsize=1024)  # the samples of one question share its options
 def _fold(text: str) -> str:
     return (
@@ -188,7 +190,7 @@ _FIND = {
     "whole": (str, _read_whole),
 }
 
-
+# %% ../../nbs/generate/03_answers.ipynb #8151f9a2
 def judge(
     text: str,  # the response
     options,  # {letter: text}, or the texts in order
@@ -244,7 +246,7 @@ class Vote:
     tied: bool  # was it drawn among several with as many votes
     votes: int  # how many answers were parsed
 
-
+# %% ../../nbs/generate/03_answers.ipynb #32a3b97b
 def majority_vote(
     letters,  # a letter or None for each sample of one question
     seed=0,  # breaks ties: give the question's id and the base seed, such as `(base_seed, question.id)`
@@ -265,7 +267,7 @@ AGREEMENT = (
     "guessed",
 )
 
-
+# %% ../../nbs/generate/03_answers.ipynb #b1eee1c5
 def _kind(text: str, options: dict, ours: str | None, theirs: str | None) -> str:
     if ours == theirs:
         return "same"
@@ -276,7 +278,7 @@ def _kind(text: str, options: dict, ours: str | None, theirs: str | None) -> str
     )
     return "guessed" if not stands else "only theirs" if ours is None else "different"
 
-
+# %% ../../nbs/generate/03_answers.ipynb #3562cc44
 def agreement(
     rows,  # (response, options, the publisher's letter or None), any number
     **how,  # for `judge`, such as `forms`

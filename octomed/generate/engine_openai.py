@@ -53,7 +53,7 @@ class Server:
         "What a server said of a failure: one line without the key, at most 300 characters."
         return " ".join(self.clean(str(said)).split())[:300]
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #a368c188
 @contextmanager
 def quietly():
     "Pass an `OctomedError` on as a new one, so that no frame behind it can be printed."
@@ -133,6 +133,8 @@ _FIELDS = (
     "stream_options",
     "repetition_penalty",
 )
+
+# %% ../../nbs/generate/07_engine_openai.ipynb #ec9b8554
 _PINNED = {
     "top_k": 0,
     "min_p": 0.0,
@@ -140,7 +142,7 @@ _PINNED = {
     "stream_interval": 32,
 }  # vLLM's own fields; streamed 32 tokens a piece
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #49a8801a
 def chat(messages: list, max_pixels: int) -> list:
     "Chat messages as the protocol has them: plain text, or parts with each image as a data URL."
 
@@ -158,7 +160,7 @@ def chat(messages: list, max_pixels: int) -> list:
 
     return [{"role": m["role"], "content": parts(m["content"])} for m in messages]
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #22563816
 def _data_url(image: str, max_pixels: int) -> str:
     from octomed.data.images import image_path
 
@@ -173,7 +175,7 @@ def _data_url(image: str, max_pixels: int) -> str:
 class Unanswered(Exception):
     "A request that got no answer, after all retries; not an outcome."
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #ab614b26
 class OpenAIEngine:
     "A model behind a server that speaks OpenAI's protocol."
 
@@ -228,7 +230,7 @@ def _client(self: OpenAIEngine, kind: str):
         timeout=self.timeout,
     )
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #bc229853
 def _look(self: OpenAIEngine):
     "Ask once what the server is and which version of the model answers."
     if self._own is not None:
@@ -264,7 +266,7 @@ def _look(self: OpenAIEngine):
         f"the server {self.server.name} does not answer ({stop}): see that {self.server.name}_BASE_URL is right and that it is up"
     )
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #9e2b363d
 @property
 def _budget(self: OpenAIEngine) -> str:
     "The field of the response budget: OpenAI's and Azure's newer models refuse the one that all others know."
@@ -299,7 +301,7 @@ def _body(self: OpenAIEngine, r: Request, s: Sampling, index: int, forced: str =
         }
     return {k: v for k, v in body.items() if k not in self.leave_out}
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #fc8e5522
 def _refuse(self: OpenAIEngine, s: Sampling):
     "Say what this server cannot do, before anything is paid for."
     self._look()
@@ -322,7 +324,7 @@ def _plainly(self: OpenAIEngine, e: Exception) -> str:
     said = body.get("message") if isinstance(body, dict) else None
     return self.server.line(said or e or type(e).__name__)
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #74e74186
 def _verdict(
     self: OpenAIEngine, status: int, error: dict, wait: str = ""
 ) -> tuple[str, str]:  # text, finish
@@ -357,7 +359,7 @@ def _verdict(
         ) from None
     return said, "error"
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #ec4f7b41
 def _status(self: OpenAIEngine, e) -> tuple[str, str]:
     body = e.body if isinstance(e.body, dict) else {"message": str(e)}
     return self._verdict(e.status_code, body, e.response.headers.get("retry-after", ""))
@@ -409,10 +411,10 @@ async def _read(self: OpenAIEngine, client, body: dict) -> Said:
         raise ValueError("the stream ended before the response did")
     return said
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #25d21b0b
 PAUSE = 0.5  # seconds before the first repetition of a broken stream; doubled each time
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #7ca33b8e
 async def _ask(self: OpenAIEngine, client, body: dict) -> Said:
     "One response, asked for until it is whole. Raises `Unanswered` when the retries are used up."
     import openai
@@ -429,7 +431,7 @@ async def _ask(self: OpenAIEngine, client, body: dict) -> Said:
         await asyncio.sleep(min(60.0, PAUSE * 2**attempt) * random.uniform(0.75, 1))
     raise Unanswered(why)
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #d77fdb24
 def _same(self: OpenAIEngine, said: Said) -> Said:
     "A response of the model that was asked. Raises `OctomedError` where another version answers than before."
     self._reported = self._reported or said.model
@@ -463,7 +465,7 @@ async def _sample(self: OpenAIEngine, client, r: Request, i: int, s: Sampling) -
             )
     return self._made(r, i, s, first.whole, first.outcome, first, time.time() - start)
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #df481998
 def _made(
     self: OpenAIEngine,
     r,
@@ -526,7 +528,7 @@ async def _work(self: OpenAIEngine, jobs, s: Sampling, out):
         for _ in range(self.concurrency):
             group.create_task(worker(client))
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #f76f747e
 def _generate(self: OpenAIEngine, requests, sampling: Sampling):
     "Samples as they come. Raises `OctomedError` at the end for those that got no answer."
     self._refuse(sampling)
@@ -558,7 +560,7 @@ def _generate(self: OpenAIEngine, requests, sampling: Sampling):
         thread.join()
         loop.close()
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #2bbe6c60
 def _first(self: OpenAIEngine, e: BaseException | None) -> Exception | None:
     "The failure to tell of a group of them, with nothing behind it that could show a key."
     while isinstance(e, BaseExceptionGroup):

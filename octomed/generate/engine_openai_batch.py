@@ -113,13 +113,13 @@ def _collect(self: OpenAIBatchEngine, client, batches: list[dict], jobs: dict, s
         if left:
             time.sleep(self.poll)
 
-
+# %% ../../nbs/generate/08_engine_openai_batch.ipynb #475e4442
 def _reason(self: OpenAIBatchEngine, state) -> str:
     return self.server.line(
         state.errors.data[0].message if state.errors and state.errors.data else "no reason given"
     )
 
-
+# %% ../../nbs/generate/08_engine_openai_batch.ipynb #402777e3
 def _line(self: OpenAIBatchEngine, line: str, jobs: dict, s: Sampling) -> Sample | None:
     "The sample of a line; None for one that is not wanted, not readable, or no answer."
     try:
@@ -140,7 +140,7 @@ def _line(self: OpenAIBatchEngine, line: str, jobs: dict, s: Sampling) -> Sample
             return None
     return self._made(*jobs.pop(name), s, text, finish, said, 0.0)
 
-
+# %% ../../nbs/generate/08_engine_openai_batch.ipynb #9c5ea5eb
 def _generate_batches(self: OpenAIBatchEngine, requests, sampling: Sampling):
     "Samples as batches are finished. Raises `OctomedError` for a server without batch files, and at the end for lines without an answer."
     self._refuse(sampling)

@@ -83,7 +83,7 @@ def shrinking(
         kw["past_key_values"].batch_select_indices(left)
     return pad_sequence(whole, batch_first=True, padding_value=pad)
 
-
+# %% ../../nbs/generate/05_engine_transformers.ipynb #9eaa8c71
 def use_grouped_attention(model):
     "Attention on a processor that reads the keys of a group of heads where they lie; transformers copies them for every head and step as soon as rows are padded."
     from torch.nn.functional import scaled_dot_product_attention

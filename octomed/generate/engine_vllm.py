@@ -10,8 +10,9 @@ import itertools
 import json
 import time
 from dataclasses import dataclass, replace
-
 from ..core.paths import OctomedError
+
+# %% ../../nbs/generate/06_engine_vllm.ipynb #af7d1b91
 from .engine_transformers import TransformersEngine
 from octomed.generate.engines import (
     FINISHES,
@@ -37,7 +38,7 @@ def _plain(messages: list) -> list:
 
     return [{**m, "content": flat(m["content"])} for m in messages]
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #9d646834
 @dataclass
 class _Open:
     "A sample that is being drawn."
@@ -130,11 +131,11 @@ def _prompt(self: VLLMEngine, messages: list) -> tuple[str, list, int]:
         + sum(visual_tokens(im.height, im.width, max_pixels=self.max_pixels) - 1 for im in seen),
     )
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #45ded611
 def _ids(self: VLLMEngine, text: str) -> list[int]:
     return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #050b7fc7
 def _input(self: VLLMEngine, text: str, images: list, size: int | None = None):
     "What vLLM's engine takes, prepared once for all samples of a prompt."
     from octomed.data.images import load_image
@@ -155,7 +156,7 @@ def _input(self: VLLMEngine, text: str, images: list, size: int | None = None):
         )
     return ready
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #56ccf1d2
 def _params(self: VLLMEngine, s: Sampling, seed: int, budget: int):
     from vllm.sampling_params import RequestOutputKind
 
@@ -199,7 +200,7 @@ def _feed(self: VLLMEngine, requests, s: Sampling, open: dict):
             )
             yield self._done(job, s, bad, "error", 0) if bad else None
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #7c833e6a
 def _start(
     self: VLLMEngine, ready, job: _Open, s: Sampling, seed: int, budget: int, open: dict
 ) -> str | None:
@@ -212,7 +213,7 @@ def _start(
     open[number] = job
     return None
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #e4ca3a53
 def _done(self: VLLMEngine, job, s: Sampling, text, finish, tokens, logprobs=()) -> Sample:
     r, extra = job.request, tokens if job.forced else 0
     kept = (
@@ -265,7 +266,7 @@ def _generate(self: VLLMEngine, requests, sampling: Sampling):
         if open:
             engine.abort_request(list(open))
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #71745e10
 def _finish(self: VLLMEngine, o, open: dict, s: Sampling) -> Sample | None:
     "The sample of an output; None where its second pass begins."
     from octomed.generate.render import chat_images
@@ -296,7 +297,7 @@ def _finish(self: VLLMEngine, o, open: dict, s: Sampling) -> Sample | None:
 
 VLLMEngine.generate, VLLMEngine._finish = _generate, _finish
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #5dba5462
 def hub_teacher(kind: str, model: str, revision: str, max_pixels: int) -> Engine:
     "A hub model as a teacher, `transformers:` or `vllm:`; hub id and revision are its identity."
     return {"transformers": TransformersEngine, "vllm": VLLMEngine}[kind](

@@ -32,7 +32,7 @@ class Sampling:
     def key(self) -> str:
         return digest(self)
 
-
+# %% ../../nbs/generate/04_engines.ipynb #0833ccc8
 @dataclass(frozen=True)
 class Request:
     "One question to one engine, with the samples that are wanted of it."
@@ -50,7 +50,7 @@ FINISHES = (
     "error",
 )
 
-
+# %% ../../nbs/generate/04_engines.ipynb #6ba63be8
 @dataclass
 class Sample:
     "One generation."
@@ -74,7 +74,7 @@ class Sample:
     )
     logprobs: str = ""  # of each response token under the model, a JSON list; empty where the engine offers none
 
-
+# %% ../../nbs/generate/04_engines.ipynb #3a252ac2
 class Engine(Protocol):
     "Whatever can answer: `model` is its identity, `name` how it is run."
 
@@ -102,7 +102,7 @@ def register_teacher(name: str, factory, revision: str = ""):
     "Offer a teacher under a name; `factory()` makes its engine, `revision` is part of every stage that uses it."
     TEACHERS[name] = (factory, revision)
 
-
+# %% ../../nbs/generate/04_engines.ipynb #21628b74
 def _known(name: str) -> tuple[str, str, str]:
     "(kind, model, what follows its @) of a teacher's name; the kind is empty for a registered one."
     if name in TEACHERS:
@@ -119,7 +119,7 @@ def _known(name: str) -> tuple[str, str, str]:
         )
     return kind, model, at
 
-
+# %% ../../nbs/generate/04_engines.ipynb #18a20db0
 def teacher(
     name: str,  # a registered teacher, or `kind:model@revision or server`
     max_pixels: int = 262_144,  # area of the stored images that it is shown; a registered teacher has its own
@@ -131,7 +131,7 @@ def teacher(
     module, _, factory = KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), factory)(kind, model, at, max_pixels)
 
-
+# %% ../../nbs/generate/04_engines.ipynb #a076233e
 def teacher_revision(name: str) -> str:
     "The revision of a teacher, known without making its engine; a server reports its own when it is asked."
     kind, _, at = _known(name)
@@ -151,7 +151,7 @@ def forced_exit(
     late = s.answer_tokens and finish == "length" and END_OF_THINK not in text
     return text.rstrip() + FORCED if late else None
 
-
+# %% ../../nbs/generate/04_engines.ipynb #441beccd
 def no_room(size: int) -> str:  # prompt tokens
     "The text of the error sample of a prompt that is too long."
     return f"the prompt of {size} tokens leaves no room for the response"

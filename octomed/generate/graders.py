@@ -36,7 +36,7 @@ _MARKERS = re.compile(
     r"<(/?\s*(?:question|reference|response|verdict|rating|modality|region))\s*>", re.I
 )
 
-
+# %% ../../nbs/generate/10_graders.ipynb #be96a296
 def grading_messages(
     r: Template,
     question: Question,
@@ -83,7 +83,7 @@ def read_rating(text: str) -> int | None:
     "A whole number from 1 to 10."
     return int(said) if (said := told(text, "rating")) in {str(n) for n in range(1, 11)} else None
 
-
+# %% ../../nbs/generate/10_graders.ipynb #be6a08b7
 def read_verdict(text: str) -> bool | None:
     "Yes or no."
     return {"yes": True, "no": False}.get(told(text, "verdict"))
@@ -107,6 +107,8 @@ MODALITIES = (
     "drawing",
     "other",
 )
+
+# %% ../../nbs/generate/10_graders.ipynb #17a48609
 REGIONS = (
     "brain",
     "eye",
@@ -123,6 +125,8 @@ REGIONS = (
     "whole body",
     "other",
 )
+
+# %% ../../nbs/generate/10_graders.ipynb #6afcf224
 ALIASES = {
     "modality": {
         "xray": "X-ray",
@@ -148,6 +152,8 @@ ALIASES = {
         "tissue": "other",
     },
 }
+
+# %% ../../nbs/generate/10_graders.ipynb #799c2af9
 _WORDS = {
     kind: {**{w.casefold(): w for w in words}, **ALIASES[kind]}
     for kind, words in (("modality", MODALITIES), ("region", REGIONS))
@@ -161,7 +167,7 @@ def tag(
     "The vocabulary's word for a tag, or None where it has none."
     return _WORDS[kind].get(" ".join((word or "").split()).casefold())
 
-
+# %% ../../nbs/generate/10_graders.ipynb #c0965252
 def read_tags(text: str) -> dict | None:
     "A modality and a region of the vocabularies; None unless both are there."
     found = {kind: tag(kind, told(text, kind)) for kind in ("modality", "region")}
@@ -177,7 +183,7 @@ GRADED = (
     "error",
 )
 
-
+# %% ../../nbs/generate/10_graders.ipynb #789c2da9
 @dataclass(frozen=True)
 class Grade:
     "What a grader said of one item; `value` is None unless the status is `graded`."
@@ -186,7 +192,7 @@ class Grade:
     value: int | bool | dict | None
     status: str  # one of `GRADED`: how the response ended, where it did not stop of itself
 
-
+# %% ../../nbs/generate/10_graders.ipynb #9fe9989f
 def _grade(s: Sample, read) -> Grade:
     value = read(s.text) if s.finish == "stop" else None
     return Grade(
@@ -195,7 +201,7 @@ def _grade(s: Sample, read) -> Grade:
         s.finish if s.finish != "stop" else "unparsed" if value is None else "graded",
     )
 
-
+# %% ../../nbs/generate/10_graders.ipynb #ee3cbd10
 def grades(
     r: Template,
     items: list[tuple[Question, dict]],  # questions, each with what the rubric's slots take
@@ -220,7 +226,7 @@ def grades(
     known = {key: _grade(s, read) for key, s in zip(once, drawn, strict=False)}
     return [known[a.question, a.prompt] for a in asked]
 
-
+# %% ../../nbs/generate/10_graders.ipynb #e1460354
 def graded(found: list[Grade]) -> dict[str, int]:
     "How many grades have each status, those that do not occur included."
     n = Counter(g.status for g in found)
@@ -234,7 +240,7 @@ def _reference(q: Question) -> str:
         )
     return f"{q.answer}: {q.answer_text}"
 
-
+# %% ../../nbs/generate/10_graders.ipynb #17b71b39
 def difficulty(
     questions: list[Question], grader: str | Engine = "clinic/grader", **kw
 ) -> list[Grade]:
@@ -247,7 +253,7 @@ def difficulty(
         **kw,
     )
 
-
+# %% ../../nbs/generate/10_graders.ipynb #b4179125
 def moderate(
     questions: list[Question],
     found: list[Grade],  # of the same questions, in their order
@@ -285,7 +291,7 @@ def _final(response: str, think_first: bool, reasoning: bool) -> str | None:
         return None
     return (response if reasoning else response.rpartition(END_OF_THINK)[2]).strip()
 
-
+# %% ../../nbs/generate/10_graders.ipynb #a5cf2837
 def open_ended(
     items: list[tuple[Question, str, str]],  # (question, reference, response)
     grader: str | Engine = "clinic/grader",
@@ -314,7 +320,7 @@ def source_tags(q: Question) -> dict:
     "Modality and region as the question's source gives them, in the vocabularies' words; what is missing is left out."
     return {kind: word for kind in ("modality", "region") if (word := tag(kind, q.tags.get(kind)))}
 
-
+# %% ../../nbs/generate/10_graders.ipynb #ab05ab50
 def tags(
     questions: list[Question],
     grader: str | Engine = "clinic/grader",

@@ -11,17 +11,22 @@ import fcntl
 import os
 import queue
 import signal
+
+# %% ../../nbs/generate/09_ledger.ipynb #a5122352
 import sqlite3
 import sys
 import threading
 import time
 from dataclasses import fields, replace
+
+# %% ../../nbs/generate/09_ledger.ipynb #542c955d
 from operator import attrgetter
 from pathlib import Path
-
 from ..core.files import disk_error, progress
 from ..core.identity import digest
 from ..core.paths import OctomedError, store_dir
+
+# %% ../../nbs/generate/09_ledger.ipynb #b0df39d8
 from .engines import Engine, Request, Sample, Sampling
 
 # %% ../../nbs/generate/09_ledger.ipynb #d980c8d1
@@ -47,7 +52,7 @@ _COLUMNS = [f.name for f in fields(Sample)]
 _NAMES = ", ".join(f'"{c}"' for c in ("key", *_COLUMNS, "at"))
 _row = attrgetter(*_COLUMNS)
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #d8547df1
 def _connect(path: Path) -> sqlite3.Connection:
     "Open a shard, one process at a time; make it, or give it the columns that it lacks. Raises `OctomedError`."
     try:
@@ -166,7 +171,7 @@ def _utf8(v):
     "A server may cut a response inside a character; what cannot be written becomes a question mark."
     return v if not isinstance(v, str) or v.isascii() else v.encode("utf-8", "replace").decode()
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #6e7f75ca
 def _append(
     self: Ledger,
     samples: list[Sample],
@@ -219,7 +224,7 @@ def _rows(self: Ledger, keys: list[bytes], table: str, shards: list, columns: st
         if found:
             left = [k for k in left if k not in found]
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #b43cc9af
 def _has(self: Ledger, keys: list[bytes]) -> set[bytes]:
     "Those of these keys that have an outcome; an error is none."
     self._look()
@@ -256,7 +261,7 @@ def _parquet(
             _write_parquet(db, to)
     return folder
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #1fa3c997
 def _write_parquet(db: sqlite3.Connection, to: Path, rows: int = 10_000):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -347,7 +352,7 @@ class Keeper:
 class Stopped(OctomedError):
     "A budget is spent; what was drawn is kept."
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #8320ece3
 @contextlib.contextmanager
 def _sigterm():
     "SIGTERM as Ctrl-C, where nobody else has spoken for it."
@@ -367,7 +372,7 @@ def _sigterm():
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #80f66f30
 def _missing(
     requests: list[Request], engine: Engine, sampling: Sampling, there: set
 ) -> list[Request]:
@@ -381,7 +386,7 @@ def _missing(
         there.update(keys.values())
     return [r for r in left if r.indices]
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #ac2af7e4
 def _keys(requests: list[Request], engine: Engine, sampling: Sampling) -> list[bytes]:
     return [
         sample_key(r.question, engine.model, r.prompt, sampling.key, i)
@@ -436,7 +441,7 @@ def top_up(
         )
     return drawn
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #f3c46a88
 def draw(
     ledger: Ledger,
     engine: Engine,

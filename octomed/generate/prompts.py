@@ -79,7 +79,7 @@ def templates() -> list[str]:
     "Names of the templates that are shipped."
     return sorted(p.stem for p in shipped("prompts").glob("*.yaml"))
 
-
+# %% ../../nbs/generate/01_prompts.ipynb #b4ec2ae3
 def _read_yaml(path: Path) -> dict:
     import yaml
 
@@ -136,7 +136,7 @@ class Contender:
     api: str = ""  # the name that a server knows it by
     note: str = ""  # what was chosen, and why
 
-
+# %% ../../nbs/generate/01_prompts.ipynb #ef0fe17f
 def contenders() -> dict[str, Contender]:  # by the table's names
     "The models that the paper compares (Table 2). Raises `OctomedError` for an entry that can be reached neither by hub nor by API."
     import yaml
@@ -186,7 +186,7 @@ def boxed_answer(
     r"`\boxed{letter}`: how a student states an answer (Figs. S2, S3)."
     return rf"\boxed{{{letter}}}"
 
-
+# %% ../../nbs/generate/01_prompts.ipynb #023b3c72
 def to_boxed(
     text: str,  # an accepted response of a teacher
     letter: str,  # its answer

@@ -30,7 +30,7 @@ def processor_of(
             f"the processor of {path} cannot be loaded ({str(e).splitlines()[0][:120]}): give a folder, or download the model first"
         ) from e
 
-
+# %% ../../nbs/generate/02_render.ipynb #5a9617a0
 def chat_images(messages: list) -> list[str]:
     "The pixel hashes in a chat, in order."
     return [
@@ -41,7 +41,7 @@ def chat_images(messages: list) -> list[str]:
         if p["type"] == "image"
     ]
 
-
+# %% ../../nbs/generate/02_render.ipynb #6c777f11
 def chat_text(
     processor,  # of the student
     messages: list,  # a chat that ends on the user's turn
@@ -119,7 +119,7 @@ class Pixels:
 def _has_grid(processor) -> bool:
     return "image_grid_thw" in processor.image_processor.model_input_names
 
-
+# %% ../../nbs/generate/02_render.ipynb #7226d493
 def collate(
     processor, rows: list[list[int]], images: list[list[str]], pixels: Pixels, left: bool = False
 ) -> dict:
@@ -144,7 +144,7 @@ def collate(
             batch["image_grid_thw"] = torch.cat([g for _, g in got])
     return batch
 
-
+# %% ../../nbs/generate/02_render.ipynb #e96d0722
 def encode(processor, texts: list[str], images: list[list[str]], max_pixels: int):
     "Prompts as a left-padded batch, ready to be continued."
     from transformers import BatchFeature
@@ -170,7 +170,7 @@ class Row:
     images: list[str]
     question: str = ""
 
-
+# %% ../../nbs/generate/02_render.ipynb #d35f5351
 def row(processor, messages: list, response: str, max_pixels: int, question: str = "") -> Row:
     "A trace as tokens: everything after the first `prompt` ids is trained, the end token too. Raises `OctomedError` for an empty response."
     tok = processor.tokenizer
@@ -184,7 +184,7 @@ def row(processor, messages: list, response: str, max_pixels: int, question: str
         question,
     )
 
-
+# %% ../../nbs/generate/02_render.ipynb #7a491102
 def render_rows(
     processor,
     pairs: list,  # (messages, response), or (messages, response, question)
@@ -228,7 +228,7 @@ def save_rows(out: Path, rows: list[Row], funnel: dict):
         )
     write_json(out / "funnel.json", funnel)
 
-
+# %% ../../nbs/generate/02_render.ipynb #6252614c
 class Rows(Sequence):
     "Saved rows, mapped from the disk: one is read when it is asked for, and all processes of a machine share the pages."
 
@@ -244,7 +244,7 @@ class Rows(Sequence):
         ids, *rest = (c[i] for c in self.columns.columns)
         return Row(ids.values.to_numpy().tolist(), *(v.as_py() for v in rest))
 
-
+# %% ../../nbs/generate/02_render.ipynb #f12ffedd
 def load_rows(folder: Path) -> Rows:
     "The rows that `save_rows` wrote."
     return Rows(folder / "rows.arrow")

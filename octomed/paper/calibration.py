@@ -13,14 +13,16 @@ import re
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
-
 import numpy as np
 
+# %% ../../nbs/paper/52_calibration.ipynb #e19d482f
 from ..clinic.teachers import INSTRUCT, SimulatedTeacher
 from ..clinic.world import knowledge, pick
 from ..core.identity import digest, seed_for
 from ..core.recipe import Recipe, load_recipe
 from ..evaluate.arms import Arm, Results, evaluations, run_arms, stages
+
+# %% ../../nbs/paper/52_calibration.ipynb #30ccfc05
 from ..evaluate.claims import Claim, finding
 from ..evaluate.stats import Interval, verdict
 from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
@@ -29,12 +31,11 @@ from .formatting import arms as arms_of_42
 
 # %% ../../nbs/paper/52_calibration.ipynb #5f29c685
 LENGTH = 60  # words of a thought: as long as the brief teacher's longest; about 400 characters
-
 FILLING_REVISION = (
     "1ef0c4cf8d38a2ed"  # declared: a change of how a thought is filled up needs a new one
 )
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #8c26aca0
 def filled(text: str, length: int, seed: int) -> str:
     "A response whose thought has at least `length` words; one without an end of thought stays as it is."
     thought, end, answer = text.partition("</think>")
@@ -65,7 +66,7 @@ class OneLength:
             text = filled(s.text, self.length, s.seed)
             yield replace(s, model=self.model, text=text, tokens=len(text.split()))
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #4b781111
 register_teacher(OneLength.label, OneLength, revision=OneLength().model)
 
 # %% ../../nbs/paper/52_calibration.ipynb #d7991aea
@@ -239,7 +240,7 @@ class Cell:
             else Cell(*(x if x is None else x[:, [seed]] for x in asdict(self).values()))
         )
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #ffe37069
 def cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
     "(arm, benchmark) → lengths and errors."
 
@@ -300,7 +301,7 @@ def risk(w: np.ndarray, signal: np.ndarray, error: np.ndarray) -> tuple[np.ndarr
     kept = np.cumsum(w[:, order], axis=1)
     return kept / kept[:, -1:], np.cumsum(w[:, order] * error[order], axis=1) / np.maximum(kept, 1)
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #8836a132
 def saved(w: np.ndarray, signal: np.ndarray, error: np.ndarray) -> np.ndarray:
     "The error rate less the mean risk over all coverages, a value for each resample; arrays are (questions, training seeds)."
 
@@ -321,7 +322,7 @@ def placed(x: np.ndarray) -> np.ndarray:
         axis=1,
     )
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #2d63b748
 def statistic(
     c: Measured,
     seen: dict,  # what `cells` gives
@@ -393,7 +394,7 @@ def judged(c: Measured, results: Results, seen: dict) -> dict:
         "verdict": verdict(c.kind, got, c.margin),
     }
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #8ec536f2
 def _blocks(n: int, size: int = 1000) -> list[int]:
     return [size] * (n // size) + [n % size] * bool(n % size)
 
@@ -413,7 +414,7 @@ def mean_lengths(seen: dict, n: int, seed: int) -> list[dict]:
         for (a, b), i in got.items()
     ]
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #0f07b6c4
 def figure(results: dict):
     "Fig. 8: mean response length by benchmark, in and out of distribution."
     from octomed.evaluate.figures import bars_with_paper
@@ -469,7 +470,7 @@ def curves(seen: dict, points: int = 20) -> dict[str, list]:
         "by lot": [(m / len(error), rate) for m in at],
     }
 
-
+# %% ../../nbs/paper/52_calibration.ipynb #c04f849b
 def coverage_figure(results: dict):
     "Errors among the answers that are kept, by how many are kept."
     from octomed.evaluate.figures import lines

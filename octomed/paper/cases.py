@@ -12,24 +12,30 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-
 import numpy as np
 
+# %% ../../nbs/paper/55_cases.ipynb #64dc5679
 from ..core.identity import digest
 from ..core.paths import OctomedError
 from ..core.recipe import Recipe, load_recipe
 from ..core.store import run
 from ..data.questions import Question
+
+# %% ../../nbs/paper/55_cases.ipynb #5c9f7eb0
 from ..data.sources import load
 from ..distill.pools import subset
 from ..distill.rejection import outcome
 from ..distill.sampling import identity, requests, route
 from ..evaluate.arms import Arm, evaluated, evaluations, run_arms, seeded
+
+# %% ../../nbs/paper/55_cases.ipynb #bf91082c
 from ..evaluate.claims import Claim
 from ..evaluate.stats import Interval, verdict
 from ..evaluate.tables import findings_frame, rows_frame, table, write_results
 from ..generate.answers import Verdict, judge
 from ..generate.engine_transformers import TransformersEngine
+
+# %% ../../nbs/paper/55_cases.ipynb #f12c9a82
 from ..generate.engines import Request, Sample, Sampling, teacher
 from ..generate.ledger import Ledger, draw, sample_key
 from ..generate.prompts import load_template, prompt_key, render
@@ -40,7 +46,7 @@ STUDENT, TEACHER = "student", "teacher"
 WARD, ROUNDS, READING = IN = "clinic_ward:test", "clinic_rounds:test", "clinic_reading:test"
 OUT = "clinic_boards:test", "clinic_grand:test", "clinic_scanner:test"
 
-
+# %% ../../nbs/paper/55_cases.ipynb #8b624c31
 def claims() -> list[Claim]:
     "That a right answer is more often than not rightly reasoned, as often as the teacher's, and more often where the student was taught."
     shown = "Figs. S1–S3: the cases that are shown are sound"
@@ -131,7 +137,7 @@ def answered(recipe: Recipe, arm: Arm, benchmark: str) -> list[tuple[Question, S
         for q, k in zip(qs, keys, strict=False)
     ]
 
-
+# %% ../../nbs/paper/55_cases.ipynb #0fbcebfb
 def taught(recipe: Recipe, qs: list[Question], n: int) -> dict[str, tuple]:
     "`n` responses of each question's own teacher with their verdicts, by question id."
     common, found = recipe.common, {}
@@ -156,7 +162,7 @@ def taught(recipe: Recipe, qs: list[Question], n: int) -> dict[str, tuple]:
             )
     return found
 
-
+# %% ../../nbs/paper/55_cases.ipynb #b68b9f26
 def cases(recipe: Recipe) -> list[Case]:
     "Every question of the benchmarks as a case."
     arm, found = seeded(arms(recipe)[STUDENT], 1, recipe.common)[0], []
@@ -213,7 +219,7 @@ def valid(c: Case, s: Sample) -> bool | None:
 
     return reasoning_valid(c.question, s.text)
 
-
+# %% ../../nbs/paper/55_cases.ipynb #52e9db8c
 def breaks(c: Case) -> str:
     "Where a response's chain first goes wrong, in words."
     from octomed.clinic.questions import reference
@@ -232,7 +238,7 @@ def breaks(c: Case) -> str:
         else "true and complete: the answer does not follow it"
     )
 
-
+# %% ../../nbs/paper/55_cases.ipynb #93d58535
 WORDS = {
     "look": "what the image shows",
     "dx": "the diagnosis",
@@ -276,7 +282,7 @@ def told(place: str, c: Case | None, n: int) -> dict:
         "trace_valid": ok and valid(c, ok),
     }
 
-
+# %% ../../nbs/paper/55_cases.ipynb #d2ef0e25
 def in_words(d: dict) -> str:
     "A case as Markdown."
     head = f"#### {d['number']}. {d['place']}"

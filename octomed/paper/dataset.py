@@ -15,11 +15,14 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
+# %% ../../nbs/paper/30_dataset.ipynb #1a94af68
 from ..core.paths import OctomedError
 from ..core.recipe import CATEGORIES, Common, Recipe, load_recipe
 from ..data.decontaminate import Index, part_of, reports_of
 from ..data.decontaminate_report import drops, funnel
 from ..data.questions import Question
+
+# %% ../../nbs/paper/30_dataset.ipynb #edbfc0e0
 from octomed.data.sources import (
     NAMED,
     SOURCES,
@@ -31,11 +34,15 @@ from octomed.data.sources import (
 )
 from ..data.twins import twins
 from ..evaluate.arms import Arm, evaluations, run_arms, schedule_of
+
+# %% ../../nbs/paper/30_dataset.ipynb #b6ae4e91
 from ..evaluate.claims import Claim, finding
 from ..evaluate.stats import paper_number
 from ..evaluate.tables import table, write_results
 from ..generate.answers import judge
 from ..generate.graders import source_tags, tags
+
+# %% ../../nbs/paper/30_dataset.ipynb #82be49d1
 from ..train.students import register_student
 
 # %% ../../nbs/paper/30_dataset.ipynb #044ac183
@@ -49,6 +56,8 @@ TEXT_TRAIN = (
     "clinic_ward:train",
     "clinic_rounds:train",
 )
+
+# %% ../../nbs/paper/30_dataset.ipynb #72eb72f7
 TEXT_BENCH = (
     "medqa:test",
     "headqa:test",
@@ -70,6 +79,8 @@ PAPER = {
     "tokens": 6_800_000_000,
     "samples": 16,
 }  # "over 8 million examples", response tokens, responses a question
+
+# %% ../../nbs/paper/30_dataset.ipynb #b4d59b04
 NAMES = {
     "medqa": "MedQA",
     "headqa": "HeadQA",
@@ -81,6 +92,8 @@ NAMES = {
     "messidor2": "MESSIDOR-2",
     "bcss": "BCSS",
 }
+
+# %% ../../nbs/paper/30_dataset.ipynb #313dad15
 SHOWN = {
     "brain_tumor": ("MRI", "brain"),
     "coronahack": ("X-ray", "chest"),
@@ -313,7 +326,7 @@ def contamination(train: dict[str, list], bench: dict[str, list], n: int = 16) -
         for b, r in reports_of(index, [part_of(index, enumerate(qs))]).items()
     }
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #7807d8b1
 def by_source(reports: dict) -> list[dict]:
     "Training source → rows in, kept, and dropped by each reason; `reports`: (train, bench) → Report. A row counts once, under the strongest reason for any benchmark."
     return [
@@ -321,7 +334,7 @@ def by_source(reports: dict) -> list[dict]:
         for train in dict.fromkeys(a for a, _ in reports)
     ]
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #ea64c2c3
 def by_pair(reports: dict) -> list[dict]:
     "(train, bench) → counts of every rule, how much of a benchmark's stem a match covers, and what the rule cannot see."
     return [
@@ -374,7 +387,7 @@ def keys_of(rule: str, questions: list[Question]) -> list[str]:
         else [q.images[0] for q in questions]
     )
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #325f3696
 def twins_of(train: list[Question], test: list[Question]) -> dict[str, tuple[set, set]]:
     "For each rule, the ids of training questions that are test images, and of test questions that have a training twin."
     by = {rule: twins(keys_of(rule, train), keys_of(rule, test)) for rule in ("bytes", "pixels")}
@@ -383,7 +396,7 @@ def twins_of(train: list[Question], test: list[Question]) -> dict[str, tuple[set
         for rule, t in by.items()
     }
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #6688a64d
 def repeats(
     questions: list[Question],
     keys: list[str],  # what each question's image is known by
@@ -452,11 +465,11 @@ def mri_student(common, size: str = "mini"):
         max_pixels=common.max_pixels,
     )
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #f6bd1fbc
 for s in ("mini", "tiny", "small"):
     register_student(f"scratch/mri-{s}", partial(mri_student, size=s))
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #2a5d7060
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "All training images; without those whose file is a test image's (the paper's rule); without those whose pixels are. None where the set is not at hand."
     if len(at_hand([TRAIN, TEST])) < 2:
@@ -475,12 +488,12 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         "no twin by pixels": replace(everything, against=((TEST, "pixels"),)),
     }
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #2bfed6c7
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What this section reads its students on, in place of the recipe's benchmarks."
     return (TEST,)
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #8ccb1c50
 def scope(recipe: Recipe) -> Recipe:
     "The recipe as this section uses it: its own number of test images, and what suits a small student from scratch, whatever the recipe's own is."
     small = {
@@ -500,7 +513,7 @@ def scope(recipe: Recipe) -> Recipe:
         ),
     )
 
-
+# %% ../../nbs/paper/30_dataset.ipynb #5fc031fc
 def inputs(recipe: Recipe) -> list:
     "The real files that this section reads, where they are at hand."
     return [

@@ -10,12 +10,15 @@ __all__ = ['OURS', 'IMAGES', 'OTHERS', 'REASONING', 'MARGIN', 'POINTS', 'SAID', 
 import time
 from dataclasses import replace
 from functools import lru_cache, partial
-
 import octomed.clinic.manners  # noqa: F401 - registers the chats
 from ..core.recipe import Recipe, load_recipe
+
+# %% ../../nbs/paper/53_datasets.ipynb #6cc3d8ca
 from ..data.sources import load, source_of
 from ..distill.pools import subset
 from ..distill.sampling import identity, requests
+
+# %% ../../nbs/paper/53_datasets.ipynb #0670c874
 from octomed.evaluate.arms import (
     Arm,
     Results,
@@ -27,11 +30,15 @@ from octomed.evaluate.arms import (
 )
 from ..evaluate.claims import Claim, finding
 from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
+
+# %% ../../nbs/paper/53_datasets.ipynb #5d197a0b
 from ..generate.graders import open_ended
 from ..generate.ledger import Ledger, sample_key
 from ..generate.prompts import load_template
 from .scaling import CENTRE
 from .scaling import arms as arms_of_51
+
+# %% ../../nbs/paper/53_datasets.ipynb #70356f0d
 from .sourcing import BEFORE, EVERYWHERE, Everywhere
 
 # %% ../../nbs/paper/53_datasets.ipynb #e92b48a9
@@ -45,11 +52,11 @@ OURS, IMAGES, OTHERS, REASONING, MARGIN = (
 POINTS = (0.16, 0.5, 1.0)  # of the schedule: the paper's early point, half, the end
 SAID = {o: "bare answers" if o == "bare" else o for o in OTHERS}
 
-
+# %% ../../nbs/paper/53_datasets.ipynb #c22bfe4b
 def name(dataset: str, point: float) -> str:
     return f"{dataset}, {point:.0%}"
 
-
+# %% ../../nbs/paper/53_datasets.ipynb #ea51dc0a
 def claims() -> list[Claim]:
     "What the paper says in Fig. 1 (left) and §5, and the controls without text."
     early, end, fig = POINTS[0], POINTS[-1], "Fig. 1 left, in words alone"
@@ -185,7 +192,7 @@ class Tasks(Everywhere):
 def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
     return {q.id: q for q in subset(load(benchmark, max_pixels=max_pixels), limit)}
 
-
+# %% ../../nbs/paper/53_datasets.ipynb #395d2b7d
 def unread(e, rows: list[dict]) -> list[tuple]:  # (row, run, question, response, template)
     "The responses of an evaluation that the parser could not read."
     p, t = e.params, load_template(e.params["form"])
@@ -210,7 +217,7 @@ def unread(e, rows: list[dict]) -> list[tuple]:  # (row, run, question, response
         if status == "unparsed"
     ]
 
-
+# %% ../../nbs/paper/53_datasets.ipynb #fb17faff
 def graded(results: Results, wanted: dict, grader: str) -> Results:
     "The same results with the grader's verdict where the parser has none. `wanted`: what `evaluations` gives."
     rows = {
@@ -266,7 +273,7 @@ def figure(results: dict):
         xticks=(0, *POINTS),
     )
 
-
+# %% ../../nbs/paper/53_datasets.ipynb #5a05ec6b
 def categories_figure(results: dict):
     "Each dataset at the end by category, beside the start."
     from octomed.evaluate.figures import bars_with_paper

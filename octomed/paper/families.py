@@ -9,9 +9,10 @@ __all__ = ['FAMILIES', 'REASONING', 'MARGIN', 'before', 'Compared', 'Gains', 'ju
 # %% ../../nbs/paper/54_families.ipynb #0f647a33
 import time
 from dataclasses import dataclass, replace
-
 from ..core.recipe import CATEGORIES, Recipe, load_recipe
 from ..core.workers import run_all
+
+# %% ../../nbs/paper/54_families.ipynb #dfb69005
 from octomed.evaluate.arms import (
     Arm,
     Results,
@@ -23,6 +24,8 @@ from octomed.evaluate.arms import (
     warm_up,
 )
 from ..evaluate.claims import Claim, finding
+
+# %% ../../nbs/paper/54_families.ipynb #0b79d7e2
 from ..evaluate.stats import paired_bootstrap
 from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 
@@ -48,7 +51,7 @@ class Compared(Claim):
 
     measure: str = "accuracy"  # or `gain`: accuracy above the arm's own base
 
-
+# %% ../../nbs/paper/54_families.ipynb #21960829
 @dataclass
 class Gains(Results):
     "Results in which an arm's scores are what it gained over its base, question by question."
@@ -61,7 +64,7 @@ class Gains(Results):
         )
         return after - start, groups
 
-
+# %% ../../nbs/paper/54_families.ipynb #1546aa6b
 def judged(claim: Compared, results: Results) -> dict:
     "The finding of a claim about accuracies or about gains."
     return finding(
@@ -161,7 +164,7 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
         next(b for b in recipe.common.benchmarks if category_of(b) == c) for c in CATEGORIES
     )
 
-
+# %% ../../nbs/paper/54_families.ipynb #4f495602
 def bases(recipe: Recipe) -> dict[str, Arm]:
     "Name → the arm whose student is the base: an instruct base of each family, and one of InternVL that was taught to reason."
     p = recipe.of("54_families")
@@ -173,7 +176,7 @@ def bases(recipe: Recipe) -> dict[str, Arm]:
     answers = {f: replace(arm, form="direct", compute_of=arm) for f, arm in thinks.items()}
     return answers | ({REASONING: thinks["InternVL"]} if "InternVL" in chosen else {})
 
-
+# %% ../../nbs/paper/54_families.ipynb #dfaeaf2b
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "Every base before and after the same fine-tuning."
     p, found = recipe.of("54_families"), {}

@@ -31,11 +31,11 @@ NONE, NAMES = (
     ),
 )
 
-
+# %% ../../nbs/paper/43_filtering.ipynb #c69e29fd
 def name(arm: str, point: float) -> str:
     return f"{arm}, {point:.0%}"
 
-
+# %% ../../nbs/paper/43_filtering.ipynb #7e45c5f6
 def claims() -> list[Claim]:
     "What the paper says in Fig. 4, and ours: the end of the schedule, and two more filters."
     where, early, end = "multimodal_reasoning", POINTS[0], POINTS[-1]
@@ -132,7 +132,7 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What the students are read on."
     return (recipe.of("43_filtering")["benchmark"],)
 
-
+# %% ../../nbs/paper/43_filtering.ipynb #9aa64721
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, then no filter and each filter at three points of the schedule, with equal tokens at each."
     p, common = recipe.of("43_filtering"), recipe.common

@@ -26,7 +26,7 @@ REPEATED, REWORDED = "k=1, equal steps", "16 wordings, 1 trace each"
 def name(k: int, epochs: int) -> str:
     return f"k={k}, {epochs} epoch{'s' * (epochs > 1)}"
 
-
+# %% ../../nbs/paper/44_samples.ipynb #94600463
 def claims() -> list[Claim]:
     "What the paper says in Fig. 5, and the two controls."
     steps = "More traces are more steps of training; the control with equal steps says how much of this is steps."
@@ -89,7 +89,7 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What the students are read on."
     return (recipe.of("44_samples")["benchmark"],)
 
-
+# %% ../../nbs/paper/44_samples.ipynb #2430238c
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, k × epochs, one trace repeated to equal steps, and rewordings where there are any."
     p = recipe.of("44_samples")

@@ -14,15 +14,19 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from math import log2
 
+# %% ../../nbs/paper/51_scaling.ipynb #ca501e06
+from math import log2
 import numpy as np
 from scipy.special import expit
-
 from ..core.recipe import CATEGORIES, Recipe, load_recipe
 from ..data.sources import load, source_of
+
+# %% ../../nbs/paper/51_scaling.ipynb #a6064473
 from ..distill.pools import subset
 from ..distill.sampling import requests, route
+
+# %% ../../nbs/paper/51_scaling.ipynb #cf25a087
 from octomed.evaluate.arms import (
     Arm,
     Results,
@@ -35,11 +39,15 @@ from octomed.evaluate.arms import (
     warm_up,
 )
 from ..evaluate.claims import Claim, finding
+
+# %% ../../nbs/paper/51_scaling.ipynb #1327006b
 from ..evaluate.evaluate import sampling_of
 from ..evaluate.stats import Interval, paper_number, paper_table, per_question, verdict
 from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
 from ..generate.answers import judge, majority_vote
 from ..generate.engines import teacher
+
+# %% ../../nbs/paper/51_scaling.ipynb #c2f8b070
 from ..generate.ledger import Ledger, draw
 from ..generate.prompts import load_template
 from .sourcing import BEFORE, EVERYWHERE, Everywhere
@@ -56,7 +64,7 @@ SHARES, EPOCHS, MARGIN = (
     0.10,
 )
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #a8b25598
 def name(share: float, epochs: int = 3) -> str:
     return (
         f"{'all' if share == 1 else Fraction(share)} questions, {epochs} epoch{'s' * (epochs > 1)}"
@@ -68,6 +76,8 @@ SMALLER, REPEATED = (
     f"{CENTRE}, smaller student",
     f"{Fraction(SHARES[0])} questions, tokens of {Fraction(SHARES[-2])}",
 )
+
+# %% ../../nbs/paper/51_scaling.ipynb #2f2647aa
 TEACHERS, VOTE, SINGLE, CURVE = BESIDE = (
     "its teachers",
     "vote",
@@ -279,7 +289,7 @@ def again(recipe: Recipe) -> Recipe:
         recipe, common=replace(recipe.common, eval_seeds=recipe.of("51_scaling")["votes"])
     )
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #d686b145
 def voted(repeated: Results) -> Results:
     "The single responses of repeated runs, and their vote."
     (per,), seed = repeated.rows.values(), repeated.common.base_seed
@@ -314,7 +324,7 @@ def paper_rows() -> dict:
         for c in CATEGORIES
     }
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #939dfae9
 def medqa_rows(benchmark: str) -> dict:
     "MedQA's vote, beside ours."
     return {(VOTE, benchmark): paper_number(2, "MedQA", "OctoMed-7B", "text_only") / 100}
@@ -337,7 +347,7 @@ def accuracies(
         [drawn(len(part)) @ part for part in (y[groups == g] for g in dict.fromkeys(groups))], 0
     )
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #85399213
 def curve(
     at,  # places on the axis: log2 of the share
     accuracy,  # (…, places)
@@ -377,7 +387,7 @@ def fit(results: Results, where: str) -> dict:
         ],
     }
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #9e7b09fa
 def foretold(c: Claim, results: Results) -> dict:
     "The finding of the claim that the curve foretells the whole: found less foretold."
     arms, at, size = (
@@ -441,7 +451,7 @@ def figure(results: dict):
         xticks=SHARES,
     )
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #4ef44600
 def epochs_figure(results: dict):
     "Accuracy by epochs, half of the questions; the other two axes as single points at three epochs."
     from octomed.evaluate.figures import lines
@@ -483,7 +493,7 @@ def table_figure(results: dict):
     ]
     return bars_with_paper(rows, title="A student and its teachers (Table 2)", arms=names.values())
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #01bb40ff
 def progress_figure(results: dict):
     "MedQA's counterpart along the questions, single responses and the vote, with the numbers of Fig. 1, right, whose axis is the time at which systems came out."
     from octomed.evaluate.figures import lines
@@ -529,12 +539,14 @@ def parameters_of(student) -> int:
 
     def count(f):
         return sum(
-            int(np.prod(h.get_slice(k).get_shape())) for h in [safe_open(f, "np")] for k in h
+            int(np.prod(h.get_slice(k).get_shape()))
+            for h in [safe_open(f, "np")]
+            for k in h.keys()  # noqa: SIM118 - no mapping
         )
 
     return sum(map(count, Path(student).glob("*.safetensors")))
 
-
+# %% ../../nbs/paper/51_scaling.ipynb #18964f6a
 def models_figure(results: dict):
     "Fig. 7: text against images, ours and the paper's models."
     from octomed.evaluate.figures import circles

@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-
 from ..core.recipe import CATEGORIES, Recipe, load_recipe
+
+# %% ../../nbs/paper/41_sourcing.ipynb #66132a19
 from ..data.sources import source_of
 from octomed.evaluate.arms import (
     Arm,
@@ -26,6 +27,8 @@ from octomed.evaluate.arms import (
     stages,
     warm_up,
 )
+
+# %% ../../nbs/paper/41_sourcing.ipynb #941995c3
 from ..evaluate.claims import Claim, finding
 from ..evaluate.stats import paired_bootstrap
 from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
@@ -41,7 +44,7 @@ BEFORE, EVERYWHERE, MARGIN = "before", "every category", 0.10
 def name(*sources: str) -> str:
     return " + ".join(sources)
 
-
+# %% ../../nbs/paper/41_sourcing.ipynb #ea13c179
 def matched(arm: str) -> str:
     return f"{arm}, text's tokens"
 

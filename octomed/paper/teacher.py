@@ -27,7 +27,7 @@ REASONER, INSTRUCT, SHORT, ALL, WRONG = (
 )
 IN, OUT = "clinic_ward:test", "clinic_boards:test"
 
-
+# %% ../../nbs/paper/45_teacher.ipynb #2054b74a
 def claims(IN: str = IN, OUT: str = OUT) -> list[Claim]:
     "What the paper says in Fig. 6, and the controls; of a benchmark in distribution and of one out of it."
     simulated = "The teachers are simulated: how often each is right and how long it speaks is stated, not found."
@@ -122,7 +122,7 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "The recipe's text-only benchmarks."
     return tuple(b for b in recipe.common.benchmarks if source_of(b).category == "text_only")
 
-
+# %% ../../nbs/paper/45_teacher.ipynb #0bd27edf
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, each teacher, the brief one at the other's compute, no rejection, and rejected traces only."
     p, common = recipe.of("45_teacher"), recipe.common

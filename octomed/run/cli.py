@@ -45,7 +45,7 @@ def _version(package: str, below: str | None = None, least: str = "0") -> str:
         )
     return found
 
-
+# %% ../../nbs/run/12_cli.ipynb #3c0f68a6
 def _torchvision() -> str:
     import torch
     import torchvision
@@ -66,7 +66,7 @@ def _torchvision() -> str:
     )
     return torchvision.__version__
 
-
+# %% ../../nbs/run/12_cli.ipynb #71af4aa0
 def _student_class() -> str:
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
@@ -90,7 +90,7 @@ def _kernel() -> str:
         f"python3 runs {program}, not this interpreter: run `python -m ipykernel install --sys-prefix`"
     )
 
-
+# %% ../../nbs/run/12_cli.ipynb #03fec153
 def _store() -> str:
     import shutil
 
@@ -109,7 +109,7 @@ def _store() -> str:
         )
     return f"writable, {free:.0f} GiB free"
 
-
+# %% ../../nbs/run/12_cli.ipynb #7d06ed19
 def _data() -> str:
     from octomed.core.paths import data_dir
 
@@ -144,11 +144,11 @@ CHECKS = {
     "machine": _machine,
 }
 
-
+# %% ../../nbs/run/12_cli.ipynb #f158e8ce
 def _older():
     raise OctomedError(f"{sys.version.split()[0]}: 3.11 or later is needed")
 
-
+# %% ../../nbs/run/12_cli.ipynb #c1d3be76
 def check(args) -> int:
     "Print [OK] or [FAIL] for each part of the environment."
     failed = 0
@@ -174,7 +174,7 @@ def plan(args):
     else:
         print(rows)
 
-
+# %% ../../nbs/run/12_cli.ipynb #4cc5d69b
 def run(args):
     "Run a recipe's sections, here or as jobs of a cluster."
     if args.jobs > 1 and (args.arm or args.rehearse or args.on == "slurm"):
@@ -225,7 +225,7 @@ def run(args):
     run_recipe(args.recipe, args.only, args.arm, args.fresh, args.minutes, jobs=args.jobs)
     return None
 
-
+# %% ../../nbs/run/12_cli.ipynb #bb582648
 def status(args):
     "Where a recipe stands."
     from octomed.run.cluster import state
@@ -233,7 +233,7 @@ def status(args):
 
     show((state if args.jobs else status)(args.recipe), args.json)
 
-
+# %% ../../nbs/run/12_cli.ipynb #241a1c45
 def report(args):
     "What a recipe found."
     from octomed.run.report import as_json, as_text
@@ -288,7 +288,7 @@ def numbered(path) -> Iterator[tuple[int, dict]]:
             f"{path} cannot be read ({e.strerror}): give a JSON-lines file"
         ) from None
 
-
+# %% ../../nbs/run/12_cli.ipynb #e369ff7b
 def judged(
     path,  # rows {id, text, options: {letter: text}, answer?}
     think_first: bool = False,
@@ -317,7 +317,7 @@ def judged(
         rows.append({"id": r["id"], "letter": v.letter, "status": v.status})
     return [*rows, {"counts": counts}]
 
-
+# %% ../../nbs/run/12_cli.ipynb #1ca254a3
 def judge(args):
     "Judge responses."
     for r in judged(args.file, args.think_first):
@@ -391,7 +391,7 @@ def _arm(args):
         raise UsageError("-k 0 keeps no trace to learn from: add --form direct")
     return arm, common
 
-
+# %% ../../nbs/run/12_cli.ipynb #93e4d4e9
 def _funnel(folder: Path) -> dict:
     return (
         {
@@ -403,7 +403,7 @@ def _funnel(folder: Path) -> dict:
         else {}
     )
 
-
+# %% ../../nbs/run/12_cli.ipynb #41a0b45f
 def distill(args):
     "Sample the teacher and keep what is right."
     from octomed.core.store import run
@@ -413,7 +413,7 @@ def distill(args):
     folder = run(stages(arm, common)["accepted"])
     show([{**_funnel(folder), "folder": str(folder)}], args.json)
 
-
+# %% ../../nbs/run/12_cli.ipynb #d36e6d24
 def train(args):
     "Fine-tune a student."
     from octomed.core.store import run
@@ -546,7 +546,7 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text} is no whole number")
     return int(text)
 
-
+# %% ../../nbs/run/12_cli.ipynb #0eb192b5
 def _stage_arguments(p, k=_whole):
     p.add_argument(
         "sources", nargs="*", metavar="SOURCE:SPLIT", help="training pools; by default the recipe's"
@@ -684,7 +684,7 @@ def _data_commands(command):
     )
     p.add_argument("--json", action="store_true", help="JSON lines, as without it")
 
-
+# %% ../../nbs/run/12_cli.ipynb #a00afa31
 def _stage_commands(command):
     _stage_arguments(command(distill, "sample the teacher and keep what is right"))
     p = command(train, "fine-tune a student on the accepted traces")
@@ -755,7 +755,7 @@ def _stage_commands(command):
     p.add_argument("--json", action="store_true")
     _export_commands(command(export, "the same data for other tools"))
 
-
+# %% ../../nbs/run/12_cli.ipynb #e64f3d4d
 def _training_arguments(p, forms=("cot", "direct", "hybrid")):
     _stage_arguments(p, _count)
     p.add_argument(
@@ -784,7 +784,7 @@ def _training_arguments(p, forms=("cot", "direct", "hybrid")):
         help="low-rank additions in place of full fine-tuning: a departure from the paper",
     )
 
-
+# %% ../../nbs/run/12_cli.ipynb #a5550961
 def _push(p):
     p.add_argument(
         "--push",
@@ -793,7 +793,7 @@ def _push(p):
         help="then send it to the hub with the token in HF_TOKEN, a new repository being private; by default nothing is sent",
     )
 
-
+# %% ../../nbs/run/12_cli.ipynb #830de81b
 def _export_commands(top):
     sub = top.add_subparsers(dest="kind", metavar="KIND", required=True)
 

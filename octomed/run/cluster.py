@@ -12,12 +12,15 @@ import os
 import signal
 import subprocess
 import sys
+
+# %% ../../nbs/run/04_cluster.ipynb #5c05b631
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-
 from ..core.files import write_json
+
+# %% ../../nbs/run/04_cluster.ipynb #b9d0338c
 from ..core.paths import OctomedError, UsageError, root
 from ..core.recipe import LOADED, Recipe, load_recipe
 from ..core.store import Stage, made, run
@@ -66,7 +69,7 @@ def resources(
         raise UsageError(f"{path.name} has a value where a mapping belongs: {mend}")
     return found
 
-
+# %% ../../nbs/run/04_cluster.ipynb #bd0fc4e1
 def asks(name: str, found: dict) -> dict:
     "What a job of that stage asks for."
     return {**found["default"], **(found["stages"].get(name) or {})}
@@ -85,7 +88,7 @@ class Job:
     def kind(self) -> str:
         return self.stages[0].name if self.stages else "notebook"
 
-
+# %% ../../nbs/run/04_cluster.ipynb #a4917fa2
 def unfinished(wanted: list[Stage]) -> dict[str, Stage]:
     "The stages that are still to be made, by key, parents first. What only a finished stage rests on is not needed."
     found = {}
@@ -104,7 +107,7 @@ def unfinished(wanted: list[Stage]) -> dict[str, Stage]:
 # %% ../../nbs/run/04_cluster.ipynb #90acae57
 TOGETHER = ("evaluation",)  # stages that share a job where their parents are the same
 
-
+# %% ../../nbs/run/04_cluster.ipynb #fefad87c
 def grouped(
     wanted: list[Stage],
     found: dict,  # what `resources` gave
@@ -229,7 +232,7 @@ class Work:
 
         return DelayedSubmission(self)
 
-
+# %% ../../nbs/run/04_cluster.ipynb #502611e9
 def _again(wait: float = 60):
     "What failed because of a preemption goes into the queue again, which kills this process; a job that is being cancelled does not."
     if not (id := os.environ.get("SLURM_JOB_ID")):
@@ -253,7 +256,7 @@ def _again(wait: float = 60):
     if not subprocess.run(["scontrol", "requeue", id], timeout=60).returncode:
         time.sleep(wait)
 
-
+# %% ../../nbs/run/04_cluster.ipynb #f5a98578
 def _functions(s: Stage) -> dict:
     return {s.name: s.function, **{n: f for p in s.parents for n, f in _functions(p).items()}}
 
@@ -286,7 +289,7 @@ def queued(folder: Path) -> list[str]:
         return []
     return [j["id"] for j in read_json(folder / "jobs.json") if j["id"] in seen]
 
-
+# %% ../../nbs/run/04_cluster.ipynb #f24f1fa3
 def _executor(folder: Path, cluster: str):
     try:
         import submitit

@@ -13,23 +13,28 @@ import re
 import shutil
 from pathlib import Path
 
+# %% ../../nbs/run/10_export_hub.ipynb #82e371bc
 from ..core.files import atomic_write, read_jsonl, write_json
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import Common
 from ..core.store import Stage, run
 from ..data.decontaminate import decontaminate
+
+# %% ../../nbs/run/10_export_hub.ipynb #f9765432
 from ..data.images import image_path
 from ..data.questions import Question
 from ..data.sources import load, source_of
 from ..data.twins import question_twins
 from ..evaluate.arms import Arm, stages
+
+# %% ../../nbs/run/10_export_hub.ipynb #d4319fd8
 from .exports import Trace, _card, _empty, _plain, traces
 from ..train.students import STUDENTS
 
 # %% ../../nbs/run/10_export_hub.ipynb #473b1a47
 SHARD = 20_000  # traces in a file
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #8c77e9e0
 def _features():
     from datasets import Features, Image, Sequence, Value
 
@@ -51,7 +56,7 @@ def _features():
         }
     )
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #82a07111
 def hub_row(x: Trace, max_pixels: int) -> dict:
     "A trace as the data set's row: chat with `<image>` where an image stands, the images, and where it comes from."
     q = x.question
@@ -102,12 +107,12 @@ def hub(
     write_json(out / "card.json", _card(arm, common, counts) | {"contamination": shared})
     return counts
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #65ddf873
 def _asked(found: list[Trace]) -> list[Question]:
     "The questions of these traces, each once."
     return list({x.question.id: x.question for x in found}.values())
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #1163df74
 def _steps(arm: Arm, common: Common, out: Path, funnel: dict) -> dict:
     "Copy the cards of the steps that led to the traces; what became of what in each."
     made = {
@@ -131,7 +136,7 @@ def _steps(arm: Arm, common: Common, out: Path, funnel: dict) -> dict:
         f"cut-off at {arm.schedule.cutoff} tokens": funnel,
     }
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #1ab4f710
 def _funnel(s: Stage) -> dict:
     return (
         json.loads((s.folder / "funnel.json").read_text())
@@ -145,7 +150,7 @@ def _table(head: tuple, rows: list) -> str:
         "| " + " | ".join(map(str, r)) + " |" for r in (head, ["---"] * len(head), *rows)
     )
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #6f9fc15a
 def contamination(
     qs: list[Question],  # that traces were made of
     common: Common,
@@ -171,7 +176,7 @@ def contamination(
 
     return [one(spec) for spec in common.benchmarks]
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #29fa27a4
 def _contaminated(rows: list[dict]) -> str:
     head = (
         "benchmark",
@@ -206,7 +211,7 @@ def lineage(arm: Arm) -> list[Arm]:
     "The arm and those whose students it started from."
     return [arm, *(lineage(arm.base) if arm.base else [])]
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #45f00ef4
 def provenance(
     arm: Arm,
     common: Common,
@@ -280,7 +285,7 @@ NO_ADVICE = (
 def _send(name: str, kind: str) -> str:
     return f"    hf upload OWNER/{name} . --repo-type {kind}\n\nsends this folder to the hub.\n"
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #d618aab9
 def dataset_card(
     name: str,
     arm: Arm,
@@ -366,7 +371,7 @@ def student(
     write_json(out / "card.json", _card(arm, common, counts) | {"contamination": shared})
     return counts
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #5d70c3b5
 def model_card(
     name: str,
     arm: Arm,
@@ -432,7 +437,7 @@ def may_push(arm: Arm, name: str):
             f"{closed[0]} may not be passed on: leave it out, or keep the export to yourself"
         )
 
-
+# %% ../../nbs/run/10_export_hub.ipynb #015ba223
 def push(
     out,  # a folder that `hub` or `student` wrote
     name: str,  # OWNER/NAME

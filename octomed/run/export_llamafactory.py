@@ -23,7 +23,7 @@ MARKS = (
     "<audio>",
 )  # LLaMA-Factory's placeholders; a text that holds one cannot be told from it
 
-
+# %% ../../nbs/run/09_export_llamafactory.ipynb #6ac38740
 def _frozen(freeze: tuple) -> dict:
     "Our prefixes as its three flags. Raises `OctomedError` for a part that it cannot freeze."
     parts = {
@@ -42,7 +42,7 @@ def _frozen(freeze: tuple) -> dict:
         )
     return whole
 
-
+# %% ../../nbs/run/09_export_llamafactory.ipynb #3a9c694e
 def _system(processor) -> str:
     "The system message that a chat template writes unasked."
     text = processor.apply_chat_template(
@@ -121,7 +121,7 @@ def factory_settings(
         **({"deepspeed": "zero3.json"} if devices > 1 else {}),
     }
 
-
+# %% ../../nbs/run/09_export_llamafactory.ipynb #150065ad
 ZERO3 = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",

@@ -41,6 +41,7 @@ def scores(doc, results):
     return {"accuracy": float(v.status == "correct"), **{s: float(v.status == s) for s in ("unparsed", "truncated")}}
 """
 
+# %% ../../nbs/run/11_export_lm_eval.ipynb #1a3f3ffd
 HARNESS = """# Tasks for lm-evaluation-harness
 
 Install octomed there (`pip install --no-deps octomed`): it judges the responses. The paper's score is the mean of five runs: add `--seed 0` to `--seed 4`.
@@ -52,7 +53,7 @@ A forced exit is not made: what is cut off counts as `truncated`, and so as wron
 def task_name(spec: str, form: str) -> str:
     return f"octomed_{spec.replace(':', '_')}_{form}"
 
-
+# %% ../../nbs/run/11_export_lm_eval.ipynb #89aa20de
 def task_row(q: Question, t) -> dict:
     "A question as a task's document. Raises `OctomedError` for a template with a system turn, which is an option of the harness's own command."
     if len(messages := _plain(render(t, q))) > 1:
@@ -107,7 +108,7 @@ def task_yaml(spec: str, form: str, sampling: Sampling, pictures: bool) -> str:
         f"{k}: !function utils.{f}\n" for k, f in calls.items()
     )
 
-
+# %% ../../nbs/run/11_export_lm_eval.ipynb #b440e190
 def lm_eval(
     specs: tuple[str, ...],  # benchmarks, name:split
     common: Common,

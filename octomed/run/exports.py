@@ -38,7 +38,7 @@ def _base(stage: Stage) -> Path | str:
     base = stage.params["base"]
     return run(base) if isinstance(base, Stage) else base
 
-
+# %% ../../nbs/run/08_exports.ipynb #f71cfc5a
 def traces(
     arm: Arm,
     common: Common,
@@ -104,7 +104,7 @@ def copy_images(
             shutil.copyfile(path, to)
     return len(hashes)
 
-
+# %% ../../nbs/run/08_exports.ipynb #5109ac21
 def _empty(out) -> Path:
     "The folder, made. Raises `UsageError` where another export, or anything else, lies in it."
     out = Path(out)
@@ -113,7 +113,7 @@ def _empty(out) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     return out
 
-
+# %% ../../nbs/run/08_exports.ipynb #c3c5c853
 def _plain(messages: list, mark: str = "<image>") -> list[dict]:
     "Chat messages with plain text, images marked."
 

@@ -45,7 +45,7 @@ def _counts(stage) -> dict:
         else {}
     )
 
-
+# %% ../../nbs/run/02_plan.ipynb #d733f77c
 def _amounts(arm) -> dict[str, int]:
     "Questions that an arm asks for, without and with images."
     from octomed.data.sources import source_of
@@ -58,7 +58,7 @@ def _amounts(arm) -> dict[str, int]:
         )
     return found
 
-
+# %% ../../nbs/run/02_plan.ipynb #06cc86d1
 def _built(student: str) -> bool:
     "Is a student built here? It asks for no device-hours."
     from octomed.train.students import STUDENTS
@@ -69,7 +69,7 @@ def _built(student: str) -> bool:
 def _response(form: str) -> int:
     return RATES["paper_tokens"] if form == "cot" else RATES["answer_tokens"]
 
-
+# %% ../../nbs/run/02_plan.ipynb #a86fa5c1
 def _arm_plan(arm, common) -> dict:
     "What one arm asks for, its stages by their names."
     from octomed.evaluate.arms import stages
@@ -111,7 +111,7 @@ def _named(teacher: str) -> str:
     kind, _, rest = teacher.partition(":")
     return rest if kind in KINDS else teacher
 
-
+# %% ../../nbs/run/02_plan.ipynb #1b1cfdd1
 def _bill(arm, steps: dict, asked: int, drawn: int, amounts: dict) -> dict:
     "Tokens and money of the teacher's samples, and money of ratings, before any is drawn; money is None where there is no price."
     from octomed.distill.cost import money, prices
@@ -175,7 +175,7 @@ QUANTITIES = (
     "evaluation_hours",
 )
 
-
+# %% ../../nbs/run/02_plan.ipynb #ee932632
 def _shape(student: str):
     "The shape of a student from the hub or a folder; None where its configuration is not to be had."
     from octomed.train.sizing import shape
@@ -185,7 +185,7 @@ def _shape(student: str):
     except OctomedError:
         return None
 
-
+# %% ../../nbs/run/02_plan.ipynb #7b40bba2
 def _training_hours(p: dict) -> float | None:
     "Device-hours of a student's training; whatever is frozen counts as tower and projector."
     from octomed.train.sizing import LANGUAGE, PARTS, Load, train_hours
@@ -204,7 +204,7 @@ def _training_hours(p: dict) -> float | None:
         LANGUAGE if p["frozen"] else PARTS,
     )
 
-
+# %% ../../nbs/run/02_plan.ipynb #a15f7917
 def _drawing_hours(
     student: str, questions: float, image: float, responses: float, said: float
 ) -> float | None:
@@ -243,7 +243,7 @@ def _add_arm(found: dict, p: dict, arm, common):
             p["student"], p["questions"], p["image"], drawn, _response("cot")
         )
 
-
+# %% ../../nbs/run/02_plan.ipynb #71089690
 def _add_students(found: dict, p: dict, keys: set):
     for k in keys:
         found["training_tokens"][k], found["training_hours"][k] = (
@@ -251,7 +251,7 @@ def _add_students(found: dict, p: dict, keys: set):
             _training_hours(p),
         )
 
-
+# %% ../../nbs/run/02_plan.ipynb #61f2371b
 def _add_evaluation(found: dict, e, student: str, common):
     "Put an evaluation's responses."
     from octomed.data.sources import source_of
@@ -275,7 +275,7 @@ def _round(x):
 def _sum(found: dict):
     return None if None in found.values() else sum(found.values())
 
-
+# %% ../../nbs/run/02_plan.ipynb #a39343d1
 class Plan(dict):
     "What a section will run: shown as lines, a dict to code. `found`: every quantity by the key of its stage."
 
@@ -291,7 +291,7 @@ def _summed(found: dict) -> dict:
     sums = {q: _sum(found[q]) for q in QUANTITIES}
     return {q: _round(v) if q == "money" or q.endswith("hours") else v for q, v in sums.items()}
 
-
+# %% ../../nbs/run/02_plan.ipynb #9146b991
 def plan_section(
     recipe: Recipe,
     section: str,
@@ -347,7 +347,7 @@ def _lineage(stage) -> list:
         else []
     )
 
-
+# %% ../../nbs/run/02_plan.ipynb #45fd9c69
 def _minutes(recipe: Recipe, section: str, plan: Plan, before: tuple) -> dict:
     if plan["evaluations"] and not plan.left:
         return {"minutes": 0, "basis": "all evaluations are there"}
@@ -411,7 +411,7 @@ def asked(section: Section, recipe: Recipe) -> tuple[Recipe, dict, int, tuple | 
 def _refuse(**kw):
     raise OctomedError("this source is not at hand: it can be planned with, not loaded")
 
-
+# %% ../../nbs/run/02_plan.ipynb #c6d498a6
 @contextmanager
 def registered(sources: list):
     "These sources in the registry, in place of those of the same name."
@@ -425,7 +425,7 @@ def registered(sources: list):
         for spec, s in old.items():
             SOURCES.update({spec: s}) if s else SOURCES.pop(spec)
 
-
+# %% ../../nbs/run/02_plan.ipynb #6d9e8c7d
 @contextmanager
 def _remembered(experiment):
     "Each source's identity is looked up once: no file changes while a plan is made."
@@ -436,7 +436,7 @@ def _remembered(experiment):
     finally:
         experiment.identity_of = look
 
-
+# %% ../../nbs/run/02_plan.ipynb #3a513cdb
 def away() -> list:
     "What is neither at hand nor to be had from the hub at a known commit, as sources to plan with."
     from octomed.data.sources import SOURCES, question_sources
@@ -455,7 +455,7 @@ class Plans(list):
     def __str__(self):
         return as_text(self)
 
-
+# %% ../../nbs/run/02_plan.ipynb #0be56453
 def plan(
     name: str,  # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,
@@ -471,7 +471,7 @@ def plan(
     out.append(_in_all(recipe, out, {s.spec for s in gone}))
     return out
 
-
+# %% ../../nbs/run/02_plan.ipynb #483ebff2
 def _in_all(recipe: Recipe, plans: list[Plan], gone: set) -> Plan:
     "The sum of all sections, what they share counted once."
     found = {q: {k: v for p in plans for k, v in p.found[q].items()} for q in QUANTITIES}
@@ -523,7 +523,7 @@ def _memory(student: str) -> list[dict]:
         for r in verdicts(_shape(student), row, parts)
     ]
 
-
+# %% ../../nbs/run/02_plan.ipynb #0a1ecb9f
 def _assumptions(recipe: Recipe, far: bool) -> list[str]:
     from octomed.train.sizing import assumptions
 
@@ -552,7 +552,7 @@ def _short(v) -> str:
             return f"{v / size:.3g} {unit}" if abs(v) < 1000 * size else f"{v / size:,.0f} {unit}"
     return f"{v:.3g}"
 
-
+# %% ../../nbs/run/02_plan.ipynb #8d9330f7
 SHOWN = {
     "section": "section",
     "arms": "arms",
@@ -570,7 +570,7 @@ SHOWN = {
     "minutes": "min",
 }
 
-
+# %% ../../nbs/run/02_plan.ipynb #2a023f82
 def _shown(p: Plan, key: str) -> str:
     if key == "arms":
         return (
@@ -578,7 +578,7 @@ def _shown(p: Plan, key: str) -> str:
         )
     return f"{p[key]:,.0f}" if key == "minutes" and p[key] else _short(p[key])
 
-
+# %% ../../nbs/run/02_plan.ipynb #19a2dc20
 def as_text(plans: Plans) -> str:
     "The plan of a recipe in words and columns."
     import textwrap

@@ -11,16 +11,21 @@ import os
 import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+
+# %% ../../nbs/run/05_rehearsal.ipynb #a0b0134c
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
-
 from ..core.files import atomic_write, read_jsonl, write_jsonl
+
+# %% ../../nbs/run/05_rehearsal.ipynb #2e0baf96
 from ..core.identity import content, seed_for
 from ..core.paths import data_dir, outputs_dir, shipped
 from ..core.recipe import Common, Recipe, load_recipe
 from ..data.questions import Question
+
+# %% ../../nbs/run/05_rehearsal.ipynb #b42a9c9a
 from octomed.data.sources import (
     SOURCES,
     Source,
@@ -32,6 +37,8 @@ from octomed.data.sources import (
 )
 from ..generate.engine_openai import on_loopback
 from .plan import registered
+
+# %% ../../nbs/run/05_rehearsal.ipynb #4f1377c4
 from .sections import declared, sections
 
 # %% ../../nbs/run/05_rehearsal.ipynb #d2f06e84
@@ -45,7 +52,7 @@ def by_lot(prompt: str, seed: int) -> str:
     letters = re.findall(r"^\(?([A-Z])[:.)] ", prompt, re.M) or ["A"]
     return f"<think>This is a rehearsal: the answer is drawn by lot.</think>\n\n<answer>{letters[seed_for(prompt, seed) % len(letters)]}</answer>"
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #20886859
 class _Lot(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -104,7 +111,7 @@ def _seen(chat: dict) -> dict:
         "images": [i for i in chat["images"] if there({"image": i})],
     }
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #813d8323
 def _few(spec: str, n: int, max_pixels: int, folder: Path) -> list[dict]:
     if source_of(spec).role == "comparison":
         return [
@@ -117,7 +124,7 @@ def _few(spec: str, n: int, max_pixels: int, folder: Path) -> list[dict]:
         if q.at_hand
     ][:n]
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #7b750490
 def handful(spec: str, n: int, sizes: tuple[int, ...]) -> tuple[list[dict], str]:
     "(a few questions of a source, or chats, where they are from), their images stored at each of the sizes; none where it is nowhere at hand."
     for folder, where in ((data_dir(), "OCTOMED_DATA"), (shipped("examples"), "the examples")):
@@ -131,11 +138,11 @@ def handful(spec: str, n: int, sizes: tuple[int, ...]) -> tuple[list[dict], str]
 def _file(folder: Path, spec: str) -> Path:
     return folder / f"{spec.replace(':', '.')}.jsonl"
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #5af21322
 def _made(path: Path, limit=None, max_pixels=None) -> list:
     return [r if "messages" in r else Question.from_json(r) for r in read_jsonl(path)][:limit]
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #765b92f7
 def registered_from(folder: Path) -> list[Source]:
     "The sources whose handful lies in a folder, to be registered in place of those of the same name."
     found = [(s, _file(folder, s.spec)) for s in SOURCES.values() if _file(folder, s.spec).exists()]
@@ -149,7 +156,7 @@ def registered_from(folder: Path) -> list[Source]:
         for s, f in found
     ]
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #1a0ff934
 if "OCTOMED_REHEARSAL" in os.environ:  # this process works for a rehearsal
     for s in registered_from(Path(os.environ["OCTOMED_REHEARSAL"])):
         register(s)
@@ -173,6 +180,8 @@ AMOUNTS = (
     "votes",
     "cases",
 )
+
+# %% ../../nbs/run/05_rehearsal.ipynb #a7ad7874
 SMALL = {
     "student": "clinic/tiny",
     "pretrain_tokens": 2000,
@@ -187,7 +196,7 @@ SMALL = {
 }
 PLUGINS = ("octomed.clinic.students", "octomed.run.rehearsal")
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #2e6659f6
 def cut(recipe: Recipe, there: set) -> Recipe:
     "The rehearsal of a recipe with the sources that are there."
     c = recipe.common
@@ -227,7 +236,7 @@ def _written(recipe: Recipe, path: Path) -> Path:
         + yaml.safe_dump(plain, sort_keys=False),
     )
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #2fac3f7f
 @contextmanager
 def _environment(**values):
     old = {k: os.environ.get(k) for k in values}
@@ -238,7 +247,7 @@ def _environment(**values):
         for k, v in old.items():
             os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #48f88d28
 def rehearse(
     name: str,  # a recipe's name, or the path of a YAML file
     only: str | None = None,  # sections, with commas between them; None: all
@@ -292,7 +301,7 @@ def rehearse(
             str(_written(small, folder / f"{small.name}.yaml")), only, notebooks=notebooks
         )
 
-
+# %% ../../nbs/run/05_rehearsal.ipynb #a22b30d5
 def _named(recipe: Recipe) -> list[str]:
     "Every source that a recipe names, in `common` or in a section."
     own = [

@@ -13,11 +13,14 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+# %% ../../nbs/run/06_report.ipynb #1e4c040c
 from ..core.code import section_code
 from ..core.files import atomic_write
 from ..core.paths import OctomedError, outputs_dir, root
 from ..core.recipe import Recipe, load_recipe
 from ..evaluate.stats import paper_overalls
+
+# %% ../../nbs/run/06_report.ipynb #f93a2c5b
 from .plan import asked
 from octomed.run.sections import (
     Section,
@@ -37,7 +40,7 @@ def found_of(recipe: Recipe, section: str) -> tuple[str, Path, dict] | None:
             return origin, folder, read_json(path)
     return None
 
-
+# %% ../../nbs/run/06_report.ipynb #5543d2a6
 def as_json(
     name: str,  # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,
@@ -69,7 +72,7 @@ def as_json(
         "inconsistencies": inconsistencies(),
     }
 
-
+# %% ../../nbs/run/06_report.ipynb #c956845f
 def values_moved(card: Path, section: Section, recipe: Recipe) -> list[str]:
     "What the recipe gives a section otherwise than when these results were made; none where no card says it."
     was = read_json(card).get("params", {}) if card.exists() else {}
@@ -79,7 +82,7 @@ def values_moved(card: Path, section: Section, recipe: Recipe) -> list[str]:
     )
     return [f"{k} {was[k]}, now {v}" for k, v in now.items() if k in was and was[k] != v]
 
-
+# %% ../../nbs/run/06_report.ipynb #fec2f5c7
 def _figures(folder: Path, name: str) -> list[str]:
     "One file for each figure: SVG where it is small, else PNG."
     best = {}
@@ -91,7 +94,7 @@ def _figures(folder: Path, name: str) -> list[str]:
             best[f.stem] = str(f)
     return list(best.values())
 
-
+# %% ../../nbs/run/06_report.ipynb #5658b5a0
 def _reads(section: Section, recipe: Recipe) -> dict[str, set[str]]:
     "What each arm of a section was taught: categories, none for one that trains nothing."
     from octomed.data.sources import source_of
@@ -164,7 +167,7 @@ def other_seeds(
     }
     return [_compared(name, there, found) for name, there in runs.items() if there]
 
-
+# %% ../../nbs/run/06_report.ipynb #5b1962e2
 def _compared(name: str, there: dict, found: list[dict]) -> dict:
     alike = [
         r
@@ -195,7 +198,7 @@ def _compared(name: str, there: dict, found: list[dict]) -> dict:
         ],
     }
 
-
+# %% ../../nbs/run/06_report.ipynb #185d6095
 def inconsistencies() -> list[dict]:  # {table, category, column, printed, mean}
     "Overalls of the paper's tables that are not the mean of the rows above them."
     return [{"table": n, **row} for n in (1, 2) for row in paper_overalls(n)]
@@ -206,7 +209,7 @@ def _some(items: list[str], most: int = 4) -> str:
         f"; and {len(items) - most} more" if len(items) > most else ""
     )
 
-
+# %% ../../nbs/run/06_report.ipynb #b078d33d
 def diagnostics(
     r: dict,  # a section's results
     reads=None,  # arm → the categories that it was taught
@@ -253,7 +256,7 @@ def diagnostics(
         out.append(f"Response lengths hardly differ between tasks: {', '.join(flat)}.")
     return out + _text_loss(r["rows"], reads or {}) + _teachers(r)
 
-
+# %% ../../nbs/run/06_report.ipynb #7e6bf57b
 def _text_loss(rows: list[dict], reads: dict) -> list[str]:
     "Text-only accuracy that training with images took away: intervals that lie apart, below an arm that trains nothing."
     text = {
@@ -325,7 +328,7 @@ def points(x: float) -> str:
 def _interval(pair, f, between=" to ") -> str:
     return f"{f(pair[0])}{between}{f(pair[1])}" if pair and None not in pair else ""
 
-
+# %% ../../nbs/run/06_report.ipynb #052d8f10
 def claim_row(c: dict) -> dict:
     "A claim as a row: the paper's number, ours in percentage points, its interval and verdict."
     return {
@@ -342,7 +345,7 @@ def claim_row(c: dict) -> dict:
 def _per(r: dict, key: str) -> str | None:
     return None if r.get(key) is None else f"{100 * r[key]:5.1f}"
 
-
+# %% ../../nbs/run/06_report.ipynb #b35f1870
 def _what(r: dict) -> dict:
     "Whose row, of which benchmark."
     return {
@@ -352,7 +355,7 @@ def _what(r: dict) -> dict:
         else r["benchmark"],
     }
 
-
+# %% ../../nbs/run/06_report.ipynb #78174235
 def score_row(r: dict) -> dict:
     "A row of the table, in per cent: single samples; where they were asked, the majority vote and what a grader makes of it; the paper's; chance."
 
@@ -375,7 +378,7 @@ def score_row(r: dict) -> dict:
         "chance": _per(r, "chance"),
     }
 
-
+# %% ../../nbs/run/06_report.ipynb #59d612b0
 def rate_row(r: dict) -> dict:
     "What stands beside an accuracy, in per cent; of the questions that were asked with shuffled options too, accuracy in each order and answers that moved."
     of = {
@@ -394,7 +397,7 @@ def rate_row(r: dict) -> dict:
         "tokens": None if r.get("mean_tokens") is None else f"{r['mean_tokens']:7,.1f}",
     }
 
-
+# %% ../../nbs/run/06_report.ipynb #63610f12
 def filled(rows: list[dict]) -> list[dict]:
     "The rows without the columns that none of them fills."
     keys = [k for k in rows[0] if any(r[k] not in (None, "") for r in rows)] if rows else []
@@ -416,7 +419,7 @@ def recipe_line(r: dict) -> str:
         if x
     )
 
-
+# %% ../../nbs/run/06_report.ipynb #80ad1313
 def as_text(name: str, notebooks: Path | None = None) -> str:
     "The report for a terminal."
     found = as_json(name, notebooks)
@@ -452,7 +455,7 @@ def as_text(name: str, notebooks: Path | None = None) -> str:
         ]
     return "\n".join([*out, *map(inconsistent, found["inconsistencies"])]).strip()
 
-
+# %% ../../nbs/run/06_report.ipynb #1938c035
 def inconsistent(x: dict) -> str:
     "An inconsistency of the paper in a sentence."
     return f"The paper's Table {x['table']} prints {x['printed']:.2f} as {x['column']}'s Overall of {x['category'].replace('_', ' ')}; the mean of its rows is {x['mean']:.2f}."
@@ -477,7 +480,7 @@ def _dirty() -> bool:
         raise OctomedError("a reference is kept only from a git checkout: clone the project")
     return bool(got.stdout.strip())
 
-
+# %% ../../nbs/run/06_report.ipynb #5a1c0025
 def reference(
     name: str,  # a recipe's name
     notebooks: Path | None = None,
@@ -522,7 +525,7 @@ def reference(
         show_in_notebook(s, recipe.name)
     return into
 
-
+# %% ../../nbs/run/06_report.ipynb #edfc7f49
 def show_in_notebook(section: Section, recipe: str):
     "Put the reference run's findings and figures under the notebook's `show_reference` cell of that recipe, so that they are seen before anything is run."
     from octomed.evaluate.tables import reference_view

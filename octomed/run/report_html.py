@@ -10,8 +10,9 @@ import base64
 import html
 import re
 from pathlib import Path
-
 from ..core.files import atomic_write
+
+# %% ../../nbs/run/07_report_html.ipynb #e8fed0e3
 from ..core.paths import outputs_dir
 from octomed.run.report import (
     as_json,
@@ -40,6 +41,8 @@ td[data-k=paper]{min-width:7rem}dl{display:grid;grid-template-columns:max-conten
 .claims td{display:flex;justify-content:space-between;gap:1rem;padding:.12rem 0;border:0;text-align:right;white-space:normal}.claims td:empty{display:none}.claims td[data-k]::before{content:attr(data-k);color:var(--soft);text-align:left}.claims td.text{display:block;text-align:left;font-weight:600;min-width:0}.proof{font-weight:400}td.key{min-width:8.9rem;max-width:10rem}.claims td.text{overflow-wrap:anywhere}figure{padding:.5rem}figure img{max-width:none;width:34rem}th,td{padding:.4rem .45rem}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 @media print{h2{break-before:page}.wide,figure{break-inside:avoid}}
 """
+
+# %% ../../nbs/run/07_report_html.ipynb #53a34659
 BANNER = (
     "The clinic is simulated: its conditions, patients, images and teachers are made by code and simplified for teaching. Nothing on this page is medical advice, "
     "and no student of it may be used for a patient."
@@ -60,7 +63,7 @@ def _figure(path: str) -> str:
     }.get(part, part.replace("-", " "))
     return f'<figure><img alt="Section {_text(section.replace("_", ", ", 1).replace("_", " "))}: {_text(what)}" src="data:image/{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"></figure>'
 
-
+# %% ../../nbs/run/07_report_html.ipynb #3c3181db
 NUMBERS = (
     "ours, points",
     "95 % interval",
@@ -68,7 +71,7 @@ NUMBERS = (
     "training seeds",
 )
 
-
+# %% ../../nbs/run/07_report_html.ipynb #92a7d520
 def _claims(claims: list[dict]) -> str:
     "Claims with their verdicts; on a phone each is a small card."
     head = "".join(
@@ -122,7 +125,7 @@ def _scores(rows: list[dict]) -> str:
         )
     return f'<div class="wide"><table class="scores"><thead><tr>{"".join(f"""<th class="{kind(k)}">{k}</th>""" for k in keys)}</tr></thead><tbody>{body}</tbody></table></div>'
 
-
+# %% ../../nbs/run/07_report_html.ipynb #b537beba
 def _card(r: dict) -> str:
     c = r["card"]
     facts = {
@@ -171,6 +174,8 @@ FACTS = {
     "valid": "Right answers that are rightly reasoned",
     "broken": "Where wrong chains break",
 }
+
+# %% ../../nbs/run/07_report_html.ipynb #a281eb76
 OPEN = (
     "statistics",
     "cost",
@@ -179,7 +184,7 @@ OPEN = (
     "failed",
 )
 
-
+# %% ../../nbs/run/07_report_html.ipynb #26e36d18
 def _shown(v) -> str:
     "A value in a cell."
     if isinstance(v, dict):
@@ -192,7 +197,7 @@ def _shown(v) -> str:
         "–" if v is None else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
     )
 
-
+# %% ../../nbs/run/07_report_html.ipynb #4ce93e79
 def _rows_of(v) -> list[dict]:
     "A list or dict as rows of a table."
     if isinstance(v, dict):
@@ -206,7 +211,7 @@ def _rows_of(v) -> list[dict]:
         for x in v
     ]
 
-
+# %% ../../nbs/run/07_report_html.ipynb #490f7c3a
 def _fact(key: str, v) -> str:
     "One of a section's further facts, under its name."
     known = key in FACTS and not (key == "statistics" and v and not isinstance(v[0], dict))
@@ -254,12 +259,12 @@ TOLD = (
     "diagnostics",
 )  # shown in their own ways
 
-
+# %% ../../nbs/run/07_report_html.ipynb #51c3cf57
 def _name(section: str) -> str:
     number, _, title = section.partition("_")
     return _text(f"{number} · {title.replace('_', ' ').capitalize()}")
 
-
+# %% ../../nbs/run/07_report_html.ipynb #8cf33cfb
 def _section(r: dict) -> str:
     parts = [
         f'<h2 id="{_text(r["section"])}">{_name(r["section"])}</h2><p class="soft">{_text(recipe_line(r))}</p><p>Made by <code>{_text(r["command"])}</code></p>'
@@ -284,14 +289,14 @@ def _section(r: dict) -> str:
         ]
     return "\n".join([*parts, "<h3>Card</h3>", _card(r)])
 
-
+# %% ../../nbs/run/07_report_html.ipynb #62d6d7cf
 def _tally(claims: list[dict]) -> str:
     count = {
         v: sum(c["verdict"] == v for c in claims) for v in ("agrees", "disagrees", "undecided")
     }
     return " · ".join(f'<span class="{v}">{n} {v}</span>' for v, n in count.items() if n)
 
-
+# %% ../../nbs/run/07_report_html.ipynb #54fbda2a
 def _others(found: dict) -> str:
     "The verdicts that changed under other seeds, by name."
     rows = [
@@ -338,7 +343,7 @@ def page(found: dict) -> str:
 </main></body></html>
 """
 
-
+# %% ../../nbs/run/07_report_html.ipynb #53284c5d
 def as_html(name: str, notebooks: Path | None = None) -> Path:
     "Write `outputs/<recipe>/report.html`."
     found = as_json(name, notebooks)

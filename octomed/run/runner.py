@@ -12,18 +12,22 @@ import json
 import os
 import re
 import shutil
+
+# %% ../../nbs/run/03_runner.ipynb #eb166c0e
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+
+# %% ../../nbs/run/03_runner.ipynb #9d861833
 import time
 from pathlib import Path
-
 from tqdm.auto import tqdm
-
 from ..core.code import modules_digest, section_code
 from ..core.files import atomic_write
+
+# %% ../../nbs/run/03_runner.ipynb #7d824f0d
 from ..core.paths import OctomedError, UsageError, root, shipped
 from ..core.recipe import LOADED, Recipe, load_recipe
 from ..core.store import Outside, Stage, StageFunction, run
@@ -33,7 +37,7 @@ from .sections import Section, folder_of, parameters, read_json, reference_of, s
 # %% ../../nbs/run/03_runner.ipynb #63d82f84
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I)
 
-
+# %% ../../nbs/run/03_runner.ipynb #978d7b16
 def redacted(
     obj,  # text, or a structure of dicts and lists with text in it
     names=(),  # (text, what stands for it): further replacements
@@ -56,7 +60,7 @@ def redacted(
 # %% ../../nbs/run/03_runner.ipynb #68897ad6
 NOISE = ("Loading weights:", "Writing model shards:")  # bars of transformers that say nothing here
 
-
+# %% ../../nbs/run/03_runner.ipynb #994f265d
 class Log:
     "Lines for the terminal and for `outputs/<recipe>/run.log`, without secrets."
 
@@ -88,7 +92,7 @@ class Log:
 class SectionFailed(OctomedError):
     "A notebook did not run to its end."
 
-
+# %% ../../nbs/run/03_runner.ipynb #05c8cd8b
 def _fault(nb, error: BaseException | None) -> tuple[int, str, list[str]] | None:
     "(cell counted from 1 as in the source, what happened, traceback) of the first cell that did not run well, or None."
     number = 0
@@ -137,12 +141,12 @@ def _mark(nb, failed: int | None):
         if "papermill" in c.metadata:
             c.metadata.papermill["exception"] = failed is not None and number == failed
 
-
+# %% ../../nbs/run/03_runner.ipynb #c42642db
 def paths_of(out: Path, shown: str) -> list[tuple[str, str]]:
     "What stands for this machine's folders in what is kept."
     return [(str(out), shown), (f"{root()}/", ""), (f"{sys.prefix}/", "")]
 
-
+# %% ../../nbs/run/03_runner.ipynb #893b0b13
 def _engine():
     "papermill's own engine, which also hands out the notebook while it is executed."
     from papermill.engines import NBClientEngine, papermill_engines
@@ -217,7 +221,7 @@ def execute(
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LINES = 25  # of a traceback that is shown
 
-
+# %% ../../nbs/run/03_runner.ipynb #3361bf58
 def _failure(section: Section, fault, text: str, failed: Path, log: Log, names) -> SectionFailed:
     number, what, trace = fault
     with contextlib.suppress(OctomedError, OSError):
@@ -269,7 +273,7 @@ class _NotebookStage(StageFunction):
             shutil.rmtree(out, ignore_errors=True)
             raise
 
-
+# %% ../../nbs/run/03_runner.ipynb #4a26d991
 def failed_of(recipe: Recipe, section: Section) -> Path:
     return folder_of(recipe) / f"{section.name}.failed.ipynb"
 
@@ -323,7 +327,7 @@ def check_results(path: Path, section: Section):
             f"the results of {section.name} lack {', '.join(sorted(lacks))}: end it with `write_results`"
         )
 
-
+# %% ../../nbs/run/03_runner.ipynb #b38af5ae
 def _redact_files(folder: Path, names):
     for f in folder.rglob("*"):
         if (
@@ -384,7 +388,7 @@ def _stoppable():
     finally:
         signal.signal(signal.SIGTERM, old)
 
-
+# %% ../../nbs/run/03_runner.ipynb #8cbb99bd
 @contextlib.contextmanager
 def _slice(minutes: float | None):
     "SIGTERM to this process after so many minutes."
@@ -399,7 +403,7 @@ def _slice(minutes: float | None):
     finally:
         timer.cancel()
 
-
+# %% ../../nbs/run/03_runner.ipynb #6a0b8b32
 def _minutes(recipe: Recipe, name: str) -> float | None:
     "How long a section took the last time, here or in the reference."
     for folder in (folder_of(recipe), reference_of(recipe)):
@@ -412,7 +416,7 @@ def _left(recipe: Recipe, names: list[str]) -> str:
     known = [_minutes(recipe, n) for n in names]
     return "" if not names or None in known else f", about {_span(60 * sum(known))} left"
 
-
+# %% ../../nbs/run/03_runner.ipynb #75bebc81
 def _span(seconds: float) -> str:
     return (
         f"{seconds:.0f} s"

@@ -32,12 +32,12 @@ def reference_of(recipe: Recipe) -> Path:
     own = outputs_dir() / "reference" / recipe.name
     return own if own.exists() else root() / "outputs" / "reference" / recipe.name
 
-
+# %% ../../nbs/run/01_sections.ipynb #26b1ed61
 def notebooks_dir() -> Path:
     "Where section notebooks lie: `OCTOMED_NOTEBOOKS`, by default `nbs/paper/`."
     return Path(os.environ.get("OCTOMED_NOTEBOOKS") or root() / "nbs" / "paper").resolve()
 
-
+# %% ../../nbs/run/01_sections.ipynb #7905563e
 @dataclass(frozen=True)
 class Section:
     "A section of the paper: its name, such as `42_formatting`, and its notebook."
@@ -134,7 +134,7 @@ def _cell(v) -> str:
         return f"{v:,.3g}" if abs(v) < 1000 else f"{v:,.0f}"
     return f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
 
-
+# %% ../../nbs/run/01_sections.ipynb #3696663d
 def columns(rows: list[dict], wrap: int = 60) -> str:
     "Rows as aligned columns; text longer than `wrap` goes on in the next line."
     import textwrap

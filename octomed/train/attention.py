@@ -24,7 +24,7 @@ def _bounds(position_ids):
         position_ids._bounds = ends, ends.diff().tolist()
     return position_ids._bounds
 
-
+# %% ../../nbs/train/03_attention.ipynb #7226276d
 def has_varlen() -> bool:
     "Whether this PyTorch offers variable-length attention with grouped heads."
     import inspect
@@ -35,7 +35,7 @@ def has_varlen() -> bool:
         return False
     return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
 
-
+# %% ../../nbs/train/03_attention.ipynb #14668a2e
 def _varlen(query, key, value, ends, longest: int, scale: float, causal: bool):
     "PyTorch's variable-length attention on (1, heads, tokens, head) tensors; gives (1, tokens, heads, head)."
     import torch
@@ -109,7 +109,7 @@ def packed_attention(
         1,
     ), None
 
-
+# %% ../../nbs/train/03_attention.ipynb #9c24a0c2
 def packed_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     "No mask where `packed_attention` needs none, transformers' own elsewhere."
     from transformers.masking_utils import sdpa_mask
@@ -132,7 +132,7 @@ ATTENTION = {
     "sdpa": "block masks by transformers",
 }
 
-
+# %% ../../nbs/train/03_attention.ipynb #ebae044c
 def choose_attention(device, dtype) -> str:
     "The fastest of ATTENTION that this device can run in this dtype."
     import torch
@@ -148,7 +148,7 @@ def choose_attention(device, dtype) -> str:
         else "octomed_split"
     )
 
-
+# %% ../../nbs/train/03_attention.ipynb #38f54e31
 def use_packed_attention(
     model,
     name: str | None = None,  # one of ATTENTION; the fastest one where none is given

@@ -22,7 +22,7 @@ def _local(t):
 def _plain(optimizer):
     return getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #015e2dc9
 def state_of(
     named: dict,  # trained parameters by name
     optimizers: list,
@@ -44,7 +44,7 @@ def state_of(
                     numbers[f"{k}/{name[p]}"] = v
     return tensors, numbers
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #3d68077a
 def _like(t, p):
     "A part as the parameter itself is laid out."
     if not hasattr(p, "device_mesh") or t.shape != p.to_local().shape:
@@ -60,7 +60,7 @@ def _like(t, p):
         stride=p.stride(),
     )
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #cf7e7bd4
 def restore_state(named: dict, optimizers: list, tensors: dict, numbers: dict):
     "Put back what `state_of` gave. Raises `OctomedError` when it is of other parameters."
     import torch
@@ -102,7 +102,7 @@ def random_states() -> dict:
         },
     }
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #c2b96ab3
 def restore_random(tensors: dict):
     "Put generators back; those of accelerators that are not there are left out."
     import torch
@@ -120,7 +120,7 @@ def _fsync(path: Path):
     finally:
         os.close(handle)
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #88727678
 def write_checkpoint(
     folder: Path,  # that holds the checkpoints of a run
     step: int,  # how many steps are done
@@ -168,7 +168,7 @@ def write_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #15e95e0a
 def checkpoints(folder: Path) -> list[Path]:
     "The complete checkpoints of a run, the last one last."
 
@@ -183,7 +183,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
     return sorted(c for c in Path(folder).glob("step-*") if complete(c))
 
-
+# %% ../../nbs/train/06_checkpoints.ipynb #77c8fb15
 def read_checkpoint(
     path: Path,
     rank: int = 0,

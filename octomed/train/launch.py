@@ -38,7 +38,7 @@ class Execution:
         ""  # an accelerate configuration: the student is trained by the processes that it names
     )
 
-
+# %% ../../nbs/train/07_launch.ipynb #027179c7
 REPORTERS = (
     "none",
     "tensorboard",
@@ -46,7 +46,7 @@ REPORTERS = (
     "wandb",
 )
 
-
+# %% ../../nbs/train/07_launch.ipynb #bb8b4e68
 def read_execution(
     text: str,  # `pack=0 micro_tokens=16384 report_to=tensorboard`
     base: Execution = Execution(),
@@ -73,7 +73,7 @@ def read_execution(
         )
     return found
 
-
+# %% ../../nbs/train/07_launch.ipynb #70bc8ee0
 def execution() -> Execution:
     "What `OCTOMED_TRAIN` says."
     return read_execution(os.environ.get("OCTOMED_TRAIN", ""))
@@ -110,7 +110,7 @@ def accelerator_of(how: Execution):
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
-
+# %% ../../nbs/train/07_launch.ipynb #fa2a164e
 class Curve:
     "The loss, drawn while it falls in a notebook that is open; nothing elsewhere."
 
@@ -152,7 +152,7 @@ class Curve:
 
         self.handle.update(HTML(""))
 
-
+# %% ../../nbs/train/07_launch.ipynb #32204e06
 def _somebody_looks() -> bool:
     "Whether this is the kernel of a notebook that is open in Jupyter or VS Code: papermill's is not."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -249,7 +249,7 @@ def launch_command(
         f"{shlex.join(start)} {where} -m {shlex.join([module, *args])}",
     ]
 
-
+# %% ../../nbs/train/07_launch.ipynb #8d8bcd49
 def launch(command: list[str], what: str):
     "Run it to its end. Ctrl-C and SIGTERM are handed on, and waited for. Raises `OctomedError` when a process fails."
     with stopping() as told:

@@ -11,12 +11,15 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
+
+# %% ../../nbs/train/08_loop.ipynb #60242f85
 from itertools import islice
 from pathlib import Path
-
 from ..core.files import progress
 from ..core.identity import digest
 from ..core.paths import OctomedError
+
+# %% ../../nbs/train/08_loop.ipynb #4699b5fc
 from ..generate.render import Pixels, Row, collate
 from .attention import check_isolation, choose_attention, use_packed_attention
 from octomed.train.checkpoints import (
@@ -28,6 +31,8 @@ from octomed.train.checkpoints import (
     state_of,
     write_checkpoint,
 )
+
+# %% ../../nbs/train/08_loop.ipynb #c11a70d0
 from .launch import Curve, Execution, accelerator_of, execution, stopping
 from .objective import objective, on, packed_inputs
 from .optimizers import low_rank, optimizers
@@ -48,7 +53,7 @@ def padded_inputs(processor, rows: list[Row], pixels: Pixels) -> tuple:
     )
     return batch | {"use_cache": False}, trained.flatten().nonzero()[:, 0]
 
-
+# %% ../../nbs/train/08_loop.ipynb #adf4cf10
 def loss_sum(model, processor, group: list[Row], pixels: Pixels):
     "Summed cross-entropy over the response tokens of a micro-batch, and how many they are."
     weight = next(model.parameters())
@@ -58,7 +63,7 @@ def loss_sum(model, processor, group: list[Row], pixels: Pixels):
 # %% ../../nbs/train/08_loop.ipynb #13de0007
 SHARDED = ("FSDP", "DEEPSPEED")  # accelerate's names for processes that hold a part each
 
-
+# %% ../../nbs/train/08_loop.ipynb #0e038d97
 def decided(how: Execution, model, s: Schedule, device: str) -> Execution:
     "An execution with nothing left open. Raises `OctomedError` when a model that cannot be packed shall be."
     can = hasattr(model.model, "get_rope_index")
@@ -77,7 +82,7 @@ def decided(how: Execution, model, s: Schedule, device: str) -> Execution:
         recompute=how.recompute if how.recompute is not None else large and device != "cpu",
     )
 
-
+# %% ../../nbs/train/08_loop.ipynb #486027e0
 def _dtype(s: Schedule, device: str):
     "The type in which matrices are multiplied."
     import torch
@@ -288,7 +293,7 @@ def fit(
             Loop(model, processor, s, how, max_pixels, accelerator), rows, seed, steps, desc, folder
         )
 
-
+# %% ../../nbs/train/08_loop.ipynb #6ce341ff
 def _fit(loop: Loop, rows, seed, steps, desc, folder) -> list[dict]:
     def order(start):
         return islice(batches(len(rows), loop.s, seed, steps), start, None)
@@ -341,5 +346,5 @@ def _fit(loop: Loop, rows, seed, steps, desc, folder) -> list[dict]:
         loop.model.gradient_checkpointing_disable()
     return log
 
-
+# %% ../../nbs/train/08_loop.ipynb #38a41094
 STOP = 1000  # in what processes tell each other: one of them was told to stop

@@ -27,7 +27,7 @@ def linear_cross_entropy(
         return liger_fused_linear_cross_entropy(hidden, weight, target, reduction="sum")
     return _chunked()(hidden, weight, target, chunk)
 
-
+# %% ../../nbs/train/04_objective.ipynb #6925f53a
 @cache
 def _chunked():
     "The chunked loss as a function that knows its gradient."
@@ -103,7 +103,7 @@ def objective():
 
     return Objective
 
-
+# %% ../../nbs/train/04_objective.ipynb #b0c54b7c
 def on(device, batch: dict, at) -> tuple:
     "A batch where the model is."
     return {
@@ -119,7 +119,7 @@ def packed_inputs(model, processor, rows: list[Row], pixels: Pixels) -> tuple:
     trained = torch.cat([torch.arange(len(r.input_ids)) >= max(1, r.prompt) for r in rows])
     return batch, (trained & (batch["mm_token_type_ids"][0] == 0)).nonzero()[:, 0]
 
-
+# %% ../../nbs/train/04_objective.ipynb #a7b89301
 def packed_loss_sum(model, processor, rows: list[Row], pixels: Pixels, chunk: int = 1024):
     "Summed cross-entropy over the response tokens of packed rows, and how many they are."
     weight = next(model.parameters())

@@ -33,7 +33,7 @@ def _adam(params: list, s: Schedule):
         else bitsandbytes.optim.AdamW8bit
     )(params, **given)
 
-
+# %% ../../nbs/train/05_optimizers.ipynb #d3730661
 def _muon(params: list, s: Schedule):
     "Muon of a schedule. On a processor it orthogonalises in the weights' own precision: PyTorch's takes bf16 everywhere, which most processors only imitate, several times slower."
     import torch
@@ -67,7 +67,7 @@ def _muon(params: list, s: Schedule):
         params, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
 
-
+# %% ../../nbs/train/05_optimizers.ipynb #68a4f25c
 def optimizers(model, s: Schedule) -> list:
     "The optimisers of the parameters that are trained. Raises `OctomedError` where everything is frozen, or bitsandbytes is not installed."
     for name, p in model.named_parameters():

@@ -56,7 +56,7 @@ class Packing:
         "Share of the bins' tokens that are tokens of a row."
         return self.tokens / (len(self) * self.budget) if len(self) else 0.0
 
-
+# %% ../../nbs/train/02_packing.ipynb #0d0a3e7b
 def pack(
     lengths,  # tokens of each row
     budget: int,  # tokens of a bin

@@ -42,7 +42,7 @@ class Schedule:
                 f"there is no precision {self.precision}: choose from {', '.join(PRECISIONS)}"
             )
 
-
+# %% ../../nbs/train/01_schedule.ipynb #cbd64446
 OPTIMIZERS = (
     "adamw",
     "muon",
@@ -56,7 +56,7 @@ PRECISIONS = (
     "bf16_pure",
 )
 
-
+# %% ../../nbs/train/01_schedule.ipynb #c1cbb3c3
 def learning_rate(step: int, steps: int, s: Schedule) -> float:
     "Linear warm-up, then a cosine to zero (paper §3)."
     warm = max(1, round(s.warmup * steps))
@@ -79,7 +79,7 @@ def batches(n: int, s: Schedule, seed: int, steps: int):
         yield order[: s.batch].tolist()
         order = order[s.batch :]
 
-
+# %% ../../nbs/train/01_schedule.ipynb #a4229da8
 def micro_batches(rows: list[Row], budget: int):
     "Rows of one step, by length, in groups of at most `budget` padded tokens."
     group: list[Row] = []

@@ -50,7 +50,7 @@ PARTS = (
     "projector",
 )  # `patches`: the tower's first layer
 
-
+# %% ../../nbs/train/10_sizing.ipynb #267dbceb
 def part_of(name: str) -> str:
     "The part of a parameter by its name."
     if "merger" in name or "projector" in name:
@@ -59,7 +59,7 @@ def part_of(name: str) -> str:
         return "patches" if "patch_embed" in name else "tower"
     return "head" if "lm_head" in name else "embeddings" if "embed_tokens" in name else "language"
 
-
+# %% ../../nbs/train/10_sizing.ipynb #d3d4ca8e
 @dataclass(frozen=True)
 class Shape:
     "What memory and arithmetic depend on."
@@ -124,7 +124,7 @@ def shape_of(model) -> Shape:
         getattr(v, "spatial_merge_size", round(1 / getattr(c, "downsample_ratio", 0.5))) ** 2,
     )
 
-
+# %% ../../nbs/train/10_sizing.ipynb #2ee4372b
 @lru_cache
 def shape(student: str) -> Shape:
     "The shape of a student by its configuration alone."
@@ -145,7 +145,7 @@ class Load:
     image: float = 334  # of one image (paper: at most 334)
     answered: float = 0  # tokens whose logits are needed
 
-
+# %% ../../nbs/train/10_sizing.ipynb #0ef70d89
 def forward_flops(
     s: Shape,
     load: Load,
@@ -172,7 +172,7 @@ LANGUAGE = (
     "head",
 )  # what is trained where tower and projector are frozen, as LLaMA-Factory's "full" has it
 
-
+# %% ../../nbs/train/10_sizing.ipynb #dcc5df01
 def _passes(trained: tuple) -> dict[str, int]:
     "How often the forward's arithmetic is repeated backward, by part: for the part's own gradient, and for that of its input."
     own = {p: int(p in trained) for p in PARTS}
@@ -189,7 +189,7 @@ def _passes(trained: tuple) -> dict[str, int]:
         for p in into
     }
 
-
+# %% ../../nbs/train/10_sizing.ipynb #95c2c3af
 def train_flops(
     s: Shape,
     load: Load,
@@ -229,7 +229,7 @@ STATES = {  # bytes of a trained parameter: weight, gradient, optimiser; bytes o
     ),
 }
 
-
+# %% ../../nbs/train/10_sizing.ipynb #4963d850
 def states(s: Shape, state: str, devices: int = 1, trained: tuple = PARTS) -> dict[str, float]:
     "Bytes on each device of weights, gradients, optimiser, and of bf16 copies that are held beside them."
     weight, gradient, moments, _ = STATES[state]
@@ -269,7 +269,7 @@ def layer_bytes(
         + compute * (4 if gated else 2) * intermediate
     )
 
-
+# %% ../../nbs/train/10_sizing.ipynb #11532cbe
 def activations(
     s: Shape,
     load: Load,
@@ -296,7 +296,7 @@ def activations(
         s.vision_layers * residual * s.vision_hidden + seen
     )
 
-
+# %% ../../nbs/train/10_sizing.ipynb #c717a287
 def logits(s: Shape, chunk: int = 1024, trained: tuple = PARTS) -> float:
     "Bytes of the loss: a chunk's logits in bf16 and fp32, with their gradients, and the head's gradient, which is summed in fp32."
     return chunk * s.vocabulary * (2 + 4 + 4 + 2) + (
@@ -307,7 +307,7 @@ def logits(s: Shape, chunk: int = 1024, trained: tuple = PARTS) -> float:
 MACHINES = {"8 × 80 GB": (8, 80e9), "1 × 141 GB": (1, 141e9)}  # devices, bytes of each
 RESERVE = 0.1  # share of a device that CUDA, NCCL and fragments take
 
-
+# %% ../../nbs/train/10_sizing.ipynb #1fa1182d
 def memory(
     s: Shape,
     load: Load,
@@ -324,7 +324,7 @@ def memory(
     }
     return parts | {"total": sum(parts.values())}
 
-
+# %% ../../nbs/train/10_sizing.ipynb #736a66ad
 def verdicts(s: Shape, load: Load, trained: tuple = PARTS) -> list[dict]:
     "For each machine and state: GB a device without and with checkpointing, and whether they fit."
     rows = []
@@ -375,7 +375,7 @@ def train_hours(
     f = train_flops(s, load, trained)
     return (f["forward"] + f["backward"]) / (a["peak"] * a["utilisation"]) / 3600
 
-
+# %% ../../nbs/train/10_sizing.ipynb #f0990d0e
 def decode_rate(s: Shape, context: float, a: dict = ASSUMED) -> float:
     "Tokens a second that one device draws, in bf16, at a mean context of so many tokens."
     read = (
@@ -384,7 +384,7 @@ def decode_rate(s: Shape, context: float, a: dict = ASSUMED) -> float:
     )
     return a["together"] * a["bandwidth"] * a["decoding"] / read
 
-
+# %% ../../nbs/train/10_sizing.ipynb #18299923
 def draw_hours(
     s: Shape,
     prompts: Load,  # read once each: the responses to a question share its prompt

@@ -12,17 +12,22 @@ import json
 import math
 import shutil
 import sys
+
+# %% ../../nbs/train/09_students.ipynb #c0bbe232
 from dataclasses import asdict
 from pathlib import Path
-
 from ..core.files import write_json, write_jsonl
 from ..core.identity import pinned, seed_for
 from ..core.paths import OctomedError
+
+# %% ../../nbs/train/09_students.ipynb #a69b9b9c
 from ..core.recipe import Common
 from ..core.store import stage
 from ..generate.render import Row, load_rows, tokens_of
 from .launch import accelerator_of, execution, launch, launch_command
 from .loop import SHARDED, decided, fit
+
+# %% ../../nbs/train/09_students.ipynb #00491422
 from .schedule import Schedule
 
 # %% ../../nbs/train/09_students.ipynb #5c73834c
@@ -50,7 +55,7 @@ def load_student(path, revision: str | None = None, dtype=None):
             f"the model {path} cannot be loaded ({str(e).splitlines()[0][:120]}): give a folder, or download it first"
         ) from e
 
-
+# %% ../../nbs/train/09_students.ipynb #12a1245b
 def save_student(out: Path, model, processor, log: list[dict]):
     "Model, processor and training log in one folder. Where processes hold a part each, all of them call it."
     with _whole(model) as (first, weights):
@@ -59,7 +64,7 @@ def save_student(out: Path, model, processor, log: list[dict]):
             processor.save_pretrained(out)
             write_jsonl(out / "log.jsonl", log)
 
-
+# %% ../../nbs/train/09_students.ipynb #c26e1fb4
 @contextlib.contextmanager
 def _whole(model):
     "(whether this process writes, its whole weights where they are not in the model)."
@@ -100,7 +105,7 @@ def matched_steps(rows: list[Row], s: Schedule, tokens: float) -> int:
     "Optimiser steps after which these rows have given that many tokens."
     return max(1, round(tokens / (tokens_of(rows) / len(rows) * min(s.batch, len(rows)))))
 
-
+# %% ../../nbs/train/09_students.ipynb #cf8f259a
 def make_student(
     out: Path, base, rendered, schedule: Schedule, seed: int, steps: int, max_pixels: int
 ):
@@ -139,7 +144,7 @@ def make_student(
             },
         )
 
-
+# %% ../../nbs/train/09_students.ipynb #23c888e7
 @stage(resumable=True)
 def sft(out, base, rendered, schedule, seed, max_pixels, match=None):
     """A student: `base` fine-tuned on `rendered` rows.
@@ -193,7 +198,7 @@ def register_student(name: str, factory):
     "Offer a base student; `factory(common)` declares the stage that builds it."
     STUDENTS[name] = factory
 
-
+# %% ../../nbs/train/09_students.ipynb #92d27a5b
 def base_student(common: Common):
     "The stage of the recipe's base student, or its hub id or folder as text. Raises `OctomedError` for a clinic name that nobody registered."
     if common.student in STUDENTS:
