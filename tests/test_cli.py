@@ -1,4 +1,4 @@
-"""The command line: exit codes, sentences, JSON shapes, and what it leaves behind when something is wrong."""
+"The command line: exit codes, sentences, JSON shapes, and what a failed command leaves behind."
 
 import json
 import subprocess
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from octomed.core import paths as core
-from octomed.run import cli, plan, report
+from octomed.core.paths import OctomedError
+from octomed.core.recipe import CATEGORIES
+from octomed.run import environment, judge_file, report, sections
 from octomed.run.cli import main
 
 
@@ -52,7 +53,8 @@ from octomed.run.cli import main
 try: main(["--help"])
 except SystemExit as e: assert e.code == 0
 assert main(["judge", {str(f)!r}]) == 0
-heavy = {{"torch", "transformers", "papermill", "pandas", "matplotlib", "datasets"}} & set(sys.modules)
+names = {{"torch", "transformers", "papermill", "pandas", "matplotlib", "datasets"}}
+heavy = names & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -87,11 +89,15 @@ assert not heavy, heavy
         "distill",
         "train",
         "evaluate",
+        "export",
+        "bench",
+        "completion",
     ],
 )
 def test_every_command_has_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
-    assert code == 0 and f"octomed {command}" in out
+    assert code == 0 and f"octomed {command}" in out and "Example:" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 # Wrong usage is 2, with one sentence.
@@ -110,7 +116,7 @@ def test_every_command_has_help(capsys, command):
 )
 def test_wrong_arguments(capsys, argv):
     code, out, err = call(capsys, *argv)
-    assert code == 2 and not out and "usage: octomed" in err
+    assert code == 2 and not out and ("see `octomed" in err or "Usage: octomed" in err)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_unknown_section(capsys, tmp_path):
         ("run smoke --minutes 1 --rehearse", "--minutes is for sections that run on this machine"),
         ("run smoke --cluster x.yaml", "add --on slurm"),
         ("report smoke --html --json", "choose one"),
-        ("export hub clinic_ward:train --out there --form hybrid", "invalid choice: 'hybrid'"),
+        ("export hub clinic_ward:train --out there --form hybrid", 'Invalid value "hybrid"'),
         ("export lm-eval --recipe RECIPE --out there", "names no benchmark"),
         ("evaluate clinic/tiny --recipe RECIPE", "names no benchmark"),
         (
@@ -173,7 +179,7 @@ def test_unknown_section(capsys, tmp_path):
 def test_what_would_be_ignored_is_refused(capsys, tmp_path, monkeypatch, line, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(
-        "common: {plugins: [octomed.clinic.world, octomed.clinic.students]}"
+        "common: {plugins: [octomed.clinic.questions, octomed.clinic.students]}"
     )
     code, _, err = call(capsys, *line.replace("RECIPE", "r.yaml").split())
     assert (
@@ -197,7 +203,7 @@ def test_data_folder_that_is_none(capsys, monkeypatch):
 def test_store_that_cannot_be_written(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "file" / "store"))
-    monkeypatch.setattr(cli, "CHECKS", {"store": cli.CHECKS["store"]})
+    monkeypatch.setattr(environment, "list_checks", lambda: {"store": environment.check_store})
     code, out, _ = call(capsys, "check")
     assert (
         code == 1
@@ -210,20 +216,17 @@ def test_check_tells_every_part(capsys, monkeypatch):
     def broken():
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr(
-        cli,
-        "CHECKS",
-        {
-            "python": cli.CHECKS["python"],
-            "nbdev": cli.CHECKS["nbdev"],
-            "kernel": cli.CHECKS["kernel"],
-            "broken": broken,
-        },
-    )
+    checks = {
+        "python": environment.check_python,
+        "nbdev": lambda: environment.check_version("nbdev"),
+        "kernel": environment.check_kernel,
+        "broken": broken,
+    }
+    monkeypatch.setattr(environment, "list_checks", lambda: checks)
     code, out, _ = call(capsys, "check")
     assert (
         code == 1
-        and [l.split(":")[0] for l in out.splitlines()]
+        and [line.split(":")[0] for line in out.splitlines()]
         == ["[OK]   python", "[OK]   nbdev", "[OK]   kernel", "[FAIL] broken"]
         and "lines" not in out
     )
@@ -242,7 +245,7 @@ def test_judge_rows_and_counts(capsys, tmp_path):
     )
     for flags in ([], ["--json"]):
         code, out, _ = call(capsys, "judge", f, *flags)
-        assert code == 0 and [json.loads(l) for l in out.splitlines()] == [
+        assert code == 0 and [json.loads(line) for line in out.splitlines()] == [
             {"id": "q1", "letter": "B", "status": "correct"},
             {"id": 2, "letter": "B", "status": "parsed"},
             {"id": "q3", "letter": None, "status": "unparsed"},
@@ -297,7 +300,7 @@ def test_sources_shape(capsys):
     )
     assert {r["source"] for r in rows} >= {"medqa", "medmcqa", "headqa", "brain_tumor"} and {
         r["category"] for r in rows
-    } == set(core.CATEGORIES)
+    } == set(CATEGORIES)
 
 
 def test_decontaminate_contract(capsys, tmp_path):
@@ -340,19 +343,19 @@ def test_decontaminate_contract(capsys, tmp_path):
 def test_unexpected_errors_have_a_traceback_without_secrets(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MY_TOKEN", "canary-98765")
 
-    def broken(*a):
+    def broken(*_, **__):
         raise ValueError("sent canary-98765")
 
-    monkeypatch.setattr(cli, "judged", broken)
+    monkeypatch.setattr(judge_file, "judge_file", broken)
     code, _, err = call(capsys, "judge", tmp_path / "x")
     assert code == 1 and "Traceback" in err and "[MY_TOKEN]" in err and "98765" not in err
 
 
 def test_interrupt(capsys, monkeypatch, tmp_path):
-    def interrupted(*a):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "judged", interrupted)
+    monkeypatch.setattr(judge_file, "judge_file", interrupted)
     assert call(capsys, "judge", tmp_path / "x") == (
         1,
         "",
@@ -466,7 +469,9 @@ def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns
     )
     assert (
         call(capsys, "evaluate", "OctoMed-7B")[2]
-        == "octomed: OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION, or name a server that has it, openai:OctoMed-7B@SERVER\n"
+        == "octomed: OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, "
+        "transformers:OctoMed-7B@REVISION, or name a server that has it, "
+        "openai:OctoMed-7B@SERVER\n"
     )
     assert call(capsys, *ask[:4], "--form", "none")[0] == 2
 
@@ -626,7 +631,7 @@ def test_report_page_is_self_contained(capsys, tmp_path, results):
 
 def test_reference_is_kept_only_of_a_complete_run_on_a_clean_tree(tmp_path, results, monkeypatch):
     recipe = str(results(tmp_path / "out" / "r"))
-    with pytest.raises(core.OctomedError, match=r"the run of r is not complete \(42_b\)"):
+    with pytest.raises(OctomedError, match=r"the run of r is not complete \(42_b\)"):
         report.reference(recipe)
     import octomed.run.runner
 
@@ -634,7 +639,7 @@ def test_reference_is_kept_only_of_a_complete_run_on_a_clean_tree(tmp_path, resu
         octomed.run.runner, "status", lambda *a: [{"section": "42_b", "state": "done"}]
     )
     monkeypatch.setattr(report, "_dirty", lambda: True)
-    with pytest.raises(core.OctomedError, match="the working tree has changes: commit them"):
+    with pytest.raises(OctomedError, match="the working tree has changes: commit them"):
         report.reference(recipe)
     assert not (tmp_path / "out" / "reference").exists()
     monkeypatch.setattr(report, "_dirty", lambda: False)
@@ -665,7 +670,7 @@ def test_plan_runs_nothing(capsys, tmp_path, results):
 
 
 def test_columns_align():
-    assert plan.columns([{"a": "x", "n": 1}, {"a": "long word", "n": 1000}]).splitlines() == [
+    assert sections.columns([{"a": "x", "n": 1}, {"a": "long word", "n": 1000}]).splitlines() == [
         "a              n",
         "x              1",
         "long word  1,000",
