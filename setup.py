@@ -1,20 +1,67 @@
-"Reads everything from settings.ini, so that versions and requirements stand in one place."
+"""The package as setuptools builds it; versions and requirements are read from settings.ini."""
+
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+# What an installed package needs beside its modules; a checkout reads the same folders in place.
+SHIPPED = ("data", "nbs/paper", "nbs/recipes", "outputs/reference")
 
 ini = ConfigParser(delimiters=["="])
-ini.read("settings.ini", encoding="utf-8")
-cfg = ini["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "vllm", "train", "cluster")}
+ini.read(HERE / "settings.ini", encoding="utf-8")
+settings = ini["DEFAULT"]
+
+
+class BuildWithFiles(build_py):
+    "Copies the shipped folders into the package, as octomed/_shipped."
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / settings["lib_name"] / "_shipped"
+        shutil.rmtree(target, ignore_errors=True)
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".*")
+        for folder in SHIPPED:
+            shutil.copytree(HERE / folder, target / folder, ignore=ignored)
+
+
+def requirements_of(extra: str) -> list[str]:
+    "The requirements of an extra, such as `dev`."
+    return settings[f"{extra}_requirements"].split()
+
 
 setup(
-    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    keywords=cfg["keywords"].split(), classifiers=["Intended Audience :: Science/Research", "Programming Language :: Python :: 3"],
-    project_urls={"Source": cfg["git_url"]}, author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
-    packages=find_packages(include=["octomed", "octomed.*"]), python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["octomed=octomed._modidx:d"]},
+    keywords=settings["keywords"].split(),
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Typing :: Typed",
+    ],
+    project_urls={"Source": settings["git_url"]},
+    author=settings["author"],
+    author_email=settings["author_email"],
+    url=settings["git_url"],
+    license="Apache-2.0",
+    packages=find_packages(include=["octomed", "octomed.*"]),
+    package_data={"octomed": ["py.typed"]},
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require={name: requirements_of(name) for name in ("dev", "vllm", "train", "cluster")},
+    cmdclass={"build_py": BuildWithFiles},
+    entry_points={
+        "console_scripts": settings["console_scripts"].split(),
+        "nbdev": ["octomed=octomed._modidx:d"],
+    },
 )
