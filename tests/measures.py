@@ -1,4 +1,8 @@
-"""Measures of style over notebooks and exported modules, as a table: python tests/measures.py [FOLDER of nbs]"""
+"""Measures of style over notebooks and exported modules.
+
+python tests/measures.py                    prints them as a table, library and sections
+python tests/measures.py ROOM/NAME.ipynb …  lists what one notebook has that the rules forbid
+"""
 
 import ast
 import json
@@ -6,6 +10,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,11 +112,7 @@ def shared_statements(tree: ast.AST) -> list[int]:
             body = getattr(node, name, None)
             if not isinstance(body, list) or not body or not isinstance(body[0], ast.stmt):
                 continue
-            lines += [
-                b.lineno
-                for a, b in zip(body, body[1:], strict=False)
-                if a.end_lineno == b.lineno
-            ]
+            lines += [b.lineno for a, b in pairwise(body) if a.end_lineno == b.lineno]
             header = getattr(node, "lineno", None)
             is_block = isinstance(node, ast.stmt) and not isinstance(node, ast.Module)
             if name == "body" and is_block and body[0].lineno == header:
@@ -159,8 +160,8 @@ def dense_literals(tree: ast.AST) -> list[int]:
     return found
 
 
-def own_functions(root: Path = ROOT) -> dict[str, int]:
-    "Names that the package defines, with the positional arguments that a call may give; a name that takes any number is left out."
+def own_functions(root: Path = ROOT) -> set[str]:
+    """Names of the package's functions and classes, without those that take any number of values."""
     names: dict[str, bool] = {}
     for path in exported_files(root):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -172,7 +173,7 @@ def own_functions(root: Path = ROOT) -> dict[str, int]:
 
 
 def positional_calls(tree: ast.AST, own: set[str]) -> list[int]:
-    "Line numbers of calls of the package's own functions with more than three positional arguments."
+    "Line numbers of calls of our own functions with more than three positional arguments."
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -263,11 +264,17 @@ def problems(notebook: str, root: Path = ROOT) -> list[str]:
         if cell.exports:
             checks["a literal of more than three entries on one line"] = dense_literals(tree)
             if len(cell.text.split("\n")) > 40:
-                out.append(f"{cell.where}: {len(cell.text.split(chr(10)))} lines in an exported cell")
+                out.append(
+                    f"{cell.where}: {len(cell.text.split(chr(10)))} lines in an exported cell"
+                )
         for what, numbers in checks.items():
             out += [f"{cell.where}: {what}: {lines[n - 1].strip()}" for n in numbers]
         out += [f"{cell.where}: over 100 characters: {x}" for x in lines if len(x) > 100]
-    dark = [cell for cell in demonstrations(found) if "hidden" not in cell.tags and not ends_on_value(cell)]
+    dark = [
+        cell
+        for cell in demonstrations(found)
+        if "hidden" not in cell.tags and not ends_on_value(cell)
+    ]
     out += [f"{cell.where}: shows nothing: {cell.code.splitlines()[-1]}" for cell in dark]
     return out
 
