@@ -161,7 +161,7 @@ def dense_literals(tree: ast.AST) -> list[int]:
 
 
 def own_functions(root: Path = ROOT) -> set[str]:
-    """Names of the package's functions and classes, without those that take any number of values."""
+    "Names of our functions and classes, without those that take any number of values."
     names: dict[str, bool] = {}
     for path in exported_files(root):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
