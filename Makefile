@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
 	touch $@
 
-.PHONY: install vllm reproduce test clean-check units notebooks smoke reference bench soak
+.PHONY: install vllm reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
 install: .venv/ready
 
 # vLLM on a CPU, in an environment of its own (.venv-vllm, 6 GB): the tests that need it skip without it.
@@ -28,14 +28,26 @@ reproduce: install
 
 # Is it clean, is it exported, is it still true?
 # The sections' notebooks come after smoke and share its store: what they make there is not made again.
-test: install clean-check smoke notebooks units
+test: install lint clean-check smoke notebooks pages units
+
+# Layout and lint of notebooks, tests and scripts, in seconds; pyproject.toml has the rules.
+lint: install
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
 
 clean-check: install
 	$(BIN)/python tests/clean_check.py
 
+# The sections run with nbdev's own test; they find smoke's stages in its store.
 notebooks: install
-	cd nbs && OMP_NUM_THREADS=1 OCTOMED_STORE=$(CURDIR)/outputs/test-smoke/store ../$(BIN)/nbdev_test --path paper --n_workers 2 --timing
-	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/nbdev_test --skip_folder_re '^([_.]|paper$$)' --n_workers 2 --timing
+	cd nbs && OMP_NUM_THREADS=1 OCTOMED_STORE="$(CURDIR)/outputs/test-smoke/store" "$(CURDIR)/$(BIN)/nbdev_test" --path paper --n_workers 2 --timing
+
+# The library's notebooks run from top to bottom, and show what is stored in them.
+pages: install
+	$(BIN)/python tests/pages.py check
+
+write-pages: install
+	$(BIN)/python tests/pages.py write
 
 units: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -rs --timeout 300 -n 2 --dist loadfile
@@ -61,3 +73,4 @@ soak: install
 	$(BIN)/python tests/soak/llamafactory.py
 	$(BIN)/python tests/soak/lm_eval.py
 	$(BIN)/python tests/soak/slurm.py
+	$(BIN)/python tests/soak/resolve.py
