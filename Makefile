@@ -57,6 +57,7 @@ smoke: install
 	rm -rf outputs/test-smoke
 	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed run smoke --jobs 2
 	OCTOMED_OUTPUTS=outputs/test-smoke OCTOMED_STORE=outputs/test-smoke/store $(BIN)/octomed report smoke
+	$(BIN)/python tests/golden/make.py outputs/test-smoke outputs/test-smoke/store --against tests/golden/smoke.json --pinned
 
 # Results, figures and cards of a complete run on a clean tree, kept in the repository; ONLY=54_families keeps those of one section.
 reference: install
