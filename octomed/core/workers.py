@@ -126,10 +126,10 @@ def workers_here() -> int:
     return max(1, min(usable_cores(), memory // MEMORY_EACH))
 
 # %% ../../nbs/core/08_workers.ipynb #74ad82c6
-def _ancestors(s: Stage) -> dict[str, Stage]:
+def _ancestors(stage: Stage) -> dict[str, Stage]:
     "All stages that a stage depends on, by their keys."
     ancestors = {}
-    for parent in s.parents:
+    for parent in stage.parents:
         ancestors[parent.key] = parent
         ancestors.update(_ancestors(parent))
     return ancestors
@@ -138,8 +138,8 @@ def _ancestors(s: Stage) -> dict[str, Stage]:
 def _unfinished_ancestors(group: list[Stage]) -> dict[str, Stage]:
     "What a group depends on and has still to be made, by their keys."
     ancestors = {}
-    for s in group:
-        ancestors.update(_ancestors(s))
+    for stage in group:
+        ancestors.update(_ancestors(stage))
     return {key: ancestor for key, ancestor in ancestors.items() if not ancestor.done}
 
 # %% ../../nbs/core/08_workers.ipynb #94ae1079
@@ -149,9 +149,9 @@ def _jobs(groups: list[list[Stage]]) -> tuple[dict, dict]:
     counts = Counter(chain.from_iterable(needed))
     shared = {}
     for ancestors in needed:
-        shared.update({key: s for key, s in ancestors.items() if counts[key] > 1})
-    jobs = {key: [s] for key, s in shared.items()}
-    before = {key: shared.keys() & _ancestors(s) for key, s in shared.items()}
+        shared.update({key: stage for key, stage in ancestors.items() if counts[key] > 1})
+    jobs = {key: [stage] for key, stage in shared.items()}
+    before = {key: shared.keys() & _ancestors(stage) for key, stage in shared.items()}
     for number, (group, ancestors) in enumerate(zip(groups, needed, strict=True)):
         jobs[number] = group
         before[number] = shared.keys() & ancestors
@@ -159,8 +159,8 @@ def _jobs(groups: list[list[Stage]]) -> tuple[dict, dict]:
 
 # %% ../../nbs/core/08_workers.ipynb #45d1ef5c
 def _run_group(group: list[Stage]):
-    for s in group:
-        run(s)
+    for stage in group:
+        run(stage)
 
 
 def _run_jobs(pool: ProcessPoolExecutor, jobs: dict, before: dict) -> Iterator:
@@ -191,7 +191,7 @@ def run_all(
     desc: str = "stages side by side",
 ):
     "Make every stage of every group. Raises what the first stage that fails raises."
-    unfinished = [[s for s in group if not s.done] for group in groups]
+    unfinished = [[stage for stage in group if not stage.done] for group in groups]
     unfinished = [group for group in unfinished if group]
     if not unfinished:
         return
@@ -221,7 +221,7 @@ def mapped(
     items: list,
     few: int = 100,  # up to so many items are worked on in this process
 ) -> list:
-    "What a function gives for each item, in order; many items are shared among workers."
+    "The function's result for each item, in order; many items are shared among workers."
     n = workers_here() if len(items) > few and _can_pool(fn) else 1
     if n == 1:
         return [fn(item) for item in items]
