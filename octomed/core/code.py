@@ -318,11 +318,9 @@ def _bound_names(tree: ast.AST) -> Iterator[str]:
 
 # %% ../../nbs/core/06_code.ipynb #f4dce594
 @functools.lru_cache(1 << 10)
-def _read_module(path: Path, name: str, package: str, version: tuple) -> _Module:
-    "Read a module's file; read it again only if its version has changed."
-    if path.suffix != ".py":
-        return _Module(name, package, tree=ast.Module([], []), text=content(path))
-    tree = _drop_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+def _parse_module(name: str, package: str, source: str) -> _Module:
+    "A module from its source; the same source is parsed once."
+    tree = _drop_docstrings(ast.parse(source))
     return _Module(name, package, tree=tree, text=ast.unparse(tree))
 
 
@@ -342,8 +340,9 @@ def _find_module(name: str) -> _Module:
     if not spec.has_location:  # a folder without `__init__.py`
         return _Module(name, package, tree=ast.Module([], []), text="")
     path = Path(spec.origin)
-    status = path.stat()
-    return _read_module(path, name, package, version=(status.st_size, status.st_mtime_ns))
+    if path.suffix != ".py":  # compiled
+        return _Module(name, package, tree=ast.Module([], []), text=content(path))
+    return _parse_module(name, package, source=path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/core/06_code.ipynb #241d1896
 def _modules_behind(module: str, name: str) -> set[str]:
