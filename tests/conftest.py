@@ -1,4 +1,4 @@
-"A store of its own for every test session, and a small student that several rooms test with."
+"A store of its own for every test session, and a small student that many tests use."
 
 import os
 import signal
@@ -8,12 +8,16 @@ os.environ["OCTOMED_STORE"] = tempfile.mkdtemp(prefix="octomed-store-")
 os.environ["OCTOMED_OUTPUTS"] = tempfile.mkdtemp(prefix="octomed-outputs-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# A script's background process ignores Ctrl-C, and the commands under test must hear it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # started in the background of a script: the commands that are tested must hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+
+WORDS = (
+    "Please reason step - by - step , and put your final answer within \\boxed{ } . "
+    "which is it ? one two three fever rash the option is user assistant : - ."
+)
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +25,16 @@ def student():
     "(model, processor) of a tiny student that knows a few words."
     from octomed.clinic.students import Size, build_student
 
-    words = "Please reason step - by - step , and put your final answer within \\boxed{ } . which is it ? one two three fever rash the option is user assistant : - ."
-    return build_student([words, words.lower()], Size(32, 2, 2, 1, 64, 32, 2), 0, 12_544)
+    size = Size(
+        hidden=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate=64,
+        vision_hidden=32,
+        vision_layers=2,
+    )
+    return build_student([WORDS, WORDS.lower()], size, seed=0, max_pixels=12_544)
 
 
 @pytest.fixture(scope="session")

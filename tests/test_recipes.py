@@ -1,4 +1,4 @@
-"Whether every recipe can be run as it stands, says of the paper what the paper says, and can be rehearsed."
+"""Whether every recipe can be run as it is, gives the paper's numbers, and can be rehearsed."""
 
 import json
 import os
@@ -15,177 +15,195 @@ from octomed.run.sections import declared, parameters, sections
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_gives_what_its_notebooks_declare(name):
     recipe = load_recipe(name)
-    for s in sections(recipe):
-        assert s.module.__name__.startswith("octomed.paper.") and parameters(
-            s, recipe
-        ).keys() == declared(s).keys() - {"recipe", "out"}
+    for section in sections(recipe):
+        assert section.module.__name__.startswith("octomed.paper.")
+        given = parameters(section, recipe).keys()
+        assert given == declared(section).keys() - {"recipe", "out"}
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_recipe_names_sources_in_their_roles_and_teachers_that_there_are(name):
+def test_every_recipe_names_sources_in_their_roles_and_teachers_that_exist(name):
     recipe = load_recipe(name)
-    c = recipe.common
-    assert (
-        c.train
-        and {source_of(s).role for s in c.train} == {"train"}
-        and {source_of(b).role for b in c.benchmarks} == {"benchmark"}
-    )
-    for p in recipe.sections.values():
-        for k in ("benchmark", "inside", "outside"):
-            assert k not in p or p[k] in SOURCES
-    for t in (c.teacher_text, c.teacher_image, c.grader):
-        teacher_revision(t)
+    common = recipe.common
+    assert common.train
+    assert {source_of(pool).role for pool in common.train} == {"train"}
+    assert {source_of(benchmark).role for benchmark in common.benchmarks} == {"benchmark"}
+    for scalars in recipe.sections.values():
+        for key in ("benchmark", "inside", "outside"):
+            assert key not in scalars or scalars[key] in SOURCES
+    for teacher in (common.teacher_text, common.teacher_image, common.grader):
+        teacher_revision(teacher)
 
 
-def test_the_paper_recipe_has_the_papers_numbers():
-    c, s = load_recipe("paper").common, load_recipe("paper").sections
-    assert (c.samples, c.batch, c.lr, c.warmup, c.max_pixels, c.max_tokens) == (
-        16,
-        128,
-        5e-5,
-        0.01,
-        262_144,
-        8_192,
-    )  # §2, §4: training; §5: evaluation
-    assert (c.temperature, c.top_p, c.eval_seeds, c.bootstrap, c.benchmark_limit) == (
-        0.6,
-        0.95,
-        5,
-        10_000,
-        0,
-    )
-    assert (
-        c.train == NAMED
-        and all(SOURCES[b].category for b in c.benchmarks)
-        and "medmcqa:dev" in c.benchmarks
-    )  # its test labels are not public
-    student, _, commit = c.student.partition("@")
-    assert student == "Qwen/Qwen2.5-VL-7B-Instruct" and len(commit) == 40 == len(
-        commit.strip("ghijklmnopqrstuvwxyz")
-    )
+def test_the_paper_recipe_has_the_papers_training_and_evaluation():
+    common = load_recipe("paper").common
+    # §2 and §4: training
+    assert common.samples == 16
+    assert common.batch == 128
+    assert common.lr == 5e-5
+    assert common.warmup == 0.01
+    assert common.max_pixels == 262_144
+    # §5: evaluation
+    assert common.max_tokens == 8_192
+    assert common.temperature == 0.6
+    assert common.top_p == 0.95
+    assert common.eval_seeds == 5
+    assert common.bootstrap == 10_000
+    assert common.benchmark_limit == 0
 
-    def kind(t):
-        return (t.partition(":")[0] in KINDS, t.partition(":")[2].rpartition("@")[0])
 
-    assert [kind(t) for t in (c.teacher_text, c.teacher_image, c.grader)] == [
-        (True, "deepseek-ai/DeepSeek-R1"),
-        (True, "gpt-4o"),
-        (True, "gpt-4.1-mini"),
-    ]
-    assert (
-        s["43_filtering"]["lowest"] == 2 / 16
-        and s["43_filtering"]["benchmark"] == "pmc_vqa:test"
-        and s["44_samples"]["source"] == "medqa:train"
-        and s["45_teacher"]["epochs"] == 1
-    )
+def test_the_paper_recipe_has_the_papers_sources_student_and_teachers():
+    common = load_recipe("paper").common
+    assert common.train == NAMED
+    assert all(SOURCES[benchmark].category for benchmark in common.benchmarks)
+    assert "medmcqa:dev" in common.benchmarks  # its test labels are not public
+    student, _, commit = common.student.partition("@")
+    assert student == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert len(commit) == 40 == len(commit.strip("ghijklmnopqrstuvwxyz"))
 
-    def asked(n, pools):
-        return sum(min(n, SOURCES[p].expected or 0) for p in pools)
+    def split(teacher):
+        kind, _, name = teacher.partition(":")
+        return kind in KINDS, name.rpartition("@")[0]
 
-    assert asked(s["42_formatting"]["questions"], c.train) == pytest.approx(100_000, rel=0.01)
-    assert asked(
-        s["45_teacher"]["questions"], [p for p in c.train if SOURCES[p].category == "text_only"]
-    ) == pytest.approx(30_000, rel=0.01)
-    assert all(
-        SOURCES[p].expected is None or s["41_sourcing"]["questions"] // 5 <= SOURCES[p].expected
-        for p in c.train
-        if SOURCES[p].category != "multimodal_reasoning"
-    )
-    assert all(not p.get("warm") and p.get("seeds") == 1 for n, p in s.items() if n != "30_dataset")
+    assert split(common.teacher_text) == (True, "deepseek-ai/DeepSeek-R1")
+    assert split(common.teacher_image) == (True, "gpt-4o")
+    assert split(common.grader) == (True, "gpt-4.1-mini")
+
+
+def test_the_paper_recipe_has_the_papers_sections():
+    recipe = load_recipe("paper")
+    train, scalars = recipe.common.train, recipe.sections
+    assert scalars["43_filtering"]["lowest"] == 2 / 16
+    assert scalars["43_filtering"]["benchmark"] == "pmc_vqa:test"
+    assert scalars["44_samples"]["source"] == "medqa:train"
+    assert scalars["45_teacher"]["epochs"] == 1
+
+    def total(each, pools):
+        return sum(min(each, SOURCES[pool].expected or 0) for pool in pools)
+
+    text_only = [pool for pool in train if SOURCES[pool].category == "text_only"]
+    assert total(scalars["42_formatting"]["questions"], train) == pytest.approx(100_000, rel=0.01)
+    assert total(scalars["45_teacher"]["questions"], text_only) == pytest.approx(30_000, rel=0.01)
+    for pool in train:
+        source = SOURCES[pool]
+        if source.category != "multimodal_reasoning" and source.expected is not None:
+            assert scalars["41_sourcing"]["questions"] // 5 <= source.expected
+    for name, values in scalars.items():
+        if name != "30_dataset":
+            assert not values.get("warm")
+            assert values.get("seeds") == 1
 
 
 def test_the_gpu_recipe_has_three_training_seeds_an_arm_and_pools_that_are_large_enough():
-    recipe = load_recipe("gpu")
-    assert recipe.common.student != load_recipe("course").common.student and set(
-        recipe.sections
-    ) == set(load_recipe("course").sections)
-    for s in sections(recipe):
-        assert parameters(s, recipe).get("seeds", 3) >= 3
-    for p in recipe.sections.values():
-        assert all(
-            p.get("questions", 0) + p.get("warm", 0) <= SOURCES[pool].expected
-            for pool in recipe.common.train
-        )
+    recipe, course = load_recipe("gpu"), load_recipe("course")
+    assert recipe.common.student != course.common.student
+    assert set(recipe.sections) == set(course.sections)
+    for section in sections(recipe):
+        assert parameters(section, recipe).get("seeds", 3) >= 3
+    for scalars in recipe.sections.values():
+        needed = scalars.get("questions", 0) + scalars.get("warm", 0)
+        assert all(needed <= SOURCES[pool].expected for pool in recipe.common.train)
 
 
-@pytest.mark.timeout(900)
-def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own(
-    tmp_path, monkeypatch
-):
-    from octomed.run.rehearsal import rehearse
-
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch):
+    "The folder in which a rehearsal of the recipe `paper` leaves what it makes."
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))
     monkeypatch.delenv("OCTOMED_STORE", raising=False)
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
-    before, environment = dict(SOURCES), dict(os.environ)
+    return tmp_path / "out" / "paper-rehearsal"
+
+
+@pytest.mark.timeout(900)
+def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own(rehearsed):
+    from octomed.run.rehearsal import rehearse
+
+    sources, environment = dict(SOURCES), dict(os.environ)
     assert rehearse("paper", "44_samples") == {"ran": ["44_samples"], "skipped": []}
-    assert before == SOURCES and dict(os.environ) == environment
-    folder = tmp_path / "out" / "paper-rehearsal"
-    results = json.loads((folder / "results" / "44_samples.json").read_text())
-    assert (
-        results["recipe"] == "paper-rehearsal"
-        and {r["benchmark"] for r in results["rows"]} == {"medqa:test"}
-        and len(results["claims"]) == 4
-    )
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["paper-rehearsal"]
-    told = (folder / "run.log").read_text()
-    assert "nothing of it is a finding" in told and "left out, since nowhere at hand: " in told
-    models = {
-        json.loads(line)["model"]
-        for f in (folder / "store").rglob("requests.jsonl")
-        for line in f.open()
-    }
-    assert models == {"deepseek-ai/DeepSeek-R1@rehearsal"}  # never taken for the real model's
-    assert rehearse("paper", "44_samples") == {
-        "ran": [],
-        "skipped": ["44_samples"],
-    }  # a second rehearsal finds it done
+    assert sources == SOURCES
+    assert dict(os.environ) == environment
+    results = json.loads((rehearsed / "results" / "44_samples.json").read_text())
+    assert results["recipe"] == "paper-rehearsal"
+    assert {row["benchmark"] for row in results["rows"]} == {"medqa:test"}
+    assert len(results["claims"]) == 4
+    assert [path.name for path in rehearsed.parent.iterdir()] == ["paper-rehearsal"]
+    log = (rehearsed / "run.log").read_text()
+    assert "nothing of it is a finding" in log
+    assert "left out, since nowhere at hand: " in log
+    models = set()
+    for file in (rehearsed / "store").rglob("requests.jsonl"):
+        models |= {json.loads(line)["model"] for line in file.open()}
+    # Its answers are never taken for the real model's.
+    assert models == {"deepseek-ai/DeepSeek-R1@rehearsal"}
+    # A second rehearsal finds it done.
+    assert rehearse("paper", "44_samples") == {"ran": [], "skipped": ["44_samples"]}
 
 
 @pytest.mark.timeout(900)
-def test_a_rehearsal_has_the_images_at_the_size_that_a_sections_own_student_sees(
-    tmp_path, monkeypatch
-):
+def test_a_rehearsal_has_the_images_at_the_size_that_a_sections_own_student_reads(rehearsed):
     from octomed.run.rehearsal import rehearse
 
-    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))
-    monkeypatch.delenv("OCTOMED_STORE", raising=False)
-    monkeypatch.delenv("OCTOMED_DATA", raising=False)
     assert load_recipe("paper").common.max_pixels > Common().max_pixels
     assert rehearse("paper", "30_dataset") == {"ran": ["30_dataset"], "skipped": []}
-    rows = json.loads(
-        (tmp_path / "out" / "paper-rehearsal" / "results" / "30_dataset.json").read_text()
-    )["rows"]
-    assert {r["benchmark"] for r in rows} >= {"brain_tumor:test"} and all(r["n"] for r in rows)
+    rows = json.loads((rehearsed / "results" / "30_dataset.json").read_text())["rows"]
+    assert {row["benchmark"] for row in rows} >= {"brain_tumor:test"}
+    assert all(row["n"] for row in rows)
 
 
-def test_a_rehearsals_chats_ask_for_no_picture_that_is_not_at_hand(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "has_pictures"),
+    [
+        ("pubmedvision:alignment", True),
+        ("pubmedvision:instruct", True),
+        ("llava_med:instruct", False),
+    ],
+)
+def test_a_rehearsals_chats_ask_for_no_picture_that_is_not_at_hand(
+    tmp_path, monkeypatch, source, has_pictures
+):
     from octomed.run.rehearsal import handful
 
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
-    for spec, pictures in (
-        ("pubmedvision:alignment", True),
-        ("pubmedvision:instruct", True),
-        ("llava_med:instruct", False),
-    ):
-        rows, where = handful(spec, 4, (12_544,))
-        parts = [p for r in rows for p in r["messages"][0]["content"]]
-        assert (
-            rows
-            and where == "the examples"
-            and "name:" not in json.dumps(rows)
-            and all(p["text"] for p in parts if p["type"] == "text")
-        )
-        assert (
-            any(r["images"] for r in rows) == any(p["type"] == "image" for p in parts) == pictures
-        )
+    rows, where = handful(source, 4, (12_544,))
+    assert rows
+    assert where == "the examples"
+    assert "name:" not in json.dumps(rows)
+    parts = []
+    for row in rows:
+        parts += row["messages"][0]["content"]
+    assert all(part["text"] for part in parts if part["type"] == "text")
+    assert any(part["type"] == "image" for part in parts) == has_pictures
+    assert any(row["images"] for row in rows) == has_pictures
 
 
-def test_a_name_that_another_section_reads_and_no_recipe_gives_is_told():
+def test_a_name_that_another_section_reads_and_no_recipe_gives_is_reported():
     recipe = Recipe("mine", sections={"51_scaling": {"questions": 8}})
-    with pytest.raises(
-        UsageError,
-        match="recipe mine gives 51_scaling no warm_epochs, which another section reads there: add it",
-    ):
+    message = (
+        "recipe mine gives 51_scaling no warm_epochs, which another section reads there: add it"
+    )
+    with pytest.raises(UsageError, match=message):
         recipe.of("51_scaling")["warm_epochs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("common: [1, 2]", "mine.yaml is no recipe: write names and values under common"),
+        ("sections: {44_samples: 3}", "mine.yaml is no recipe"),
+        ("- a list", "mine.yaml is no recipe"),
+        ("common: {batchsize: 3}", "mine.yaml has an unknown key batchsize"),
+        ("commun: {batch: 3}", "mine.yaml has an unknown key commun"),
+        ("common: {batch: many}", "mine.yaml: batch must be int, not 'many'"),
+        ("common: {train: medqa}", "mine.yaml: train must be list, not 'medqa'"),
+        ("common: {lr: fast}", "mine.yaml: lr must be float, not 'fast'"),
+        ("common: {", "mine.yaml is not YAML"),
+        ("common: {plugins: [no_such_module]}", "the plugin no_such_module, which cannot be"),
+    ],
+)
+def test_a_malformed_recipe_is_refused_in_one_sentence(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)

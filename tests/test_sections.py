@@ -6,13 +6,13 @@ import json
 import pytest
 import yaml
 
-from octomed.core import paths as core
-from octomed.core.recipe import load_recipe
+from octomed.core.paths import root, shipped_notebooks, shipped_recipes
+from octomed.core.recipe import load_recipe, recipes
 from octomed.run.sections import Section, declared, parameters, sections
 
-NOTEBOOKS = sorted((core.root() / "nbs" / "paper").glob("*.ipynb"))
+NOTEBOOKS = sorted(shipped_notebooks().glob("*.ipynb"))
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-RECIPES = pytest.mark.parametrize("name", core.recipes())
+RECIPES = pytest.mark.parametrize("name", recipes())
 
 
 def cells(path, kind="code"):
@@ -37,7 +37,7 @@ def test_exactly_one_parameters_cell_with_recipe_and_out(path):
 def test_parameters_are_not_exported(path):
     source = "".join(tagged(path)[0]["source"])
     assert not source.lstrip().startswith("#|")
-    module = core.root() / "octomed" / "paper" / f"{path.stem.partition('_')[2]}.py"
+    module = root() / "octomed" / "paper" / f"{path.stem.partition('_')[2]}.py"
     top = {
         t.id
         for n in ast.parse(module.read_text()).body
@@ -87,13 +87,13 @@ def test_recipes_run_in_the_paper_order(name):
 def test_no_executed_copy_lies_under_nbs():
     assert not [
         p
-        for p in (core.root() / "nbs").rglob("*.ipynb")
+        for p in (root() / "nbs").rglob("*.ipynb")
         if '"papermill"' in json.dumps(json.loads(p.read_text())["metadata"])
     ]
 
 
 def test_recipe_values_carry_their_reason_or_size():
     "Every recipe is plain YAML: what it holds is what `load_recipe` gives."
-    for name in core.recipes():
-        raw = yaml.safe_load((core.root() / "nbs" / "recipes" / f"{name}.yaml").read_text())
+    for name in recipes():
+        raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text())
         assert load_recipe(name).sections == {k: v or {} for k, v in raw["sections"].items()}

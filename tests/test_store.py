@@ -1,4 +1,4 @@
-"Stages side by side: order, what is shared, and how workers end."
+"Stages side by side: their order, what they share, and how workers end."
 
 import os
 import signal
@@ -6,31 +6,43 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from octomed.core import store
+from octomed.core import store, workers
 from octomed.core.identity import digest
 from octomed.core.paths import OctomedError
 from octomed.core.store import made
 from octomed.core.workers import _jobs, mapped, run_all
 
 CODE = """
-import os, signal, time
+import os
+import signal
+import time
 from pathlib import Path
-from octomed.store import stage
+
+from octomed.core.store import stage
+
 
 @stage
 def base(out, n):
-    (out/"base.txt").write_text(str(n))
-    with open(os.environ["COUNT"], "a") as f: f.write("base\\n")
+    (out / "base.txt").write_text(str(n))
+    with open(os.environ["COUNT"], "a") as file:
+        file.write("base\\n")
+
 
 @stage
 def student(out, base, seed):
-    if seed == "kill": os.kill(os.getpid(), signal.SIGKILL)
-    if seed == "fail": raise ValueError("no number")
-    if seed == "wait": Path(os.environ["COUNT"] + ".waits").write_text(str(os.getpid())); time.sleep(60)
-    (out/"student.txt").write_text(f"{(base/'base.txt').read_text()} {seed} {os.getpid()} {os.environ.get('TOLD', '')}")
+    if seed == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seed == "fail":
+        raise ValueError("no number")
+    if seed == "wait":
+        Path(os.environ["COUNT"] + ".waits").write_text(str(os.getpid()))
+        time.sleep(60)
+    parts = [(base / "base.txt").read_text(), seed, os.getpid(), os.environ.get("TOLD", "")]
+    (out / "student.txt").write_text(" ".join(map(str, parts)))
 """
 
 
@@ -41,14 +53,15 @@ def stages(tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(store, "NEEDED", ())  # these need no torch
+    monkeypatch.setattr(workers, "NEEDED", ())  # these need no torch
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("OCTOMED_WORKERS", "2")
     monkeypatch.setenv("COUNT", str(tmp_path / "count"))
     return __import__(name)
 
 
-def told(s):
+def written(s):
+    "What a student wrote: its base, its seed, its process, and a variable of its environment."
     return (s.folder / "student.txt").read_text().split(" ")
 
 
@@ -56,20 +69,22 @@ def test_what_is_shared_is_made_once_and_groups_are_made_by_workers(stages, tmp_
     monkeypatch.setenv("TOLD", "now")
     groups = [[stages.student(base=stages.base(n=1), seed=i)] for i in range(4)]
     run_all(groups)
-    assert [told(g[0])[:2] for g in groups] == [["1", str(i)] for i in range(4)] and (
-        tmp_path / "count"
-    ).read_text() == "base\n"
-    assert str(os.getpid()) not in {told(g[0])[2] for g in groups}
-    run_all([[alone := stages.student(base=stages.base(n=1), seed=4)]])
-    assert told(alone)[2] != str(os.getpid())  # with a worker's number of threads, as beside others
-    monkeypatch.setenv(
-        "TOLD", "later"
-    )  # a worker has the environment of its call, not of the server's start
-    run_all(more := [[stages.student(base=stages.base(n=1), seed=i)] for i in (5, 6)])
-    assert {told(g[0])[3] for g in groups} == {"now"} and {told(g[0])[3] for g in more} == {"later"}
+    assert [written(group[0])[:2] for group in groups] == [["1", str(i)] for i in range(4)]
+    assert (tmp_path / "count").read_text() == "base\n"
+    assert str(os.getpid()) not in {written(group[0])[2] for group in groups}
+    alone = stages.student(base=stages.base(n=1), seed=4)
+    run_all([[alone]])
+    # A single group has a worker too, with a worker's number of threads.
+    assert written(alone)[2] != str(os.getpid())
+    # A worker has the environment of its call, not that of the server's start.
+    monkeypatch.setenv("TOLD", "later")
+    more = [[stages.student(base=stages.base(n=1), seed=i)] for i in (5, 6)]
+    run_all(more)
+    assert {written(group[0])[3] for group in groups} == {"now"}
+    assert {written(group[0])[3] for group in more} == {"later"}
 
 
-def test_jobs_wait_for_what_they_rest_on(stages):
+def test_jobs_wait_for_what_they_depend_on(stages):
     first = stages.base(n=1)
     second = stages.student(base=first, seed=0)
     groups = [
@@ -94,73 +109,80 @@ def test_jobs_wait_for_what_they_rest_on(stages):
     }
 
 
-def test_a_failing_stage_is_told_and_the_others_kept(stages):
-    good, bad = (
-        stages.student(base=stages.base(n=1), seed=1),
-        stages.student(base=stages.base(n=1), seed="fail"),
-    )
+def test_a_failing_stage_is_reported_and_the_others_are_kept(stages):
+    good = stages.student(base=stages.base(n=1), seed=1)
+    bad = stages.student(base=stages.base(n=1), seed="fail")
     with pytest.raises(ValueError, match="no number"):
         run_all([[good], [bad]])
-    assert good.done and not bad.done
+    assert good.done
+    assert not bad.done
 
 
-def test_fault_1_a_killed_worker_is_told_and_the_next_run_goes_on(stages):
-    good, bad = (
-        stages.student(base=stages.base(n=1), seed=1),
-        stages.student(base=stages.base(n=1), seed="kill"),
-    )
-    with pytest.raises(OctomedError, match="a worker was killed.*run again"):
+def test_fault_1_a_killed_worker_is_reported_and_the_next_run_goes_on(stages):
+    good = stages.student(base=stages.base(n=1), seed=1)
+    bad = stages.student(base=stages.base(n=1), seed="kill")
+    with pytest.raises(OctomedError, match=r"a worker was killed.*run again"):
         run_all([[bad], [bad, good]])
-    assert stages.base(n=1).done and not made(bad.folder)
+    assert stages.base(n=1).done
+    assert not made(bad.folder)
     run_all([[good], [stages.student(base=stages.base(n=1), seed=2)]])
     assert good.done
 
 
 def test_code_that_changed_since_is_not_left_to_the_server(monkeypatch):
-    assert store._start_method() == "forkserver"
-    changed = store._server["since"] + 10
-    real = os.stat
-    monkeypatch.setattr(
-        store.os,
-        "stat",
-        lambda p, *a, **k: (
-            type("", (), {"st_mtime": changed}) if p == store.__file__ else real(p, *a, **k)
-        ),
-    )
-    assert store._start_method() == "spawn"
+    assert workers._start_method() == "forkserver"
+    changed = SimpleNamespace(st_mtime=workers._server["since"] + 10)
+    stat = os.stat
+
+    def stat_changed(path, *args, **kwargs):
+        return changed if path == store.__file__ else stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(workers.os, "stat", stat_changed)
+    assert workers._start_method() == "spawn"
 
 
+WAITING = """
+import {name} as m
+from octomed.core import workers
+
+workers.NEEDED = ()
+waiting = m.student(base=m.base(n=1), seed="wait")
+workers.run_all([[waiting], [m.student(base=m.base(n=1), seed=1)]])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="counts processes in /proc")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_fault_2_workers_and_their_server_end_with_the_process(stages, tmp_path, signum):
-    code = f"import {stages.__name__} as m; from octomed import store; store.NEEDED = (); store.run_all([[m.student(base=m.base(n=1), seed='wait')], [m.student(base=m.base(n=1), seed=1)]])"
-    p = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING.format(name=stages.__name__)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     waits = tmp_path / "count.waits"
     end = time.time() + 120
     while not waits.exists() or not waits.read_text():
-        assert time.time() < end and p.poll() is None
+        assert time.time() < end
+        assert process.poll() is None
         time.sleep(0.05)
-
-    def group():
-        return [
-            pid
-            for pid in os.listdir("/proc")
-            if pid.isdigit() and _session(pid) == p.pid and int(pid) != p.pid
-        ]
-
-    assert len(group()) >= 2  # the server and a worker
-    (os.killpg if signum == signal.SIGINT else os.kill)(
-        p.pid, signum
-    )  # Ctrl-C reaches the whole group, a kill one process
-    assert p.wait(timeout=30) != 0
+    assert len(others_in_session(process.pid)) >= 2  # the server and a worker
+    # Ctrl-C reaches the whole group, a kill one process.
+    send = os.killpg if signum == signal.SIGINT else os.kill
+    send(process.pid, signum)
+    assert process.wait(timeout=30) != 0
     end = time.time() + 30
-    while left := group():
+    while left := others_in_session(process.pid):
         assert time.time() < end, left
         time.sleep(0.1)
 
 
-def _session(pid):
+def others_in_session(session):
+    "The processes of a session without the one that leads it."
+    pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()]
+    return [pid for pid in pids if pid != session and session_of(pid) == session]
+
+
+def session_of(pid):
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
     except (OSError, IndexError):
@@ -170,7 +192,25 @@ def _session(pid):
 def test_many_items_are_worked_on_in_processes_with_the_same_result(monkeypatch, tmp_path):
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
     monkeypatch.setenv("OCTOMED_WORKERS", "2")
-    pools, pool = [], store._pool
-    monkeypatch.setattr(store, "_pool", lambda n: pools.append(n) or pool(n))
-    assert mapped(digest, list(range(12)), few=4) == [digest(i) for i in range(12)] and pools == [2]
-    assert mapped(digest, list(range(4)), few=4) == [digest(i) for i in range(4)] and pools == [2]
+    sizes, make_pool = [], workers._pool
+
+    def count_pool(n):
+        sizes.append(n)
+        return make_pool(n)
+
+    monkeypatch.setattr(workers, "_pool", count_pool)
+    many, few = list(range(12)), list(range(4))
+    assert mapped(digest, many, few=4) == [digest(i) for i in many]
+    assert sizes == [2]
+    assert mapped(digest, few, few=4) == [digest(i) for i in few]
+    assert sizes == [2]
+
+
+def test_on_windows_one_sentence_names_the_systems_that_octomed_runs_on():
+    code = "import sys\nsys.modules['fcntl'] = None\nimport octomed.core.store"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "octomed.core.paths.OctomedError: octomed runs on Linux and macOS: "
+        "on Windows, install it and run it inside WSL"
+    )
