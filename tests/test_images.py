@@ -1,4 +1,6 @@
-"Images: opened safely, resized by each family's rule, named, kept, and seen alike by training, inference and the model's own processor."
+"""Images are opened safely, resized by each family's rule, named and stored.
+
+Training, inference and the model's own processor see the same picture."""
 
 import io
 import json
@@ -64,7 +66,7 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_what_no_family_or_tile_can_hold_is_said():
         stored_size(100, 100, 12_544, "internvl")
 
 
-# --- the models' own processors, built from their published configurations ------------------------------------------------
+# --- the models' own processors, built from their published configurations --------------------
 
 CONFIGS = {
     "qwen2_vl": {
@@ -363,7 +365,7 @@ def test_a_stored_picture_off_the_grid_is_refused():
         load_image(name)
 
 
-# --- opening safely ------------------------------------------------------------------------------------------------------
+# --- opening safely ---------------------------------------------------------------------------
 
 
 def test_fault_18_transparency_lies_on_white():
@@ -540,11 +542,11 @@ def test_fault_18_cut_files_are_refused_even_if_somebody_lets_pillow_fill_them(m
 
 def test_fault_18_zero_bytes_and_missing_file(tmp_path):
     (tmp_path / "nothing.png").touch()
-    with pytest.raises(OctomedError, match="nothing.png is empty"):
+    with pytest.raises(OctomedError, match=r"nothing\.png is empty"):
         open_image(tmp_path / "nothing.png")
     with pytest.raises(OctomedError, match="an image is empty"):
         open_image(b"")
-    with pytest.raises(OctomedError, match="no image gone.png"):
+    with pytest.raises(OctomedError, match=r"no image gone\.png"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(OctomedError, match="no image"):
         open_image(tmp_path)
@@ -583,7 +585,7 @@ def test_fault_19_a_warning_made_an_error_is_still_one_sentence():
 def test_fault_19_a_file_too_large_to_be_an_image_is_not_read(tmp_path):
     with open(tmp_path / "huge.png", "wb") as f:
         f.truncate(8 * images.LARGEST + 1)  # a hole: no disk is used
-    with pytest.raises(OctomedError, match="huge.png is larger"):
+    with pytest.raises(OctomedError, match=r"huge\.png is larger"):
         open_image(tmp_path / "huge.png")
 
 
@@ -592,7 +594,7 @@ def test_fault_19_the_limit_stays_on():
     assert Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS <= images.LARGEST
 
 
-# --- names and intake ----------------------------------------------------------------------------------------------------
+# --- names and intake -------------------------------------------------------------------------
 
 
 def test_fault_21_same_pixels_other_encoding_and_transposed_shape():
@@ -637,7 +639,9 @@ def test_load_image_says_what_is_missing():
 
 @pytest.fixture
 def files(tmp_path):
-    "Six pictures, of which the last has the first one's pixels in another encoding, and a way to write more."
+    """Six pictures, and a function that writes more.
+
+    The last has the pixels of the first in another encoding."""
     folder = tmp_path / "files"
     folder.mkdir()
 
@@ -701,9 +705,9 @@ def test_a_file_is_known_by_its_content_and_not_decoded_twice(files, monkeypatch
 
 def test_a_damaged_index_costs_time_only(files):
     first = intake_all(files.paths, 12_544)
-    images._index().write_text("{")
+    images._index_path().write_text("{")
     assert intake_all(files.paths, 12_544) == first and len(
-        json.loads(images._index().read_text())
+        json.loads(images._index_path().read_text())
     ) == len(files.paths)
 
 
@@ -718,7 +722,7 @@ def test_what_was_met_before_a_stop_is_remembered(files, monkeypatch):
     monkeypatch.setattr(images, "intake", stop)
     with pytest.raises(KeyboardInterrupt):
         intake_all(files.paths, 12_544, workers=1)
-    assert {file_hash(p) for p in files.paths[:3]} <= json.loads(images._index().read_text()).keys()
+    assert {file_hash(p) for p in files.paths[:3]} <= json.loads(images._index_path().read_text()).keys()
 
 
 def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
@@ -735,7 +739,7 @@ def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
 def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
     paths = [files(f"p{i}.png", encoded(NOISE.rotate(3 * i))) for i in range(8)]
     code = (
-        "import sys; from octomed import images\n"
+        "import sys; from octomed.data import images\n"
         "who, *paths = sys.argv[1:]; sys.stdin.readline()\n"
         "for i in range(40): images._remember({f'{who}{i}': 'x'})\n"
         "for p in paths: images.intake_all([p], 12_544, workers=1)\n"
@@ -754,11 +758,11 @@ def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
         p.stdin.flush()
     for p in both:
         assert p.communicate(timeout=60)[1] is not None and p.returncode == 0
-    index = json.loads(images._index().read_text())
+    index = json.loads(images._index_path().read_text())
     assert len(index) == 80 + len(paths) and all(
         load_image(index[file_hash(p)], 12_544) for p in paths
     )
-    assert not [p for p in images._index().parent.rglob(".*") if p.is_file()]
+    assert not [p for p in images._index_path().parent.rglob(".*") if p.is_file()]
 
 
 @pytest.mark.parametrize("offered", [True, False])
@@ -791,7 +795,7 @@ def test_files_are_read_ahead_of_their_turn_and_no_further(tmp_path, monkeypatch
     assert events == [(what, n) for part in parts for what in ("ahead", "hash") for n in part]
 
 
-# --- the report ----------------------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------
 
 
 def test_fault_21_report_tells_copies_conflicts_and_twins(files):
