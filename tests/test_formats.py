@@ -30,7 +30,14 @@ from octomed.data.formats import (
     from_rexvqa,
     read_split,
 )
-from octomed.data.readers import _text, _Walk, read_csv, read_exams, read_keyed, read_rows
+from octomed.data.readers import (
+    _JsonCursor,
+    _read_text,
+    read_csv,
+    read_exams,
+    read_keyed,
+    read_rows,
+)
 from octomed.data.slides import TEST_SITES, TISSUES, contour_boxes, cut_patches, tiles
 from octomed.data.sources import load, load_report
 
@@ -66,17 +73,17 @@ rows = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(rows, st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
-def test_a_walk_gives_what_json_gives_wherever_the_blocks_end(
+def test_a_cursor_gives_what_json_gives_wherever_the_blocks_end(
     tmp_path_factory, items, size, ascii, indent
 ):
-    path = tmp_path_factory.getbasetemp() / "walk.json"
+    path = tmp_path_factory.getbasetemp() / "cursor.json"
     path.write_text("x")
-    for what, close in ((items, "]"), ({f"k{i}": r for i, r in enumerate(items)}, "}")):
-        text = json.dumps(what, ensure_ascii=ascii, indent=indent)
-        walk = _Walk(path)
-        walk.blocks = iter([text[i : i + size] for i in range(0, len(text), size)])
-        walk.sign()
-        assert list(walk.members(close)) == (items if close == "]" else list(what.items()))
+    for values, close in ((items, "]"), ({f"k{i}": r for i, r in enumerate(items)}, "}")):
+        text = json.dumps(values, ensure_ascii=ascii, indent=indent)
+        cursor = _JsonCursor(path)
+        cursor.blocks = iter([text[i : i + size] for i in range(0, len(text), size)])
+        cursor.next_character()
+        assert list(cursor.read_items(close)) == (items if close == "]" else list(values.items()))
 
 
 @settings(max_examples=80, deadline=None)
@@ -145,10 +152,10 @@ def test_a_large_file_is_never_held(tmp_path, array):
 def test_bytes_that_are_no_utf8_are_named_by_their_place(tmp_path):
     (tmp_path / "t").write_bytes(b"a" * (1 << 20) + "é".encode() + b"bc\xff")
     with pytest.raises(OctomedError, match=f"not UTF-8 text at byte {(1 << 20) + 4}"):
-        list(_text(tmp_path / "t"))
+        list(_read_text(tmp_path / "t"))
     (tmp_path / "t").write_bytes(b"a\xc3")
     with pytest.raises(OctomedError, match="not UTF-8 text at byte 1"):
-        list(_text(tmp_path / "t"))
+        list(_read_text(tmp_path / "t"))
 
 
 def test_csv_keeps_line_breaks_and_refuses_ragged_rows(tmp_path):

@@ -528,7 +528,7 @@ def test_fault_18_rotated_pil_image_and_stored_file_agree():
 def test_fault_18_cut_files_give_one_sentence(kind):
     data = encoded(NOISE, kind)
     for cut in (len(data) // 2, len(data) // 3, 30, 9, 1):
-        with pytest.raises(OctomedError, match="cut short|not an image"):
+        with pytest.raises(OctomedError, match=r"cut short|not an image"):
             open_image(data[:cut])
 
 
@@ -722,7 +722,8 @@ def test_what_was_met_before_a_stop_is_remembered(files, monkeypatch):
     monkeypatch.setattr(images, "intake", stop)
     with pytest.raises(KeyboardInterrupt):
         intake_all(files.paths, 12_544, workers=1)
-    assert {file_hash(p) for p in files.paths[:3]} <= json.loads(images._index_path().read_text()).keys()
+    known = json.loads(images._index_path().read_text())
+    assert {file_hash(p) for p in files.paths[:3]} <= known.keys()
 
 
 def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
