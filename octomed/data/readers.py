@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from ..core.paths import OctomedError
 
 # %% ../../nbs/data/03_readers.ipynb #a29aca35
@@ -47,8 +45,8 @@ _decode = json.JSONDecoder().raw_decode
 _blanks = re.compile(r"\s*")
 
 # %% ../../nbs/data/03_readers.ipynb #90c1e9c5
-class _JsonCursor:
-    "A cursor over JSON text that comes in blocks."
+class _TextCursor:
+    "A cursor over text that comes in blocks."
 
     def __init__(self, path: Path):
         self.name = path.name
@@ -65,6 +63,15 @@ class _JsonCursor:
         self.text += block or ""
         return block is not None and len(self.text) < LONGEST
 
+    def next_character(self) -> str:
+        "The next character that is no blank; empty at the end."
+        while True:
+            self.at = _blanks.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.read_more():
+                return ""
+
     def error(self, place: int) -> OctomedError:
         "The error that names the line of a place."
         line = self.line + self.text.count("\n", 0, place)
@@ -73,58 +80,45 @@ class _JsonCursor:
         )
 
 # %% ../../nbs/data/03_readers.ipynb #5a1e0302
-@patch
-def next_character(self: _JsonCursor) -> str:
-    "The next character that is no blank; empty at the end."
-    while True:
-        self.at = _blanks.match(self.text, self.at).end()
-        if self.at < len(self.text):
-            return self.text[self.at]
-        if not self.read_more():
-            return ""
+class _JsonCursor(_TextCursor):
+    "A cursor over the values of JSON."
 
-# %% ../../nbs/data/03_readers.ipynb #5a1e0303
-@patch
-def read_value(self: _JsonCursor):
-    "The next value. Raises `OctomedError` if there is none."
-    self.next_character()
-    while True:
-        try:
-            value, self.at = _decode(self.text, self.at)
-            return value
-        except ValueError as e:
-            is_near_end = e.pos > len(self.text) - 16
-            may_be_cut = e.msg.startswith("Unterminated string") or is_near_end
-            if not (may_be_cut and self.read_more()):
-                raise self.error(min(e.pos, len(self.text))) from None
+    def read_value(self):
+        "The next value. Raises `OctomedError` if there is none."
+        self.next_character()
+        while True:
+            try:
+                value, self.at = _decode(self.text, self.at)
+                return value
+            except ValueError as e:
+                is_near_end = e.pos > len(self.text) - 16
+                may_be_cut = e.msg.startswith("Unterminated string") or is_near_end
+                if not (may_be_cut and self.read_more()):
+                    raise self.error(min(e.pos, len(self.text))) from None
 
-# %% ../../nbs/data/03_readers.ipynb #5a1e0304
-@patch
-def expect(self: _JsonCursor, character: str):
-    "Step over this character. Raises `OctomedError` if another one comes next."
-    if self.next_character() != character:
-        raise self.error(self.at)
-    self.at += 1
-
-
-@patch
-def read_items(self: _JsonCursor, close: str) -> Iterator:
-    "The items of an array (`]` closes it), or the (key, value) pairs of an object (`}`)."
-    self.at += 1
-    while self.next_character() != close:
-        item = self.read_value()
-        if close == "}":
-            self.expect(":")
-            item = item, self.read_value()
-        yield item
-        if self.next_character() == close:
-            break
-        self.expect(",")
-        if self.next_character() == close:
+    def expect(self, character: str):
+        "Step over this character. Raises `OctomedError` if another one comes next."
+        if self.next_character() != character:
             raise self.error(self.at)
-    self.at += 1
-    if self.next_character():
-        raise self.error(self.at)
+        self.at += 1
+
+    def read_items(self, close: str) -> Iterator:
+        "The items of an array (`]` closes it), or the (key, value) pairs of an object (`}`)."
+        self.at += 1
+        while self.next_character() != close:
+            item = self.read_value()
+            if close == "}":
+                self.expect(":")
+                item = item, self.read_value()
+            yield item
+            if self.next_character() == close:
+                break
+            self.expect(",")
+            if self.next_character() == close:
+                raise self.error(self.at)
+        self.expect(close)
+        if self.next_character():
+            raise self.error(self.at)
 
 # %% ../../nbs/data/03_readers.ipynb #cc8bbab7
 def _read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
