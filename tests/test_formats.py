@@ -413,9 +413,9 @@ def test_the_papers_splits(name, out):
     } == {s: SPLITS[s] for s in parts} and not any(r.dropped for r in parts.values())
     names = [{q.origin for q in r.questions} for r in parts.values()]
     assert not names[0] & names[1]
-    from octomed.data.sources import _local, source_of
+    from octomed.data.sources import _find_local, source_of
 
-    (path,) = _local(source_of(f"{name}:train"), None)[1]
+    (path,) = _find_local(source_of(f"{name}:train"), None)[1]
     assert len(names[0]) + len(names[1]) + out == sum(1 for _ in read_csv(path))
 
 
