@@ -604,7 +604,9 @@ def test_malformed_files_name_file_and_line(here):
     ):
         load("medqa:test", folder=here)
     write(here, ["no object"])
-    with pytest.raises(OctomedError, match=r"line 1 of phrases_no_exclude_test\.jsonl is not a row"):
+    with pytest.raises(
+        OctomedError, match=r"line 1 of phrases_no_exclude_test\.jsonl is not a row"
+    ):
         load("medqa:test", folder=here)
     (here / "medmcqa" / "selfbiorag_medmc_qa_train_gpt4.jsonl").write_text("[\nnothing]")
     with pytest.raises(OctomedError, match="line 2 of selfbiorag"):
