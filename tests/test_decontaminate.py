@@ -73,9 +73,9 @@ def test_equals_the_plain_rule_on_planted_overlaps(n):
     for i in range(0, 200, 3):
         cut = bench[i % 50].split()[: int(rng.integers(n - 2, n + 3))]
         train[i] = train[i] + "  " + " ".join(cut).upper() + "\t" + train[i]
-    want = plain(train, bench, n)
+    expected = plain(train, bench, n)
     report = decontaminate(rows(*train), rows(*bench), n)
-    assert report.flagged == want and 0 < len(want) < 67
+    assert report.flagged == expected and 0 < len(expected) < 67
     for m in report.matches:
         assert (
             m.text in " ".join(words(train[m.train]))
@@ -244,7 +244,7 @@ def test_fault_24_template_overlap_is_reported_as_boilerplate_not_as_exact():
     assert not leak.likely_boilerplate and leak.bench == 2 and leak.share == 1
 
 
-def test_options_tell_an_item_from_a_stock_stem():
+def test_options_distinguish_an_item_from_a_stock_stem():
     bench = [{"question": "Which is true?", "options": {"A": "Salt", "B": "Iron"}}]
     train = [
         {"question": "which is TRUE?", "options": ["iron", "salt"]},
@@ -368,13 +368,13 @@ def test_files_in_pieces_and_processes_equal_memory(tmp_path, monkeypatch, packe
         jsonl(tmp_path / ("t.jsonl" + ".gz" * packed), train, packed),
         jsonl(tmp_path / "b.jsonl", bench),
     )
-    want = decontaminate(train, bench, 8)
+    expected = decontaminate(train, bench, 8)
     monkeypatch.setattr(files_module, "LARGE", 1)
     monkeypatch.setattr(files_module.pieces, "__defaults__", (700,))
     assert len(list(pieces(Path(t)))) > 20
     for workers in (1, 2):
-        assert reports([t], [b], 8, workers=workers)[t, b] == want
-    assert len(want.flagged) > 40 and len(want.exact) >= 8
+        assert reports([t], [b], 8, workers=workers)[t, b] == expected
+    assert len(expected.flagged) > 40 and len(expected.exact) >= 8
 
 
 @pytest.mark.parametrize("size", [1, 40, 1 << 20])
@@ -384,13 +384,13 @@ def test_pieces_hold_whole_lines_and_count_them(tmp_path, size):
         b'{"question": "three"}'
     )
     (tmp_path / "x.jsonl").write_bytes(data)
-    got = list(pieces(tmp_path / "x.jsonl", size))
-    assert b"".join(p for _, p, _ in got) == data[3:] and got[-1][2] == len(data)
-    assert [first for first, _, _ in got] == [
-        1 + b"".join(p for _, p, _ in got[:i]).count(b"\n") for i in range(len(got))
+    results = list(pieces(tmp_path / "x.jsonl", size))
+    assert b"".join(p for _, p, _ in results) == data[3:] and results[-1][2] == len(data)
+    assert [first for first, _, _ in results] == [
+        1 + b"".join(p for _, p, _ in results[:i]).count(b"\n") for i in range(len(results))
     ]
     read = [
-        (n, r["question"]) for first, p, _ in got for n, r in file_rows(lines_of(first, p), "x")
+        (n, r["question"]) for first, p, _ in results for n, r in file_rows(lines_of(first, p), "x")
     ]
     assert read == [(0, "one"), (2, "tüwo"), (4, "three")]
 
@@ -456,20 +456,20 @@ def test_fault_25_the_funnel_adds_up_and_gives_one_reason_a_row(tmp_path):
         jsonl(tmp_path / "b.jsonl", bench[:30]),
         jsonl(tmp_path / "c.jsonl", bench[20:]),
     )
-    found = reports([t], [b, c], 8)
-    f = funnel(found.values())
+    by_pair = reports([t], [b, c], 8)
+    f = funnel(by_pair.values())
     assert f["rows"] == 400 == sum(v for k, v in f.items() if k != "rows") and f[
         "kept"
-    ] == 400 - len(set().union(*(r.drop for r in found.values())))
+    ] == 400 - len(set().union(*(r.drop for r in by_pair.values())))
     assert set(f) == {
         "rows",
         "kept",
         "same stem as a benchmark item",
         "shares 8 words in a row with a benchmark item",
     }
-    listed = list(drops(found))
+    listed = list(drops(by_pair))
     assert (
-        len(listed) == sum(len(r.drop) for r in found.values())
+        len(listed) == sum(len(r.drop) for r in by_pair.values())
         and len({d["line"] for d in listed}) == 400 - f["kept"]
     )
     for d in listed:
@@ -487,8 +487,8 @@ def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
     train = rows(
         f"<script>alert(1)</script> & more. {stock}", bench[2]["question"], "SHORT one?", "innocent"
     )
-    found = {("train.jsonl", "bench.jsonl"): decontaminate(train, bench, 8)}
-    html = as_html(found, tmp_path / "x.html").read_text()
+    by_pair = {("train.jsonl", "bench.jsonl"): decontaminate(train, bench, 8)}
+    html = as_html(by_pair, tmp_path / "x.html").read_text()
     assert (
         "<script>alert" not in html
         and "&lt;script&gt;" in html
@@ -511,12 +511,12 @@ def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
         "4",
         "1",
     ]
-    cut = page(found, most=1)
+    cut = page(by_pair, most=1)
     assert cut.count("<tr class=leak>") == 1 and "The first 1 of 3" in cut
     assert "Nothing is dropped" in page({("a", "b"): decontaminate(rows("x"), rows("y"))})
 
 
-def test_the_rules_of_others_stand_beside_each_other():
+def test_rules_of_other_projects_are_compared_with_ours():
     item = (
         "An old man coughs blood every single morning since the spring "
         "and has lost much weight; what is it?"
@@ -573,19 +573,19 @@ def test_the_command_writes_page_and_drops(tmp_path, capsys):
         == 0
     )
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
-    want = decontaminate(train, bench, 8)
+    expected = decontaminate(train, bench, 8)
     assert pair == {
         "train": t,
         "bench": b,
         "n": 8,
         "rows": 400,
-        "flagged": len(want.flagged),
-        "exact": len(want.exact),
-        "blind": len(want.blind),
+        "flagged": len(expected.flagged),
+        "exact": len(expected.exact),
+        "blind": len(expected.blind),
     }
     lines = (tmp_path / "d.jsonl").read_text().splitlines()
-    assert [json.loads(line)["line"] - 1 for line in lines] == sorted(want.drop)
-    assert f"{len(want.drop):,} dropped" in (tmp_path / "r.html").read_text()
+    assert [json.loads(line)["line"] - 1 for line in lines] == sorted(expected.drop)
+    assert f"{len(expected.drop):,} dropped" in (tmp_path / "r.html").read_text()
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"question": "a"\n')
     assert main(["decontaminate", str(tmp_path / "bad.jsonl"), "--against", b]) == 1
     assert (
@@ -632,13 +632,13 @@ def test_real_text_sets_equal_the_plain_rule(n):
         0,
     )
     for t, stems in train.items():
-        got = module.reports_of(index, [module.part_of(index, enumerate(rows(*stems)))])
+        results = module.reports_of(index, [module.part_of(index, enumerate(rows(*stems)))])
         grams = [grams_of(s, n) for s in stems]
         for b in BENCH:
-            assert got[b].flagged == [
+            assert results[b].flagged == [
                 i for i, g in enumerate(grams) if not g.isdisjoint(seen[b])
             ], (t, b)
-        flagged += sum(len(r.flagged) for r in got.values())
+        flagged += sum(len(r.flagged) for r in results.values())
     assert flagged > 100
 
 

@@ -361,7 +361,7 @@ def test_fault_25_a_split_conserves_its_rows_and_leaves_the_ungradable_out(tmp_p
         and "IM000099.JPG" not in parts["train"] + parts["test"]
     )
     grades = {r["id_code"]: r["diagnosis"] for _, r in read_csv(f)}
-    sizes = Counter(grades[n] for n in sum(parts.values(), []))
+    sizes = Counter(grades[n] for n in parts["train"] + parts["test"])
     assert Counter(grades[n] for n in parts["train"]) == {g: int(0.8 * n) for g, n in sizes.items()}
 
 
@@ -559,7 +559,10 @@ def test_tiles_cover_a_side_evenly(start, length):
 
 @pytest.fixture
 def bcss(tmp_path):
-    "Three slides: a tumour with a stroma in its hole and a speck; a wide necrosis; an inflamed test slide."
+    """Three slides.
+
+    The first has a tumour with a stroma in its hole and a speck, the second a wide necrosis, and
+    the third, of the test set, an inflammation."""
     from PIL import ImageDraw
 
     def slide(name, size, *boxes):

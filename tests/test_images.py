@@ -70,7 +70,7 @@ def store(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given_,want",
+    "given_,expected",
     [
         ((512, 512), (504, 504)),
         ((1024, 768), (588, 420)),
@@ -79,8 +79,8 @@ def store(tmp_path, monkeypatch):
         ((28, 5600), (28, 5600)),
     ],
 )
-def test_smart_resize_golden(given_, want):
-    assert smart_resize(*given_) == want
+def test_smart_resize_golden(given_, expected):
+    assert smart_resize(*given_) == expected
 
 
 @settings(max_examples=150, deadline=None)
@@ -286,7 +286,7 @@ def test_visual_tokens_at_the_papers_limit():
     assert most == {"qwen2_5_vl": 334, "qwen3_vl": 256, "internvl": 256}
 
 
-def told(family, limit):
+def processor_options(family, limit):
     return dict(
         processor_arguments(limit, family),
         do_rescale=False,
@@ -304,9 +304,9 @@ def test_stored_pixels_and_grid_equal_the_processors_on_the_original(family, lim
         img = PHOTO.resize((w, h))
         kept = resized(img, limit, family)
         ours, theirs, other = (
-            p(images=[kept], **told(family, limit)),
-            p(images=[img], **told(family, limit)),
-            q(images=[kept], **told(family, limit)),
+            p(images=[kept], **processor_options(family, limit)),
+            p(images=[img], **processor_options(family, limit)),
+            q(images=[kept], **processor_options(family, limit)),
         )
         grid = image_grid(kept.height, kept.width, family)
         if family.startswith("internvl"):
@@ -403,12 +403,12 @@ def test_fault_18_palettes():
 def test_fault_18_four_inks_plain_and_as_adobe_inverts_them():
     cmyk = (0, 200, 180, 25)  # a red
     ink = Image.new("CMYK", (16, 16), cmyk)
-    want = ink.convert("RGB").getpixel((0, 0))
-    assert want[0] > 200 and max(want[1:]) < 80
-    assert open_image(encoded(ink, "TIFF")).getpixel((2, 2)) == want
+    expected = ink.convert("RGB").getpixel((0, 0))
+    assert expected[0] > 200 and max(expected[1:]) < 80
+    assert open_image(encoded(ink, "TIFF")).getpixel((2, 2)) == expected
     jpeg = encoded(ink, "JPEG", quality=100, subsampling=0)
     assert jpeg[jpeg.index(b"Adobe") + 11] == 0 and np.allclose(
-        open_image(jpeg).getpixel((2, 2)), want, atol=4
+        open_image(jpeg).getpixel((2, 2)), expected, atol=4
     )
     r, g, b = (
         255 - i for i in cmyk[:3]
@@ -420,7 +420,7 @@ def test_fault_18_four_inks_plain_and_as_adobe_inverts_them():
         )
     )
     jpeg[jpeg.index(b"Adobe") + 11] = 2
-    assert np.allclose(open_image(bytes(jpeg)).getpixel((2, 2)), want, atol=6)
+    assert np.allclose(open_image(bytes(jpeg)).getpixel((2, 2)), expected, atol=6)
 
 
 def deep_png(rows):
@@ -508,9 +508,9 @@ def test_fault_18_a_turned_camera_gives_an_upright_picture(turn, kind):
     exif = Image.Exif()
     exif[0x0112] = turn
     lying = Image.open(io.BytesIO(encoded(NOISE, kind))).convert("RGB")
-    want = lying.transpose(TURNS[turn]) if TURNS[turn] is not None else lying
-    got = open_image(encoded(NOISE, kind, exif=exif))
-    assert got.size == want.size and np.array_equal(got, want)
+    expected = lying.transpose(TURNS[turn]) if TURNS[turn] is not None else lying
+    opened = open_image(encoded(NOISE, kind, exif=exif))
+    assert opened.size == expected.size and np.array_equal(opened, expected)
 
 
 def test_fault_18_rotated_pil_image_and_stored_file_agree():
@@ -799,7 +799,7 @@ def test_files_are_read_ahead_of_their_turn_and_no_further(tmp_path, monkeypatch
 # --- the report -------------------------------------------------------------------------------
 
 
-def test_fault_21_report_tells_copies_conflicts_and_twins(files):
+def test_fault_21_report_names_copies_conflicts_and_twins(files):
     a, b, c, d, _, again = files.paths
     copy = files("copy.png", a.read_bytes())
     train = [
@@ -860,7 +860,7 @@ def test_fault_25_report_conserves_rows(files):
     assert image_report([]).counts()["rows"] == 0
 
 
-def test_report_on_questions_tells_another_question_from_another_label():
+def test_report_distinguishes_another_question_from_another_label():
     def ask(stem, answer, *pics):
         return Question(stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics)
 

@@ -923,7 +923,7 @@ def classes(**sizes):
     ]
 
 
-def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_told():
+def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_reported():
     picked, report = balanced(classes(many=50, some=20, few=3), 30)
     assert (
         Counter(q.answer_text for q in picked) == {"many": 14, "some": 13, "few": 3}
@@ -952,14 +952,14 @@ def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_told():
 def test_fault_25_26_balanced_sampling_is_even_seeded_and_conserving(sizes, n, seed):
     qs = classes(**sizes)
     picked, report = balanced(qs, n, seed)
-    got = Counter(q.answer_text for q in picked)
+    counts = Counter(q.answer_text for q in picked)
     assert (
         len(picked) == min(n, len(qs)) == report["picked"]
         and report["picked"] + report["left"] == len(qs)
         and picked == [q for q in qs if q in picked]
     )
-    full = [got[c] for c in sizes if got[c] < sizes[c]]
-    assert not full or max(got.values(), default=0) - min(full) <= 1
+    full = [counts[c] for c in sizes if counts[c] < sizes[c]]
+    assert not full or max(counts.values(), default=0) - min(full) <= 1
     assert [q.id for q in balanced(qs[::-1], n, seed)[0]] == [q.id for q in picked][::-1]
     assert {q.id for q in picked} <= {q.id for q in balanced(qs, n + 1, seed)[0]}
 

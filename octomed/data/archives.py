@@ -34,7 +34,7 @@ def _kind_in_zip(member: zipfile.ZipInfo) -> str:
         return "file"
     return "link" if mode == stat.S_IFLNK else "device"
 
-
+# %% ../../nbs/data/06_archives.ipynb #1ebcb71e
 def _kind_in_tar(member: tarfile.TarInfo) -> str:
     "`file`, `folder`, or the kind for which a member is refused."
     if member.isreg():
@@ -82,7 +82,7 @@ def _find_refusal(name: str, kind: str) -> str | None:
 def _refuse(archive: str, reason: str, remedy: str) -> OctomedError:
     return OctomedError(f"{archive} is not unpacked, since {reason}: {remedy}")
 
-
+# %% ../../nbs/data/06_archives.ipynb #c44fe4bd
 def _check_members(
     archive,  # an open zip or tar file
     limit: int,  # bytes that it may hold
@@ -139,7 +139,7 @@ _DAMAGED = (
     IsADirectoryError,
 )  # what a damaged archive raises while it is read or unpacked
 
-
+# %% ../../nbs/data/06_archives.ipynb #c97c3187
 def _open_archive(path: Path):
     return zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path)
 

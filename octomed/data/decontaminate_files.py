@@ -59,7 +59,7 @@ def _parse_line(line: bytes):
     except ValueError:
         return json.loads(line)  # NaN and lone surrogates are not JSON, and yet they occur
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #08f89ea3
 def _read_row(line: bytes, n: int, name: str) -> dict:
     "The row of a line. Raises `OctomedError` naming the line."
     try:
@@ -105,12 +105,12 @@ def file_part(
 # %% ../../nbs/data/11_decontaminate_files.ipynb #5a1e1103
 INDEX: Index | None = None  # what a worker process looks up in
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #2eb9d309
 def _exit_with_parent():
     parent_process().join()
     os._exit(1)
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #5a91a727
 def _prepare_worker(index: Index):
     "Prepare a process for `_look_up_piece`."
     global INDEX
@@ -118,7 +118,7 @@ def _prepare_worker(index: Index):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #dfdc2904
 def _look_up_piece(*piece) -> Part:
     "Look up a piece (its first line's number, its lines, the file's name) in a worker process."
     return file_part(INDEX, *piece)
@@ -142,7 +142,7 @@ def in_order(
 # %% ../../nbs/data/11_decontaminate_files.ipynb #5f7842cc
 LARGE = 1 << 25  # bytes; with less, starting processes costs more than it saves
 
-
+# %% ../../nbs/data/11_decontaminate_files.ipynb #442612de
 @contextmanager
 def _start_workers(index: Index, paths: list[Path], workers: int):
     "Processes that hold the index, or None if the files are small."

@@ -105,7 +105,7 @@ TRANSPARENT = (
     "La",
 )  # Pillow's modes with an alpha channel
 
-
+# %% ../../nbs/data/02_images.ipynb #c1d8a7ff
 def _convert_to_rgb(img: Image.Image, name: str) -> Image.Image:
     "A picture of any mode as RGB. Raises `OctomedError` for floating-point pixels."
     if img.mode == "F":
@@ -286,12 +286,12 @@ def _remember(new: dict):
     with locked("images"):
         atomic_write(_index_path(), json.dumps({**_read_index(), **new}))
 
-
+# %% ../../nbs/data/02_images.ipynb #6f473c23
 def _count_cores() -> int:
     "The cores that this process may use; macOS cannot tell, so there it is all of them."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-
+# %% ../../nbs/data/02_images.ipynb #c451a711
 AHEAD = 8  # files that are read from the disk while others are hashed
 
 # %% ../../nbs/data/02_images.ipynb #220ed124

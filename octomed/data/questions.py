@@ -143,7 +143,7 @@ def _share_evenly(sizes: dict, n: int) -> dict:
         shares[name] = min(sizes[name], remaining // (len(order) - i))
     return shares
 
-
+# %% ../../nbs/data/07_questions.ipynb #51099096
 def _class_quotas(
     sizes: dict,  # class → questions
     n: int | dict,  # in all, or class → quota
@@ -161,7 +161,7 @@ def _group_by_class(questions: list[Question], by: Callable) -> dict:
         classes.setdefault(by(q), []).append(i)
     return classes
 
-
+# %% ../../nbs/data/07_questions.ipynb #e743c5df
 def _check_classes(quotas: dict, classes: dict):
     "Raises `UsageError` for a quota of an unknown class."
     unknown = set(quotas) - set(classes)
@@ -178,7 +178,7 @@ def _describe_short(sizes: dict, asked: dict) -> str:
         if sizes[name] < asked[name]
     )
 
-
+# %% ../../nbs/data/07_questions.ipynb #3e7b2682
 def _balance_report(sizes: dict, asked: dict, given: dict) -> dict:
     "The counts of a draw, class by class."
     total, picked = sum(sizes.values()), sum(given.values())

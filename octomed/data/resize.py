@@ -102,7 +102,7 @@ def _area_limits(family: Family, max_pixels: int) -> tuple[int, int]:
         return family.min_pixels, max_pixels
     return min(family.min_pixels, 4 * family.factor**2), max_pixels
 
-
+# %% ../../nbs/data/01_resize.ipynb #2816e3cd
 def _most_tiles(family: Family, max_pixels: int) -> int:
     "How many tiles fit into the limit. Raises `OctomedError` if not even one does."
     n = max_pixels // family.tile**2

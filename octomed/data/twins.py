@@ -22,7 +22,7 @@ def _group_rows(pairs: Iterable[tuple]) -> dict:
         groups.setdefault(key, set()).add(row)
     return groups
 
-
+# %% ../../nbs/data/09_twins.ipynb #b0cc5c1d
 def _match_rows(
     here: Iterable[tuple],  # (row, key) pairs
     there: Iterable[tuple],  # likewise
@@ -50,7 +50,7 @@ def twins(
     "Rows that have a twin on the other side, by equal keys."
     return Twins(*_match_rows(enumerate(train_keys), enumerate(test_keys)))
 
-
+# %% ../../nbs/data/09_twins.ipynb #b17ad9f8
 def file_twins(
     train_paths: Iterable,  # image files
     test_paths: Iterable,  # likewise
@@ -100,7 +100,7 @@ def _pictures_of_question(row: int, question: Question) -> list[Picture]:
         out.append(picture)
     return out
 
-
+# %% ../../nbs/data/09_twins.ipynb #23ff53cd
 def _picture_of_file(row: int, label: str | None, keys) -> Picture:
     "The picture of a file, from its keys or the `OctomedError` that refused it."
     if isinstance(keys, OctomedError):
@@ -151,7 +151,7 @@ def _group_labels(images: list[Picture]) -> dict:
             groups.setdefault((picture.pixels, picture.stem), []).append(pair)
     return groups
 
-
+# %% ../../nbs/data/09_twins.ipynb #d40117c8
 def _find_conflicts(images: list[Picture]) -> list[tuple[int, ...]]:
     "Groups of rows with the same pixels and stem, and different labels."
     conflicts = []
@@ -160,7 +160,7 @@ def _find_conflicts(images: list[Picture]) -> list[tuple[int, ...]]:
             conflicts.append(tuple(sorted({row for row, _ in pairs})))
     return sorted(conflicts)
 
-
+# %% ../../nbs/data/09_twins.ipynb #8a2452eb
 def _find_contradictions(here: list[Picture], there: list[Picture]) -> tuple[int, ...]:
     "Rows here whose twin there has another label."
     labels_there, rows = _group_labels(there), set()
@@ -233,7 +233,7 @@ def _split_rows(rows: list, reported: int, reasons: dict[int, str]) -> tuple[lis
         )
     return kept, dropped
 
-
+# %% ../../nbs/data/09_twins.ipynb #beb2c5cb
 def _count_extra(groups: list[tuple]) -> int:
     "Rows beyond the first of each group."
     return len(set().union(*(rows[1:] for rows in groups)))
