@@ -787,7 +787,7 @@ def test_names_are_found_whatever_their_case_and_folder(here):
 
 def test_image_files_are_the_publishers(here, monkeypatch):
     monkeypatch.setenv("OCTOMED_DATA", str(here))
-    module._album.cache_clear()
+    module._open_album.cache_clear()
     q = next(q for s in ("train", "test") for q in load(f"aptos:{s}") if q.at_hand)
     assert [f.name for f in image_files(q)] == [q.origin + ".png"]
     (q,) = [q for q in load("rexvqa:train", images=False) if q.origin == "q_002"]

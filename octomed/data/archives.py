@@ -23,7 +23,7 @@ from ..core.files import disk_error
 from ..core.paths import OctomedError
 
 # %% ../../nbs/data/06_archives.ipynb #5021dc09
-def _kind_in_zip(member: zipfile.ZipInfo) -> str:
+def _find_kind_in_zip(member: zipfile.ZipInfo) -> str:
     "`file`, `folder`, or the kind for which a member is refused."
     if member.flag_bits & 1:
         return "encrypted file"
@@ -35,7 +35,7 @@ def _kind_in_zip(member: zipfile.ZipInfo) -> str:
     return "link" if mode == stat.S_IFLNK else "device"
 
 # %% ../../nbs/data/06_archives.ipynb #1ebcb71e
-def _kind_in_tar(member: tarfile.TarInfo) -> str:
+def _find_kind_in_tar(member: tarfile.TarInfo) -> str:
     "`file`, `folder`, or the kind for which a member is refused."
     if member.isreg():
         return "file"
@@ -48,7 +48,7 @@ def _list_members(archive) -> Iterator[tuple[str, str, int, object]]:
     "(name, kind, size in bytes, member) of all members of a zip or tar file."
     if isinstance(archive, zipfile.ZipFile):
         for member in archive.infolist():
-            kind, size = _kind_in_zip(member), member.file_size
+            kind, size = _find_kind_in_zip(member), member.file_size
             yield (
                 member.filename,
                 kind,
@@ -57,7 +57,7 @@ def _list_members(archive) -> Iterator[tuple[str, str, int, object]]:
             )
     else:
         for member in archive:
-            kind, size = _kind_in_tar(member), member.size
+            kind, size = _find_kind_in_tar(member), member.size
             yield (
                 member.name,
                 kind,
@@ -79,7 +79,7 @@ def _find_refusal(name: str, kind: str) -> str | None:
     return None
 
 # %% ../../nbs/data/06_archives.ipynb #2acbbb83
-def _refuse(archive: str, reason: str, remedy: str) -> OctomedError:
+def _make_refusal(archive: str, reason: str, remedy: str) -> OctomedError:
     return OctomedError(f"{archive} is not unpacked, since {reason}: {remedy}")
 
 # %% ../../nbs/data/06_archives.ipynb #c44fe4bd
@@ -94,17 +94,17 @@ def _check_members(
     for path, kind, size, member in _list_members(archive):
         refusal = _find_refusal(path, kind)
         if refusal:
-            raise _refuse(name, f"its member {path!r} {refusal}", again)
+            raise _make_refusal(name, f"its member {path!r} {refusal}", again)
         total += size
         if total > limit:
-            raise _refuse(
+            raise _make_refusal(
                 name, f"it holds more than {limit:,} bytes", "raise `ratio` if you trust it"
             )
         clean = "/".join(part for part in path.split("/") if part not in ("", "."))
         if kind == "folder" or not clean:
             continue
         if clean.lower() in known:
-            raise _refuse(name, f"it holds {clean!r} twice", again)
+            raise _make_refusal(name, f"it holds {clean!r} twice", again)
         known.add(clean.lower())
         files.append((clean, size, member))
     return files

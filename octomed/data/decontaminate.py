@@ -25,16 +25,16 @@ def words(stem: str) -> list[str]:
     return stem.lower().split()
 
 # %% ../../nbs/data/10_decontaminate.ipynb #74a1a82e
-def _stem(row) -> str:
+def _get_stem(row) -> str:
     return row.stem if isinstance(row, Question) else row["question"]
 
 # %% ../../nbs/data/10_decontaminate.ipynb #c7304af5
-def _options(row) -> tuple:
+def _get_options(row) -> tuple:
     options = row.options if isinstance(row, Question) else row.get("options") or ()
     return tuple(options.values() if isinstance(options, dict) else options)
 
 # %% ../../nbs/data/10_decontaminate.ipynb #fc44c99a
-def _images(row) -> tuple:
+def _get_images(row) -> tuple:
     return row.images if isinstance(row, Question) else tuple(row.get("images") or ())
 
 # %% ../../nbs/data/10_decontaminate.ipynb #7948bd4d
@@ -90,7 +90,7 @@ def _list_items(benches: dict[str, list]) -> list[tuple]:
     return items
 
 # %% ../../nbs/data/10_decontaminate.ipynb #72fccf40
-def _grams_around(index: "Index", blocks: list[str], w: list[str]) -> dict[int, list[int]]:
+def _look_around(index: "Index", blocks: list[str], w: list[str]) -> dict[int, list[int]]:
     "Where in these words an n-gram of the benchmarks begins → its places there."
     n, m, last = index.n, index.m, len(w) - index.n
     candidates = set()
@@ -113,8 +113,8 @@ class Index:
         self.n, self.m = _check_length(n), (n + 1) // 2
         self.benches = {name: list(rows) for name, rows in benches.items()}
         self.items = _list_items(self.benches)
-        stems = [words(_stem(row)) for _, _, row in self.items]
-        normal = [normalised(_stem(row)) for _, _, row in self.items]
+        stems = [words(_get_stem(row)) for _, _, row in self.items]
+        normal = [normalised(_get_stem(row)) for _, _, row in self.items]
         self.starts = list(accumulate(map(len, stems), initial=0))  # of each item, in places
         self.grams = _index_grams(self.starts, stems, n)
         self.stems = _index_stems(normal)
@@ -136,7 +136,7 @@ class Index:
         if self.blocks.isdisjoint(blocks) and (stem.isascii() or any(map(str.isascii, blocks))):
             return {}, []
         may_be_same = all(block in self.blocks or not block.isascii() for block in blocks)
-        return _grams_around(self, blocks, w), self.same(stem, w) if may_be_same else []
+        return _look_around(self, blocks, w), self.same(stem, w) if may_be_same else []
 
 # %% ../../nbs/data/10_decontaminate.ipynb #ce818e9c
 SAME_BOTH = "same stem and options as a benchmark item"
@@ -210,7 +210,7 @@ def _split_rows(report: Report, rows: list) -> tuple[list, list]:
     return kept, dropped
 
 # %% ../../nbs/data/10_decontaminate.ipynb #5a1e1006
-def _longest_run(places: Iterable[int]) -> tuple[int, int]:
+def _find_longest_run(places: Iterable[int]) -> tuple[int, int]:
     "The first place and one past the last of the longest run of neighbouring places."
     runs = []
     for place in places:
@@ -222,7 +222,7 @@ def _longest_run(places: Iterable[int]) -> tuple[int, int]:
     return first, end
 
 # %% ../../nbs/data/10_decontaminate.ipynb #952a49e5
-def _hits_in_item(index: Index, hits: dict, item: int) -> dict[int, list[int]]:
+def _keep_hits_in_item(index: Index, hits: dict, item: int) -> dict[int, list[int]]:
     "The shared n-grams that lie in one item."
     start, end = index.starts[item], index.starts[item + 1]
     inside = {i: [at for at in places if start <= at < end] for i, places in hits.items()}
@@ -238,8 +238,8 @@ def _make_match(
     "What a row shares with the item of one benchmark that it shares most with."
     place, stem, w = row
     best = min(counts, key=lambda item: (-counts[item], item))
-    mine = _hits_in_item(index, hits, best)
-    first, end = _longest_run(mine)
+    mine = _keep_hits_in_item(index, hits, best)
+    first, end = _find_longest_run(mine)
     covered = set()
     for places in mine.values():
         for at in places:
@@ -278,10 +278,10 @@ def _count_by_bench(index: Index, hits: dict) -> dict[str, Counter]:
 def _add_exact(finding: Finding, row, items: list[tuple]):
     "Note the items that are the same as a row; those with other images are not."
     for name, i, other in items:
-        if _images(other) != _images(row):
+        if _get_images(other) != _get_images(row):
             continue
         finding.exact.setdefault(name, i)
-        if _fold_options(_options(other)) == _fold_options(_options(row)):
+        if _fold_options(_get_options(other)) == _fold_options(_get_options(row)):
             finding.options.setdefault(name, i)
 
 # %% ../../nbs/data/10_decontaminate.ipynb #947232e0
@@ -296,7 +296,7 @@ def _make_finding(
     "All that a row shares with the benchmarks; None if only the images differ."
     finding = Finding(place, matches={}, exact={}, options={})
     for name, counts in _count_by_bench(index, hits).items():
-        described = (place, _stem(row), w)
+        described = (place, _get_stem(row), w)
         finding.matches[name] = _make_match(index, described, hits, counts=counts)
     _add_exact(finding, row, [index.items[item] for item in same])
     return finding if finding.matches or finding.exact else None
@@ -317,7 +317,7 @@ def part_of(index: Index, rows: Iterable[tuple]) -> Part:
     count = clean = short = 0
     findings = []
     for place, row in rows:
-        stem = _stem(row)
+        stem = _get_stem(row)
         w = words(stem)
         count += 1
         short += len(w) < index.n
@@ -332,9 +332,9 @@ def part_of(index: Index, rows: Iterable[tuple]) -> Part:
     return Part(rows=count, clean=clean, short=short, found=findings)
 
 # %% ../../nbs/data/10_decontaminate.ipynb #426e1e57
-def _empty_report(rows: list, n: int) -> Report:
+def _start_report(rows: list, n: int) -> Report:
     "The report on a benchmark before any training row is looked up."
-    stems = [_stem(row) for row in rows]
+    stems = [_get_stem(row) for row in rows]
     blind = [i for i, stem in enumerate(stems) if len(words(stem)) < n]
     return Report(n=n, rows=0, bench_rows=len(rows), blind=blind, stems=stems)
 
@@ -353,7 +353,7 @@ def reports_of(index: Index, parts: Iterable[Part]) -> dict[str, Report]:
     """The reports of one training set, by benchmark.
 
     Raises `OctomedError` if a row was lost or doubled."""
-    reports = {name: _empty_report(rows, index.n) for name, rows in index.benches.items()}
+    reports = {name: _start_report(rows, index.n) for name, rows in index.benches.items()}
     rows = clean = short = 0
     places = set()
     for part in parts:
@@ -391,14 +391,14 @@ def by_ratio(
     Every row is compared with every item: use it for thousands of rows, and not for millions."""
     from rapidfuzz import fuzz, process
 
-    train = [normalised(_stem(row)) for row in train_rows]
-    bench = [normalised(_stem(row)) for row in bench_rows]
+    train = [normalised(_get_stem(row)) for row in train_rows]
+    bench = [normalised(_get_stem(row)) for row in bench_rows]
     find_nearest = partial(process.extractOne, scorer=fuzz.ratio, score_cutoff=ratio)
     return [i for i, stem in enumerate(train) if find_nearest(stem, bench)]
 
 # %% ../../nbs/data/10_decontaminate.ipynb #70fff91c
 def without_punctuation(rows: Iterable) -> list[dict]:
-    return [{"question": " ".join(re.findall(r"\w+", _stem(row)))} for row in rows]
+    return [{"question": " ".join(re.findall(r"\w+", _get_stem(row)))} for row in rows]
 
 # %% ../../nbs/data/10_decontaminate.ipynb #7a771208
 def _flag_by_words(train_rows, bench_rows, n: int) -> list[int]:

@@ -16,17 +16,17 @@ from .decontaminate import SAME_BOTH, SAME_STEM, Match, Report, normalised, word
 from .questions import conserved
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #63870729
-def _strength(reason: str) -> int:
+def _rank_reason(reason: str) -> int:
     "The rank of a reason; the strongest has the smallest."
     return {SAME_BOTH: 0, SAME_STEM: 1}.get(reason, 2)
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #cbacc420
-def _strongest_reasons(reports: list[Report]) -> dict[int, str]:
+def _find_strongest_reasons(reports: list[Report]) -> dict[int, str]:
     "Dropped training row → its strongest reason for any benchmark."
     strongest = {}
     for report in reports:
         for i, reason in report.reasons().items():
-            strongest[i] = min(strongest.get(i, reason), reason, key=_strength)
+            strongest[i] = min(strongest.get(i, reason), reason, key=_rank_reason)
     return strongest
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #477cb605
@@ -35,11 +35,11 @@ def funnel(
 ) -> dict:  # rows, then kept and each reason; rows = the sum of the others
     "The rows of one training set: how many are kept, and how many each reason drops."
     reports = list(found)
-    counts = Counter(_strongest_reasons(reports).values())
+    counts = Counter(_find_strongest_reasons(reports).values())
     rows = max((report.rows for report in reports), default=0)
     kept = rows - len(set().union(*(report.drop for report in reports)))
     conserved(rows, kept, sum(counts.values()), what="decontamination")
-    by_strength = {reason: counts[reason] for reason in sorted(counts, key=_strength)}
+    by_strength = {reason: counts[reason] for reason in sorted(counts, key=_rank_reason)}
     return {"rows": rows, "kept": kept, **by_strength}
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #63db20dd
@@ -127,7 +127,7 @@ def marked(
     return f"{start_mark}{before} <mark>{inside}</mark> {after}{end_mark}"
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #bc4c4714
-def _table_cell(value) -> str:
+def _render_cell(value) -> str:
     "A cell of HTML; numbers are set apart, and zeros are grey."
     if isinstance(value, str):
         return f"<td>{value}</td>"
@@ -135,7 +135,7 @@ def _table_cell(value) -> str:
     return f'<td class="n{zero}">{value:,}</td>'
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #8136daf3
-def _table_head(n: int) -> str:
+def _render_head(n: int) -> str:
     "The heads of the summary's columns."
     numbers = [
         "rows",
@@ -161,7 +161,7 @@ def _count_boilerplate(reports: list[Report]) -> int:
     return len(likely - others)
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #72916f0a
-def _summary_row(train: str, bench: str, reports: list[Report]) -> str:
+def _render_summary_row(train: str, bench: str, reports: list[Report]) -> str:
     "The cells of one line of the summary."
     counts = funnel(reports)
     both, stem = counts.get(SAME_BOTH, 0), counts.get(SAME_STEM, 0)
@@ -177,30 +177,30 @@ def _summary_row(train: str, bench: str, reports: list[Report]) -> str:
         sum(report.bench_rows for report in reports),
         sum(len(report.blind) for report in reports),
     ]
-    return "".join(map(_table_cell, values))
+    return "".join(map(_render_cell, values))
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #af57d8ff
-def _shown_name(spec: str) -> str:
+def _show_name(spec: str) -> str:
     return html.escape(Path(spec).name)
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #64e1738c
-def _summary(found: dict) -> str:
+def _render_summary(found: dict) -> str:
     "The table of counts as HTML."
     n = next((report.n for report in found.values()), 0)
     body = []
     for train in dict.fromkeys(train for train, _ in found):
         by_bench = {bench: report for (name, bench), report in found.items() if name == train}
-        name = _shown_name(train)
+        name = _show_name(train)
         for bench, report in by_bench.items():
-            body.append(f"<tr>{_summary_row(name, _shown_name(bench), [report])}</tr>")
+            body.append(f"<tr>{_render_summary_row(name, _show_name(bench), [report])}</tr>")
         if len(by_bench) > 1:
-            cells = _summary_row(name, "all", list(by_bench.values()))
+            cells = _render_summary_row(name, "all", list(by_bench.values()))
             body.append(f"<tr class=all>{cells}</tr>")
-    head = f"<thead><tr>{_table_head(n)}</tr></thead>"
+    head = f"<thead><tr>{_render_head(n)}</tr></thead>"
     return f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #8e946800
-def _why_cell(share: float, reason: str, match: Match | None, is_boilerplate: bool) -> str:
+def _render_reason(share: float, reason: str, match: Match | None, is_boilerplate: bool) -> str:
     "The cell with the bar and the reason."
     also = ""
     if match and match.bench_rows > 1:
@@ -212,7 +212,7 @@ def _why_cell(share: float, reason: str, match: Match | None, is_boilerplate: bo
     return f"<td>{bar}{share:.0%}<span class=why>{why}{also}{hint}</span></td>"
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #7757fb30
-def _drop_row(report: Report, i: int, match: Match | None, reason: str) -> str:
+def _render_drop(report: Report, i: int, match: Match | None, reason: str) -> str:
     "One dropped row beside the benchmark item."
     is_exact = i in report.exact
     item = report.exact[i] if is_exact else match.bench
@@ -222,14 +222,14 @@ def _drop_row(report: Report, i: int, match: Match | None, reason: str) -> str:
     kind = "stock" if is_boilerplate else "leak"
     cells = [
         f"<td class=n>{i + 1:,}</td>",
-        _why_cell(share, reason, match, is_boilerplate=is_boilerplate),
+        _render_reason(share, reason, match, is_boilerplate=is_boilerplate),
         f"<td class=row>{marked(match.question if match else stem, text)}</td>",
         f"<td class=row><b>{item + 1:,}</b> {marked(stem, text)}</td>",
     ]
     return f"<tr class={kind}>{''.join(cells)}</tr>"
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #5a1e1207
-def _order_of_drops(report: Report, matches: dict[int, Match]) -> list[int]:
+def _order_drops(report: Report, matches: dict[int, Match]) -> list[int]:
     "Dropped rows: the same stems first, then by the share of the item that is covered."
 
     def rank(i):
@@ -245,17 +245,17 @@ DROPS_HEAD = (
 )
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #14eec34a
-def _details(pair: tuple[str, str], report: Report, most: int, is_open: bool) -> str:
+def _render_details(pair: tuple[str, str], report: Report, most: int, is_open: bool) -> str:
     "The dropped rows of one training set and benchmark, as a part that opens."
     matches, reasons = {match.train: match for match in report.matches}, report.reasons()
-    order = _order_of_drops(report, matches)
+    order = _order_drops(report, matches)
     rest = ""
     if len(order) > most:
         command = "<code>--drops FILE.jsonl</code> writes all."
         rest = f"<p>The first {most:,} of {len(order):,}, by share; {command}</p>"
-    train, bench = map(_shown_name, pair)
+    train, bench = map(_show_name, pair)
     summary = f"<b>{train}</b> against <b>{bench}</b>: {len(order):,} dropped"
-    rows = (_drop_row(report, i, matches.get(i), reason=reasons[i]) for i in order[:most])
+    rows = (_render_drop(report, i, matches.get(i), reason=reasons[i]) for i in order[:most])
     return (
         f"<details {'open' if is_open else ''}><summary>{summary}</summary>{rest}"
         f"<table>{DROPS_HEAD}<tbody>{''.join(rows)}</tbody></table></details>"
@@ -289,12 +289,12 @@ def page(
     parts = []
     for pair, report in found.items():
         if report.drop:
-            parts.append(_details(pair, report, most=most, is_open=len(parts) < 3))
+            parts.append(_render_details(pair, report, most=most, is_open=len(parts) < 3))
     head = f"<meta charset=utf-8><title>Decontamination</title><style>{STYLE}</style>"
     return f"""<!doctype html><html lang=en><head>{head}</head><body>
 <h1>Decontamination</h1>
 <p>{_explain_rules(n)}</p>
-<h2>What is kept</h2>{_summary(found)}
+<h2>What is kept</h2>{_render_summary(found)}
 <h2>What is dropped, and why</h2>
 <p>{HINT}</p>
 {"".join(parts) or "<p>Nothing is dropped.</p>"}</body></html>

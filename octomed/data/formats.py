@@ -129,7 +129,7 @@ def from_headqa(row: dict) -> dict:
     )
 
 # %% ../../nbs/data/04_formats.ipynb #b294867c
-def _letter_from_number(number, first: int) -> str | None:
+def _find_letter_of_number(number, first: int) -> str | None:
     "The letter of a numbered option; None if there is no number, or one before the first."
     if number is None or int(number) < first:
         return None
@@ -146,7 +146,7 @@ def from_medmcqa(
     return _make_fields(
         row["question"],
         _parse_options(texts),
-        _letter_from_number(row["cop"], first),
+        _find_letter_of_number(row["cop"], first),
         origin=row["id"],
         subject=row.get("subject_name"),
         topic=row.get("topic_name"),
@@ -268,7 +268,7 @@ def from_nejm(row: dict) -> dict:
     return _make_fields(row["question"], options, answer, origin=image, images=[f"name:{image}"])
 
 # %% ../../nbs/data/04_formats.ipynb #62ec652e
-def _classification_fields(
+def _make_classification_fields(
     question: str,
     classes: dict,  # label → name; the names are the options
     label,  # of this picture; None if it has none
@@ -293,7 +293,7 @@ TUMOURS = {
 # %% ../../nbs/data/04_formats.ipynb #01195b12
 def from_brain_tumor(row: dict) -> dict:
     "Brain Tumor MRI: the name of the class folder is the answer."
-    return _classification_fields(
+    return _make_classification_fields(
         "Which type of brain tumor, if any, does this MRI image show?",
         TUMOURS,
         row["label"],
@@ -316,7 +316,7 @@ def from_coronahack(
     is_normal = row["Label"] == "Normal"
     if row["Dataset_type"] != part or cause not in CAUSES or (cause == "") != is_normal:
         return None
-    return _classification_fields(
+    return _make_classification_fields(
         "What does this chest X-ray show?",
         CAUSES,
         cause,
@@ -341,7 +341,7 @@ def _read_grade(row: dict) -> str:
     return str(grade).strip().removesuffix(".0")
 
 # %% ../../nbs/data/04_formats.ipynb #c2d37823
-def _eye_name(row: dict) -> str:
+def _read_eye_name(row: dict) -> str:
     return row["id_code"] if "id_code" in row else row["image_id"]
 
 # %% ../../nbs/data/04_formats.ipynb #045e9adf
@@ -372,7 +372,7 @@ def read_split(
 ) -> Iterator[tuple[str, dict]]:
     "(place, row) of one part of a file; ungradable rows are in neither part."
     rows = [(place, row) for place, row in read_csv(path) if _is_gradable(row)]
-    rows.sort(key=lambda pair: _eye_name(pair[1]))
+    rows.sort(key=lambda pair: _read_eye_name(pair[1]))
     train = drawn_for_training([_read_grade(row) for _, row in rows])
     for i, pair in enumerate(rows):
         if (i in train) == (part == "train"):
@@ -381,9 +381,9 @@ def read_split(
 # %% ../../nbs/data/04_formats.ipynb #eadaf545
 def from_fundus(row: dict) -> dict:
     "APTOS or MESSIDOR-2, with their own column names or with those of the other."
-    name = _eye_name(row)
+    name = _read_eye_name(row)
     file = name if name.lower().endswith(PICTURES) else f"{name}.png"
-    return _classification_fields(
+    return _make_classification_fields(
         "Which grade of diabetic retinopathy does this fundus photograph show?",
         GRADES,
         _read_grade(row),
@@ -407,7 +407,7 @@ LESIONS = {
 # %% ../../nbs/data/04_formats.ipynb #edd946b8
 def from_ham10000(row: dict) -> dict:
     "HAM10000_metadata.csv: `dx` is the class, `image_id` the file without its ending."
-    return _classification_fields(
+    return _make_classification_fields(
         "Which kind of pigmented skin lesion does this dermatoscopic image show?",
         LESIONS,
         row["dx"],

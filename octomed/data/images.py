@@ -23,7 +23,7 @@ from ..core.files import atomic_write, progress
 from ..core.identity import file_digest, read_ahead
 from ..core.paths import OctomedError, store_dir
 from ..core.store import locked
-from .resize import FAMILIES, MAX_PIXELS, _family, stored_size
+from .resize import FAMILIES, MAX_PIXELS, _parse_family, stored_size
 
 # %% ../../nbs/data/02_images.ipynb #7de6e757
 # `open_image` turns the warnings of Pillow that matter into errors
@@ -353,7 +353,7 @@ def intake_all(
 
     An image that cannot be read gives its error in its place, so one bad file stops nothing."""
     known, new = _read_index(), {}
-    _family(family)
+    _parse_family(family)
 
     def take(source, data, file):
         if file in known and image_path(known[file], max_pixels, family).exists():

@@ -19,7 +19,7 @@ from ..core.paths import OctomedError, UsageError
 SCHEMA = 1
 
 
-def _nfc(text: str) -> str:
+def _normalise_nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 # %% ../../nbs/data/07_questions.ipynb #ff4b72a3
@@ -40,8 +40,8 @@ class Question:
     @cached_property
     def id(self) -> str:
         "16 hexadecimal characters over (NFC stem, ordered options, images)."
-        options = [_nfc(option) for option in self.options]
-        return digest("question", SCHEMA, _nfc(self.stem), options, list(self.images))
+        options = [_normalise_nfc(option) for option in self.options]
+        return digest("question", SCHEMA, _normalise_nfc(self.stem), options, list(self.images))
 
     @property
     def letters(self) -> dict:
@@ -60,10 +60,10 @@ class Question:
 
     @classmethod
     def from_json(cls, d: dict) -> "Question":
-        return _question_from_json(d)
+        return _read_question(d)
 
 # %% ../../nbs/data/07_questions.ipynb #5a1e0701
-def _question_from_json(d: dict) -> Question:
+def _read_question(d: dict) -> Question:
     "The question of `to_json`. Raises `OctomedError` if the id does not follow from the content."
     fields = {name: value for name, value in d.items() if name != "id"}
     fields["options"] = tuple(d["options"])
@@ -84,7 +84,7 @@ def flaw(
     """Why a question cannot be asked or judged, or None.
 
     A benchmark is asked as it is published, even if two of its options are the same."""
-    options = [" ".join(_nfc(option).split()) for option in q.options]
+    options = [" ".join(_normalise_nfc(option).split()) for option in q.options]
     checks = {
         "empty stem": not q.stem.strip(),
         "fewer than two options": len(options) < 2,
@@ -144,7 +144,7 @@ def _share_evenly(sizes: dict, n: int) -> dict:
     return shares
 
 # %% ../../nbs/data/07_questions.ipynb #51099096
-def _class_quotas(
+def _set_class_quotas(
     sizes: dict,  # class → questions
     n: int | dict,  # in all, or class → quota
 ) -> tuple[dict, dict]:  # class → asked, class → given
@@ -179,7 +179,7 @@ def _describe_short(sizes: dict, asked: dict) -> str:
     )
 
 # %% ../../nbs/data/07_questions.ipynb #3e7b2682
-def _balance_report(sizes: dict, asked: dict, given: dict) -> dict:
+def _report_balance(sizes: dict, asked: dict, given: dict) -> dict:
     "The counts of a draw, class by class."
     total, picked = sum(sizes.values()), sum(given.values())
     return {
@@ -209,12 +209,12 @@ def balanced(
     if isinstance(n, dict):
         _check_classes(n, classes)
     sizes = {name: len(places) for name, places in classes.items()}
-    asked, given = _class_quotas(sizes, n)
+    asked, given = _set_class_quotas(sizes, n)
     picked = set()
     for name, places in classes.items():
         order = sorted(places, key=lambda i: digest(seed, questions[i].id))
         picked.update(order[: given[name]])
     left = sum(sizes[name] - given[name] for name in sizes)
     conserved(len(questions), len(picked), left, what="balancing")
-    report = _balance_report(sizes, asked, given)
+    report = _report_balance(sizes, asked, given)
     return [q for i, q in enumerate(questions) if i in picked], report

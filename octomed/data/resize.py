@@ -66,7 +66,7 @@ FAMILIES = {
 }
 
 # %% ../../nbs/data/01_resize.ipynb #edd09678
-def _family(name: str) -> Family:
+def _parse_family(name: str) -> Family:
     "The family of a name such as `qwen3_vl` or `internvl-112`. Raises `OctomedError` if unknown."
     base, _, side = name.partition("-")
     known = FAMILIES.get(base)
@@ -96,14 +96,14 @@ def family_of(processor) -> str:
     return name if side == published else f"{name}-{side}"
 
 # %% ../../nbs/data/01_resize.ipynb #6d8bc97b
-def _area_limits(family: Family, max_pixels: int) -> tuple[int, int]:
+def _find_area_limits(family: Family, max_pixels: int) -> tuple[int, int]:
     "The smallest and the largest area, in pixels."
     if family.min_pixels <= max_pixels:
         return family.min_pixels, max_pixels
     return min(family.min_pixels, 4 * family.factor**2), max_pixels
 
 # %% ../../nbs/data/01_resize.ipynb #2816e3cd
-def _most_tiles(family: Family, max_pixels: int) -> int:
+def _count_tiles(family: Family, max_pixels: int) -> int:
     "How many tiles fit into the limit. Raises `OctomedError` if not even one does."
     n = max_pixels // family.tile**2
     if n < 1:
@@ -119,15 +119,15 @@ def processor_arguments(
     family: str = "qwen2_5_vl",  # a key of `FAMILIES`
 ) -> dict:
     "The arguments that make a family's own image processor keep to the same limit."
-    rule = _family(family)
+    rule = _parse_family(family)
     if rule.tile:
         return {
             "crop_to_patches": True,
             "min_patches": 1,
-            "max_patches": _most_tiles(rule, max_pixels),
+            "max_patches": _count_tiles(rule, max_pixels),
             "size": {"height": rule.tile, "width": rule.tile},
         }
-    smallest, largest = _area_limits(rule, max_pixels)
+    smallest, largest = _find_area_limits(rule, max_pixels)
     return {"size": {"shortest_edge": smallest, "longest_edge": max(smallest, largest)}}
 
 # %% ../../nbs/data/01_resize.ipynb #d16d0475
@@ -162,12 +162,12 @@ def stored_size(
 
     Once is enough, except for very long strips under a small limit.
     Raises `OctomedError` if there is no such size."""
-    rule, size = _family(family), (height, width)
+    rule, size = _parse_family(family), (height, width)
     if rule.tile:
         smart_resize(height, width)  # refuses the same aspect ratios
-        rows, columns = tiling(height, width, most=_most_tiles(rule, max_pixels), side=rule.tile)
+        rows, columns = tiling(height, width, most=_count_tiles(rule, max_pixels), side=rule.tile)
         return rows * rule.tile, columns * rule.tile
-    smallest, largest = _area_limits(rule, max_pixels)
+    smallest, largest = _find_area_limits(rule, max_pixels)
     for _ in range(9):
         new = smart_resize(*size, factor=rule.factor, min_pixels=smallest, max_pixels=largest)
         if new == size:
@@ -185,7 +185,7 @@ def image_grid(
     family: str = "qwen2_5_vl",  # whose grid
 ) -> tuple[int, int, int]:  # time (for InternVL: tiles), height, width in patches
     "The grid of a stored picture."
-    rule = _family(family)
+    rule = _parse_family(family)
     if not rule.tile:
         return 1, height // rule.patch, width // rule.patch
     n = height * width // rule.tile**2
@@ -202,4 +202,4 @@ def visual_tokens(
     "The number of tokens that an image takes in the prompt."
     size = stored_size(height, width, max_pixels=max_pixels, family=family)
     patches = math.prod(image_grid(*size, family=family))
-    return patches // _family(family).merge ** 2
+    return patches // _parse_family(family).merge ** 2

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from ..core.paths import OctomedError
-from .formats import _classification_fields
+from .formats import _make_classification_fields
 from .images import open_image
 from .readers import PICTURES
 
@@ -167,7 +167,7 @@ def cut_patches(
 # %% ../../nbs/data/05_slides.ipynb #9e04b297
 def from_bcss(row: dict) -> dict:
     "A patch of BCSS: the name of the class folder is the answer."
-    return _classification_fields(
+    return _make_classification_fields(
         "Which tissue class does this patch of a breast cancer slide show?",
         {tissue: tissue for tissue in TISSUES.values()},
         row["label"],

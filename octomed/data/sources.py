@@ -720,7 +720,7 @@ def _read_fields(s: Source, pairs, normal: Callable) -> Iterator[tuple[str, dict
             yield place, fields
 
 # %% ../../nbs/data/08_sources.ipynb #256e64db
-def _hub_error(s: Source, revision: str, e: Exception) -> OctomedError:
+def _make_hub_error(s: Source, revision: str, e: Exception) -> OctomedError:
     "The error of a split that could not be read."
     if "Dataset scripts" in str(e):
         remedy = (
@@ -747,12 +747,12 @@ def _read_hub(s: Source, revision: str, streaming: bool) -> Iterator[tuple[str, 
     try:
         rows = load_dataset(s.hub, s.config, **options)
     except Exception as e:
-        raise _hub_error(s, revision, e) from None
+        raise _make_hub_error(s, revision, e) from None
     for n, row in enumerate(rows):
         yield f"row {n} of {s.hub}", row
 
 # %% ../../nbs/data/08_sources.ipynb #fbafd03e
-def _missing_error(s: Source) -> OctomedError:
+def _make_missing_error(s: Source) -> OctomedError:
     "The error that says how to get a source."
     if not s.normal:
         return OctomedError(
@@ -784,7 +784,7 @@ def _open_source(
     if s.hub_split and revision:
         pairs = _read_hub(s, revision, streaming)
         return f"{s.hub}@{revision}", _read_fields(s, pairs, s.hub_normal or s.normal)
-    raise _missing_error(s)
+    raise _make_missing_error(s)
 
 # %% ../../nbs/data/08_sources.ipynb #5a1e0820
 def _find_images(fields: dict, gallery: dict) -> dict:
@@ -862,7 +862,7 @@ def _take_images(rows: list, max_pixels: int, family: str, desc: str) -> list:
     return results
 
 # %% ../../nbs/data/08_sources.ipynb #5ede1713
-def _images_of_rows(rows: list, images: bool, **sizes) -> list:
+def _name_or_take_images(rows: list, images: bool, **sizes) -> list:
     "For each row the names of its images, taken into the store or only named."
     return _take_images(rows, **sizes) if images else _name_images(rows)
 
@@ -871,7 +871,9 @@ def _judge_rows(
     s: Source, rows: list, images: bool, max_pixels: int, family: str
 ) -> Iterator[tuple[str, Question | str]]:
     "(place, question, or the reason why it is none) of rows of a source."
-    names_of_rows = _images_of_rows(rows, images, max_pixels=max_pixels, family=family, desc=s.spec)
+    names_of_rows = _name_or_take_images(
+        rows, images, max_pixels=max_pixels, family=family, desc=s.spec
+    )
     for (place, fields), names in zip(rows, names_of_rows, strict=False):
         if isinstance(names, OctomedError):
             yield place, "image cannot be read"
@@ -980,7 +982,7 @@ def _find_chat_flaw(fields: dict, names) -> str | None:
     return None
 
 # %% ../../nbs/data/08_sources.ipynb #fd526777
-def _chat_with_images(fields: dict, names: tuple) -> dict:
+def _make_chat(fields: dict, names: tuple) -> dict:
     "A chat whose first message shows its images."
     first, *rest = fields["messages"]
     parts = [{"type": "image", "image": name} for name in names]
@@ -1015,17 +1017,17 @@ def read_chats(
     _, pairs = _open_rows(s, folder, revision, pictures=images, streaming=True)
     sizes = {"max_pixels": max_pixels, "family": family, "desc": spec}
     for rows in _split_blocks(pairs, 1024):
-        names_of_rows = _images_of_rows(rows, images, **sizes)
+        names_of_rows = _name_or_take_images(rows, images, **sizes)
         for (_, fields), names in zip(rows, names_of_rows, strict=False):
             reason = _find_chat_flaw(fields, names)
             tally["rows"] += 1
             tally[reason or "kept"] += 1
             if not reason:
-                yield _chat_with_images(fields, names)
+                yield _make_chat(fields, names)
 
 # %% ../../nbs/data/08_sources.ipynb #eb50dc55
 @lru_cache(8)
-def _album(spec: str, folder: str) -> dict:
+def _open_album(spec: str, folder: str) -> dict:
     "The gallery of a source, looked through once."
     return _find_gallery(SOURCES[spec], folder)
 
@@ -1046,7 +1048,7 @@ def image_files(q: Question) -> list[Path]:
     if s.read is read_folders:
         return [(folder / s.files[0]).parent / q.origin]
     names = [image[5:] for image in q.images if image.startswith("name:")] or [q.origin]
-    album = _album(s.spec, str(folder))
+    album = _open_album(s.spec, str(folder))
     files = [_find_in_album(album, name) for name in names]
     if not all(files):
         raise OctomedError(
@@ -1093,7 +1095,7 @@ def identity_of(
         return digest("files", spec, [content(path) for path in local[1]], *further)
     revision = revision or s.revision
     if not (s.hub_split and revision):
-        raise _missing_error(s)
+        raise _make_missing_error(s)
     if s.hub_file:
         further.insert(0, s.hub_file)
     place = [s.hub, s.config, s.hub_split]

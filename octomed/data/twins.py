@@ -86,7 +86,7 @@ class Picture:
     error: str = ""  # why it cannot be read
 
 # %% ../../nbs/data/09_twins.ipynb #63d44cf2
-def _pictures_of_question(row: int, question: Question) -> list[Picture]:
+def _list_pictures_of_question(row: int, question: Question) -> list[Picture]:
     out = []
     for image in question.images:
         is_named = image.startswith("name:")
@@ -101,7 +101,7 @@ def _pictures_of_question(row: int, question: Question) -> list[Picture]:
     return out
 
 # %% ../../nbs/data/09_twins.ipynb #23ff53cd
-def _picture_of_file(row: int, label: str | None, keys) -> Picture:
+def _make_picture_of_file(row: int, label: str | None, keys) -> Picture:
     "The picture of a file, from its keys or the `OctomedError` that refused it."
     if isinstance(keys, OctomedError):
         return Picture(row=row, label=label, error=str(keys))
@@ -120,17 +120,17 @@ def pictures(
     out, files = [], []
     for row, item in enumerate(rows):
         if hasattr(item, "images"):
-            out += _pictures_of_question(row, item)
+            out += _list_pictures_of_question(row, item)
         else:
             file, label = item if isinstance(item, tuple) else (item, None)
             files.append((row, file, label))
     keys = image_keys([file for _, file, _ in files], workers) if files else []
     for (row, _, label), keys_of_file in zip(files, keys, strict=False):
-        out.append(_picture_of_file(row, label, keys_of_file))
+        out.append(_make_picture_of_file(row, label, keys_of_file))
     return sorted(out, key=lambda picture: picture.row)
 
 # %% ../../nbs/data/09_twins.ipynb #30acf591
-def _key_pairs(images: list[Picture], key: str) -> list[tuple]:
+def _pair_keys(images: list[Picture], key: str) -> list[tuple]:
     "(row, key) of the pictures that have this key, `file` or `pixels`."
     pairs = [(picture.row, getattr(picture, key)) for picture in images]
     return [(row, value) for row, value in pairs if value is not None]
@@ -138,7 +138,7 @@ def _key_pairs(images: list[Picture], key: str) -> list[tuple]:
 
 def _find_copies(images: list[Picture], key: str) -> list[tuple[int, ...]]:
     "Groups of rows with the same key."
-    groups = _group_rows(_key_pairs(images, key)).values()
+    groups = _group_rows(_pair_keys(images, key)).values()
     return sorted(tuple(sorted(rows)) for rows in groups if len(rows) > 1)
 
 # %% ../../nbs/data/09_twins.ipynb #1904f0d4
@@ -189,7 +189,7 @@ class ImageReport:
         by: str = "pixels",  # the key of copies and twins: `pixels`, or `bytes` as in the paper
     ) -> dict[int, str]:
         "Dropped row → why, one reason each."
-        return _drop_reasons(self, by)
+        return _find_drop_reasons(self, by)
 
     def split(
         self,
@@ -204,7 +204,7 @@ class ImageReport:
         return _count_report(self)
 
 # %% ../../nbs/data/09_twins.ipynb #5a1e0903
-def _drop_reasons(report: ImageReport, by: str) -> dict[int, str]:
+def _find_drop_reasons(report: ImageReport, by: str) -> dict[int, str]:
     "Dropped row → why. A later rule overrides an earlier one."
     if by == "pixels":
         copies, in_benchmark = report.pixel_copies, report.pixel_twins[0]
@@ -272,7 +272,7 @@ def image_report(
         pixel_copies=_find_copies(here, "pixels"),
         conflicts=_find_conflicts(here),
         against=len(against),
-        byte_twins=_match_rows(_key_pairs(here, "file"), _key_pairs(there, "file")),
-        pixel_twins=_match_rows(_key_pairs(here, "pixels"), _key_pairs(there, "pixels")),
+        byte_twins=_match_rows(_pair_keys(here, "file"), _pair_keys(there, "file")),
+        pixel_twins=_match_rows(_pair_keys(here, "pixels"), _pair_keys(there, "pixels")),
         contradicted=_find_contradictions(here, there),
     )
