@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from octomed.core.paths import OctomedError, shipped
 from octomed.data import decontaminate as module
+from octomed.data import decontaminate_files as files_module
 from octomed.data.decontaminate import (
     RULES,
     Index,
@@ -20,7 +21,13 @@ from octomed.data.decontaminate import (
     normalised,
     words,
 )
-from octomed.data.decontaminate_files import pairs, pieces, reports
+from octomed.data.decontaminate_files import (
+    as_pairs,
+    file_rows,
+    lines_of,
+    pieces,
+    reports,
+)
 from octomed.data.decontaminate_report import as_html, drops, funnel, page
 from octomed.data.images import open_image, pixel_hash
 from octomed.data.questions import Question
@@ -66,9 +73,9 @@ def test_equals_the_plain_rule_on_planted_overlaps(n):
     for i in range(0, 200, 3):
         cut = bench[i % 50].split()[: int(rng.integers(n - 2, n + 3))]
         train[i] = train[i] + "  " + " ".join(cut).upper() + "\t" + train[i]
-    want = plain(train, bench, n)
+    expected = plain(train, bench, n)
     report = decontaminate(rows(*train), rows(*bench), n)
-    assert report.flagged == want and 0 < len(want) < 67
+    assert report.flagged == expected and 0 < len(expected) < 67
     for m in report.matches:
         assert (
             m.text in " ".join(words(train[m.train]))
@@ -203,7 +210,7 @@ def test_fault_24_short_questions_are_counted_as_blind():
     [
         "WHICH ORGAN MAKES URINE?",
         "  Which organ\n makes\turine? ",
-        "Ｗhich organ makes urine?",
+        "\uff37hich organ makes urine?",  # full-width W
         "Which organ makes\u00a0urine?",
     ],
 )
@@ -212,13 +219,19 @@ def test_fault_24_variants_are_found_by_the_exact_rule(variant):
 
 
 def test_fault_24_ligature_hides_from_the_ngram_rule_only():
-    stem = "in this long question of nineteen words the ﬁrst sign is a rash with fever and neck stiffness today"
-    r = decontaminate(rows(stem), rows(stem.replace("ﬁ", "fi")), 16)
+    stem = (
+        "in this long question of nineteen words the \ufb01rst sign is a rash "
+        "with fever and neck stiffness today"
+    )
+    r = decontaminate(rows(stem), rows(stem.replace("\ufb01", "fi")), 16)
     assert r.flagged == [] and list(r.exact) == [0]
 
 
 def test_fault_24_template_overlap_is_reported_as_boilerplate_not_as_exact():
-    stock = "Which of the following is the most likely diagnosis in this patient given the findings on examination above today?"
+    stock = (
+        "Which of the following is the most likely diagnosis in this patient "
+        "given the findings on examination above today?"
+    )
     bench = [f"{' '.join(f'case{i}word{j}' for j in range(40))} {stock}" for i in range(5)]
     r = decontaminate(rows(f"Another story altogether. {stock}", bench[2]), rows(*bench), 16)
     assert r.flagged == [0, 1] and list(r.exact) == [1]
@@ -231,7 +244,7 @@ def test_fault_24_template_overlap_is_reported_as_boilerplate_not_as_exact():
     assert not leak.likely_boilerplate and leak.bench == 2 and leak.share == 1
 
 
-def test_options_tell_an_item_from_a_stock_stem():
+def test_options_distinguish_an_item_from_a_stock_stem():
     bench = [{"question": "Which is true?", "options": {"A": "Salt", "B": "Iron"}}]
     train = [
         {"question": "which is TRUE?", "options": ["iron", "salt"]},
@@ -284,7 +297,8 @@ def test_pairs_reads_files_and_sources(tmp_path):
         + json.dumps({"question": "Other?"})
         + "\n"
     )
-    (row,) = pairs([str(f)], ["medmcqa:dev"], folder=shipped("examples"))["pairs"]
+    by_pair = reports([str(f)], ["medmcqa:dev"], folder=shipped("examples"))
+    (row,) = as_pairs(by_pair)["pairs"]
     assert row == {
         "train": str(f),
         "bench": "medmcqa:dev",
@@ -296,7 +310,7 @@ def test_pairs_reads_files_and_sources(tmp_path):
     }
 
 
-def test_pairs_says_what_is_wrong(tmp_path):
+def test_reports_say_what_is_wrong(tmp_path):
     f = tmp_path / "mine.jsonl"
     for bad, message in (
         (b'{"question": "a"}\nno json\n', "line 2 of mine.jsonl"),
@@ -306,18 +320,18 @@ def test_pairs_says_what_is_wrong(tmp_path):
     ):
         f.write_bytes(bad)
         with pytest.raises(OctomedError, match=message):
-            pairs([str(f)], [str(f)])
+            reports([str(f)], [str(f)])
     f.write_text('{"question": "a"}')
     with pytest.raises(OctomedError, match="neither a JSONL file nor a registered source"):
-        pairs(["nowhere.jsonl"], [str(f)])
+        reports(["nowhere.jsonl"], [str(f)])
 
 
 def test_a_gz_that_is_cut_short_or_none_is_named(tmp_path):
     whole = gzip.compress(b'{"question": "a"}\n' * 500)
     for data in (whole[:-6], whole[:20] + bytes(30), b"plain text"):
         (tmp_path / "t.jsonl.gz").write_bytes(data)
-        with pytest.raises(OctomedError, match="t.jsonl.gz is no whole gzip file"):
-            pairs([str(tmp_path / "t.jsonl.gz")], [str(tmp_path / "t.jsonl.gz")])
+        with pytest.raises(OctomedError, match=r"t\.jsonl\.gz is no whole gzip file"):
+            reports([str(tmp_path / "t.jsonl.gz")], [str(tmp_path / "t.jsonl.gz")])
 
 
 def jsonl(path, items, packed=False):
@@ -354,36 +368,37 @@ def test_files_in_pieces_and_processes_equal_memory(tmp_path, monkeypatch, packe
         jsonl(tmp_path / ("t.jsonl" + ".gz" * packed), train, packed),
         jsonl(tmp_path / "b.jsonl", bench),
     )
-    want = decontaminate(train, bench, 8)
-    monkeypatch.setattr(module, "LARGE", 1)
-    monkeypatch.setattr(module.pieces, "__defaults__", (700,))
+    expected = decontaminate(train, bench, 8)
+    monkeypatch.setattr(files_module, "LARGE", 1)
+    monkeypatch.setattr(files_module.pieces, "__defaults__", (700,))
     assert len(list(pieces(Path(t)))) > 20
     for workers in (1, 2):
-        assert reports([t], [b], 8, workers=workers)[t, b] == want
-    assert len(want.flagged) > 40 and len(want.exact) >= 8
+        assert reports([t], [b], 8, workers=workers)[t, b] == expected
+    assert len(expected.flagged) > 40 and len(expected.exact) >= 8
 
 
 @pytest.mark.parametrize("size", [1, 40, 1 << 20])
 def test_pieces_hold_whole_lines_and_count_them(tmp_path, size):
-    data = b'\xef\xbb\xbf{"question": "one"}\r\n\n{"question": "t\\u00fcwo"}\n   \n{"question": "three"}'
+    data = (
+        b'\xef\xbb\xbf{"question": "one"}\r\n\n{"question": "t\\u00fcwo"}\n   \n'
+        b'{"question": "three"}'
+    )
     (tmp_path / "x.jsonl").write_bytes(data)
-    got = list(pieces(tmp_path / "x.jsonl", size))
-    assert b"".join(p for _, p, _ in got) == data[3:] and got[-1][2] == len(data)
-    assert [first for first, _, _ in got] == [
-        1 + b"".join(p for _, p, _ in got[:i]).count(b"\n") for i in range(len(got))
+    results = list(pieces(tmp_path / "x.jsonl", size))
+    assert b"".join(p for _, p, _ in results) == data[3:] and results[-1][2] == len(data)
+    assert [first for first, _, _ in results] == [
+        1 + b"".join(p for _, p, _ in results[:i]).count(b"\n") for i in range(len(results))
     ]
     read = [
-        (n, r["question"])
-        for first, p, _ in got
-        for n, r in module.file_rows(module.lines_of(first, p), "x")
+        (n, r["question"]) for first, p, _ in results for n, r in file_rows(lines_of(first, p), "x")
     ]
     assert read == [(0, "one"), (2, "tüwo"), (4, "three")]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(module, "LARGE", 1)
-    monkeypatch.setattr(module.pieces, "__defaults__", (900,))
+    monkeypatch.setattr(files_module, "LARGE", 1)
+    monkeypatch.setattr(files_module.pieces, "__defaults__", (900,))
     train, bench = corpus(200)
     b, t = jsonl(tmp_path / "b.jsonl", bench), tmp_path / "t.jsonl"
     lines = [json.dumps(r).encode() for r in train]
@@ -427,6 +442,7 @@ def test_fault_25_a_lost_or_doubled_row_is_refused(tmp_path, monkeypatch):
 
     for broken in (losing, doubling):
         monkeypatch.setattr(module, "part_of", broken)
+        monkeypatch.setattr(files_module, "part_of", broken)
         with pytest.raises(OctomedError, match="lost or doubled"):
             reports([t], [b], 8)
     with pytest.raises(OctomedError, match="lost or doubled"):
@@ -440,20 +456,20 @@ def test_fault_25_the_funnel_adds_up_and_gives_one_reason_a_row(tmp_path):
         jsonl(tmp_path / "b.jsonl", bench[:30]),
         jsonl(tmp_path / "c.jsonl", bench[20:]),
     )
-    found = reports([t], [b, c], 8)
-    f = funnel(found.values())
+    by_pair = reports([t], [b, c], 8)
+    f = funnel(by_pair.values())
     assert f["rows"] == 400 == sum(v for k, v in f.items() if k != "rows") and f[
         "kept"
-    ] == 400 - len(set().union(*(r.drop for r in found.values())))
+    ] == 400 - len(set().union(*(r.drop for r in by_pair.values())))
     assert set(f) == {
         "rows",
         "kept",
         "same stem as a benchmark item",
         "shares 8 words in a row with a benchmark item",
     }
-    listed = list(drops(found))
+    listed = list(drops(by_pair))
     assert (
-        len(listed) == sum(len(r.drop) for r in found.values())
+        len(listed) == sum(len(r.drop) for r in by_pair.values())
         and len({d["line"] for d in listed}) == 400 - f["kept"]
     )
     for d in listed:
@@ -471,8 +487,8 @@ def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
     train = rows(
         f"<script>alert(1)</script> & more. {stock}", bench[2]["question"], "SHORT one?", "innocent"
     )
-    found = {("train.jsonl", "bench.jsonl"): decontaminate(train, bench, 8)}
-    html = as_html(found, tmp_path / "x.html").read_text()
+    by_pair = {("train.jsonl", "bench.jsonl"): decontaminate(train, bench, 8)}
+    html = as_html(by_pair, tmp_path / "x.html").read_text()
     assert (
         "<script>alert" not in html
         and "&lt;script&gt;" in html
@@ -495,13 +511,16 @@ def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
         "4",
         "1",
     ]
-    cut = page(found, most=1)
+    cut = page(by_pair, most=1)
     assert cut.count("<tr class=leak>") == 1 and "The first 1 of 3" in cut
     assert "Nothing is dropped" in page({("a", "b"): decontaminate(rows("x"), rows("y"))})
 
 
-def test_the_rules_of_others_stand_beside_each_other():
-    item = "An old man coughs blood every single morning since the spring and has lost much weight; what is it?"
+def test_rules_of_other_projects_are_compared_with_ours():
+    item = (
+        "An old man coughs blood every single morning since the spring "
+        "and has lost much weight; what is it?"
+    )
     train = rows(
         item,
         item.replace(";", ",").replace("single", ""),
@@ -554,18 +573,19 @@ def test_the_command_writes_page_and_drops(tmp_path, capsys):
         == 0
     )
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
-    want = decontaminate(train, bench, 8)
+    expected = decontaminate(train, bench, 8)
     assert pair == {
         "train": t,
         "bench": b,
         "n": 8,
         "rows": 400,
-        "flagged": len(want.flagged),
-        "exact": len(want.exact),
-        "blind": len(want.blind),
+        "flagged": len(expected.flagged),
+        "exact": len(expected.exact),
+        "blind": len(expected.blind),
     }
-    assert [json.loads(l)["line"] - 1 for l in open(tmp_path / "d.jsonl")] == sorted(want.drop)
-    assert f"{len(want.drop):,} dropped" in (tmp_path / "r.html").read_text()
+    lines = (tmp_path / "d.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] - 1 for line in lines] == sorted(expected.drop)
+    assert f"{len(expected.drop):,} dropped" in (tmp_path / "r.html").read_text()
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"question": "a"\n')
     assert main(["decontaminate", str(tmp_path / "bad.jsonl"), "--against", b]) == 1
     assert (
@@ -612,13 +632,13 @@ def test_real_text_sets_equal_the_plain_rule(n):
         0,
     )
     for t, stems in train.items():
-        got = module.reports_of(index, [module.part_of(index, enumerate(rows(*stems)))])
+        results = module.reports_of(index, [module.part_of(index, enumerate(rows(*stems)))])
         grams = [grams_of(s, n) for s in stems]
         for b in BENCH:
-            assert got[b].flagged == [
+            assert results[b].flagged == [
                 i for i, g in enumerate(grams) if not g.isdisjoint(seen[b])
             ], (t, b)
-        flagged += sum(len(r.flagged) for r in got.values())
+        flagged += sum(len(r.flagged) for r in results.values())
     assert flagged > 100
 
 

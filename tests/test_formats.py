@@ -30,7 +30,14 @@ from octomed.data.formats import (
     from_rexvqa,
     read_split,
 )
-from octomed.data.readers import _text, _Walk, read_csv, read_exams, read_keyed, read_rows
+from octomed.data.readers import (
+    _JsonCursor,
+    _read_text,
+    read_csv,
+    read_exams,
+    read_keyed,
+    read_rows,
+)
 from octomed.data.slides import TEST_SITES, TISSUES, contour_boxes, cut_patches, tiles
 from octomed.data.sources import load, load_report
 
@@ -66,17 +73,17 @@ rows = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(rows, st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
-def test_a_walk_gives_what_json_gives_wherever_the_blocks_end(
+def test_a_cursor_gives_what_json_gives_wherever_the_blocks_end(
     tmp_path_factory, items, size, ascii, indent
 ):
-    path = tmp_path_factory.getbasetemp() / "walk.json"
+    path = tmp_path_factory.getbasetemp() / "cursor.json"
     path.write_text("x")
-    for what, close in ((items, "]"), ({f"k{i}": r for i, r in enumerate(items)}, "}")):
-        text = json.dumps(what, ensure_ascii=ascii, indent=indent)
-        walk = _Walk(path)
-        walk.blocks = iter([text[i : i + size] for i in range(0, len(text), size)])
-        walk.sign()
-        assert list(walk.members(close)) == (items if close == "]" else list(what.items()))
+    for values, close in ((items, "]"), ({f"k{i}": r for i, r in enumerate(items)}, "}")):
+        text = json.dumps(values, ensure_ascii=ascii, indent=indent)
+        cursor = _JsonCursor(path)
+        cursor.blocks = iter([text[i : i + size] for i in range(0, len(text), size)])
+        cursor.next_character()
+        assert list(cursor.read_items(close)) == (items if close == "]" else list(values.items()))
 
 
 @settings(max_examples=80, deadline=None)
@@ -145,10 +152,10 @@ def test_a_large_file_is_never_held(tmp_path, array):
 def test_bytes_that_are_no_utf8_are_named_by_their_place(tmp_path):
     (tmp_path / "t").write_bytes(b"a" * (1 << 20) + "é".encode() + b"bc\xff")
     with pytest.raises(OctomedError, match=f"not UTF-8 text at byte {(1 << 20) + 4}"):
-        list(_text(tmp_path / "t"))
+        list(_read_text(tmp_path / "t"))
     (tmp_path / "t").write_bytes(b"a\xc3")
     with pytest.raises(OctomedError, match="not UTF-8 text at byte 1"):
-        list(_text(tmp_path / "t"))
+        list(_read_text(tmp_path / "t"))
 
 
 def test_csv_keeps_line_breaks_and_refuses_ragged_rows(tmp_path):
@@ -160,7 +167,7 @@ def test_csv_keeps_line_breaks_and_refuses_ragged_rows(tmp_path):
     for text in ("a,b\nx,1\ny\n", "a,b\nx,1\ny,2,3\n"):
         (tmp_path / "t.csv").write_text(text)
         with pytest.raises(
-            OctomedError, match="line 3 of t.csv does not have the fields of its header"
+            OctomedError, match=r"line 3 of t\.csv does not have the fields of its header"
         ):
             list(read_csv(tmp_path / "t.csv"))
 
@@ -351,10 +358,10 @@ def test_fault_25_a_split_conserves_its_rows_and_leaves_the_ungradable_out(tmp_p
     assert (
         len(parts["train"]) + len(parts["test"]) + 1 == sum(1 for _ in read_csv(f)) == 13
         and not set(parts["train"]) & set(parts["test"])
-        and "IM000099.JPG" not in sum(parts.values(), [])
+        and "IM000099.JPG" not in parts["train"] + parts["test"]
     )
     grades = {r["id_code"]: r["diagnosis"] for _, r in read_csv(f)}
-    sizes = Counter(grades[n] for n in sum(parts.values(), []))
+    sizes = Counter(grades[n] for n in parts["train"] + parts["test"])
     assert Counter(grades[n] for n in parts["train"]) == {g: int(0.8 * n) for g, n in sizes.items()}
 
 
@@ -406,9 +413,9 @@ def test_the_papers_splits(name, out):
     } == {s: SPLITS[s] for s in parts} and not any(r.dropped for r in parts.values())
     names = [{q.origin for q in r.questions} for r in parts.values()]
     assert not names[0] & names[1]
-    from octomed.data.sources import _local, source_of
+    from octomed.data.sources import _find_local, source_of
 
-    (path,) = _local(source_of(f"{name}:train"), None)[1]
+    (path,) = _find_local(source_of(f"{name}:train"), None)[1]
     assert len(names[0]) + len(names[1]) + out == sum(1 for _ in read_csv(path))
 
 
@@ -493,7 +500,7 @@ def test_real_option_and_image_counts():
 
 
 def outer_boxes(mask) -> set:
-    "Plain reference: flood what is outside through its edges, then collect what is not, 8-connected."
+    "Plain reference: flood the outside through its edges, then collect the rest, 8-connected."
     h, w = mask.shape
 
     def flood(start, ok, steps):
@@ -511,12 +518,11 @@ def outer_boxes(mask) -> set:
         return 0 <= p[0] < h and 0 <= p[1] < w
 
     four = [(0, 1), (1, 0), (0, -1), (-1, 0)]
+    eight = [*four, (1, 1), (1, -1), (-1, 1), (-1, -1)]
     outside = flood([(-1, -1)], lambda p: not inside(p) or not mask[p], four)
-    left, boxes = {(y, x) for y in range(h) for x in range(w)} - outside, set()
+    left, boxes = set(itertools.product(range(h), range(w))) - outside, set()
     while left:
-        part = flood(
-            [next(iter(left))], lambda p: p in left, [*four, (1, 1), (1, -1), (-1, 1), (-1, -1)]
-        )
+        part = flood([next(iter(left))], left.__contains__, eight)
         ys, xs = [y for y, _ in part], [x for _, x in part]
         boxes.add((min(xs), min(ys), max(xs) - min(xs) + 1, max(ys) - min(ys) + 1))
         left -= part
@@ -553,7 +559,10 @@ def test_tiles_cover_a_side_evenly(start, length):
 
 @pytest.fixture
 def bcss(tmp_path):
-    "Three slides: a tumour with a stroma in its hole and a speck; a wide necrosis; an inflamed test slide."
+    """Three slides.
+
+    The first has a tumour with a stroma in its hole and a speck, the second a wide necrosis, and
+    the third, of the test set, an inflammation."""
     from PIL import ImageDraw
 
     def slide(name, size, *boxes):
@@ -620,7 +629,7 @@ def test_bcss_patches_are_cut_once_by_class_and_site(bcss):
 def test_bcss_says_what_is_missing_and_leaves_nothing_half_done(bcss):
     folder = bcss / "bcss"
     (folder / "masks" / "TCGA-OL-A5D6-DX1.png").unlink()
-    with pytest.raises(OctomedError, match="TCGA-OL-A5D6-DX1.png has no mask"):
+    with pytest.raises(OctomedError, match=r"TCGA-OL-A5D6-DX1\.png has no mask"):
         cut_patches(folder)
     Image.new("L", (9, 9)).save(folder / "masks" / "TCGA-OL-A5D6-DX1.png")
     with pytest.raises(OctomedError, match="another size than its slide"):

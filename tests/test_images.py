@@ -1,4 +1,6 @@
-"Images: opened safely, resized by each family's rule, named, kept, and seen alike by training, inference and the model's own processor."
+"""Images are opened safely, resized by each family's rule, named and stored.
+
+Training, inference and the model's own processor see the same picture."""
 
 import io
 import json
@@ -64,11 +66,11 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "given_,want",
+    "given_,expected",
     [
         ((512, 512), (504, 504)),
         ((1024, 768), (588, 420)),
@@ -77,8 +79,8 @@ def store(tmp_path, monkeypatch):
         ((28, 5600), (28, 5600)),
     ],
 )
-def test_smart_resize_golden(given_, want):
-    assert smart_resize(*given_) == want
+def test_smart_resize_golden(given_, expected):
+    assert smart_resize(*given_) == expected
 
 
 @settings(max_examples=150, deadline=None)
@@ -153,7 +155,7 @@ def test_what_no_family_or_tile_can_hold_is_said():
         stored_size(100, 100, 12_544, "internvl")
 
 
-# --- the models' own processors, built from their published configurations ------------------------------------------------
+# --- the models' own processors, built from their published configurations --------------------
 
 CONFIGS = {
     "qwen2_vl": {
@@ -284,7 +286,7 @@ def test_visual_tokens_at_the_papers_limit():
     assert most == {"qwen2_5_vl": 334, "qwen3_vl": 256, "internvl": 256}
 
 
-def told(family, limit):
+def processor_options(family, limit):
     return dict(
         processor_arguments(limit, family),
         do_rescale=False,
@@ -302,9 +304,9 @@ def test_stored_pixels_and_grid_equal_the_processors_on_the_original(family, lim
         img = PHOTO.resize((w, h))
         kept = resized(img, limit, family)
         ours, theirs, other = (
-            p(images=[kept], **told(family, limit)),
-            p(images=[img], **told(family, limit)),
-            q(images=[kept], **told(family, limit)),
+            p(images=[kept], **processor_options(family, limit)),
+            p(images=[img], **processor_options(family, limit)),
+            q(images=[kept], **processor_options(family, limit)),
         )
         grid = image_grid(kept.height, kept.width, family)
         if family.startswith("internvl"):
@@ -363,7 +365,7 @@ def test_a_stored_picture_off_the_grid_is_refused():
         load_image(name)
 
 
-# --- opening safely ------------------------------------------------------------------------------------------------------
+# --- opening safely ---------------------------------------------------------------------------
 
 
 def test_fault_18_transparency_lies_on_white():
@@ -401,12 +403,12 @@ def test_fault_18_palettes():
 def test_fault_18_four_inks_plain_and_as_adobe_inverts_them():
     cmyk = (0, 200, 180, 25)  # a red
     ink = Image.new("CMYK", (16, 16), cmyk)
-    want = ink.convert("RGB").getpixel((0, 0))
-    assert want[0] > 200 and max(want[1:]) < 80
-    assert open_image(encoded(ink, "TIFF")).getpixel((2, 2)) == want
+    expected = ink.convert("RGB").getpixel((0, 0))
+    assert expected[0] > 200 and max(expected[1:]) < 80
+    assert open_image(encoded(ink, "TIFF")).getpixel((2, 2)) == expected
     jpeg = encoded(ink, "JPEG", quality=100, subsampling=0)
     assert jpeg[jpeg.index(b"Adobe") + 11] == 0 and np.allclose(
-        open_image(jpeg).getpixel((2, 2)), want, atol=4
+        open_image(jpeg).getpixel((2, 2)), expected, atol=4
     )
     r, g, b = (
         255 - i for i in cmyk[:3]
@@ -418,7 +420,7 @@ def test_fault_18_four_inks_plain_and_as_adobe_inverts_them():
         )
     )
     jpeg[jpeg.index(b"Adobe") + 11] = 2
-    assert np.allclose(open_image(bytes(jpeg)).getpixel((2, 2)), want, atol=6)
+    assert np.allclose(open_image(bytes(jpeg)).getpixel((2, 2)), expected, atol=6)
 
 
 def deep_png(rows):
@@ -506,9 +508,9 @@ def test_fault_18_a_turned_camera_gives_an_upright_picture(turn, kind):
     exif = Image.Exif()
     exif[0x0112] = turn
     lying = Image.open(io.BytesIO(encoded(NOISE, kind))).convert("RGB")
-    want = lying.transpose(TURNS[turn]) if TURNS[turn] is not None else lying
-    got = open_image(encoded(NOISE, kind, exif=exif))
-    assert got.size == want.size and np.array_equal(got, want)
+    expected = lying.transpose(TURNS[turn]) if TURNS[turn] is not None else lying
+    opened = open_image(encoded(NOISE, kind, exif=exif))
+    assert opened.size == expected.size and np.array_equal(opened, expected)
 
 
 def test_fault_18_rotated_pil_image_and_stored_file_agree():
@@ -526,7 +528,7 @@ def test_fault_18_rotated_pil_image_and_stored_file_agree():
 def test_fault_18_cut_files_give_one_sentence(kind):
     data = encoded(NOISE, kind)
     for cut in (len(data) // 2, len(data) // 3, 30, 9, 1):
-        with pytest.raises(OctomedError, match="cut short|not an image"):
+        with pytest.raises(OctomedError, match=r"cut short|not an image"):
             open_image(data[:cut])
 
 
@@ -540,11 +542,11 @@ def test_fault_18_cut_files_are_refused_even_if_somebody_lets_pillow_fill_them(m
 
 def test_fault_18_zero_bytes_and_missing_file(tmp_path):
     (tmp_path / "nothing.png").touch()
-    with pytest.raises(OctomedError, match="nothing.png is empty"):
+    with pytest.raises(OctomedError, match=r"nothing\.png is empty"):
         open_image(tmp_path / "nothing.png")
     with pytest.raises(OctomedError, match="an image is empty"):
         open_image(b"")
-    with pytest.raises(OctomedError, match="no image gone.png"):
+    with pytest.raises(OctomedError, match=r"no image gone\.png"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(OctomedError, match="no image"):
         open_image(tmp_path)
@@ -583,7 +585,7 @@ def test_fault_19_a_warning_made_an_error_is_still_one_sentence():
 def test_fault_19_a_file_too_large_to_be_an_image_is_not_read(tmp_path):
     with open(tmp_path / "huge.png", "wb") as f:
         f.truncate(8 * images.LARGEST + 1)  # a hole: no disk is used
-    with pytest.raises(OctomedError, match="huge.png is larger"):
+    with pytest.raises(OctomedError, match=r"huge\.png is larger"):
         open_image(tmp_path / "huge.png")
 
 
@@ -592,7 +594,7 @@ def test_fault_19_the_limit_stays_on():
     assert Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS <= images.LARGEST
 
 
-# --- names and intake ----------------------------------------------------------------------------------------------------
+# --- names and intake -------------------------------------------------------------------------
 
 
 def test_fault_21_same_pixels_other_encoding_and_transposed_shape():
@@ -637,7 +639,9 @@ def test_load_image_says_what_is_missing():
 
 @pytest.fixture
 def files(tmp_path):
-    "Six pictures, of which the last has the first one's pixels in another encoding, and a way to write more."
+    """Six pictures, and a function that writes more.
+
+    The last has the pixels of the first in another encoding."""
     folder = tmp_path / "files"
     folder.mkdir()
 
@@ -701,9 +705,9 @@ def test_a_file_is_known_by_its_content_and_not_decoded_twice(files, monkeypatch
 
 def test_a_damaged_index_costs_time_only(files):
     first = intake_all(files.paths, 12_544)
-    images._index().write_text("{")
+    images._index_path().write_text("{")
     assert intake_all(files.paths, 12_544) == first and len(
-        json.loads(images._index().read_text())
+        json.loads(images._index_path().read_text())
     ) == len(files.paths)
 
 
@@ -718,7 +722,8 @@ def test_what_was_met_before_a_stop_is_remembered(files, monkeypatch):
     monkeypatch.setattr(images, "intake", stop)
     with pytest.raises(KeyboardInterrupt):
         intake_all(files.paths, 12_544, workers=1)
-    assert {file_hash(p) for p in files.paths[:3]} <= json.loads(images._index().read_text()).keys()
+    known = json.loads(images._index_path().read_text())
+    assert {file_hash(p) for p in files.paths[:3]} <= known.keys()
 
 
 def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
@@ -735,7 +740,7 @@ def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
 def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
     paths = [files(f"p{i}.png", encoded(NOISE.rotate(3 * i))) for i in range(8)]
     code = (
-        "import sys; from octomed import images\n"
+        "import sys; from octomed.data import images\n"
         "who, *paths = sys.argv[1:]; sys.stdin.readline()\n"
         "for i in range(40): images._remember({f'{who}{i}': 'x'})\n"
         "for p in paths: images.intake_all([p], 12_544, workers=1)\n"
@@ -754,11 +759,11 @@ def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
         p.stdin.flush()
     for p in both:
         assert p.communicate(timeout=60)[1] is not None and p.returncode == 0
-    index = json.loads(images._index().read_text())
+    index = json.loads(images._index_path().read_text())
     assert len(index) == 80 + len(paths) and all(
         load_image(index[file_hash(p)], 12_544) for p in paths
     )
-    assert not [p for p in images._index().parent.rglob(".*") if p.is_file()]
+    assert not [p for p in images._index_path().parent.rglob(".*") if p.is_file()]
 
 
 @pytest.mark.parametrize("offered", [True, False])
@@ -791,10 +796,10 @@ def test_files_are_read_ahead_of_their_turn_and_no_further(tmp_path, monkeypatch
     assert events == [(what, n) for part in parts for what in ("ahead", "hash") for n in part]
 
 
-# --- the report ----------------------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------
 
 
-def test_fault_21_report_tells_copies_conflicts_and_twins(files):
+def test_fault_21_report_names_copies_conflicts_and_twins(files):
     a, b, c, d, _, again = files.paths
     copy = files("copy.png", a.read_bytes())
     train = [
@@ -855,7 +860,7 @@ def test_fault_25_report_conserves_rows(files):
     assert image_report([]).counts()["rows"] == 0
 
 
-def test_report_on_questions_tells_another_question_from_another_label():
+def test_report_distinguishes_another_question_from_another_label():
     def ask(stem, answer, *pics):
         return Question(stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics)
 

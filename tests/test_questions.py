@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from octomed.core.paths import OctomedError, UsageError, shipped
-from octomed.data import questions as module
+from octomed.data import sources as module
 from octomed.data.formats import (
     from_brain_tumor,
     from_headqa,
@@ -176,13 +176,14 @@ def test_fault_23_25_any_headqa_rows_are_kept_or_dropped(rows):
         )
     )
     try:
-        local, module._local = module._local, lambda s, folder: (s.forms[0], [None])
+        find_local = module._find_local
+        module._find_local = lambda s, folder: (s.forms[0], [None])
         r = load_report("fuzz:x")
         assert r.rows == len(rows) == len(r.questions) + len(r.dropped) and all(
             flaw(q) is None for q in r.questions
         )
     finally:
-        module._local = local
+        module._find_local = find_local
         del SOURCES["fuzz:x"]
 
 
@@ -499,7 +500,7 @@ def test_one_table_of_a_hub_that_holds_several(monkeypatch):
         "Figure_path": "f.jpg",
         "Question": "Which?",
         "Answer": "y",
-        **{f"Choice {l}": f" {l}:{t} " for l, t in zip("ABCD", "xyzw", strict=False)},
+        **{f"Choice {a}": f" {a}:{t} " for a, t in zip("ABCD", "xyzw", strict=False)},
         "Answer_label": "B",
     }
     monkeypatch.setattr(datasets, "load_dataset", hub := FakeHub([row]))
@@ -554,7 +555,7 @@ def test_no_network_is_one_sentence(monkeypatch):
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     with pytest.raises(
         OctomedError,
-        match="check the network and the revision, or put medmcqa/dev.json under OCTOMED_DATA",
+        match=r"check the network and the revision, or put medmcqa/dev\.json under OCTOMED_DATA",
     ):
         load("medmcqa:dev", revision="abc")
 
@@ -566,12 +567,13 @@ def test_missing_files_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     with pytest.raises(
         OctomedError,
-        match=r"put headqa/dev_HEAD_EN.json from dvilares/head_qa under the folder that OCTOMED_DATA names, or load the hub.s dvilares/head_qa in Python, with the revision",
+        match=r"put headqa/dev_HEAD_EN.json from dvilares/head_qa under the folder that "
+        r"OCTOMED_DATA names, or load the hub.s dvilares/head_qa in Python, with the revision",
     ):
         load("headqa:dev")
-    with pytest.raises(OctomedError, match="kaggle.com/datasets/sartajbhuvaji"):
+    with pytest.raises(OctomedError, match=r"kaggle\.com/datasets/sartajbhuvaji"):
         load("brain_tumor:train", folder=tmp_path)
-    with pytest.raises(OctomedError, match="octomed.data.formats.from_nejm describes"):
+    with pytest.raises(OctomedError, match=r"octomed\.data\.formats\.from_nejm describes"):
         load("nejm:test")
     register(Source("counted", "test", "text_only", "benchmark", 7, hub="a page"))
     try:
@@ -588,7 +590,7 @@ def test_missing_files_say_how_to_get_them(monkeypatch, tmp_path):
 def test_malformed_files_name_file_and_line(here):
     f = here / "medqa" / "phrases_no_exclude_test.jsonl"
     f.write_text(f.read_text() + "{broken\n")
-    with pytest.raises(OctomedError, match="line 3 of phrases_no_exclude_test.jsonl is not JSON"):
+    with pytest.raises(OctomedError, match=r"line 3 of phrases_no_exclude_test\.jsonl is not JSON"):
         load("medqa:test", folder=here)
     write(
         here,
@@ -598,11 +600,13 @@ def test_malformed_files_name_file_and_line(here):
         ],
     )
     with pytest.raises(
-        OctomedError, match="line 2 of phrases_no_exclude_test.jsonl has no column 'options'"
+        OctomedError, match=r"line 2 of phrases_no_exclude_test\.jsonl has no column 'options'"
     ):
         load("medqa:test", folder=here)
     write(here, ["no object"])
-    with pytest.raises(OctomedError, match="line 1 of phrases_no_exclude_test.jsonl is not a row"):
+    with pytest.raises(
+        OctomedError, match=r"line 1 of phrases_no_exclude_test\.jsonl is not a row"
+    ):
         load("medqa:test", folder=here)
     (here / "medmcqa" / "selfbiorag_medmc_qa_train_gpt4.jsonl").write_text("[\nnothing]")
     with pytest.raises(OctomedError, match="line 2 of selfbiorag"):
@@ -744,9 +748,10 @@ def test_a_stream_and_a_load_give_the_same_questions():
 
 
 def test_a_stream_that_loses_a_row_says_so(monkeypatch):
-    monkeypatch.setattr(
-        module, "_judged", lambda s, rows, *a: [(p, "no answer") for p, _ in rows[1:]]
-    )
+    def judge_rows(s, rows, **options):
+        return [(place, "no answer") for place, _ in rows[1:]]
+
+    monkeypatch.setattr(module, "_judge_rows", judge_rows)
     with pytest.raises(OctomedError, match="lost or doubled"):
         list(stream("medqa:test", folder=EXAMPLES))
 
@@ -782,7 +787,7 @@ def test_names_are_found_whatever_their_case_and_folder(here):
 
 def test_image_files_are_the_publishers(here, monkeypatch):
     monkeypatch.setenv("OCTOMED_DATA", str(here))
-    module._album.cache_clear()
+    module._open_album.cache_clear()
     q = next(q for s in ("train", "test") for q in load(f"aptos:{s}") if q.at_hand)
     assert [f.name for f in image_files(q)] == [q.origin + ".png"]
     (q,) = [q for q in load("rexvqa:train", images=False) if q.origin == "q_002"]
@@ -863,11 +868,9 @@ def test_chats_are_messages_with_their_images():
         and not i[0]["images"][0].startswith("name:")
         and i[0]["images"][1] == "name:pmc_9_1.jpg"
     )
-    (l,) = read_chats("llava_med:instruct", folder=EXAMPLES)
-    assert [m["role"] for m in l["messages"]] == [
-        "user",
-        "assistant",
-    ] * 2 and "<image>" not in json.dumps(l)
+    (chat,) = read_chats("llava_med:instruct", folder=EXAMPLES)
+    assert [m["role"] for m in chat["messages"]] == ["user", "assistant"] * 2
+    assert "<image>" not in json.dumps(chat)
     from octomed.generate.render import chat_images
 
     assert chat_images(i[0]["messages"]) == list(i[0]["images"])
@@ -920,7 +923,7 @@ def classes(**sizes):
     ]
 
 
-def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_told():
+def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_reported():
     picked, report = balanced(classes(many=50, some=20, few=3), 30)
     assert (
         Counter(q.answer_text for q in picked) == {"many": 14, "some": 13, "few": 3}
@@ -949,14 +952,14 @@ def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_told():
 def test_fault_25_26_balanced_sampling_is_even_seeded_and_conserving(sizes, n, seed):
     qs = classes(**sizes)
     picked, report = balanced(qs, n, seed)
-    got = Counter(q.answer_text for q in picked)
+    counts = Counter(q.answer_text for q in picked)
     assert (
         len(picked) == min(n, len(qs)) == report["picked"]
         and report["picked"] + report["left"] == len(qs)
         and picked == [q for q in qs if q in picked]
     )
-    full = [got[c] for c in sizes if got[c] < sizes[c]]
-    assert not full or max(got.values(), default=0) - min(full) <= 1
+    full = [counts[c] for c in sizes if counts[c] < sizes[c]]
+    assert not full or max(counts.values(), default=0) - min(full) <= 1
     assert [q.id for q in balanced(qs[::-1], n, seed)[0]] == [q.id for q in picked][::-1]
     assert {q.id for q in picked} <= {q.id for q in balanced(qs, n + 1, seed)[0]}
 
