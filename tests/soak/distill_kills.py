@@ -30,7 +30,8 @@ def work(folder: Path, questions: int):
     """One run, from the questions to the accepted set.
 
     Every sample that is made leaves a line in made.log."""
-    from octomed.clinic import teachers, world
+    from octomed.clinic import teachers
+    from octomed.clinic.questions import world_identity
     from octomed.core.store import run
     from octomed.distill import pools, rejection, sampling
     from octomed.generate.engines import Sampling, register_teacher
@@ -49,7 +50,7 @@ def work(folder: Path, questions: int):
 
     register_teacher("soak/slow", SlowTeacher, "1")
     data = pools.questions(
-        sources=(("clinic_ward:train", questions, world.world_identity()),),
+        sources=(("clinic_ward:train", questions, world_identity()),),
         against=(),
         seed=0,
         max_pixels=12_544,
