@@ -145,7 +145,7 @@ def _check_shardable(loop: Loop):
             "or an accelerate configuration that shards nothing"
         )
 
-
+# %% ../../nbs/train/08_loop.ipynb #7ce0aec7
 def _prepare_model(loop: Loop):
     "Precision, attention and recomputation, as the schedule and the execution ask for."
     import torch
@@ -200,7 +200,7 @@ def _take_step(
         optimizer.zero_grad(set_to_none=True)
     return total, norm, note
 
-
+# %% ../../nbs/train/08_loop.ipynb #e9d29596
 def _as_number(norm) -> float:
     "A norm as a number; accelerate gives none where DeepSpeed clips by itself."
     if norm is None:
@@ -223,14 +223,14 @@ def _accumulate(loop: Loop, rows: list[Row]):  # (2,): summed loss, and room for
         sums[0] += loss.detach()
     return sums
 
-
+# %% ../../nbs/train/08_loop.ipynb #e0ad055e
 def _backward(loop: Loop, loss, last: bool):
     if loop.deepspeed:
         loop.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
     else:
         loss.backward()
 
-
+# %% ../../nbs/train/08_loop.ipynb #03469107
 def _trained_tokens(rows: list[Row]) -> int:
     return sum(len(row.input_ids) - max(1, row.prompt) for row in rows)
 
@@ -405,7 +405,7 @@ def _record(rows: list[Row], step: int, lr: float, total: float, norm: float, st
         "seconds": round(time.time() - start, 2),
     }
 
-
+# %% ../../nbs/train/08_loop.ipynb #84510c4d
 def _keep_or_stop(keeper: Keeper, note: float, log: list[dict], steps: int):
     "Save the state if any process wants it, and stop if one was asked to."
     if note:

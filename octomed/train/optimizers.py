@@ -112,7 +112,7 @@ def optimizers(model, s: Schedule) -> list:
         chosen.append(_muon(for_muon, s))
     return chosen
 
-
+# %% ../../nbs/train/05_optimizers.ipynb #3d2762d2
 def _is_layer_matrix(name: str, parameter) -> bool:
     return parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
 

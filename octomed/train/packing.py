@@ -221,7 +221,7 @@ def _check_restarts(positions, lengths: list[int]):
     if positions[1:, 0, starts].any():
         raise _leak("image positions do not restart where samples do")
 
-
+# %% ../../nbs/train/02_packing.ipynb #1d7f78c3
 def _leak(reason: str) -> OctomedError:
     return OctomedError(
         f"this packed batch would leak between samples ({reason}): build it with packed_batch"
