@@ -247,7 +247,7 @@ def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(
     assert not prompts[0] & prompts[1], "the prompt does not tell the modes apart"
 
 
-def test_muon_on_a_processor_is_pytorchs_in_full_precision():
+def test_muon_on_a_cpu_is_pytorchs_in_full_precision():
     s = Schedule(lr=0.01, weight_decay=0.1, optimizer="muon")
 
     def random(shape, seed):

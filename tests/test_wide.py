@@ -270,10 +270,10 @@ def test_fault_34_processes_that_hold_a_part_each_go_on_bit_for_bit(job, tmp_pat
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("whole", "again"):
         write_job(tmp_path / name, job, steps=3)
-    assert "goes on" not in run_sharded(tmp_path / "whole")
+    assert "continues" not in run_sharded(tmp_path / "whole")
     # the checkpoint of the second of three steps
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "again" / "checkpoints")
-    assert "goes on from" in run_sharded(tmp_path / "again")
+    assert "continues from" in run_sharded(tmp_path / "again")
     whole, again = (load_student(tmp_path / name)[0].state_dict() for name in ("whole", "again"))
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 

@@ -262,11 +262,11 @@ class Keeper:
         """Continue from the last complete checkpoint, and return its log.
 
         Raises `OctomedError` if it was written for other rows."""
-        found = checkpoints(self.folder) if self.folder else []
-        if not found:
+        complete = checkpoints(self.folder) if self.folder else []
+        if not complete:
             return []
-        log = _restore(self, found[-1])
-        print(f"  goes on from {found[-1].name}", file=sys.stderr, flush=True)
+        log = _restore(self, complete[-1])
+        print(f"  continues from {complete[-1].name}", file=sys.stderr, flush=True)
         return log
 
 # %% ../../nbs/train/08_loop.ipynb #7a08c011
@@ -322,8 +322,8 @@ def _not_finite(
     listed = ", ".join(named[:64])
     if len(named) > 64:
         listed += f" and {len(named) - 64} more"
-    found = checkpoints(keeper.folder) if keeper.folder else []
-    kept = f", {found[-1]} is kept" if found else ""
+    complete = checkpoints(keeper.folder) if keeper.folder else []
+    kept = f", {complete[-1]} is kept" if complete else ""
     return OctomedError(
         f"the loss is no longer a number at step {step}, whose rows are {listed}{kept}: "
         f"look at them, or lower lr (now {keeper.loop.s.lr:g})"

@@ -171,7 +171,7 @@ def sft(
     schedule,
     seed,
     max_pixels,
-    match=None,  # rendered rows of another student, as many of whose tokens this one shall read
+    match=None,  # rendered rows of another student; this one reads as many tokens
 ):
     "A student: `base` fine-tuned on `rendered` rows."
     rows = load_rows(rendered)
