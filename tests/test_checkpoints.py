@@ -1,4 +1,7 @@
-"Checkpoints: a run that was stopped ends with the same student, and what is not complete is not there."
+"""Checkpoints: a run that was stopped ends with the same student.
+
+A checkpoint that is not complete is ignored.
+"""
 
 import copy
 import json
@@ -9,8 +12,10 @@ import pytest
 import torch
 
 from octomed.core.paths import OctomedError
-from octomed.generate.render import row
-from octomed.train import loop as train
+from octomed.core.store import Outside
+from octomed.core.store import run as make
+from octomed.generate.render import row, save_rows
+from octomed.train import loop
 from octomed.train.checkpoints import (
     checkpoints,
     random_states,
@@ -19,8 +24,9 @@ from octomed.train.checkpoints import (
     write_checkpoint,
 )
 from octomed.train.launch import Execution
-from octomed.train.loop import fit
-from octomed.train.schedule import Schedule
+from octomed.train.loop import Keeper, Loop, fit
+from octomed.train.schedule import Schedule, batches
+from octomed.train.students import save_student, sft
 
 PIXELS = 12_544
 EVERY = Execution(checkpoint_every=2)
@@ -53,30 +59,47 @@ def rows(student, picture):
 
 
 class Killed(BaseException):
-    "What a test throws where a process would die."
+    "What a test raises where a process would die."
 
 
-def run(student, rows, s, folder=None, steps=7, die_at=None, how=EVERY, monkeypatch=None, seed=3):
-    "Weights and log of a run; with `die_at` it dies before that step is taken."
-    model, processor = student
-    m = copy.deepcopy(model)
+def fit_example(model, processor, rows, s, folder=None, how=EVERY, seed=3):
+    "Seven steps."
+    return fit(
+        model, processor, rows, s=s, seed=seed, steps=7, max_pixels=PIXELS, how=how, folder=folder
+    )
+
+
+def run(student, rows, s, folder=None, **options):
+    "Weights and log of a run on a copy of the student."
+    model, processor = copy.deepcopy(student[0]), student[1]
     torch.manual_seed(5)
-    if die_at is not None:
-        step, taken = train.Loop.step, []
+    log = fit_example(model, processor, rows, s, folder=folder, **options)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, log
 
-        def dying(self, *a):
-            if len(taken) == die_at:
-                raise Killed
-            taken.append(1)
-            return step(self, *a)
 
-        monkeypatch.setattr(train.Loop, "step", dying)
-        with pytest.raises(Killed):
-            fit(m, processor, rows, s, seed, steps, PIXELS, how=how, folder=folder)
-        monkeypatch.undo()
-        return None
-    log = fit(m, processor, rows, s, seed, steps, PIXELS, how=how, folder=folder)
-    return {n: p.detach().clone() for n, p in m.named_parameters()}, log
+def run_and_die(student, rows, s, folder, die_at, **options):
+    "A run that dies before the step `die_at` is taken."
+    step, taken = Loop.step, []
+
+    def dying(self, *args):
+        if len(taken) == die_at:
+            raise Killed
+        taken.append(1)
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Loop, "step", dying)
+        run(student, rows, s, folder=folder, **options)
+
+
+def equal_weights(weights, others):
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights
+    )
+
+
+def without_times(log):
+    return [{key: v for key, v in record.items() if key != "seconds"} for record in log]
 
 
 @pytest.mark.parametrize(
@@ -88,46 +111,36 @@ def run(student, rows, s, folder=None, steps=7, die_at=None, how=EVERY, monkeypa
     ],
     ids=["adamw", "muon", "lora"],
 )
-def test_fault_34_a_resumed_run_is_the_run_that_was_not_stopped(
-    student, rows, tmp_path, monkeypatch, s
-):
+def test_fault_34_a_resumed_run_is_the_run_that_was_not_stopped(student, rows, tmp_path, s):
     whole, log = run(student, rows, s)
-    run(student, rows, s, tmp_path, die_at=5, monkeypatch=monkeypatch)
+    run_and_die(student, rows, s, tmp_path, die_at=5)
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
-    again, log2 = run(student, rows, s, tmp_path)
-    assert whole.keys() == again.keys() and all(torch.equal(whole[n], again[n]) for n in whole)
-
-    def drop(log):
-        return [{k: v for k, v in r.items() if k != "seconds"} for r in log]
-
-    assert drop(log) == drop(log2)
+    again, log_again = run(student, rows, s, tmp_path)
+    assert equal_weights(whole, again)
+    assert without_times(log) == without_times(log_again)
 
 
-def test_fault_34_optimiser_and_random_states_are_those_of_the_moment(
-    student, rows, tmp_path, monkeypatch
-):
-    def dropout(m):
-        return [
-            setattr(l.self_attn, "attention_dropout", 0.3) for l in m[0].model.language_model.layers
-        ] and m
-
-    noisy = dropout((copy.deepcopy(student[0]), student[1]))
+def test_fault_34_optimiser_and_random_states_are_those_of_the_moment(student, rows, tmp_path):
+    noisy = copy.deepcopy(student[0]), student[1]
+    for layer in noisy[0].model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.3
     s, how = Schedule(batch=3, lr=1e-2), Execution(checkpoint_every=2, pack=False)
     whole, _ = run(noisy, rows, s, how=how)
-    assert not all(
-        torch.equal(whole[n], p) for n, p in run(student, rows, s, how=how)[0].items()
-    ), "nothing is drawn: the random state would not matter"
-    run(noisy, rows, s, tmp_path, die_at=4, monkeypatch=monkeypatch, how=how)
+    without_dropout, _ = run(student, rows, s, how=how)
+    assert not equal_weights(whole, without_dropout), (
+        "nothing is drawn: the random state would not matter"
+    )
+    run_and_die(noisy, rows, s, tmp_path, die_at=4, how=how)
     tensors, _ = read_checkpoint(checkpoints(tmp_path)[-1])
     kinds = {k.partition("/")[0] for k in tensors}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq", "step", "random"}
     again, _ = run(noisy, rows, s, tmp_path, how=how)
-    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    assert equal_weights(whole, again)
 
 
-def test_fault_34_another_next_batch_is_refused(student, rows, tmp_path, monkeypatch):
+def test_fault_34_another_next_batch_is_refused(student, rows, tmp_path):
     s = Schedule(batch=3, lr=1e-2)
-    run(student, rows, s, tmp_path, die_at=3, monkeypatch=monkeypatch)
+    run_and_die(student, rows, s, tmp_path, die_at=3)
     for other, seed in ((rows, 4), ([*rows[1:], rows[0]], 3)):
         with pytest.raises(OctomedError, match="made with other rows, or in another order"):
             run(student, other, s, tmp_path, seed=seed)
@@ -140,10 +153,10 @@ def test_fault_34_another_next_batch_is_refused(student, rows, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "harm", ["no state", "half a file", "no file", "half a state", "another name"]
 )
-def test_fault_35_a_partial_checkpoint_is_skipped(student, rows, tmp_path, monkeypatch, harm):
+def test_fault_35_a_partial_checkpoint_is_skipped(student, rows, tmp_path, harm):
     s = Schedule(batch=3, lr=1e-2)
     whole, _ = run(student, rows, s)
-    run(student, rows, s, tmp_path, die_at=5, monkeypatch=monkeypatch)
+    run_and_die(student, rows, s, tmp_path, die_at=5)
     last = tmp_path / "step-00000004"
     tensors = last / "rank-00000.safetensors"
     if harm == "no state":
@@ -158,12 +171,12 @@ def test_fault_35_a_partial_checkpoint_is_skipped(student, rows, tmp_path, monke
         last.rename(tmp_path / ".step-00000004")  # as a kill during the write leaves it
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002"]
     again, _ = run(student, rows, s, tmp_path)
-    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    assert equal_weights(whole, again)
     assert len(checkpoints(tmp_path)) == 2 and checkpoints(tmp_path)[-1].name == "step-00000006"
 
 
 def test_fault_36_a_checkpoint_holds_no_pickle(student, rows, tmp_path, monkeypatch):
-    run(student, rows, Schedule(batch=3, lr=1e-2), tmp_path, die_at=3, monkeypatch=monkeypatch)
+    run_and_die(student, rows, Schedule(batch=3, lr=1e-2), tmp_path, die_at=3)
     assert {f.suffix for f in tmp_path.rglob("*") if f.is_file()} == {".safetensors", ".json"}
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle is read"))
     run(student, rows, Schedule(batch=3, lr=1e-2), tmp_path)
@@ -173,54 +186,48 @@ def test_fault_36_a_checkpoint_holds_no_pickle(student, rows, tmp_path, monkeypa
 def test_fault_33_no_number_stops_the_run_names_its_rows_and_keeps_the_last_checkpoint(
     student, rows, tmp_path, monkeypatch, how
 ):
-    model, processor = student
-    m, loss, seen = copy.deepcopy(model), train.Loop.loss, []
+    model, processor = copy.deepcopy(student[0]), student[1]
+    loss_of, calls = Loop.loss, []
 
     def spoilt(self, group):
-        seen.append(1)
-        found = loss(self, group)
-        if len(seen) != 4:
-            return found
-        return (
-            found * float("inf")
-            if how == "loss"
-            else found + (self.model.lm_head.weight.sum() * 0).sqrt()
-        )  # a value of 0 whose gradient is none
+        calls.append(1)
+        loss = loss_of(self, group)
+        if len(calls) != 4:
+            return loss
+        if how == "loss":
+            return loss * float("inf")
+        return loss + (self.model.lm_head.weight.sum() * 0).sqrt()  # 0, with a gradient of NaN
 
-    monkeypatch.setattr(train.Loop, "loss", spoilt)
+    monkeypatch.setattr(Loop, "loss", spoilt)
     s = Schedule(batch=3, lr=1e-2)
-    order = list(train.batches(len(rows), s, 3, 7))
-    with pytest.raises(OctomedError, match="no longer a number at step 3") as e:
-        fit(m, processor, rows, s, 3, 7, PIXELS, how=EVERY, folder=tmp_path)
-    assert ", ".join(map(str, sorted(order[3]))) in str(e.value) and "step-00000002 is kept" in str(
-        e.value
-    )
-    assert all(p.isfinite().all() for p in m.parameters()), "the step was taken"
+    order = list(batches(len(rows), s, seed=3, steps=7))
+    with pytest.raises(OctomedError, match="no longer a number at step 3") as error:
+        fit_example(model, processor, rows, s, folder=tmp_path)
+    message = str(error.value)
+    assert ", ".join(map(str, sorted(order[3]))) in message and "step-00000002 is kept" in message
+    assert all(p.isfinite().all() for p in model.parameters()), "the step was taken"
 
 
-def test_a_job_that_is_told_to_stop_keeps_its_state(student, rows, tmp_path):
+def test_a_job_that_is_asked_to_stop_keeps_its_state(student, rows, tmp_path):
     s, how = Schedule(batch=3, lr=1e-2), Execution()
     whole, _ = run(student, rows, s, how=how)
-    model, processor = student
-    m, before, step = copy.deepcopy(model), signal.getsignal(signal.SIGTERM), train.Loop.step
+    before, step, sent = signal.getsignal(signal.SIGTERM), Loop.step, []
 
-    def told(self, chosen, lr, note):
-        if self.s.lr * 0.9 < lr and not told.sent:
-            told.sent = True
+    def step_after_signal(self, chosen, lr, note):
+        if self.s.lr * 0.9 < lr and not sent:
+            sent.append(1)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, chosen, lr, note)
 
-    told.sent = False
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(KeyboardInterrupt, match="run it again to go on"),
     ):
-        patch.setattr(train.Loop, "step", told)
-        torch.manual_seed(5)
-        fit(m, processor, rows, s, 3, 7, PIXELS, how=how, folder=tmp_path)
+        patch.setattr(Loop, "step", step_after_signal)
+        run(student, rows, s, tmp_path, how=how)
     assert signal.getsignal(signal.SIGTERM) == before and len(checkpoints(tmp_path)) == 1
     again, _ = run(student, rows, s, tmp_path, how=how)
-    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    assert equal_weights(whole, again)
 
 
 def test_a_short_run_writes_nothing_and_a_long_one_by_the_clock(
@@ -234,7 +241,7 @@ def test_a_short_run_writes_nothing_and_a_long_one_by_the_clock(
         clock[0] += 60
         return clock[0]
 
-    monkeypatch.setattr(train.time, "time", minutes)
+    monkeypatch.setattr(loop.time, "time", minutes)
     run(
         student,
         rows,
@@ -254,18 +261,13 @@ def test_two_are_kept_and_a_stage_leaves_none(student, tmp_path):
 
 
 def test_generators_go_on_where_they_were():
-    kept = random_states()
-    one = torch.rand(5)
-    restore_random(kept)
-    assert torch.equal(one, torch.rand(5))
+    states = random_states()
+    drawn = torch.rand(5)
+    restore_random(states)
+    assert torch.equal(drawn, torch.rand(5))
 
 
 def test_a_killed_stage_goes_on_from_its_checkpoint(student, rows, tmp_path, monkeypatch):
-    from octomed.core.store import Outside
-    from octomed.core.store import run as make
-    from octomed.generate.render import save_rows
-    from octomed.train.students import save_student, sft
-
     (tmp_path / "base").mkdir()
     (tmp_path / "rows").mkdir()
     save_student(tmp_path / "base", *student, [])
@@ -281,31 +283,28 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(student, rows, tmp_path, mon
         )
 
     monkeypatch.setenv("OCTOMED_TRAIN", "checkpoint_every=2")
-    step, dead = train.Loop.step, []
+    step, resume, kept, began = Loop.step, Keeper.resume, [], []
 
     def dying(self, chosen, lr, note):
-        if note and not dead:
-            dead.append(1)
-        elif dead:
+        if kept:
             raise Killed
+        if note:
+            kept.append(1)
         return step(self, chosen, lr, note)
 
-    monkeypatch.setattr(train.Loop, "step", dying)
-    with pytest.raises(Killed):
+    def watched_resume(self):
+        log = resume(self)
+        began.append(len(log))
+        return log
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Loop, "step", dying)
         make(declared(1))
-    monkeypatch.setattr(train.Loop, "step", step)
-    began = []
-    monkeypatch.setattr(
-        train.Keeper,
-        "resume",
-        lambda self, resume=train.Keeper.resume: began.append(len(log := resume(self))) or log,
-    )
+    monkeypatch.setattr(Keeper, "resume", watched_resume)
     folder = make(declared(1))
     assert began == [2] and len((folder / "log.jsonl").read_text().splitlines()) == 5
-    assert (
-        not list(folder.rglob("step-*"))
-        and json.loads((folder / "execution.json").read_text())["processes"] == 1
-    )
-    assert declared(1).key == (monkeypatch.setenv("OCTOMED_TRAIN", "pack=0"), declared(1))[1].key, (
-        "how a student is trained moves its key"
-    )
+    assert not list(folder.rglob("step-*"))
+    assert json.loads((folder / "execution.json").read_text())["processes"] == 1
+    key = declared(1).key
+    monkeypatch.setenv("OCTOMED_TRAIN", "pack=0")
+    assert declared(1).key == key, "how a student is trained moves its key"

@@ -1,11 +1,16 @@
 "Rendering and training: the mask, what is refused, what is dropped, what is read."
 
+import copy
+import itertools
 import math
 
 import pytest
 import torch
 
+from octomed.core.files import write_jsonl
 from octomed.core.paths import OctomedError
+from octomed.data.questions import Question
+from octomed.distill.traces import rendered
 from octomed.generate.render import (
     Pixels,
     Row,
@@ -20,6 +25,7 @@ from octomed.generate.render import (
     tokens_of,
 )
 from octomed.train.loop import fit, loss_sum
+from octomed.train.optimizers import _muon
 from octomed.train.schedule import Schedule, micro_batches
 from octomed.train.students import load_student, matched_steps, save_student, steps_for
 
@@ -36,6 +42,10 @@ def chat(text, *images):
             ],
         }
     ]
+
+
+def fit_example(model, processor, rows, s, steps):
+    return fit(model, processor, rows, s=s, seed=0, steps=steps, max_pixels=PIXELS)
 
 
 def test_prompt_is_the_same_in_training_and_evaluation(student, picture):
@@ -111,15 +121,10 @@ def test_rows_survive_the_disk(student, picture, tmp_path):
         500,
     )
     save_rows(tmp_path, rows, funnel)
-    assert (
-        list(found := load_rows(tmp_path)) == rows and len(found) == 2 and found[1].question == "q2"
-    )
-    assert (
-        tokens_of(found)
-        == tokens_of(rows)
-        == sum(len(r.input_ids) for r in rows)
-        == funnel["tokens"]
-    )
+    loaded = load_rows(tmp_path)
+    assert list(loaded) == rows and len(loaded) == 2 and loaded[1].question == "q2"
+    tokens = sum(len(r.input_ids) for r in rows)
+    assert tokens_of(loaded) == tokens_of(rows) == tokens == funnel["tokens"]
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
@@ -142,50 +147,37 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
 
 
 def test_training_learns_and_repeats_itself(student):
-    import copy
-
     model, processor = student
     rows = [row(processor, chat("which is it ?"), f"\\boxed{{{x}}}", PIXELS) for x in "AAAA"]
     logs, weights = [], []
     for _ in range(2):
-        m = copy.deepcopy(model)
-        logs.append(fit(m, processor, rows, Schedule(batch=4, lr=1e-2), 0, 30, PIXELS))
-        weights.append(torch.cat([p.flatten() for p in m.parameters()]))
+        trained = copy.deepcopy(model)
+        log = fit_example(trained, processor, rows, Schedule(batch=4, lr=1e-2), steps=30)
+        logs.append(log)
+        weights.append(torch.cat([p.flatten() for p in trained.parameters()]))
     assert logs[0][-1]["loss"] < 0.5 * logs[0][0]["loss"]
     assert torch.equal(*weights)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(student):
-    import copy
-
-    model, processor = student
-    m = copy.deepcopy(model)
+    model, processor = copy.deepcopy(student[0]), student[1]
     with torch.no_grad():
-        m.lm_head.weight[0, 0] = math.nan
+        model.lm_head.weight[0, 0] = math.nan
     rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS, "q7")]
     with pytest.raises(
         OctomedError, match=r"no longer a number at step 0, whose rows are 0 \(q7\)"
     ):
-        fit(m, processor, rows, Schedule(batch=1), 0, 1, PIXELS)
+        fit_example(model, processor, rows, Schedule(batch=1), steps=1)
 
 
 def test_frozen_parameters_do_not_move(student):
-    import copy
-
     model, processor = student
-    m = copy.deepcopy(model)
-    before = m.model.visual.patch_embed.proj.weight.clone()
-    fit(
-        m,
-        processor,
-        [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)],
-        Schedule(batch=1, freeze=("model.visual",)),
-        0,
-        2,
-        PIXELS,
-    )
-    assert torch.equal(before, m.model.visual.patch_embed.proj.weight)
-    assert not torch.equal(model.lm_head.weight, m.lm_head.weight)
+    trained = copy.deepcopy(model)
+    rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)]
+    fit_example(trained, processor, rows, Schedule(batch=1, freeze=("model.visual",)), steps=2)
+    before, after = (m.model.visual.patch_embed.proj.weight for m in (model, trained))
+    assert torch.equal(before, after)
+    assert not torch.equal(model.lm_head.weight, trained.lm_head.weight)
 
 
 def test_matched_compute_counts_tokens():
@@ -206,36 +198,34 @@ def test_fault_36_pickled_weights_are_refused(student, tmp_path):
 def test_a_saved_student_is_the_same_student(student, tmp_path):
     model, processor = student
     save_student(tmp_path, model, processor, [])
-    again, p = load_student(tmp_path)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=False)
-    )
+    again, processor_again = load_student(tmp_path)
+    weights = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
     messages = chat("which is it ?")
-    assert chat_text(p, messages, PIXELS) == chat_text(processor, messages, PIXELS)
+    assert chat_text(processor_again, messages, PIXELS) == chat_text(processor, messages, PIXELS)
 
 
 def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(student, tmp_path):
-    from octomed.core.files import write_jsonl
-    from octomed.data.questions import Question
-    from octomed.distill.traces import rendered
-
     model, processor = student
-    for d in ("questions", "accepted", "base", "cot", "direct", "hybrid"):
-        (tmp_path / d).mkdir()
-    qs = [
-        Question(f"which is it ? {w}", ("fever", "rash"), "B", "x", "train", "text_only")
-        for w in ("one", "two", "three")
+    for name in ("questions", "accepted", "base", "cot", "direct", "hybrid"):
+        (tmp_path / name).mkdir()
+    questions = [
+        Question(
+            f"which is it ? {word}",
+            ("fever", "rash"),
+            "B",
+            source="x",
+            split="train",
+            category="text_only",
+        )
+        for word in ("one", "two", "three")
     ]
-    write_jsonl(tmp_path / "questions" / "questions.jsonl", [q.to_json() for q in qs])
-    write_jsonl(
-        tmp_path / "accepted" / "traces.jsonl",
-        [
-            {"question": q.id, "response": f"<think>{w}</think>\n\n\\boxed{{B}}"}
-            for q in qs[:2]
-            for w in ("one", "two")
-        ],
-    )
+    traces = [
+        {"question": q.id, "response": f"<think>{word}</think>\n\n\\boxed{{B}}"}
+        for q, word in itertools.product(questions[:2], ("one", "two"))
+    ]
+    write_jsonl(tmp_path / "questions" / "questions.jsonl", [q.to_json() for q in questions])
+    write_jsonl(tmp_path / "accepted" / "traces.jsonl", traces)
     save_student(tmp_path / "base", model, processor, [])
 
     def rows(form, accepted):
@@ -253,38 +243,32 @@ def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(
 
     thinking, direct, hybrid = rows("cot", True), rows("direct", False), rows("hybrid", True)
     assert (len(thinking), len(direct)) == (4, 3) and hybrid == thinking + direct
-    assert not {tuple(r.input_ids[: r.prompt]) for r in thinking} & {
-        tuple(r.input_ids[: r.prompt]) for r in direct
-    }, "the prompt does not tell the modes apart"
+    prompts = [{tuple(r.input_ids[: r.prompt]) for r in form} for form in (thinking, direct)]
+    assert not prompts[0] & prompts[1], "the prompt does not tell the modes apart"
 
 
-def test_muon_on_a_processor_is_pytorchs_in_full_precision():
-    from octomed.train.optimizers import _muon
+def test_muon_on_a_cpu_is_pytorchs_in_full_precision():
+    s = Schedule(lr=0.01, weight_decay=0.1, optimizer="muon")
 
-    s, shapes = (
-        Schedule(lr=0.01, weight_decay=0.1, optimizer="muon"),
-        ((24, 24), (64, 24), (24, 64)),
-    )
+    def random(shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def trained(make):
-        weights = [
-            torch.nn.Parameter(torch.randn(x, generator=torch.Generator().manual_seed(7)))
-            for x in shapes
-        ]
-        o = make(weights)
+        "Weights after twenty steps of an optimiser on random gradients."
+        shapes = ((24, 24), (64, 24), (24, 64))
+        weights = [torch.nn.Parameter(random(shape, seed=7)) for shape in shapes]
+        optimizer = make(weights)
         for n in range(20):
-            for w in weights:
-                w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(n))
-            o.step()
-        return torch.cat([w.detach().flatten() for w in weights])
+            for weight in weights:
+                weight.grad = random(weight.shape, seed=n)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in weights])
 
-    ours, theirs = (
-        trained(lambda ws: _muon(ws, s)),
-        trained(
-            lambda ws: torch.optim.Muon(
-                ws, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        ),
-    )
-    moved = trained(lambda ws: torch.optim.SGD(ws, lr=0.0))
-    assert (ours - theirs).norm() < 0.02 * (theirs - moved).norm()  # theirs rounds to bf16
+    def pytorchs(weights):
+        return torch.optim.Muon(
+            weights, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+
+    ours, theirs = trained(lambda weights: _muon(weights, s)), trained(pytorchs)
+    start = trained(lambda weights: torch.optim.SGD(weights, lr=0.0))
+    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()  # theirs rounds to bf16

@@ -1,6 +1,8 @@
 "One step is the same step on one process and on many, in one piece and in many."
 
 import copy
+import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -13,20 +15,30 @@ import pytest
 import torch
 import yaml
 
-from octomed.core.files import write_json
+from octomed.core.files import read_jsonl, write_json
 from octomed.core.paths import OctomedError, UsageError, root
-from octomed.generate.render import Pixels, row, save_rows
-from octomed.train import launch as execution
-from octomed.train import loop as train
+from octomed.core.store import Outside, run
+from octomed.generate.render import Pixels, collate, row, save_rows
+from octomed.train import launch
 from octomed.train.checkpoints import checkpoints, read_checkpoint
-from octomed.train.launch import Execution, launch_command, read_execution
-from octomed.train.loop import Loop, fit, padded_inputs
+from octomed.train.launch import (
+    Curve,
+    Execution,
+    accelerator_of,
+    execution,
+    launch_command,
+    read_execution,
+)
+from octomed.train.loop import Loop, decided, fit, padded_inputs
 from octomed.train.objective import objective, on, packed_inputs
+from octomed.train.optimizers import optimizers
 from octomed.train.packing import packed_groups
 from octomed.train.schedule import Schedule, dealt, micro_batches
-from octomed.train.students import load_student, save_student
+from octomed.train.students import load_student, make_student, save_student, sft
 
 PIXELS = 12_544
+CONFIGURATIONS = root() / "nbs" / "recipes" / "accelerate"
+WORKER = "octomed.train.students"
 
 
 def chat(text, *images):
@@ -56,23 +68,31 @@ def rows(student, picture):
     ]
 
 
-def gradient_of_a_step(student, rows, how, s=Schedule(clip=1e9)):
-    "The gradient that one step of the loop leaves, and its loss."
+def fit_example(model, processor, rows, s, steps, **options):
+    return fit(model, processor, rows, s=s, seed=0, steps=steps, max_pixels=PIXELS, **options)
+
+
+def gradient_of_a_step(student, rows, how):
+    "The gradient that one step of the loop leaves, its loss, and the gradient's norm."
     model, processor = copy.deepcopy(student[0]), student[1]
-    loop = Loop(model, processor, s, how, PIXELS, execution.accelerator_of(how))
-    loop.optimizers = []  # what is accumulated stays
+    loop = Loop(
+        model,
+        processor,
+        s=Schedule(clip=1e9),
+        how=how,
+        max_pixels=PIXELS,
+        accelerator=accelerator_of(how),
+    )
+    loop.optimizers = []  # so that the gradient stays
     total, norm, _ = loop.step(rows, 0.0)
     return torch.cat([p.grad.flatten() for p in loop.named.values()]), total, norm
 
 
 def whole_gradient(student, rows):
-    "The same from one padded batch and transformers' own loss, whose mean is undone."
+    "The same from one padded batch and transformers' own loss, which is a mean."
     model, processor = copy.deepcopy(student[0]), student[1]
-    from octomed.generate.render import collate
-
-    batch = collate(
-        processor, [r.input_ids for r in rows], [r.images for r in rows], Pixels(processor, PIXELS)
-    )
+    ids, images = [r.input_ids for r in rows], [r.images for r in rows]
+    batch = collate(processor, ids, images, pixels=Pixels(processor, PIXELS))
     labels = torch.full_like(batch["input_ids"], -100)
     for n, r in enumerate(rows):
         labels[n, r.prompt : len(r.input_ids)] = batch["input_ids"][n, r.prompt : len(r.input_ids)]
@@ -82,18 +102,17 @@ def whole_gradient(student, rows):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize(
-    "budget", [90, 150, 10_000]
-)  # seven groups and fewer, the last one smaller than the others
+# seven groups and fewer, the last one smaller than the others
+@pytest.mark.parametrize("budget", [90, 150, 10_000])
 def test_fault_27_accumulation_is_the_full_batch(student, rows, pack, budget):
     theirs, loss = whole_gradient(student, rows)
     ours, total, norm = gradient_of_a_step(student, rows, Execution(pack=pack, micro_tokens=budget))
     split = (packed_groups if pack else micro_batches)(rows, budget)
     assert (len(list(split)) > 1) == (budget < 10_000)
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm() and math.isclose(
-        norm, theirs.norm().item(), rel_tol=1e-5
-    )
-    assert math.isclose(total / sum(len(r.input_ids) - r.prompt for r in rows), loss, rel_tol=1e-5)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert math.isclose(norm, theirs.norm().item(), rel_tol=1e-5)
+    trained = sum(len(r.input_ids) - r.prompt for r in rows)
+    assert math.isclose(total / trained, loss, rel_tol=1e-5)
 
 
 def test_fault_27_the_mean_of_means_would_be_noticed(student, rows):
@@ -110,78 +129,71 @@ def test_fault_27_what_is_dealt_to_processes_sums_to_the_step(student, rows, pac
     groups = list((packed_groups if pack else micro_batches)(rows, 110))
 
     def gradient(groups):
+        "Gradients by parameter, and how many tokens were trained."
         model.zero_grad()
-        n = 0
-        for g in groups:
-            batch, at = (
-                packed_inputs(model, processor, g, pixels)
-                if pack
-                else padded_inputs(processor, g, pixels)
-            )
+        trained = 0
+        for group in groups:
+            if pack:
+                batch, at = packed_inputs(model, processor, rows=group, pixels=pixels)
+            else:
+                batch, at = padded_inputs(processor, group, pixels)
             loss(*on("cpu", batch, at)).backward()
-            n += len(at)
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, n
+            trained += len(at)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return grads, trained
 
     whole, trained = gradient(groups)
-    parts = [dealt(groups, r, ranks) for r in range(ranks)]
-    assert len({len(p) for p in parts}) == 1, "processes would wait for each other for ever"
-    for now in zip(*parts, strict=False):
-        assert len({any(r.images for r in g) for g in now}) == 1, (
+    parts = [dealt(groups, rank, ranks) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1, "processes would wait for each other for ever"
+    for at_once in zip(*parts, strict=True):
+        assert len({any(r.images for r in group) for group in at_once}) == 1, (
             "some look at an image and some do not"
         )
-    shares = [gradient(p) for p in parts]
-    assert sum(n for _, n in shares) == trained and all(
-        g.keys() == whole.keys()
-        for g, _ in shares
-        if any(r.images for p in parts for x in p for r in x)
-    )
+    shares = [gradient(part) for part in parts]
+    assert sum(n for _, n in shares) == trained
+    dealt_groups = itertools.chain.from_iterable(parts)
+    if any(r.images for r in itertools.chain.from_iterable(dealt_groups)):
+        assert all(grads.keys() == whole.keys() for grads, _ in shares)
 
-    def flat(g):
-        return torch.cat([g[n].flatten() for n in whole])
+    def flat(grads):
+        return torch.cat([grads[n].flatten() for n in whole])
 
-    assert (sum(flat(g) for g, _ in shares) - flat(whole)).norm() < 1e-5 * flat(whole).norm()
+    difference = sum(flat(grads) for grads, _ in shares) - flat(whole)
+    assert difference.norm() < 1e-5 * flat(whole).norm()
     model.zero_grad()
 
 
 def config(tmp_path, **changed):
+    "An accelerate configuration of two processes on this machine."
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_CPU",
+        "num_processes": 2,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": "no",
+        "use_cpu": True,
+        **changed,
+    }
     path = tmp_path / "accelerate.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "compute_environment": "LOCAL_MACHINE",
-                "distributed_type": "MULTI_CPU",
-                "num_processes": 2,
-                "num_machines": 1,
-                "machine_rank": 0,
-                "main_training_function": "main",
-                "mixed_precision": "no",
-                "use_cpu": True,
-                **changed,
-            }
-        )
-    )
+    path.write_text(yaml.safe_dump(settings))
     return path
 
 
-def compared(alone, wide):
-    "The same losses and norms, step by step, and the same weights."
-    logs = [
-        [json.loads(l) for l in (f / "log.jsonl").read_text().splitlines()] for f in (alone, wide)
-    ]
+def assert_same_student(alone, wide):
+    "Losses and norms are the same, step by step, and so are the weights."
+    logs = [read_jsonl(folder / "log.jsonl") for folder in (alone, wide)]
     assert len(logs[0]) == len(logs[1]) == 2
-    for a, b in zip(*logs, strict=False):
-        assert (
-            math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
-            and math.isclose(a["norm"], b["norm"], rel_tol=1e-4)
-            and a["tokens"] == b["tokens"]
-        )
-    one, two = (load_student(f)[0].state_dict() for f in (alone, wide))
-    assert (
-        one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-4
-    )
-    assert sorted(f.name for f in wide.iterdir() if f.suffix == ".safetensors") == [
-        "model.safetensors"
-    ]
+    for a, b in zip(*logs, strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+        assert math.isclose(a["norm"], b["norm"], rel_tol=1e-4)
+        assert a["tokens"] == b["tokens"]
+    ours, theirs = (load_student(folder)[0].state_dict() for folder in (wide, alone))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 1e-4
+    weights = sorted(file.name for file in wide.iterdir() if file.suffix == ".safetensors")
+    assert weights == ["model.safetensors"]
 
 
 @pytest.fixture
@@ -201,19 +213,16 @@ def job(student, rows, tmp_path):
 
 
 def test_fault_27_two_processes_are_one(job, tmp_path, monkeypatch):
-    from octomed.core.store import Outside, run
-
-    def made():
-        return run(
-            train.sft(**{**job, "base": Outside(job["base"]), "rendered": Outside(job["rendered"])})
-        )
+    def make():
+        outside = {name: Outside(job[name]) for name in ("base", "rendered")}
+        return run(sft(**{**job, **outside}))
 
     monkeypatch.setenv("OCTOMED_TRAIN", "micro_tokens=110")
-    alone = made().rename(tmp_path / "alone")  # the same stage is made again
+    alone = make().rename(tmp_path / "alone")  # so the same stage is made again
     monkeypatch.setenv(
         "OCTOMED_TRAIN", f"micro_tokens=110 checkpoint_every=1 accelerate={config(tmp_path)}"
     )
-    wide = made()
+    wide = make()
     how = json.loads((wide / "execution.json").read_text())
     assert (how["processes"], how["distributed"], how["accelerate"]) == (
         2,
@@ -221,7 +230,7 @@ def test_fault_27_two_processes_are_one(job, tmp_path, monkeypatch):
         "accelerate.yaml",
     )
     assert not (wide / "checkpoints").exists() and not (wide / "job.json").exists()
-    compared(alone, wide)
+    assert_same_student(alone, wide)
 
 
 def test_fault_27_two_processes_that_hold_a_part_each_are_one(job, tmp_path, monkeypatch):
@@ -229,61 +238,47 @@ def test_fault_27_two_processes_that_hold_a_part_each_are_one(job, tmp_path, mon
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("alone", "wide"):
         (tmp_path / name).mkdir()
-    train.make_student(tmp_path / "alone", **job, steps=2)
-    write_json(
-        tmp_path / "wide" / "job.json", {**job, "schedule": asdict(job["schedule"]), "steps": 2}
-    )
-    sharded(tmp_path / "wide")
+    make_student(tmp_path / "alone", **job, steps=2)
+    write_job(tmp_path / "wide", job, steps=2)
+    run_sharded(tmp_path / "wide")
     (kept,) = checkpoints(tmp_path / "wide" / "checkpoints")
-    parts, whole = (
-        [read_checkpoint(kept, r, 2)[0] for r in (0, 1)],
-        dict(load_student(tmp_path / "wide")[0].named_parameters()),
+    parts = [read_checkpoint(kept, rank, 2)[0] for rank in (0, 1)]
+    for name, parameter in load_student(tmp_path / "wide")[0].named_parameters():
+        for kind in ("weight", "exp_avg"):
+            held = sum(part[f"{kind}/{name}"].numel() for part in parts)
+            assert held == parameter.numel(), "what is sharded is held once"
+    assert_same_student(tmp_path / "alone", tmp_path / "wide")
+
+
+def write_job(folder, job, steps):
+    "What `sft` leaves for the processes that it starts."
+    write_json(folder / "job.json", {**job, "schedule": asdict(job["schedule"]), "steps": steps})
+
+
+def run_sharded(folder):
+    "Run the job of a folder in two processes that each hold a part; gives what they printed."
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = Path(__file__).parent / "sharded_worker.py"
+    done = subprocess.run(
+        [sys.executable, *launcher, worker, folder], check=True, stderr=subprocess.PIPE, text=True
     )
-    for n, p in whole.items():
-        assert (
-            sum(part[f"exp_avg/{n}"].numel() for part in parts)
-            == sum(part[f"weight/{n}"].numel() for part in parts)
-            == p.numel()
-        ), "what is sharded is held once"
-    compared(tmp_path / "alone", tmp_path / "wide")
-
-
-def sharded(folder):
-    "The job of a folder in two processes with a part of the weights each."
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            Path(__file__).parent / "sharded_worker.py",
-            folder,
-        ],
-        check=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    ).stderr
+    return done.stderr
 
 
 def test_fault_34_processes_that_hold_a_part_each_go_on_bit_for_bit(job, tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_TRAIN", "micro_tokens=110 checkpoint_every=2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("whole", "again"):
-        write_json(
-            tmp_path / name / "job.json", {**job, "schedule": asdict(job["schedule"]), "steps": 3}
-        )
-    assert "goes on" not in sharded(tmp_path / "whole")
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoints", tmp_path / "again" / "checkpoints"
-    )  # of the second of three steps
-    assert "goes on from" in sharded(tmp_path / "again")
-    one, two = (load_student(tmp_path / name)[0].state_dict() for name in ("whole", "again"))
-    assert all(torch.equal(one[n], two[n]) for n in one)
+        write_job(tmp_path / name, job, steps=3)
+    assert "continues" not in run_sharded(tmp_path / "whole")
+    # the checkpoint of the second of three steps
+    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "again" / "checkpoints")
+    assert "continues from" in run_sharded(tmp_path / "again")
+    whole, again = (load_student(tmp_path / name)[0].state_dict() for name in ("whole", "again"))
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
-# How it is said
+# How an execution is written
 
 
 def test_words_are_read_and_unknown_ones_refused(monkeypatch):
@@ -291,37 +286,31 @@ def test_words_are_read_and_unknown_ones_refused(monkeypatch):
         "OCTOMED_TRAIN",
         "pack=0 checkpoint_every=50 report_to=tensorboard,wandb recompute=1 checkpoint_minutes=2.5",
     )
-    assert execution.execution() == Execution(
+    assert execution() == Execution(
         pack=False,
         checkpoint_every=50,
         report_to="tensorboard,wandb",
         recompute=True,
         checkpoint_minutes=2.5,
     )
-    for text, what in (
+    for text, message in (
         ("fast=1", "there is no fast"),
         ("pack=maybe", "write 0 or 1"),
         ("micro_tokens=many", "micro_tokens=8192"),
         ("report_to=paper", "there is no paper"),
     ):
-        with pytest.raises(UsageError, match=what):
+        with pytest.raises(UsageError, match=message):
             read_execution(text)
 
 
-def test_what_is_not_installed_is_said(student, monkeypatch):
-    import importlib.util
-
+def test_a_package_that_is_not_installed_is_named(student, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OctomedError, match="pip install trackio"):
-        execution.accelerator_of(Execution(report_to="trackio"))
+        accelerator_of(Execution(report_to="trackio"))
     with pytest.raises(OctomedError, match="pip install bitsandbytes"):
-        train.optimizers(copy.deepcopy(student[0]), Schedule(optimizer="paged_adamw_8bit"))
+        optimizers(copy.deepcopy(student[0]), Schedule(optimizer="paged_adamw_8bit"))
     with pytest.raises(OctomedError, match="deepspeed is not installed"):
-        launch_command(
-            root() / "nbs" / "recipes" / "accelerate" / "zero3.yaml",
-            "octomed.train.students",
-            ["x"],
-        )
+        launch_command(CONFIGURATIONS / "zero3.yaml", WORKER, ["x"])
 
 
 def test_a_schedule_that_does_not_exist_is_refused():
@@ -333,21 +322,16 @@ def test_a_schedule_that_does_not_exist_is_refused():
 
 def test_a_model_that_cannot_be_packed_is_padded(student, monkeypatch):
     model, _ = student
-    assert train.decided(Execution(), model, Schedule(), "cpu").pack is True
+    assert decided(Execution(), model, Schedule(), device="cpu").pack is True
     monkeypatch.delattr(type(model.model), "get_rope_index")
-    assert train.decided(Execution(), model, Schedule(), "cuda").pack is False
+    assert decided(Execution(), model, Schedule(), device="cuda").pack is False
     with pytest.raises(OctomedError, match="pack=0"):
-        train.decided(Execution(pack=True), model, Schedule(), "cuda")
+        decided(Execution(pack=True), model, Schedule(), device="cuda")
 
 
 def test_several_machines_are_started_by_srun(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
-    command = launch_command(
-        root() / "nbs" / "recipes" / "accelerate" / "fsdp2.yaml",
-        "octomed.train.students",
-        ["a folder"],
-        "bf16",
-    )
+    command = launch_command(CONFIGURATIONS / "fsdp2.yaml", WORKER, ["a folder"], precision="bf16")
     assert command[:4] == ["srun", "--ntasks-per-node=1", "bash", "-c"]
     for part in (
         "--num_machines 4",
@@ -357,27 +341,25 @@ def test_several_machines_are_started_by_srun(tmp_path, monkeypatch):
     ):
         assert part in command[4]
     with pytest.raises(OctomedError, match="no accelerate configuration"):
-        launch_command(write_json(tmp_path / "x.yaml", {}), "octomed.train.students", [])
+        launch_command(write_json(tmp_path / "x.yaml", {}), WORKER, [])
     with pytest.raises(OctomedError, match="MULTI_CPU"):
-        launch_command(config(tmp_path, distributed_type="FSDP"), "octomed.train.students", [])
+        launch_command(config(tmp_path, distributed_type="FSDP"), WORKER, [])
     with pytest.raises(OctomedError, match="cannot be read"):
-        launch_command(tmp_path / "none.yaml", "octomed.train.students", [])
+        launch_command(tmp_path / "none.yaml", WORKER, [])
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp2", "zero3"])
 def test_shipped_configurations_are_accelerates_own(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    c = load_config_from_file(str(root() / "nbs" / "recipes" / "accelerate" / f"{name}.yaml"))
-    assert c.num_processes in (1, 8) and c.mixed_precision == "bf16"
+    settings = load_config_from_file(str(CONFIGURATIONS / f"{name}.yaml"))
+    assert settings.num_processes in (1, 8) and settings.mixed_precision == "bf16"
     if name == "fsdp2":
         from accelerate.utils import FullyShardedDataParallelPlugin
 
-        known = {f"fsdp_{f}" for f in FullyShardedDataParallelPlugin.__dataclass_fields__} | {
-            "fsdp_version",
-            "fsdp_offload_params",
-        }
-        assert set(c.fsdp_config) <= known, set(c.fsdp_config) - known
+        known = {f"fsdp_{field}" for field in FullyShardedDataParallelPlugin.__dataclass_fields__}
+        known |= {"fsdp_version", "fsdp_offload_params"}
+        assert set(settings.fsdp_config) <= known, set(settings.fsdp_config) - known
 
 
 # What else a schedule can ask for
@@ -385,35 +367,25 @@ def test_shipped_configurations_are_accelerates_own(name):
 
 def test_low_rank_additions_are_merged_and_answer_the_same(student, rows, tmp_path):
     model, processor = copy.deepcopy(student[0]), student[1]
-    batch, _at = padded_inputs(processor, rows, Pixels(processor, PIXELS))
-    seen, step = [], Loop.step
+    batch, _ = padded_inputs(processor, rows, Pixels(processor, PIXELS))
+    logits, step = [], Loop.step
 
-    def watched(self, *a):
-        found = step(self, *a)
+    def watched(self, *args):
+        result = step(self, *args)
         with torch.no_grad():
-            seen.append(self.model(**batch).logits)
-        return found
+            logits.append(self.model(**batch).logits)
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "step", watched)
-        log = fit(
-            model,
-            processor,
-            rows,
-            Schedule(batch=7, lr=2e-2, lora=4, freeze=("model.visual",)),
-            0,
-            6,
-            PIXELS,
-        )
+        s = Schedule(batch=7, lr=2e-2, lora=4, freeze=("model.visual",))
+        log = fit_example(model, processor, rows, s, steps=6)
     with torch.no_grad():
         merged = model(**batch).logits
-    assert torch.allclose(merged, seen[-1], atol=1e-4) and log[-1]["loss"] < log[0]["loss"]
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in student[0].named_parameters()]
-    moved = {
-        n
-        for (n, p), q in zip(model.named_parameters(), student[0].parameters(), strict=False)
-        if not torch.equal(p, q)
-    }
+    assert torch.allclose(merged, logits[-1], atol=1e-4) and log[-1]["loss"] < log[0]["loss"]
+    before, after = (dict(m.named_parameters()) for m in (student[0], model))
+    assert list(after) == list(before)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved and all("language_model.layers" in n and n.endswith("proj.weight") for n in moved)
     save_student(tmp_path, model, processor, log)
     assert not (tmp_path / "adapter_config.json").exists()
@@ -425,40 +397,30 @@ def test_low_rank_additions_are_merged_and_answer_the_same(student, rows, tmp_pa
 @pytest.mark.parametrize("precision", ["bf16", "bf16_pure"])
 def test_half_precision_learns_and_keeps_what_it_says(student, rows, precision):
     model, processor = copy.deepcopy(student[0]), student[1]
-    held, step = {}, Loop.step
+    dtypes, step = {}, Loop.step
 
-    def watched(self, *a):
-        found = step(self, *a)
-        held.update(
-            weight=next(iter(self.named.values())).dtype,
-            moment=next(iter(self.optimizers[0].state.values()))["exp_avg"].dtype,
-        )
-        return found
+    def watched(self, *args):
+        result = step(self, *args)
+        dtypes["weight"] = next(iter(self.named.values())).dtype
+        dtypes["moment"] = next(iter(self.optimizers[0].state.values()))["exp_avg"].dtype
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "step", watched)
-        log = fit(
-            model, processor, rows, Schedule(batch=7, lr=1e-2, precision=precision), 0, 12, PIXELS
-        )
+        s = Schedule(batch=7, lr=1e-2, precision=precision)
+        log = fit_example(model, processor, rows, s, steps=12)
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
-    assert set(held.values()) == {torch.float32 if precision == "bf16" else torch.bfloat16}
+    assert set(dtypes.values()) == {torch.float32 if precision == "bf16" else torch.bfloat16}
 
 
 def test_recomputed_activations_change_nothing(student, rows):
-    runs = [
-        fit(
-            copy.deepcopy(student[0]),
-            student[1],
-            rows,
-            Schedule(batch=7, lr=1e-3),
-            0,
-            2,
-            PIXELS,
-            how=Execution(recompute=r),
-        )
-        for r in (False, True)
-    ]
-    assert [r["loss"] for r in runs[0]] == pytest.approx([r["loss"] for r in runs[1]], rel=1e-6)
+    losses = []
+    for recompute in (False, True):
+        model, processor = copy.deepcopy(student[0]), student[1]
+        how = Execution(recompute=recompute)
+        log = fit_example(model, processor, rows, Schedule(batch=7, lr=1e-3), steps=2, how=how)
+        losses.append([record["loss"] for record in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_loss_is_reported(student, rows, tmp_path, monkeypatch):
@@ -466,42 +428,43 @@ def test_the_loss_is_reported(student, rows, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path))
-    log = fit(
+    log = fit_example(
         copy.deepcopy(student[0]),
         student[1],
         rows,
-        Schedule(batch=7, lr=1e-3),
-        0,
-        3,
-        PIXELS,
+        s=Schedule(batch=7, lr=1e-3),
+        steps=3,
         desc="a run",
         how=Execution(report_to="tensorboard"),
     )
     events = EventAccumulator(str(tmp_path / "training" / "a run"))
     events.Reload()
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx(
-        [r["loss"] for r in log]
-    ) and [e.step for e in events.Scalars("lr")] == [1, 2, 3]
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([record["loss"] for record in log])
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3]
 
 
-def test_a_curve_is_drawn_where_somebody_looks(monkeypatch):
+def test_a_curve_is_drawn_only_for_a_reader(monkeypatch):
     import IPython.display
 
     shown, cleared = [], []
 
     class Handle:
-        def update(self, what):
-            (shown if hasattr(what, "savefig") else cleared).append(what)
+        def update(self, content):
+            (shown if hasattr(content, "savefig") else cleared).append(content)
 
-    monkeypatch.setattr(
-        IPython.display, "display", lambda what, display_id: shown.append(what) or Handle()
-    )
+    def display(content, display_id):
+        shown.append(content)
+        return Handle()
+
+    monkeypatch.setattr(IPython.display, "display", display)
     log = [{"step": n, "loss": 1 / (n + 1)} for n in range(5)]
-    execution.Curve("nobody", 5, every=0)(log)
+    Curve("nobody", 5, every=0)(log)
     assert not shown
-    monkeypatch.setattr(execution, "_somebody_looks", lambda: True)
-    c = execution.Curve("a run", 5, every=0)
-    c(log[:2])
-    c(log)
-    c.close()
-    assert [len(f.axes[0].lines[0].get_xdata()) for f in shown] == [2, 5] and len(cleared) == 1
+    monkeypatch.setattr(launch, "_has_reader", lambda: True)
+    curve = Curve("a run", 5, every=0)
+    curve(log[:2])
+    curve(log)
+    curve.close()
+    assert [len(figure.axes[0].lines[0].get_xdata()) for figure in shown] == [2, 5]
+    assert len(cleared) == 1

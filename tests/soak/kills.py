@@ -1,11 +1,14 @@
-"""A recipe killed with SIGKILL at random moments and run again ends with the results of an uninterrupted run.
+"""A recipe that is killed at random moments and run again ends like an uninterrupted run.
 
-    python tests/soak/kills.py [KILLS] [SECTIONS]      of smoke; by default 20 and all; writes outputs/reference/soak/kills.json
+    python tests/soak/kills.py [KILLS] [SECTIONS]
+        of smoke; by default 20 kills and all sections; writes outputs/reference/soak/kills.json
 
-A kill hits one process of the run: every other time the runner itself, else a kernel, a worker or what else they started.
-A run that comes to its end meanwhile is compared, and the next begins from nothing.
+A kill is a SIGKILL to one process of the run. Every other time it is the runner itself, otherwise a
+kernel, a worker or another process that they started. A run that ends before its kill is compared,
+and the next one begins from nothing.
 """
 
+import itertools
 import json
 import os
 import random
@@ -34,104 +37,110 @@ def start(folder: Path, only: list[str]):
 
 
 def started_by(pid: int) -> list[int]:
+    "The processes that a process started, and those that they started."
+    children = []
     try:
-        children = [
-            int(c)
-            for t in Path(f"/proc/{pid}/task").iterdir()
-            for c in (t / "children").read_text().split()
-        ]
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
     except OSError:
         return []
-    return [*children, *(p for c in children for p in started_by(c))]
+    grandchildren = itertools.chain.from_iterable(started_by(child) for child in children)
+    return [*children, *grandchildren]
+
+
+# a word of the command line, and what such a process is
+KINDS = {
+    "octomed.run.cli": "runner",
+    "ipykernel": "kernel",
+    "forkserver": "server or worker",
+    "resource_tracker": "tracker",
+}
 
 
 def name_of(pid: int) -> str:
     try:
-        said = Path(f"/proc/{pid}/cmdline").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return "gone"
-    return next(
-        (
-            name
-            for word, name in (
-                ("octomed.run.cli", "runner"),
-                ("ipykernel", "kernel"),
-                ("forkserver", "server or worker"),
-                ("resource_tracker", "tracker"),
-            )
-            if word in said
-        ),
-        "other",
-    )
+    return next((name for word, name in KINDS.items() if word in command), "other")
 
 
-def timeless(found):
-    "Results without what tells of the run itself."
-    if isinstance(found, list):
-        return [timeless(v) for v in found]
-    return (
-        {k: timeless(v) for k, v in found.items() if k not in ("card", "seconds")}
-        if isinstance(found, dict)
-        else found
-    )
+def timeless(value):
+    "Results without what describes the run itself."
+    if isinstance(value, list):
+        return [timeless(entry) for entry in value]
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("card", "seconds")}
+    return value
 
 
 def results(folder: Path) -> dict:
-    return {
-        f.stem: timeless(json.loads(f.read_text()))
-        for f in sorted((folder / "smoke" / "results").glob("*.json"))
-    }
+    paths = sorted((folder / "smoke" / "results").glob("*.json"))
+    return {path.stem: timeless(json.loads(path.read_text())) for path in paths}
+
+
+def kill_one_of(process: subprocess.Popen, runner: bool, rng) -> str:
+    "Kill the runner or a process that it started, and wait for the run to end; says what was hit."
+    victim = process.pid if runner else rng.choice(started_by(process.pid) or [process.pid])
+    hit = name_of(victim)
+    try:
+        os.kill(victim, signal.SIGKILL)
+    except ProcessLookupError:
+        hit = "gone"
+    # without its kernel or a worker a run fails by itself; without its server or tracker it may
+    # end well
+    process.wait()
+    return hit
+
+
+def finished_stages(folder: Path) -> int:
+    stages = (folder / "store" / "stages").glob("*")
+    return sum((stage / "card.json").exists() for stage in stages)
+
+
+def run_with_kills(folder: Path, only: list[str], kills: int, length: float, expected: dict):
+    "Run, kill and run again: (the kills, whether each run that ended had the expected results)."
+    rng, log, same = random.Random(0), [], []
+
+    def compare():
+        same.append(results(folder) == expected)
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+    while len(log) < kills:
+        process = start(folder, only)
+        try:
+            process.wait(timeout=rng.uniform(3, max(length / 4, min(length, 30))))
+        except subprocess.TimeoutExpired:
+            hit = kill_one_of(process, runner=len(log) % 2 == 1, rng=rng)
+            record = {"kill": len(log) + 1, "hit": hit, "exit": process.returncode}
+            log.append({**record, "finished stages": finished_stages(folder)})
+            print(log[-1], flush=True)
+        if process.returncode == 0:
+            compare()
+        code = process.returncode
+        assert code in (0, 1, -signal.SIGKILL), f"a run ended with {code}"
+    assert start(folder, only).wait() == 0, "the last run did not end well"
+    compare()
+    return log, same
 
 
 def main(kills: int, sections: str):
-    begun, rng, log, same, only = (
-        time.time(),
-        random.Random(0),
-        [],
-        [],
-        ["--only", sections] if sections else [],
-    )
+    started, only = time.time(), ["--only", sections] if sections else []
     whole, broken = (Path(tempfile.mkdtemp(prefix="octomed-soak-")) for _ in range(2))
     assert start(whole, only).wait() == 0, "the uninterrupted run did not end well"
-    length, wanted = time.time() - begun, results(whole)
-
-    def compared():
-        same.append(results(broken) == wanted)
-        shutil.rmtree(broken)
-        broken.mkdir()
-
-    while len(log) < kills:
-        p = start(broken, only)
-        try:
-            p.wait(timeout=rng.uniform(3, max(length / 4, min(length, 30))))
-        except subprocess.TimeoutExpired:
-            victim = p.pid if len(log) % 2 else rng.choice(started_by(p.pid) or [p.pid])
-            hit = name_of(victim)
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                hit = "gone"
-            p.wait()  # without its kernel or a worker a run fails by itself, without its server or tracker it may end well
-            done = sum((f / "card.json").exists() for f in (broken / "store" / "stages").glob("*"))
-            log.append(
-                {"kill": len(log) + 1, "hit": hit, "exit": p.returncode, "finished stages": done}
-            )
-            print(log[-1], flush=True)
-        if p.returncode == 0:
-            compared()
-        assert p.returncode in (0, 1, -signal.SIGKILL), f"a run ended with {p.returncode}"
-    assert start(broken, only).wait() == 0, "the last run did not end well"
-    compared()
+    length, expected = time.time() - started, results(whole)
+    log, same = run_with_kills(broken, only, kills=kills, length=length, expected=expected)
     write_json(
         root() / "outputs" / "reference" / "soak" / "kills.json",
         {
             "recipe": "smoke",
-            "sections": list(wanted),
+            "sections": list(expected),
             "kills": log,
             "runs_compared": len(same),
             "same_results": all(same),
             "seconds_uninterrupted": round(length, 1),
-            "card": card(minutes=round((time.time() - begun) / 60, 1)),
+            "card": card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
     for folder in (whole, broken):

@@ -1,6 +1,10 @@
-"""The real LLaMA-Factory reads an export of ours, tokenises it as we do, and trains a few steps on a CPU.
+"""The real LLaMA-Factory reads an export of ours and trains a few steps on a CPU.
 
-python tests/soak/llamafactory.py      in the environment of `octomed bench trainers`; writes outputs/reference/soak/llamafactory.json
+It must make the same tokens of it as we do.
+
+    python tests/soak/llamafactory.py
+        in the environment of `octomed bench trainers`;
+        writes outputs/reference/soak/llamafactory.json
 """
 
 import json
@@ -16,95 +20,123 @@ from octomed.bench.trainers import TRAINERS
 FACTORY = next(t for t in TRAINERS if t.name == "LLaMA-Factory")
 STEPS = 3
 
-# runs in LLaMA-Factory's environment: what it makes of every row, by its own functions
+# runs in LLaMA-Factory's environment: what its own functions make of every row
 READ = """
-import json, sys, yaml
+import json
+import sys
+
+import yaml
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-args = yaml.safe_load(open("train.yaml")); args.update(bf16=False, use_cpu=True)
+
+args = yaml.safe_load(open("train.yaml"))
+args.update(bf16=False, use_cpu=True)
 model_args, data_args, training_args, *_ = get_train_args(args)
-module = load_tokenizer(model_args); template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
-def grid(images):
-    got = template.mm_plugin.get_mm_inputs(images, [], [], [len(images)], [0], [0], [[]], module["processor"]) if images else {}
-    return {} if not got else {"grid": got["image_grid_thw"].tolist(), "sum": float(got["pixel_values"].double().sum()), "shape": list(got["pixel_values"].shape)}
-json.dump([{"input_ids": r["input_ids"], "labels": r["labels"], **grid(r["images"] or [])} for r in rows], open(sys.argv[1], "w"))
-"""
+module = load_tokenizer(model_args)
+template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
 
 
-def compared(theirs: list[dict], arm, common) -> dict:
-    "Their rows beside ours: ids, labels, pixels."
-    import torch
-    from transformers import AutoProcessor
-
-    from octomed.evaluate.arms import stages
-    from octomed.generate.render import Pixels, row
-    from octomed.run.exports import _base, traces
-
-    processor = AutoProcessor.from_pretrained(_base(stages(arm, common)["rendered"]))
-    pixels, found = (
-        Pixels(processor, common.max_pixels),
-        {
-            "rows": 0,
-            "same_ids": 0,
-            "same_but_a_line_break_after_the_end": 0,
-            "same_mask": 0,
-            "with_images": 0,
-            "same_grid": 0,
-            "largest_pixel_sum_difference": 0.0,
-        },
+def pixels_of(images):
+    if not images:
+        return {}
+    inputs = template.mm_plugin.get_mm_inputs(
+        images, [], [], [len(images)], [0], [0], [[]], module["processor"]
     )
-    newline = processor.tokenizer("\n")["input_ids"]
-    kept = traces(arm, common)[0]
-    assert len(kept) == len(theirs), f"they have {len(theirs)} rows and we {len(kept)}"
-    for x, t in zip(kept, theirs, strict=False):
-        ours = row(processor, x.messages, x.response, common.max_pixels)
-        labels = [-100] * ours.prompt + ours.input_ids[ours.prompt :]
-        found["rows"] += 1
-        found["same_ids"] += t["input_ids"] == ours.input_ids
-        found["same_but_a_line_break_after_the_end"] += (
-            t["input_ids"] == ours.input_ids + newline and t["labels"] == labels + newline
-        )
-        found["same_mask"] += t["labels"][: len(labels)] == labels
-        if ours.images:
-            got = [pixels(h) for h in ours.images]
-            found["with_images"] += 1
-            found["same_grid"] += t["grid"] == torch.cat([g for _, g in got]).tolist() and t[
-                "shape"
-            ] == list(torch.cat([p for p, _ in got]).shape)
-            found["largest_pixel_sum_difference"] = max(
-                found["largest_pixel_sum_difference"],
-                abs(t["sum"] - float(sum(p.double().sum() for p, _ in got))),
-            )
-    x, t = kept[0], theirs[0]
-    ours = row(processor, x.messages, x.response, common.max_pixels)
+    if not inputs:
+        return {}
+    pixels = inputs["pixel_values"]
     return {
-        **found,
-        "first": {
-            "ours": len(ours.input_ids),
-            "theirs": len(t["input_ids"]),
-            "trained_ours": len(ours.input_ids) - ours.prompt,
-            "trained_theirs": sum(l != -100 for l in t["labels"]),
-            "end_of_ours": processor.tokenizer.convert_ids_to_tokens(ours.input_ids[-3:]),
-            "end_of_theirs": processor.tokenizer.convert_ids_to_tokens(t["input_ids"][-3:]),
-        },
+        "grid": inputs["image_grid_thw"].tolist(),
+        "sum": float(pixels.double().sum()),
+        "shape": list(pixels.shape),
     }
 
 
-def main():
-    import yaml
+rows = []
+for row in data["train_dataset"]:
+    ids = {"input_ids": row["input_ids"], "labels": row["labels"]}
+    rows.append({**ids, **pixels_of(row["images"] or [])})
+json.dump(rows, open(sys.argv[1], "w"))
+"""
 
-    import octomed.clinic.questions  # noqa: F401 - registers the sources
-    import octomed.clinic.students  # noqa: F401 - registers the students
+
+def processor_of_arm(arm, common):
+    "The processor with which the rows of an arm are rendered."
+    from transformers import AutoProcessor
+
+    from octomed.core.store import Stage, run
+    from octomed.evaluate.arms import stages
+
+    base = stages(arm, common)["rendered"].params["base"]
+    return AutoProcessor.from_pretrained(run(base) if isinstance(base, Stage) else base)
+
+
+def compare_rows(theirs: list[dict], arm, common) -> dict:
+    "Their rows compared with ours: ids, labels, pixels."
+    from octomed.generate.render import Pixels, row
+    from octomed.run.exports import traces
+
+    processor = processor_of_arm(arm, common)
+    pixels = Pixels(processor, common.max_pixels)
+    newline = processor.tokenizer("\n")["input_ids"]
+    kept = traces(arm, common)[0]
+    assert len(kept) == len(theirs), f"they have {len(theirs)} rows and we {len(kept)}"
+    ours = [row(processor, trace.messages, trace.response, common.max_pixels) for trace in kept]
+    counts = {
+        "rows": len(ours),
+        "same_ids": 0,
+        "same_but_a_line_break_after_the_end": 0,
+        "same_mask": 0,
+        "with_images": 0,
+        "same_grid": 0,
+        "largest_pixel_sum_difference": 0.0,
+    }
+    for our, their in zip(ours, theirs, strict=True):
+        labels = [-100] * our.prompt + our.input_ids[our.prompt :]
+        same_with_break = their["input_ids"] == our.input_ids + newline
+        same_with_break = same_with_break and their["labels"] == labels + newline
+        counts["same_ids"] += their["input_ids"] == our.input_ids
+        counts["same_but_a_line_break_after_the_end"] += same_with_break
+        counts["same_mask"] += their["labels"][: len(labels)] == labels
+        if our.images:
+            same_grid, difference = compare_images(their, [pixels(name) for name in our.images])
+            counts["with_images"] += 1
+            counts["same_grid"] += same_grid
+            counts["largest_pixel_sum_difference"] = max(
+                counts["largest_pixel_sum_difference"], difference
+            )
+    return {**counts, "first": describe_row(ours[0], theirs[0], processor.tokenizer)}
+
+
+def compare_images(their: dict, images: list[tuple]) -> tuple[bool, float]:
+    "(whether grid and shape of a row's images are the same, difference of the pixels' sums)."
+    import torch
+
+    patches, grids = torch.cat([p for p, _ in images]), torch.cat([grid for _, grid in images])
+    same = their["grid"] == grids.tolist() and their["shape"] == list(patches.shape)
+    total = float(sum(p.double().sum() for p, _ in images))
+    return same, abs(their["sum"] - total)
+
+
+def describe_row(our, their: dict, tokenizer) -> dict:
+    "Lengths and last tokens of a row of ours and of theirs."
+    return {
+        "ours": len(our.input_ids),
+        "theirs": len(their["input_ids"]),
+        "trained_ours": len(our.input_ids) - our.prompt,
+        "trained_theirs": sum(label != -100 for label in their["labels"]),
+        "end_of_ours": tokenizer.convert_ids_to_tokens(our.input_ids[-3:]),
+        "end_of_theirs": tokenizer.convert_ids_to_tokens(their["input_ids"][-3:]),
+    }
+
+
+def export(work: Path):
+    "Export a small arm: (the arm, its common parameters, counts of its rows, the folder)."
+    import octomed.clinic.questions  # registers the sources
+    import octomed.clinic.students  # registers the students
     import octomed.clinic.teachers  # noqa: F401 - registers the teachers
-
-    python = FACTORY.python()
-    begun, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-llamafactory-"))
-    os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}
-    from octomed.core.files import write_json
-    from octomed.core.identity import card
-    from octomed.core.paths import root
     from octomed.core.recipe import Common
     from octomed.evaluate.arms import Arm, schedule_of
     from octomed.run.export_llamafactory import llamafactory
@@ -116,10 +148,23 @@ def main():
         answer="text",
         batch=4,
     )
-    arm = Arm(
-        (("clinic_ward:train", 8), ("clinic_rounds:train", 8)), schedule=schedule_of(common, 1.0)
-    )
-    counts = llamafactory(arm, common, out := work / "export")
+    sources = (("clinic_ward:train", 8), ("clinic_rounds:train", 8))
+    arm = Arm(sources, schedule=schedule_of(common, 1.0))
+    out = work / "export"
+    return arm, common, llamafactory(arm, common, out), out
+
+
+def main():
+    import yaml
+
+    python = FACTORY.python()
+    started, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-llamafactory-"))
+    os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}
+    from octomed.core.files import read_jsonl, write_json
+    from octomed.core.identity import card
+    from octomed.core.paths import root
+
+    arm, common, counts, out = export(work)
     env = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -127,38 +172,29 @@ def main():
         "HF_DATASETS_CACHE": str(work / "cache"),
     }
 
-    def theirs(*words):
-        p = subprocess.run([str(python), *words], cwd=out, env=env, capture_output=True, text=True)
-        if p.returncode:
-            print(p.stdout[-1500:], p.stderr[-3000:])
-        return p.returncode
+    def run_theirs(*words) -> int:
+        command = [str(python), *words]
+        done = subprocess.run(command, cwd=out, env=env, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout[-1500:], done.stderr[-3000:])
+        return done.returncode
 
-    read = theirs("-c", READ, "rows.json")
-    found = compared(json.loads((out / "rows.json").read_text()), arm, common) if not read else {}
-    args = yaml.safe_load((out / "train.yaml").read_text()) | {
+    read, compared = run_theirs("-c", READ, "rows.json"), {}
+    if not read:
+        compared = compare_rows(json.loads((out / "rows.json").read_text()), arm, common)
+    for_cpu = {  # what a CPU needs, and nothing else
         "bf16": False,
         "use_cpu": True,
         "max_steps": STEPS,
         "save_strategy": "no",
-    }  # what a CPU needs, and nothing else
-    (out / "cpu.yaml").write_text(yaml.safe_dump(args))
-    trained = theirs("-m", "llamafactory.cli", "train", "cpu.yaml")
-    log = (
-        [json.loads(l) for l in (out / "saves" / "trainer_log.jsonl").read_text().splitlines()]
-        if not trained
-        else []
-    )
-    losses = [l["loss"] for l in log if l.get("loss") is not None]
-    n = counts["kept"]
-    good = (
-        not read
-        and not trained
-        and len(losses) == STEPS
-        and found["rows"] == n == found["same_mask"]
-        and found["same_ids"] + found["same_but_a_line_break_after_the_end"] == n
-        and found["same_grid"] == found["with_images"] > 0
-        and found["largest_pixel_sum_difference"] < 1e-2
-    )
+    }
+    settings = yaml.safe_load((out / "train.yaml").read_text()) | for_cpu
+    (out / "cpu.yaml").write_text(yaml.safe_dump(settings))
+    trained = run_theirs("-m", "llamafactory.cli", "train", "cpu.yaml")
+    log = read_jsonl(out / "saves" / "trainer_log.jsonl") if not trained else []
+    losses = [record["loss"] for record in log if record.get("loss") is not None]
+    succeeded = not read and not trained and len(losses) == STEPS
+    good = succeeded and is_same(compared, rows=counts["kept"])
     write_json(
         root() / "outputs" / "reference" / "soak" / "llamafactory.json",
         {
@@ -167,13 +203,24 @@ def main():
             "rc_read": read,
             "rc_train": trained,
             "losses": losses,
-            "compared": found,
+            "compared": compared,
             "good": good,
-            "card": card(minutes=round((time.time() - begun) / 60, 1)),
+            "card": card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
-    print(json.dumps({"rc": [read, trained], "losses": losses, **found}, indent=1))
+    print(json.dumps({"rc": [read, trained], "losses": losses, **compared}, indent=1))
     sys.exit(not good)
+
+
+def is_same(compared: dict, rows: int) -> bool:
+    "Whether all rows are the same, up to a line break after the end."
+    same = compared["same_ids"] + compared["same_but_a_line_break_after_the_end"]
+    return (
+        compared["rows"] == rows == compared["same_mask"]
+        and same == rows
+        and compared["same_grid"] == compared["with_images"] > 0
+        and compared["largest_pixel_sum_difference"] < 1e-2
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The real lm-evaluation-harness scores a small student on exported tasks as we do: greedy, the same questions.
+"""The real lm-evaluation-harness scores a small student on exported tasks as we do.
 
-    python tests/soak/lm_eval.py [FOLDER]      makes .venv-lm-eval; writes outputs/reference/soak/lm_eval.json
+Decoding is greedy and the questions are the same.
 
-FOLDER: where its environment is, or is made.
+    python tests/soak/lm_eval.py [FOLDER]
+        FOLDER holds the harness's environment, or it is made there (.venv-lm-eval by default);
+        writes outputs/reference/soak/lm_eval.json
 """
 
 import json
@@ -14,49 +16,114 @@ import time
 from pathlib import Path
 
 PINS = ("lm_eval[hf]==0.4.13", "torch==2.13.0", "torchvision==0.28.0", "transformers==5.19.0")
-BENCHES, LIMIT, TOKENS = (
-    ("clinic_ward:test", "clinic_rounds:test"),
-    100,
-    24,
-)  # text only; with images
-FORM = "direct"  # a student of two minutes names texts of options: right ones, wrong ones, and some that were not offered
+BENCHMARKS = ("clinic_ward:test", "clinic_rounds:test")  # text only; with images
+LIMIT = 100  # questions of each
+TOKENS = 24  # of an answer
+# a student of two minutes answers with texts of options in this form: right ones, wrong ones, and
+# some that were not offered
+FORM = "direct"
+STATUSES = ("correct", "wrong", "unparsed", "truncated")
 HOME = Path(__file__).resolve().parents[2]
 
 
-def environment(folder: Path) -> Path:  # its python
-    uv = str(Path(sys.executable).parent / "uv")
+def environment(folder: Path) -> Path:
+    "The Python of the harness's environment, which is made if it is not there."
+    uv, python = str(Path(sys.executable).parent / "uv"), str(folder / "bin" / "python")
+    install = [uv, "pip", "install", "--quiet", "--python", python]
     if not (folder / "ready").exists():
-        subprocess.run(
-            [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True
-        )
-        subprocess.run(
-            [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *PINS],
-            check=True,
-        )
+        venv = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)]
+        subprocess.run(venv, check=True)
+        subprocess.run([*install, *PINS], check=True)
         (folder / "ready").write_text("\n".join(PINS))
-    subprocess.run(
-        [
-            uv,
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--python",
-            str(folder / "bin" / "python"),
-            "-e",
-            str(HOME),
-        ],
-        check=True,
-    )  # the parser, as the export says
+    # our parser, as the export asks for
+    subprocess.run([*install, "--no-deps", "-e", str(HOME)], check=True)
     return folder / "bin" / "python"
 
 
+def run_harness(python: Path, tasks: Path, task: str, results: str, student: Path) -> int:
+    "Score a student on one task by the harness; its exit code."
+    words = [
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf-multimodal",
+        "--model_args",
+        f"pretrained={student},dtype=float32",
+        "--include_path",
+        ".",
+        "--tasks",
+        task,
+        "--apply_chat_template",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "16",
+        "--output_path",
+        results,
+        "--log_samples",
+    ]
+    env = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tasks.parent / "cache"),
+    }
+    command = [str(python), *words]
+    done = subprocess.run(command, cwd=tasks, env=env, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout[-1500:], done.stderr[-4000:])
+    return done.returncode
+
+
+def status_of(row: dict) -> str:
+    "Our word for what the harness found in an answer."
+    for status in ("unparsed", "truncated"):
+        if row[status]:
+            return status
+    return "correct" if row["accuracy"] else "wrong"
+
+
+def count_statuses(by_question: dict) -> dict:
+    return {status: list(by_question.values()).count(status) for status in STATUSES}
+
+
+def compare_scores(benchmark: str, answers: list[dict], folder: Path, task: str) -> dict:
+    "Our rows of answers compared with what the harness left in a folder."
+    from octomed.core.files import read_jsonl
+
+    ours = {row["question"]: row["statuses"][0] for row in answers}
+    letters = [row["letters"][0] or "none" for row in answers]
+    reported = json.loads(next(folder.rglob("results_*.json")).read_text())["results"][task]
+    rows = read_jsonl(next(folder.rglob(f"samples_{task}_*.jsonl")))
+    theirs = {row["doc"]["id"]: status_of(row) for row in rows}
+    return {
+        "benchmark": benchmark,
+        "questions": len(ours),
+        "letters": {letter: letters.count(letter) for letter in sorted(set(letters))},
+        "ours": count_statuses(ours),
+        "theirs": count_statuses(theirs),
+        "accuracy_ours": sum(status == "correct" for status in ours.values()) / len(ours),
+        "accuracy_theirs": reported["accuracy,none"],
+        "same_verdict": sum(theirs.get(q) == status for q, status in ours.items()),
+    }
+
+
+def is_same(task: dict) -> bool:
+    "Whether both score a benchmark alike, and it has right, wrong and different answers."
+    return (
+        task["same_verdict"] == task["questions"] == LIMIT
+        and abs(task["accuracy_ours"] - task["accuracy_theirs"]) < 1e-9
+        and 0 < task["accuracy_ours"] < 1
+        and len(task["letters"]) > 1
+    )
+
+
 def main(folder: Path):
-    import octomed.clinic.questions  # noqa: F401 - registers the sources
-    import octomed.clinic.students  # noqa: F401 - registers the students
+    import octomed.clinic.questions  # registers the sources
+    import octomed.clinic.students  # registers the students
     import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 
-    begun, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-lm-eval-"))
+    started, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-lm-eval-"))
     os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}
     from octomed.core.files import read_jsonl, write_json
     from octomed.core.identity import card
@@ -71,116 +138,43 @@ def main(folder: Path):
 
     python = environment(folder)
     common = Common(pretrain_tokens=60_000, answer="text")
-    student, greedy = (
-        stages(
-            Arm((("clinic_ward:train", 600),), form=FORM, k=0, schedule=schedule_of(common, 3.0)),
-            common,
-        )["student"],
-        Sampling(0.0, 1.0, 1.0, TOKENS),
-    )
-    lm_eval(BENCHES, common, out := work / "tasks", form=FORM, limit=LIMIT, sampling=greedy)
-    found, codes = [], []
-    for b in BENCHES:  # one run each: the harness does not mix tasks with images and without
-        words = [
-            "-m",
-            "lm_eval",
-            "--model",
-            "hf-multimodal",
-            "--model_args",
-            f"pretrained={run(student)},dtype=float32",
-            "--include_path",
-            ".",
-            "--tasks",
-            task_name(b, FORM),
-            "--apply_chat_template",
-            "--device",
-            "cpu",
-            "--batch_size",
-            "16",
-            "--output_path",
-            task_name(b, "results"),
-            "--log_samples",
-        ]
-        p = subprocess.run(
-            [str(python), *words],
-            cwd=out,
-            env={
-                **os.environ,
-                "CUDA_VISIBLE_DEVICES": "",
-                "HF_HUB_OFFLINE": "1",
-                "HF_DATASETS_CACHE": str(work / "cache"),
-            },
-            capture_output=True,
-            text=True,
-        )
-        codes.append(p.returncode)
-        if p.returncode:
-            print(p.stdout[-1500:], p.stderr[-4000:])
+    schedule = schedule_of(common, 3.0)
+    arm = Arm((("clinic_ward:train", 600),), form=FORM, k=0, schedule=schedule)
+    student = stages(arm, common)["student"]
+    greedy = Sampling(0.0, 1.0, 1.0, max_tokens=TOKENS)
+    tasks = work / "tasks"
+    lm_eval(BENCHMARKS, common, tasks, form=FORM, limit=LIMIT, sampling=greedy)
+    compared, codes = [], []
+    for benchmark in BENCHMARKS:  # one run each: the harness does not mix text and image tasks
+        task, results = task_name(benchmark, FORM), task_name(benchmark, "results")
+        code = run_harness(python, tasks, task=task, results=results, student=run(student))
+        codes.append(code)
+        if code:
             continue
-        s = evaluation(
+        evaluated = evaluation(
             student=student,
-            benchmark=b,
+            benchmark=benchmark,
             limit=LIMIT,
             form=FORM,
             seeds=1,
             sampling=greedy,
             max_pixels=common.max_pixels,
-            data=identity_of(b),
+            data=identity_of(benchmark),
         )
-        answers = read_jsonl(run(s) / "rows.jsonl")
-        ours, letters = (
-            {r["question"]: r["statuses"][0] for r in answers},
-            [r["letters"][0] or "none" for r in answers],
-        )
-        name = task_name(b, FORM)
-        told = json.loads(
-            next((out / task_name(b, "results")).rglob("results_*.json")).read_text()
-        )["results"][name]
-        rows = read_jsonl(next((out / task_name(b, "results")).rglob(f"samples_{name}_*.jsonl")))
-
-        def status(r):
-            return next(
-                (s for s in ("unparsed", "truncated") if r[s]),
-                "correct" if r["accuracy"] else "wrong",
-            )
-
-        theirs = {r["doc"]["id"]: status(r) for r in rows}
-
-        def count(of):
-            return {
-                s: list(of.values()).count(s) for s in ("correct", "wrong", "unparsed", "truncated")
-            }
-
-        found.append(
-            {
-                "benchmark": b,
-                "questions": len(ours),
-                "letters": {l: letters.count(l) for l in sorted(set(letters))},
-                "ours": count(ours),
-                "theirs": count(theirs),
-                "accuracy_ours": sum(s == "correct" for s in ours.values()) / len(ours),
-                "accuracy_theirs": told["accuracy,none"],
-                "same_verdict": sum(theirs.get(q) == s for q, s in ours.items()),
-            }
-        )
-    good = len(found) == len(BENCHES) and all(
-        f["same_verdict"] == f["questions"] == LIMIT
-        and abs(f["accuracy_ours"] - f["accuracy_theirs"]) < 1e-9
-        and 0 < f["accuracy_ours"] < 1
-        and len(f["letters"]) > 1
-        for f in found
-    )
+        answers = read_jsonl(run(evaluated) / "rows.jsonl")
+        compared.append(compare_scores(benchmark, answers, folder=tasks / results, task=task))
+    good = len(compared) == len(BENCHMARKS) and all(map(is_same, compared))
     write_json(
         root() / "outputs" / "reference" / "soak" / "lm_eval.json",
         {
             "pins": PINS,
             "rc": codes,
-            "tasks": found,
+            "tasks": compared,
             "good": good,
-            "card": card(minutes=round((time.time() - begun) / 60, 1)),
+            "card": card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
-    print(json.dumps(found, indent=1))
+    print(json.dumps(compared, indent=1))
     sys.exit(not good)
 
 

@@ -1,8 +1,10 @@
-"""A recipe as jobs of a real Slurm on this machine, two of its jobs killed midway, ends with the results of a local run.
+"""A recipe runs as jobs of a real Slurm on this machine and ends with the results of a local run.
 
-    python tests/soak/slurm.py      as root, with Debian's slurm-wlm and munge; writes outputs/reference/soak/slurm.json
+    python tests/soak/slurm.py
+        as root, with Debian's slurm-wlm and munge; writes outputs/reference/soak/slurm.json
 
-One job is requeued by Slurm, which kills it, and one gets the signals of a preemption, on which submitit requeues it.
+Two of the jobs are killed midway. One is requeued by Slurm, which kills it. The other gets the
+signals of a preemption, after which submitit requeues it.
 """
 
 import contextlib
@@ -67,40 +69,37 @@ class Slurm:
         self.folder, self.host = folder, socket.gethostname().split(".")[0]
 
     def __enter__(self):
-        f = self.folder
-        for d in ("state", "spool"):
-            (f / d).mkdir(parents=True)
-        (f / "munge.key").write_bytes(random.SystemRandom().randbytes(128))
-        os.chmod(f / "munge.key", 0o600)
-        os.chmod(f, 0o755)
-        (f / "slurm.conf").write_text(
-            CONF.format(
-                folder=f,
-                host=self.host,
-                cpus=len(os.sched_getaffinity(0)),
-                ports=[free_port(), free_port()],
-            )
-        )
-        os.environ["SLURM_CONF"] = str(f / "slurm.conf")
-        command(
-            "munged",
-            "--force",
-            f"--key-file={f}/munge.key",
-            f"--socket={f}/munge.socket",
-            f"--pid-file={f}/munged.pid",
-            f"--log-file={f}/munged.log",
-            f"--seed-file={f}/munged.seed",
-        )
-        command("slurmctld")
-        command("slurmd", "-N", self.host)
+        folder = self.folder
+        for name in ("state", "spool"):
+            (folder / name).mkdir(parents=True)
+        (folder / "munge.key").write_bytes(random.SystemRandom().randbytes(128))
+        os.chmod(folder / "munge.key", 0o600)
+        os.chmod(folder, 0o755)
+        ports = [free_port(), free_port()]
+        cpus = len(os.sched_getaffinity(0))
+        conf = CONF.format(folder=folder, host=self.host, cpus=cpus, ports=ports)
+        (folder / "slurm.conf").write_text(conf)
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        self.start_daemons()
         for _ in range(60):
             if command("sinfo", "--noheader", "--format=%T").strip() == "idle":
                 return self
             time.sleep(1)
-        raise SystemExit(
-            "the node does not become idle: see slurmctld.log\n"
-            + (f / "slurmctld.log").read_text()[-2000:]
+        log = (folder / "slurmctld.log").read_text()[-2000:]
+        raise SystemExit(f"the node does not become idle: see slurmctld.log\n{log}")
+
+    def start_daemons(self):
+        command(
+            "munged",
+            "--force",
+            f"--key-file={self.folder}/munge.key",
+            f"--socket={self.folder}/munge.socket",
+            f"--pid-file={self.folder}/munged.pid",
+            f"--log-file={self.folder}/munged.log",
+            f"--seed-file={self.folder}/munged.seed",
         )
+        command("slurmctld")
+        command("slurmd", "-N", self.host)
 
     def __exit__(self, *_):
         subprocess.run(["scancel", "--user=root"], capture_output=True)
@@ -111,22 +110,21 @@ class Slurm:
 
 
 def queue() -> dict[str, str]:
-    return dict(
-        line.split() for line in command("squeue", "--noheader", "--format=%i %T").splitlines()
-    )
+    "The state of each job in the queue, by its id."
+    lines = command("squeue", "--noheader", "--format=%i %T").splitlines()
+    return dict(line.split() for line in lines)
 
 
 def restarts(job: str) -> int:
-    return int(
-        next(
-            w for w in command("scontrol", "show", "job", job).split() if w.startswith("Restarts=")
-        ).split("=")[1]
-    )
+    "How often Slurm has started a job again."
+    words = command("scontrol", "show", "job", job).split()
+    (field,) = [word for word in words if word.startswith("Restarts=")][:1]
+    return int(field.split("=")[1])
 
 
 def results(folder: Path) -> dict:
-    found = json.loads((folder / "tiny" / "results" / f"{SECTION}.json").read_text())
-    return {k: found[k] for k in ("claims", "rows", "funnel")}
+    written = json.loads((folder / "tiny" / "results" / f"{SECTION}.json").read_text())
+    return {key: written[key] for key in ("claims", "rows", "funnel")}
 
 
 def tiny(folder: Path) -> Path:
@@ -158,106 +156,123 @@ def started(row: dict, folder: Path) -> bool:
     return log.exists() and "Loading pickle" in log.read_text()
 
 
-def watched(rows: list[dict], folder: Path, limit: float = 3600) -> list[dict]:
-    "Wait for the queue to be empty; on the way hurt the first student's job and the notebook's."
-    victims = {
-        next(r["id"] for r in rows if r["job"].startswith("sft")): ("scontrol requeue", 3),
+def watch(rows: list[dict], folder: Path, limit: float = 3600) -> list[dict]:
+    "Wait until the queue is empty; meanwhile hurt the first student's job and the notebook's."
+    first_student = next(row["id"] for row in rows if row["job"].startswith("sft"))
+    victims = {  # job → how it is hurt, and how many seconds after its start
+        first_student: ("scontrol requeue", 3),
         rows[-1]["id"]: ("signals of a preemption", 12),
     }
-    by_id, done, begun = {r["id"]: r for r in rows}, [], time.time()
-    while (now := queue()) and time.time() - begun < limit:
+    by_id, hurts, begun = {row["id"]: row for row in rows}, [], time.time()
+    while time.time() - begun < limit:
+        states = queue()
+        if not states:
+            break
         for job, (how, wait) in list(victims.items()):
-            if now.get(job) == "RUNNING" and started(by_id[job], folder):
+            if states.get(job) == "RUNNING" and started(by_id[job], folder):
                 time.sleep(wait)
                 hurt(by_id[job], how)
                 victims.pop(job)
-                done.append({"job": by_id[job]["job"].split("-")[0], "id": job, "how": how})
-                print(done[-1], flush=True)
+                hurts.append({"job": by_id[job]["job"].split("-")[0], "id": job, "how": how})
+                print(hurts[-1], flush=True)
         time.sleep(1)
-    for d in done:
-        d["restarts"] = restarts(d.pop("id"))
-    return done
+    for row in hurts:
+        row["restarts"] = restarts(row.pop("id"))
+    return hurts
 
 
-def main():
-    if missing := [p for p in ("slurmctld", "slurmd", "munged") if not shutil.which(p)]:
-        sys.exit(f"{missing[0]} is missing: apt-get install slurm-wlm munge")
-    begun, folder = time.time(), Path(tempfile.mkdtemp(prefix="octomed-slurm-"))
-    whole, there = folder / "whole", folder / "there"
+def places(folder: Path) -> dict[str, str]:
+    "The environment of a run that leaves everything in a folder."
+    return {
+        "OCTOMED_OUTPUTS": str(folder),
+        "OCTOMED_STORE": str(folder / "store"),
+        "OMP_NUM_THREADS": "1",
+    }
 
-    def env(f):
-        return {
-            "OCTOMED_OUTPUTS": str(f),
-            "OCTOMED_STORE": str(f / "store"),
-            "OMP_NUM_THREADS": "1",
-        }
 
-    os.environ |= env(there)  # before octomed is imported, so that jobs inherit it
-    from octomed.core.files import write_json
-    from octomed.core.identity import card
-    from octomed.core.paths import root
-    from octomed.run import cluster
-
-    recipe = tiny(folder)
+def run_locally(recipe: Path, folder: Path):
     subprocess.run(
         [sys.executable, "-m", "octomed.run.cli", "run", str(recipe)],
-        env={**os.environ, **env(whole)},
+        env={**os.environ, **places(folder)},
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    local = time.time() - begun
-    with Slurm(folder / "slurm"):
-        start = time.time()
-        rows = cluster.submit(str(recipe), file=folder / "asks.yaml")
-        print(
-            f"{len(rows)} jobs for {sum(len(r['stages']) for r in rows)} stages and the notebook",
-            flush=True,
-        )
+
+
+def run_on_slurm(recipe: Path, folder: Path, slurm: Path) -> dict:
+    "Submit a recipe, hurt two of its jobs, and wait: the rows of its jobs and what became of them."
+    from octomed.run import cluster
+
+    with Slurm(slurm):
+        start, asks = time.time(), recipe.parent / "asks.yaml"
+        rows = cluster.submit(str(recipe), file=asks)
+        stages = sum(len(row["stages"]) for row in rows)
+        print(f"{len(rows)} jobs for {stages} stages and the notebook", flush=True)
         try:
-            hurts = watched(rows, there)
+            hurts = watch(rows, folder)
         finally:
             print("left in the queue:", queue(), flush=True)
-        seconds, states = time.time() - start, [s["state"] for s in cluster.state(str(recipe))]
-        again = len(cluster.submit(str(recipe), file=folder / "asks.yaml"))
-        version = command("sinfo", "--version").split()[1]
-    logs = all((there / "tiny" / "slurm" / r["log"]).exists() for r in rows)
-    same = (there / "tiny" / "results").exists() and results(whole) == results(there)
-    good = (
-        same
-        and logs
-        and not again
-        and set(states) == {"done"}
-        and len(hurts) == 2
-        and all(h["restarts"] for h in hurts)
-    )
+        return {
+            "rows": rows,
+            "stages": stages,
+            "hurts": hurts,
+            "seconds": time.time() - start,
+            "states": [row["state"] for row in cluster.state(str(recipe))],
+            "again": len(cluster.submit(str(recipe), file=asks)),
+            "version": command("sinfo", "--version").split()[1],
+        }
+
+
+def main():
+    missing = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name)]
+    if missing:
+        sys.exit(f"{missing[0]} is missing: apt-get install slurm-wlm munge")
+    begun, folder = time.time(), Path(tempfile.mkdtemp(prefix="octomed-slurm-"))
+    whole, by_jobs = folder / "whole", folder / "there"
+    os.environ |= places(by_jobs)  # before octomed is imported, so that jobs inherit it
     import submitit
 
+    from octomed.core.files import write_json
+    from octomed.core.identity import card
+    from octomed.core.paths import root
+
+    recipe = tiny(folder)
+    run_locally(recipe, whole)
+    local = time.time() - begun
+    ran = run_on_slurm(recipe, by_jobs, slurm=folder / "slurm")
+    has_logs = all((by_jobs / "tiny" / "slurm" / row["log"]).exists() for row in ran["rows"])
+    is_same = (by_jobs / "tiny" / "results").exists() and results(whole) == results(by_jobs)
+    was_hurt = len(ran["hurts"]) == 2 and all(row["restarts"] for row in ran["hurts"])
+    is_done = set(ran["states"]) == {"done"} and not ran["again"]
+    good = is_same and has_logs and is_done and was_hurt
     write_json(
         root() / "outputs" / "reference" / "soak" / "slurm.json",
         {
             "section": SECTION,
-            "slurm": version,
+            "slurm": ran["version"],
             "submitit": submitit.__version__,
-            "jobs": len(rows),
-            "stages": sum(len(r["stages"]) for r in rows),
-            "killed": hurts,
-            "same_results": same,
-            "logs": logs,
-            "jobs_left_when_asked_again": again,
+            "jobs": len(ran["rows"]),
+            "stages": ran["stages"],
+            "killed": ran["hurts"],
+            "same_results": is_same,
+            "logs": has_logs,
+            "jobs_left_when_asked_again": ran["again"],
             "seconds_local": round(local, 1),
-            "seconds_on_slurm": round(seconds, 1),
+            "seconds_on_slurm": round(ran["seconds"], 1),
             "good": good,
             "card": card(minutes=round((time.time() - begun) / 60, 1)),
         },
     )
+    states = {state: ran["states"].count(state) for state in ran["states"]}
     print(
-        f"jobs { {s: states.count(s) for s in states} }; results equal to the local run's: {same}; asked again: {again} jobs; killed: {hurts}"
+        f"jobs {states}; results equal to the local run's: {is_same}; "
+        f"asked again: {ran['again']} jobs; killed: {ran['hurts']}"
     )
     if good:
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        print(f"what happened lies in {folder}")
+        print(f"the files of the run are in {folder}")
     sys.exit(not good)
 
 
