@@ -275,6 +275,7 @@ MAINS = {
     "dotted": "import nested.deep.inner\ndef f(out): return nested.deep.inner.give()\n",
     "module": "from .deep import inner\ndef f(out): return inner.give()\n",
     "through the package": "from . import deep\ndef f(out): return deep.inner.give()\n",
+    "not imported yet": "import nested.deep\ndef f(out): return nested.deep.other.more()\n",
     "from the package": "from .deep import give\ndef f(out): return give()\n",
 }
 
@@ -282,7 +283,7 @@ MAINS = {
 @pytest.mark.parametrize("main", MAINS.values(), ids=MAINS)
 def test_names_are_followed_into_the_modules_of_packages(package, main):
     def code(value):
-        package(main, {"deep/inner.py": f"LIMIT = 1\ndef give(): return {value}\n"})
+        package(main, {"deep/inner.py": f"LIMIT = {value}\ndef give(): return {value}\n"})
         return code_digest(importlib.import_module("nested.main").f)
 
     assert code(1) == code(1)

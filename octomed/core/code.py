@@ -89,6 +89,13 @@ def _unresolved(name: str) -> OctomedError:
     return OctomedError(f"{name} is imported but does not exist: correct the import")
 
 # %% ../../nbs/core/06_code.ipynb #15273d26
+def _find_spec(name: str):
+    "Where a module is, or None."
+    with contextlib.suppress(ImportError, ValueError):
+        return importlib.util.find_spec(name)
+    return None
+
+
 def _import(name: str) -> ModuleType:
     "A module of the project. Raises `OctomedError` if it cannot be imported."
     try:
@@ -99,14 +106,20 @@ def _import(name: str) -> ModuleType:
         ) from e
 
 
+def _has_name(module: ModuleType, name: str) -> bool:
+    "Whether a module has a name; a submodule that is not imported yet is imported."
+    full_name = f"{module.__name__}.{name}"
+    if not hasattr(module, name) and hasattr(module, "__path__") and _find_spec(full_name):
+        _import(full_name)
+    return hasattr(module, name)
+
+
 def _import_name(module: str, name: str):
     "What `from module import name` gives. Raises `OctomedError` if there is no such name."
     source = _import(module)
-    if hasattr(source, name):
-        return getattr(source, name)
-    if hasattr(source, "__path__") and importlib.util.find_spec(f"{module}.{name}"):
-        return _import(f"{module}.{name}")
-    raise _unresolved(f"{module}.{name}")
+    if not _has_name(source, name):
+        raise _unresolved(f"{module}.{name}")
+    return getattr(source, name)
 
 # %% ../../nbs/core/06_code.ipynb #5f9d9d19
 def _scope(obj) -> dict:
@@ -123,8 +136,9 @@ def _look_up(node: ast.AST, scope: dict, home: str):
         return scope.get(node.id)
     if isinstance(node, ast.Attribute):
         owner = _look_up(node.value, scope, home)
-        if inspect.ismodule(owner) and _is_ours(owner.__name__, home):
-            return getattr(owner, node.attr, None)
+        is_ours = inspect.ismodule(owner) and _is_ours(owner.__name__, home)
+        if is_ours and _has_name(owner, node.attr):
+            return getattr(owner, node.attr)
     return None
 
 # %% ../../nbs/core/06_code.ipynb #69c59cee
@@ -169,8 +183,6 @@ def _read(obj) -> _Code:
     tree = _source(obj)
     nodes = [node for node in ast.walk(tree) if isinstance(node, _NAMING)]
     body = getattr(tree.body[0], "body", [])
-    if not isinstance(body, list):  # a lambda
-        body = []
     methods = frozenset(part.name for part in body if hasattr(part, "name"))
     return _Code(ast.unparse(tree), nodes, methods)
 
@@ -322,13 +334,6 @@ def _parse_module(name: str, package: str, source: str) -> _Module:
     "A module from its source; the same source is parsed once."
     tree = _drop_docstrings(ast.parse(source))
     return _Module(name, package, tree=tree, text=ast.unparse(tree))
-
-
-def _find_spec(name: str):
-    "Where a module is, or None."
-    with contextlib.suppress(ImportError, ValueError):
-        return importlib.util.find_spec(name)
-    return None
 
 
 def _find_module(name: str) -> _Module:
