@@ -4,350 +4,377 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'EPOCHS', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED', 'TEACHERS', 'VOTE', 'SINGLE', 'CURVE',
-           'BESIDE', 'scope', 'benchmarks', 'name', 'claims', 'arms', 'taught_by', 'again', 'voted', 'paper_rows',
-           'medqa_rows', 'accuracies', 'curve', 'fit', 'foretold', 'judged', 'figure', 'epochs_figure', 'table_figure',
-           'progress_figure', 'parameters_of', 'models_figure']
+           'BESIDE', 'SIMULATED', 'name', 'say', 'overalls', 'claims_of_gain', 'claims_of_teachers', 'claims_of_growth',
+           'controls', 'claims', 'scope', 'benchmarks', 'take_part', 'arms', 'make_row', 'taught_by', 'again', 'voted',
+           'teacher_of', 'paper_rows', 'medqa_of', 'medqa_rows', 'accuracies', 'design', 'curve', 'interval_of', 'fit',
+           'foretold', 'judged', 'rows_by_category', 'make_point', 'figure', 'epochs_figure', 'table_figure',
+           'progress_figure', 'parameters_of', 'our_circles', 'billions', 'paper_circles', 'models_figure']
 
 # %% ../../nbs/paper/51_scaling.ipynb #fa23bf9c
 import re
-import time
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
-
-# %% ../../nbs/paper/51_scaling.ipynb #ca501e06
 from math import log2
+from pathlib import Path
+
 import numpy as np
 from scipy.special import expit
-from ..core.recipe import CATEGORIES, Recipe, load_recipe
+
+from ..core.recipe import CATEGORIES, Recipe
 from ..data.sources import load, source_of
-
-# %% ../../nbs/paper/51_scaling.ipynb #a6064473
 from ..distill.pools import subset
-from ..distill.sampling import requests, route
-
-# %% ../../nbs/paper/51_scaling.ipynb #cf25a087
-from octomed.evaluate.arms import (
-    Arm,
-    Results,
-    evaluations,
-    first_of_each,
-    run_arms,
-    schedule_of,
-    scoped,
-    stages,
-    warm_up,
-)
+from ..evaluate.arms import Arm, Results, first_of_each, schedule_of, scoped, warm_up
 from ..evaluate.claims import Claim, finding
-
-# %% ../../nbs/paper/51_scaling.ipynb #1327006b
 from ..evaluate.evaluate import sampling_of
-from ..evaluate.stats import Interval, paper_number, paper_table, per_question, verdict
-from ..evaluate.tables import above_chance, findings_frame, rows_frame, table, write_results
-from ..generate.answers import judge, majority_vote
-from ..generate.engines import teacher
-
-# %% ../../nbs/paper/51_scaling.ipynb #c2f8b070
-from ..generate.ledger import Ledger, draw
-from ..generate.prompts import load_template
-from .sourcing import BEFORE, EVERYWHERE, Everywhere
+from ..evaluate.section_run import ask_teachers, finding_of, overall_rows
+from ..evaluate.stats import Interval, paper_number, paper_table, per_question
+from ..generate.answers import majority_vote
+from .sourcing import BEFORE, EVERYWHERE
 
 # %% ../../nbs/paper/51_scaling.ipynb #8fbf629d
-SHARES, EPOCHS, MARGIN = (
-    (
-        1 / 8,
-        1 / 4,
-        1 / 2,
-        1.0,
-    ),
-    (1, 2, 3),
-    0.10,
+SHARES = (
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    1.0,
 )
+EPOCHS = (1, 2, 3)
+MARGIN = 0.10
 
 # %% ../../nbs/paper/51_scaling.ipynb #a8b25598
 def name(share: float, epochs: int = 3) -> str:
-    return (
-        f"{'all' if share == 1 else Fraction(share)} questions, {epochs} epoch{'s' * (epochs > 1)}"
-    )
+    part = "all" if share == 1 else Fraction(share)
+    return f"{part} questions, {epochs} epoch{'s' * (epochs > 1)}"
 
 
 FINAL, CENTRE = name(SHARES[-1]), name(SHARES[-2])
-SMALLER, REPEATED = (
-    f"{CENTRE}, smaller student",
-    f"{Fraction(SHARES[0])} questions, tokens of {Fraction(SHARES[-2])}",
-)
+SMALLER = f"{CENTRE}, smaller student"
+REPEATED = f"{Fraction(SHARES[0])} questions, tokens of {Fraction(SHARES[-2])}"
 
 # %% ../../nbs/paper/51_scaling.ipynb #2f2647aa
-TEACHERS, VOTE, SINGLE, CURVE = BESIDE = (
-    "its teachers",
-    "vote",
-    "single response",
-    "the curve through the smaller parts",
+TEACHERS = "its teachers"
+VOTE, SINGLE = "vote", "single response"
+CURVE = "the curve through the smaller parts"
+BESIDE = (
+    TEACHERS,
+    VOTE,
+    SINGLE,
+    CURVE,
 )
 
 # %% ../../nbs/paper/51_scaling.ipynb #ed41e32e
-def claims() -> list[Claim]:
-    "What the paper says in Table 2 and §5, and what it does not ask."
+def say(category: str) -> str:
+    return category.replace("_", " ")
 
-    def word(c):
-        return c.replace("_", " ")
 
-    def told(c, a, b):
-        return (
-            f"{paper_number(2, 'Overall', a, c):.2f} against {paper_number(2, 'Overall', b, c):.2f}"
-        )
+def overalls(category: str, a: str, b: str) -> str:
+    "Two Overalls of Table 2, in words."
+    first, second = (paper_number(2, "Overall", model, category=category) for model in (a, b))
+    return f"{first:.2f} against {second:.2f}"
 
-    simulated = "The teachers are simulated: how often each is right is stated, not found."
-    text, reasoning, classes = CATEGORIES
+
+def claims_of_gain() -> list[Claim]:
+    "The final student is above its start."
     return [
-        *(
-            Claim(
-                f"On {word(c)}, the final mixture lifts the student above its start",
-                FINAL,
-                BEFORE,
-                c,
-                paper=told(c, "OctoMed-7B", "Qwen2.5-VL-7B"),
-                not_proved="The start has read other questions of the same pools; an instruct model has read much else.",
-            )
-            for c in CATEGORIES
-        ),
         Claim(
-            "On multimodal classification, the student passes the teacher of its images",
-            FINAL,
-            TEACHERS,
-            classes,
-            paper=told(classes, "OctoMed-7B", "GPT-4o"),
-            not_proved=simulated
-            + " That rejection lets a student pass its teacher is one reason; a weak teacher is another.",
+            text=f"On {say(category)}, the final mixture lifts the student above its start",
+            a=FINAL,
+            b=BEFORE,
+            benchmark=category,
+            paper=overalls(category, "OctoMed-7B", "Qwen2.5-VL-7B"),
+            not_proved=(
+                "The start has read other questions of the same pools; an instruct model has read "
+                "much else."
+            ),
+        )
+        for category in CATEGORIES
+    ]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a00003
+SIMULATED = "The teachers are simulated: how often each is right is stated, not found."
+
+
+def claims_of_teachers() -> list[Claim]:
+    "Where the student passes its teacher, and where it does not."
+    text, reasoning, classification = CATEGORIES
+    passes = Claim(
+        text="On multimodal classification, the student passes the teacher of its images",
+        a=FINAL,
+        b=TEACHERS,
+        benchmark=classification,
+        paper=overalls(classification, "OctoMed-7B", "GPT-4o"),
+        not_proved=(
+            SIMULATED + " That rejection lets a student pass its teacher is one reason; a weak"
+            " teacher is another."
         ),
+    )
+    ahead = [
         Claim(
-            "On multimodal reasoning, the teacher of images stays ahead of the student",
-            TEACHERS,
-            FINAL,
-            reasoning,
-            paper=told(reasoning, "GPT-4o", "OctoMed-7B"),
-            not_proved=simulated,
-        ),
+            text=f"{where} stays ahead of the student",
+            a=TEACHERS,
+            b=FINAL,
+            benchmark=category,
+            paper=overalls(category, model, "OctoMed-7B"),
+            not_proved=SIMULATED,
+        )
+        for where, category, model in (
+            ("On multimodal reasoning, the teacher of images", reasoning, "GPT-4o"),
+            ("On text, the teacher of text", text, "DeepSeek-R1"),
+        )
+    ]
+    return [passes, *ahead]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a00004
+def claims_of_growth() -> list[Claim]:
+    "Accuracy rises with questions and with epochs."
+    more = [
         Claim(
-            "On text, the teacher of text stays ahead of the student",
-            TEACHERS,
-            FINAL,
-            text,
-            paper=told(text, "DeepSeek-R1", "OctoMed-7B"),
-            not_proved=simulated,
-        ),
-        *(
-            Claim(
-                f"On {word(c)}, accuracy rises with each doubling of the questions",
-                FINAL,
-                name(SHARES[0]),
-                c,
-                kind="trend",
-                along=tuple((name(s), log2(s)) for s in SHARES),
-                paper="§5, in words: scaled traces",
-                not_proved="At three epochs, more questions are also more steps.",
-            )
-            for c in CATEGORIES
-        ),
-        Claim(
-            "Over all categories, accuracy rises with each epoch",
-            name(1 / 2, 3),
-            name(1 / 2, 1),
-            EVERYWHERE,
+            text=f"On {say(category)}, accuracy rises with each doubling of the questions",
+            a=FINAL,
+            b=name(SHARES[0]),
+            benchmark=category,
             kind="trend",
-            along=tuple((name(1 / 2, e), e) for e in EPOCHS),
-            paper="Fig. 5, on MedQA alone",
-            not_proved="Three epochs are the most that was tried; where it turns is not told.",
-        ),
+            along=tuple((name(share), log2(share)) for share in SHARES),
+            paper="§5, in words: scaled traces",
+            not_proved="At three epochs, more questions are also more steps.",
+        )
+        for category in CATEGORIES
+    ]
+    longer = Claim(
+        text="Over all categories, accuracy rises with each epoch",
+        a=name(1 / 2, 3),
+        b=name(1 / 2, 1),
+        benchmark=EVERYWHERE,
+        kind="trend",
+        along=tuple((name(1 / 2, epochs), epochs) for epochs in EPOCHS),
+        paper="Fig. 5, on MedQA alone",
+        not_proved="Three epochs are the most that was tried; where it turns is not told.",
+    )
+    return [*more, longer]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a00005
+def controls() -> list[Claim]:
+    "What the paper does not ask: repetition, size, the vote alone, and the curve."
+    return [
         Claim(
-            "Over all categories, at equal tokens four times the questions teach more than four times the epochs",
-            CENTRE,
-            REPEATED,
-            EVERYWHERE,
+            text=(
+                "Over all categories, at equal tokens four times the questions teach more than "
+                "four times the epochs"
+            ),
+            a=CENTRE,
+            b=REPEATED,
+            benchmark=EVERYWHERE,
             not_proved="Equal tokens are equal steps only on average.",
         ),
         Claim(
-            "Over all categories, the larger student is better after the same data",
-            CENTRE,
-            SMALLER,
-            EVERYWHERE,
-            not_proved="Two sizes make no law; both have read the same textbook, which may be too short for the larger one.",
+            text="Over all categories, the larger student is better after the same data",
+            a=CENTRE,
+            b=SMALLER,
+            benchmark=EVERYWHERE,
+            not_proved=(
+                "Two sizes make no law; both have read the same textbook, which may be too short "
+                "for the larger one."
+            ),
         ),
         Claim(
-            "On MedQA's counterpart, a vote is better than a single response",
-            VOTE,
-            SINGLE,
-            "text_only",
+            text="On MedQA's counterpart, a vote is better than a single response",
+            a=VOTE,
+            b=SINGLE,
+            benchmark="text_only",
             paper="90.81 is a vote of 10; no single score",
             not_proved="A vote costs as many responses as it has.",
         ),
-        Claim(
-            "Over all categories, the curve through the smaller parts foretells the whole",
-            FINAL,
-            CURVE,
-            EVERYWHERE,
-            kind="equivalent",
-            margin=MARGIN,
-            not_proved="One step of a doubling; the paper's eight million are many more.",
-        ),
+    ]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a00006
+def claims() -> list[Claim]:
+    "What the paper says in Table 2 and §5, and what it does not ask."
+    foretells = Claim(
+        text="Over all categories, the curve through the smaller parts foretells the whole",
+        a=FINAL,
+        b=CURVE,
+        benchmark=EVERYWHERE,
+        kind="equivalent",
+        margin=MARGIN,
+        not_proved="One step of a doubling; the paper's eight million are many more.",
+    )
+    return [
+        *claims_of_gain(),
+        *claims_of_teachers(),
+        *claims_of_growth(),
+        *controls(),
+        foretells,
     ]
 
 # %% ../../nbs/paper/51_scaling.ipynb #90c1aa38
-scope = partial(
-    scoped, section="51_scaling"
-)  # the recipe as this section uses it: its own number of samples and of test questions
+def scope(recipe: Recipe) -> Recipe:
+    "The recipe with this section's own number of samples and of test questions."
+    return scoped(recipe, "51_scaling")
 
-benchmarks = partial(
-    first_of_each, section="51_scaling"
-)  # the recipe's benchmarks, or the first few of each category
+
+def benchmarks(recipe: Recipe) -> tuple[str, ...]:
+    "The recipe's benchmarks, or the first few of each category."
+    return first_of_each(recipe, "51_scaling")
 
 # %% ../../nbs/paper/51_scaling.ipynb #0b2aa32b
+def take_part(
+    spec: str,  # name:split of a pool
+    share: float,
+    questions: int,  # of each pool; 0: all
+) -> tuple[str, int]:
+    "A pool with its number of questions in a part; of a pool of unknown size every part has all."
+    size = questions or source_of(spec).expected or 0
+    if not size:
+        return spec, 0
+    return spec, max(1, round(share * size))
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a00007
 def arms(recipe: Recipe) -> dict[str, Arm]:
-    "The start, the parts of the questions, the epochs, a smaller student and the control at equal tokens."
-    p, common = recipe.of("51_scaling"), recipe.common
-    first = warm_up(recipe, p["warm"], p["warm_epochs"])
+    "The start, the parts, the epochs, a control at equal tokens and a smaller student."
+    own, common = recipe.of("51_scaling"), recipe.common
+    start = warm_up(recipe, own["warm"], own["warm_epochs"])
 
-    def part(share):
-        return tuple(
-            (s, (n := p["questions"] or source_of(s).expected or 0) and max(1, round(share * n)))
-            for s in common.train
-        )  # of a source of unknown size, all in every part
-
-    def one(share, epochs):
+    def trained(share, epochs):
+        schedule = schedule_of(common, float(epochs))
         return Arm(
-            part(share),
-            k=p["k"],
-            schedule=replace(
-                schedule_of(common, float(epochs)), batch=p["batch"], warmup=p["warmup"]
-            ),
-            base=first,
+            sources=tuple(take_part(spec, share, own["questions"]) for spec in common.train),
+            k=own["k"],
+            schedule=replace(schedule, batch=own["batch"], warmup=own["warmup"]),
+            base=start,
         )
 
-    grid = {name(s): one(s, 3) for s in SHARES} | {name(1 / 2, e): one(1 / 2, e) for e in EPOCHS}
-    small = (
-        {
-            SMALLER: replace(
-                grid[CENTRE],
-                student=p["smaller"],
-                base=first and replace(first, student=p["smaller"]),
-            )
-        }
-        if p["smaller"]
-        else {}
-    )
-    return {
-        BEFORE: one(1, 0),
+    grid = {name(share): trained(share, 3) for share in SHARES}
+    grid |= {name(1 / 2, epochs): trained(1 / 2, epochs) for epochs in EPOCHS}
+    centre = grid[CENTRE]
+    every = {
+        BEFORE: trained(1, 0),
         **grid,
-        REPEATED: replace(grid[name(SHARES[0])], compute_of=grid[CENTRE]),
-        **small,
+        REPEATED: replace(grid[name(SHARES[0])], compute_of=centre),
     }
+    if own["smaller"]:
+        base = start and replace(start, student=own["smaller"])
+        every[SMALLER] = replace(centre, student=own["smaller"], base=base)
+    return every
 
 # %% ../../nbs/paper/51_scaling.ipynb #31a337c7
-def taught_by(recipe: Recipe, benchmark: str, runs: int) -> list[list[dict]]:
-    "What its teacher answers to each question of a benchmark, as rows of an evaluation, for each run."
-    common, found = recipe.common, {}
-    qs = subset(load(benchmark, max_pixels=common.max_pixels), common.benchmark_limit or None)
-    for who, form in dict.fromkeys(route(q, common) for q in qs):
-        mine, t = [q for q in qs if route(q, common) == (who, form)], load_template(form)
-        got = iter(
-            draw(
-                Ledger(),
-                teacher(who, common.max_pixels),
-                requests(mine, form, runs),
-                sampling_of(common, False),
-                desc=f"{who} answers {benchmark}",
-            )
-        )
-        for q in mine:
-            found[q.id] = [
-                (
-                    s := next(got),
-                    judge(s.text, q.letters, q.answer, t.think_first, t.forms, t.end_of_think),
-                )
-                for _ in range(runs)
-            ]
+def make_row(q, sample, verdict) -> dict:
+    "A single response as a row of an evaluation."
+    return {
+        "question": q.id,
+        "answer": q.answer,
+        "options": len(q.options),
+        "tags": q.tags,
+        "letters": [verdict.letter],
+        "statuses": [verdict.status],
+        "finishes": [sample.finish],
+        "tokens": [sample.tokens],
+        "forced": [False],
+    }
 
-    def row(q, s, v):
-        return {
-            "question": q.id,
-            "answer": q.answer,
-            "options": len(q.options),
-            "tags": q.tags,
-            "letters": [v.letter],
-            "statuses": [v.status],
-            "finishes": [s.finish],
-            "tokens": [s.tokens],
-            "forced": [False],
-        }
-
-    return [[row(q, *found[q.id][n]) for q in qs] for n in range(runs)]
+# %% ../../nbs/paper/51_scaling.ipynb #51a00008
+def taught_by(
+    recipe: Recipe,
+    benchmark: str,
+    runs: int,  # as many as the student has training seeds
+) -> list[list[dict]]:
+    "What its teacher answers to each question of a benchmark, as rows of an evaluation, by run."
+    common = recipe.common
+    questions = load(benchmark, max_pixels=common.max_pixels)
+    asked = subset(questions, common.benchmark_limit or None)
+    answers = ask_teachers(
+        asked,
+        common,
+        n=runs,
+        sampling=sampling_of(common, False),
+        desc=f"{{}} answers {benchmark}",
+    )
+    return [[make_row(q, *answers[q.id][run]) for q in asked] for run in range(runs)]
 
 # %% ../../nbs/paper/51_scaling.ipynb #e0bcb81f
 def again(recipe: Recipe) -> Recipe:
     "The recipe under which the final student is asked as often as a vote needs."
-    return replace(
-        recipe, common=replace(recipe.common, eval_seeds=recipe.of("51_scaling")["votes"])
-    )
+    votes = recipe.of("51_scaling")["votes"]
+    return replace(recipe, common=replace(recipe.common, eval_seeds=votes))
 
 # %% ../../nbs/paper/51_scaling.ipynb #d686b145
-def voted(repeated: Results) -> Results:
+def voted(
+    repeated: Results,  # of one arm
+) -> Results:
     "The single responses of repeated runs, and their vote."
-    (per,), seed = repeated.rows.values(), repeated.common.base_seed
+    (single,) = repeated.rows.values()
+    seed = repeated.common.base_seed
 
-    def right(r):
-        return majority_vote(r["letters"], (seed, r["question"])).letter == r["answer"]
+    def vote(row):
+        letter = majority_vote(row["letters"], (seed, row["question"])).letter
+        return {**row, "statuses": ["correct" if letter == row["answer"] else "wrong"]}
 
-    return Results(
-        repeated.common,
-        {
-            SINGLE: per,
-            VOTE: {
-                b: [
-                    [{**r, "statuses": ["correct" if right(r) else "wrong"]} for r in run]
-                    for run in runs
-                ]
-                for b, runs in per.items()
-            },
-        },
-    )
+    votes = {
+        benchmark: [[vote(row) for row in run] for run in runs]
+        for benchmark, runs in single.items()
+    }
+    return Results(repeated.common, {SINGLE: single, VOTE: votes})
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bf3e8f3
+def teacher_of(category: str) -> str:
+    "The paper's teacher of a category, as Table 2 names it."
+    return "DeepSeek-R1" if category == "text_only" else "GPT-4o"
+
+
 def paper_rows() -> dict:
-    "Table 2's Overalls, beside ours: the untrained student, the final one, and the teachers of text and of images."
-
-    def of(model, c):
-        return paper_number(2, "Overall", model, c) / 100
-
-    return {
-        (arm, c): of(model or ("DeepSeek-R1" if c == "text_only" else "GPT-4o"), c)
-        for arm, model in ((BEFORE, "Qwen2.5-VL-7B"), (FINAL, "OctoMed-7B"), (TEACHERS, ""))
-        for c in CATEGORIES
-    }
+    "Table 2's Overalls, beside ours: the untrained student, the final one, and the teachers."
+    rows = {}
+    for category in CATEGORIES:
+        models = {
+            BEFORE: "Qwen2.5-VL-7B",
+            FINAL: "OctoMed-7B",
+            TEACHERS: teacher_of(category),
+        }
+        for arm, model in models.items():
+            rows[arm, category] = paper_number(2, "Overall", model, category=category) / 100
+    return rows
 
 # %% ../../nbs/paper/51_scaling.ipynb #939dfae9
+def medqa_of(model: str) -> float:
+    "A model's accuracy on MedQA (Table 2), 0–1."
+    return paper_number(2, "MedQA", model, category="text_only") / 100
+
+
 def medqa_rows(benchmark: str) -> dict:
     "MedQA's vote, beside ours."
-    return {(VOTE, benchmark): paper_number(2, "MedQA", "OctoMed-7B", "text_only") / 100}
+    return {(VOTE, benchmark): medqa_of("OctoMed-7B")}
 
 # %% ../../nbs/paper/51_scaling.ipynb #cd4d4fdc
 def accuracies(
-    results: Results, arms: list[str], where: str, seed: int | None = None
+    results: Results,
+    arms: list[str],
+    where: str,  # a benchmark or a category
+    seed: int | None = None,  # of training; None: all
 ) -> np.ndarray:  # (1 + resamples, arms)
-    "Accuracies of several arms, first as they are, then under resampled questions; the mean over benchmarks."
-    groups, rng = results.scores(arms[0], where)[1], np.random.default_rng(results.common.base_seed)
-    y = np.stack([per_question(results.scores(a, where, seed)[0]) for a in arms], 1)
+    """Accuracies of several arms, first as they are, then under resampled questions.
 
-    def drawn(m):
-        return (
-            np.vstack([np.ones(m), rng.multinomial(m, [1 / m] * m, size=results.common.bootstrap)])
-            / m
-        )
+    Each is the mean over benchmarks.
+    """
+    groups = results.scores(arms[0], where)[1]
+    rng = np.random.default_rng(results.common.base_seed)
+    by_arm = [per_question(results.scores(arm, where, seed)[0]) for arm in arms]
+    right = np.stack(by_arm, axis=1)
 
-    return np.mean(
-        [drawn(len(part)) @ part for part in (y[groups == g] for g in dict.fromkeys(groups))], 0
-    )
+    def weights(n):
+        resamples = rng.multinomial(n, [1 / n] * n, size=results.common.bootstrap)
+        return np.vstack([np.ones(n), resamples]) / n
+
+    means = []
+    for group in dict.fromkeys(groups):
+        part = right[groups == group]
+        means.append(weights(len(part)) @ part)
+    return np.mean(means, axis=0)
 
 # %% ../../nbs/paper/51_scaling.ipynb #85399213
+def design(places) -> np.ndarray:  # (places, 2)
+    "A constant beside each place on the axis."
+    return np.stack([np.ones(len(places)), places], axis=1)
+
+
 def curve(
     at,  # places on the axis: log2 of the share
     accuracy,  # (…, places)
@@ -355,117 +382,117 @@ def curve(
     to,  # where the curve is read
 ) -> np.ndarray:  # (…, len(to))
     "A straight line through the empirical logits, as accuracies."
-    line, right = lambda x: np.stack([np.ones(len(x)), x], 1), n * np.clip(accuracy, 0, 1)
-    return expit(
-        np.log((right + 0.5) / (n - right + 0.5)) @ np.linalg.pinv(line(at)).T @ line(to).T
-    )
+    right = n * np.clip(accuracy, 0, 1)
+    logits = np.log((right + 0.5) / (n - right + 0.5))
+    return expit(logits @ np.linalg.pinv(design(at)).T @ design(to).T)
 
 # %% ../../nbs/paper/51_scaling.ipynb #bf4fcb87
+def interval_of(
+    resampled: np.ndarray,  # the estimate first, then one value for each resample
+) -> list[float]:
+    "The 95 % interval of the resamples."
+    return [float(q) for q in np.quantile(resampled[1:], [0.025, 0.975])]
+
+
 def fit(results: Results, where: str) -> dict:
     "The curve along the questions on a category, or on all."
-    arms, at = [name(s) for s in SHARES], np.log2(SHARES)
-    got, n = accuracies(results, arms, where), np.prod(results.scores(arms[0], where)[0].shape)
-    fitted, fine = curve(at, got, n, at), np.linspace(at[0], at[-1], 25)
-    ahead = curve(at[:-1], got[:, :-1], n, at[-1:])[:, 0]
-
-    def band(v):
-        return [float(q) for q in np.quantile(v[1:], [0.025, 0.975])]
-
-    gain = curve(at, got, n, at[-2:]) @ [-1, 1]
+    names, at = [name(share) for share in SHARES], np.log2(SHARES)
+    measured = accuracies(results, names, where)
+    n = np.prod(results.scores(names[0], where)[0].shape)
+    fitted = curve(at, measured, n=n, to=at)
+    fine = np.linspace(at[0], at[-1], 25)
+    drawn = curve(at, measured[:1], n=n, to=fine)[0]
+    ahead = curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
+    gain = curve(at, measured, n=n, to=at[-2:]) @ [-1, 1]
     return {
         "category": where,
         "last doubling": float(gain[0]),
-        "last doubling, interval": band(gain),
-        "largest residual": float(np.abs(got - fitted)[0].max()),
+        "last doubling, interval": interval_of(gain),
+        "largest residual": float(np.abs(measured - fitted)[0].max()),
         "foretold": float(ahead[0]),
-        "foretold, interval": band(ahead),
-        "found": float(got[0, -1]),
-        "if nothing changed": float(got[0, -2]),
-        "curve": [
-            [float(2**x), float(y)]
-            for x, y in zip(fine, curve(at, got[:1], n, fine)[0], strict=False)
-        ],
+        "foretold, interval": interval_of(ahead),
+        "found": float(measured[0, -1]),
+        "if nothing changed": float(measured[0, -2]),
+        "curve": [[float(2**x), float(y)] for x, y in zip(fine, drawn, strict=True)],
     }
 
 # %% ../../nbs/paper/51_scaling.ipynb #9e7b09fa
 def foretold(c: Claim, results: Results) -> dict:
-    "The finding of the claim that the curve foretells the whole: found less foretold."
-    arms, at, size = (
-        [name(s) for s in SHARES],
-        np.log2(SHARES),
-        np.prod(results.scores(c.a, c.benchmark)[0].shape),
-    )
+    "The finding of the claim that the curve foretells the whole: measured less foretold."
+    names, at = [name(share) for share in SHARES], np.log2(SHARES)
+    scored = results.scores(c.a, c.benchmark)[0]
 
     def miss(seed=None):
-        got = accuracies(results, arms, c.benchmark, seed)
-        return (
-            got[:, -1]
-            - curve(
-                at[:-1],
-                got[:, :-1],
-                size if seed is None else size / results.training_seeds,
-                at[-1:],
-            )[:, 0]
-        )
+        measured = accuracies(results, names, c.benchmark, seed=seed)
+        n = np.prod(scored.shape)
+        if seed is not None:
+            n = n / results.training_seeds
+        ahead = curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
+        return measured[:, -1] - ahead
 
-    d = miss()
-    got = Interval(
-        float(d[0]),
-        *map(float, np.quantile(d[1:], [0.025, 0.975])),
-        len(results.scores(c.a, c.benchmark)[0]),
-    )
-    return {
-        "difference": got.difference,
-        "interval": list(got.interval),
-        "n": got.n,
-        "by_seed": [float(miss(s)[0]) for s in range(results.training_seeds)],
-        "verdict": verdict(c.kind, got, c.margin),
-    }
+    missed = miss()
+    low, high = interval_of(missed)
+    estimate = Interval(estimate=float(missed[0]), low=low, high=high, n=len(scored))
+    by_seed = [float(miss(seed)[0]) for seed in range(results.training_seeds)]
+    return finding_of(c, estimate, by_seed)
 
 # %% ../../nbs/paper/51_scaling.ipynb #8373ceca
 def judged(c: Claim, results: Results, votes: Results) -> dict:
     "The finding of a claim, from the results that it is about."
-    if c.b != CURVE:
-        return finding(c, votes if c.a == VOTE else results)
-    from dataclasses import asdict
-
-    return {**asdict(c), "training_seeds": results.training_seeds, **foretold(c, results)}
+    if c.b == CURVE:
+        return foretold(c, results)
+    return finding(c, votes if c.a == VOTE else results)
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bab7749
+def rows_by_category(results: dict) -> dict:
+    "(arm, category) → its row."
+    return {(row["arm"], row["category"]): row for row in overall_rows(results["rows"])}
+
+
+def make_point(x: float, row: dict) -> tuple:
+    "A point of a figure: place, accuracy, interval."
+    return x, row["accuracy"], row["interval"]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a00009
 def figure(results: dict):
     "Accuracy by the share of the questions, with the fitted curve."
     from octomed.evaluate.figures import lines
 
-    at = {(r["arm"], r["category"]): r for r in results["rows"] if r["benchmark"] == "Overall"}
-    word = {c: c.replace("_", " ") for c in CATEGORIES}
+    rows = rows_by_category(results)
     series = {
-        word[c]: [(s, at[name(s), c]["accuracy"], at[name(s), c]["interval"]) for s in SHARES]
-        for c in CATEGORIES
+        say(category): [make_point(share, rows[name(share), category]) for share in SHARES]
+        for category in CATEGORIES
+    }
+    fitted = {
+        say(fit["category"]): fit["curve"]
+        for fit in results["fits"]
+        if fit["category"] in CATEGORIES
     }
     return lines(
         series,
         title="Accuracy against data, with a fitted curve",
         xlabel="share of the questions",
-        dotted={word[f["category"]]: f["curve"] for f in results["fits"] if f["category"] in word},
+        dotted=fitted,
         log=True,
         xticks=SHARES,
     )
 
 # %% ../../nbs/paper/51_scaling.ipynb #4ef44600
 def epochs_figure(results: dict):
-    "Accuracy by epochs, half of the questions; the other two axes as single points at three epochs."
+    "Accuracy by epochs, half of the questions; the other two axes as points at three epochs."
     from octomed.evaluate.figures import lines
 
-    at = {(r["arm"], r["category"]): r for r in results["rows"] if r["benchmark"] == "Overall"}
+    rows = rows_by_category(results)
 
     def mean(arm):
-        return sum(at[arm, c]["accuracy"] for c in CATEGORIES) / len(CATEGORIES)
+        return sum(rows[arm, category]["accuracy"] for category in CATEGORIES) / len(CATEGORIES)
 
     series = {
-        "1/2 of the questions": [(e, mean(name(1 / 2, e))) for e in EPOCHS],
+        "1/2 of the questions": [(epochs, mean(name(1 / 2, epochs))) for epochs in EPOCHS],
         "1/8, same tokens": [(3, mean(REPEATED))],
-        **({"smaller student": [(3, mean(SMALLER))]} if (SMALLER, CATEGORIES[0]) in at else {}),
     }
+    if (SMALLER, CATEGORIES[0]) in rows:
+        series["smaller student"] = [(3, mean(SMALLER))]
     return lines(
         series,
         title="Epochs, repetition, size",
@@ -483,112 +510,116 @@ def table_figure(results: dict):
     names = {BEFORE: "start", FINAL: "student", TEACHERS: TEACHERS}
     rows = [
         {
-            **r,
-            "arm": names[r["arm"]],
+            **row,
+            "arm": names[row["arm"]],
             "category": "",
-            "benchmark": r["category"].replace("_", " "),
+            "benchmark": say(row["category"]),
         }
-        for r in results["rows"]
-        if r["benchmark"] == "Overall" and r["arm"] in names
+        for row in overall_rows(results["rows"])
+        if row["arm"] in names
     ]
     return bars_with_paper(rows, title="A student and its teachers (Table 2)", arms=names.values())
 
 # %% ../../nbs/paper/51_scaling.ipynb #01bb40ff
 def progress_figure(results: dict):
-    "MedQA's counterpart along the questions, single responses and the vote, with the numbers of Fig. 1, right, whose axis is the time at which systems came out."
+    """MedQA's counterpart along the questions, single responses and the vote.
+
+    The paper's numbers are those of Fig. 1, right, whose axis is the time at which systems
+    came out.
+    """
     from octomed.evaluate.figures import lines
 
-    where = results["votes"][0]["benchmark"]
-    at = {r["arm"]: r for r in [*results["rows"], *results["votes"]] if r["benchmark"] == where}
-
-    def point(x, arm):
-        return (x, at[arm]["accuracy"], at[arm]["interval"])
-
+    benchmark = results["votes"][0]["benchmark"]
+    every = [*results["rows"], *results["votes"]]
+    rows = {row["arm"]: row for row in every if row["benchmark"] == benchmark}
+    along = [make_point(share, rows[name(share)]) for share in SHARES]
     series = {
-        "single response": [point(0, BEFORE), *(point(s, name(s)) for s in SHARES)],
-        "vote": [point(1, VOTE)],
-        "its teacher": [point(1, TEACHERS)],
+        "single response": [make_point(0, rows[BEFORE]), *along],
+        "vote": [make_point(1, rows[VOTE])],
+        "its teacher": [make_point(1, rows[TEACHERS])],
     }
-
-    def of(model):
-        return paper_number(2, "MedQA", model, "text_only") / 100
-
+    paper = {
+        "single response": [(0, medqa_of("Qwen2.5-VL-7B"))],
+        "vote": [(1, medqa_of("OctoMed-7B"))],
+        "its teacher": [(1, medqa_of("DeepSeek-R1"))],
+    }
     return lines(
         series,
         title="MedQA and its counterpart (numbers of Fig. 1, right)",
         xlabel="share of the questions",
-        xticks=(
-            0,
-            0.25,
-            0.5,
-            1,
-        ),
-        paper={
-            "single response": [(0, of("Qwen2.5-VL-7B"))],
-            "vote": [(1, of("OctoMed-7B"))],
-            "its teacher": [(1, of("DeepSeek-R1"))],
-        },
+        xticks=(0, *SHARES[1:]),
+        paper=paper,
     )
 
 # %% ../../nbs/paper/51_scaling.ipynb #9064c318
-def parameters_of(student) -> int:
-    "Trainable numbers of a student's folder; 0 for one that is not at hand."
-    from pathlib import Path
-
+def parameters_of(
+    student,  # its folder; a name without a folder here has 0
+) -> int:
+    "Trainable numbers of a student's folder."
     from safetensors import safe_open
 
-    def count(f):
-        return sum(
-            int(np.prod(h.get_slice(k).get_shape()))
-            for h in [safe_open(f, "np")]
-            for k in h.keys()  # noqa: SIM118 - no mapping
-        )
-
-    return sum(map(count, Path(student).glob("*.safetensors")))
+    count = 0
+    for file in Path(student).glob("*.safetensors"):
+        with safe_open(file, "np") as weights:
+            for key in weights.keys():  # noqa: SIM118 - no mapping
+                count += int(np.prod(weights.get_slice(key).get_shape()))
+    return count
 
 # %% ../../nbs/paper/51_scaling.ipynb #18964f6a
+def our_circles(results: dict) -> list[dict]:
+    "Our students and the teachers as circles of Fig. 7."
+    rows = rows_by_category(results)
+    text, *seen = CATEGORIES
+    names = {
+        BEFORE: "start",
+        CENTRE: "1/2 of the questions",
+        FINAL: "student",
+        SMALLER: "smaller student",
+        TEACHERS: TEACHERS,
+    }
+    return [
+        {
+            "name": label,
+            "x": rows[arm, text]["accuracy"],
+            "y": sum(rows[arm, category]["accuracy"] for category in seen) / len(seen),
+            "size": results["sizes"].get(arm, 0),
+        }
+        for arm, label in names.items()
+        if (arm, text) in rows
+    ]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a0000a
+def billions(model: str) -> float:
+    "A model's size by its name; GPT-4o's is taken as 100."
+    size = re.search(r"(\d+)B$", model)
+    return float(size[1]) if size else 100.0
+
+
+def paper_circles() -> list[dict]:
+    "The models of Table 2 that have all three Overalls as circles of Fig. 7."
+    overall = {row["category"]: row for row in paper_table(2) if row["task"] == "Overall"}
+    text, *seen = CATEGORIES
+    models = [name for name in overall[text] if name not in ("category", "task")]
+    return [
+        {
+            "name": model,
+            "x": overall[text][model] / 100,
+            "y": sum(overall[category][model] for category in seen) / len(seen) / 100,
+            "size": billions(model),
+            "paper": True,
+        }
+        for model in models
+        if all(overall[category][model] for category in CATEGORIES)
+    ]
+
+# %% ../../nbs/paper/51_scaling.ipynb #51a0000b
 def models_figure(results: dict):
     "Fig. 7: text against images, ours and the paper's models."
     from octomed.evaluate.figures import circles
 
-    at = {
-        (r["arm"], r["category"]): r["accuracy"]
-        for r in results["rows"]
-        if r["benchmark"] == "Overall"
-    }
-    text, *seen = CATEGORIES
-    ours = [
-        {
-            "name": n,
-            "x": at[a, text],
-            "y": sum(at[a, c] for c in seen) / len(seen),
-            "size": results["sizes"].get(a, 0),
-        }
-        for a, n in (
-            (BEFORE, "start"),
-            (CENTRE, "1/2 of the questions"),
-            (FINAL, "student"),
-            (SMALLER, "smaller student"),
-            (TEACHERS, TEACHERS),
-        )
-        if (a, text) in at
-    ]
-    overall = {r["category"]: r for r in paper_table(2) if r["task"] == "Overall"}
-
-    def billions(model):
-        return float(m[1]) if (m := re.search(r"(\d+)B$", model)) else 100.0
-
-    paper = [
-        {
-            "name": m,
-            "x": overall[text][m] / 100,
-            "y": sum(overall[c][m] for c in seen) / len(seen) / 100,
-            "size": billions(m),
-            "paper": True,
-        }
-        for m in overall[text]
-        if m not in ("category", "task") and all(overall[c][m] for c in CATEGORIES)
-    ]
     return circles(
-        [*ours, *paper], "Models on two kinds of task (Fig. 7)", "text-only, %", "with images, %"
+        [*our_circles(results), *paper_circles()],
+        title="Models on two kinds of task (Fig. 7)",
+        xlabel="text-only, %",
+        ylabel="with images, %",
     )
