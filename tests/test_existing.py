@@ -7,6 +7,7 @@ from itertools import chain, product
 from types import SimpleNamespace
 
 import pytest
+from declarations import RECIPES, declared
 
 import octomed.clinic.graders
 import octomed.clinic.students  # noqa: F401 - registers the students
@@ -22,8 +23,6 @@ from octomed.data.sources import SOURCES, Source, identity_of, load, read_chats,
 from octomed.distill.traces import turns
 from octomed.evaluate.arms import Arm, stages
 from octomed.paper import datasets
-
-RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +160,9 @@ def test_a_chat_names_its_case_and_shows_its_picture_once(cases):
     assert len(set(map(identity_of, specs))) == 4
 
 
-def declared(name):
-    recipe = datasets.scope(load_recipe(name))
-    return recipe, datasets.arms(recipe)
-
-
 @RECIPES
 def test_all_start_from_one_student_and_read_equal_tokens_at_each_point(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(datasets, name)
     assert len(arms) == 1 + 4 * 3 + 1
     assert len({arm.base for arm in arms.values()}) == 1
     for at in datasets.POINTS:

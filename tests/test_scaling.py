@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from declarations import PLACES, RECIPES, check_claims, declared
 from scipy.special import expit
 
 import octomed.clinic.students
 import octomed.clinic.teachers  # noqa: F401 - registers the teachers
-from octomed.core.recipe import CATEGORIES, Common, load_recipe
+from octomed.core.recipe import CATEGORIES, Common
 from octomed.data.sources import source_of
 from octomed.evaluate.arms import Results, stages
 from octomed.evaluate.claims import finding
@@ -20,25 +21,10 @@ from octomed.evaluate.tables import table
 from octomed.paper import scaling
 from octomed.paper.sourcing import Everywhere
 
-RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
-PLACES = (
-    "clinic_ward:test",
-    "clinic_boards:test",
-    "clinic_rounds:test",
-    "clinic_grand:test",
-    "clinic_reading:test",
-    "clinic_scanner:test",
-)
-
-
-def declared(name):
-    recipe = scaling.scope(load_recipe(name))
-    return recipe, scaling.arms(recipe)
-
 
 @RECIPES
 def test_three_axes_cross_in_one_student_and_change_nothing_else(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(scaling, name)
     centre = arms[scaling.CENTRE]
     for share in scaling.SHARES:
         assert replace(arms[scaling.name(share)], sources=centre.sources) == centre
@@ -58,7 +44,7 @@ def test_three_axes_cross_in_one_student_and_change_nothing_else(name):
 
 @RECIPES
 def test_every_part_lies_within_the_next_and_the_smallest_holds_every_pool(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(scaling, name)
     amounts = [dict(arms[scaling.name(s)].sources) for s in scaling.SHARES]
     assert all(set(a) == set(recipe.common.train) and min(a.values()) >= 1 for a in amounts)
     for less, more in itertools.pairwise(amounts):
@@ -85,23 +71,16 @@ def test_parts_of_a_pool_are_nested_question_by_question():
     ]
     for part in (lambda n: subset(made, n, 0), lambda n: balanced(made, n, 0)[0]):
         parts = [{q.id for q in part(n)} for n in (20, 40, 80, 160)]
-        assert [len(p) for p in parts] == [20, 40, 80, 160] and all(
-            a < b for a, b in itertools.pairwise(parts)
-        )
+        assert [len(ids) for ids in parts] == [20, 40, 80, 160]
+        assert all(less < more for less, more in itertools.pairwise(parts))
 
 
 @RECIPES
 def test_claims_are_about_arms_and_what_stands_beside_them(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(scaling, name)
     claims = scaling.claims()
-    for c in claims:
-        assert {c.a, c.b} | {a for a, _ in c.along} <= {*arms, *scaling.BESIDE}
-        assert c.a != c.b
-        assert c.not_proved
-        assert c.benchmark in {*CATEGORIES, scaling.EVERYWHERE}
-        assert (c.kind == "equivalent") == (c.margin is not None)
-        assert (c.kind == "trend") == bool(c.along)
-    assert len({c.text for c in claims}) == len(claims)
+    places = {*CATEGORIES, scaling.EVERYWHERE}
+    check_claims(claims, {*arms, *scaling.BESIDE}, places)
     assert recipe.of("51_scaling")["vote_on"] in scaling.benchmarks(recipe)
     ahead = {(c.a, c.b): c.paper for c in claims if scaling.TEACHERS in (c.a, c.b)}
     passes = (scaling.FINAL, scaling.TEACHERS)
@@ -220,7 +199,7 @@ def test_a_vote_is_right_where_most_readable_responses_are():
 
 
 def test_a_vote_asks_for_the_responses_that_are_there_already():
-    recipe, arms = declared("course")
+    recipe, arms = declared(scaling, "course")
     from octomed.evaluate.arms import evaluated
 
     once, often = (
@@ -233,7 +212,7 @@ def test_a_vote_asks_for_the_responses_that_are_there_already():
 
 
 def test_the_teacher_answers_every_question_as_often_as_there_are_students():
-    recipe, _ = declared("smoke")
+    recipe, _ = declared(scaling, "smoke")
     small = replace(recipe, common=replace(recipe.common, benchmark_limit=80))
     runs = scaling.taught_by(small, "clinic_ward:test", 2)
     assert [len(run) for run in runs] == [80, 80]

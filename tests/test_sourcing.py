@@ -4,26 +4,21 @@ from dataclasses import replace
 from itertools import chain, combinations, product
 
 import pytest
+from declarations import PLACES, RECIPES, check_claims, declared
 
-from octomed.core.recipe import CATEGORIES, Common, load_recipe
+from octomed.core.recipe import CATEGORIES, Common
 from octomed.data.sources import source_of
 from octomed.evaluate.arms import stages
 from octomed.evaluate.claims import Claim, finding
-from octomed.evaluate.stats import KINDS, detectable, paired_sd
+from octomed.evaluate.stats import detectable, paired_sd
 from octomed.paper import sourcing
 
-RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 CONTROLS = {sourcing.matched(a) for a in ("reasoning", "classification", sourcing.ALL)}
-
-
-def declared(name):
-    recipe = sourcing.scope(load_recipe(name))
-    return recipe, sourcing.arms(recipe)
 
 
 @RECIPES
 def test_seven_combinations_hold_the_categories_of_their_names_and_equal_questions_of_each(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(sourcing, name)
     seven = {
         n: {source_of(spec).category for spec, _ in a.sources}
         for n, a in arms.items()
@@ -43,7 +38,7 @@ def test_seven_combinations_hold_the_categories_of_their_names_and_equal_questio
 
 @RECIPES
 def test_every_student_is_another_one_and_all_start_from_the_same(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(sourcing, name)
     assert len({stages(a, recipe.common)["student"].key for a in arms.values()}) == len(arms) == 11
     (first,) = {a.base for a in arms.values()}
     start = stages(first, recipe.common)["student"].key
@@ -55,7 +50,7 @@ def test_every_student_is_another_one_and_all_start_from_the_same(name):
 
 @RECIPES
 def test_controls_differ_from_their_arms_in_the_tokens_that_they_read_alone(name):
-    _, arms = declared(name)
+    _, arms = declared(sourcing, name)
     assert {n for n, a in arms.items() if a.compute_of} == CONTROLS
     for n in CONTROLS:
         assert arms[n] == replace(arms[n.split(", ")[0]], compute_of=arms["text"])
@@ -63,23 +58,16 @@ def test_controls_differ_from_their_arms_in_the_tokens_that_they_read_alone(name
 
 @RECIPES
 def test_claims_are_about_arms_and_benchmarks_that_exist(name):
-    recipe, arms = declared(name)
+    recipe, arms = declared(sourcing, name)
     claims, benchmarks = sourcing.claims(), sourcing.benchmarks(recipe)
     categories = {source_of(benchmark).category for benchmark in benchmarks}
     assert categories == set(CATEGORIES)
     assert set(benchmarks) <= set(recipe.common.benchmarks)
+    check_claims(claims, arms, categories | {sourcing.EVERYWHERE})
     for c in claims:
-        assert {c.a, c.b} | {a for a, _ in c.along} <= set(arms)
-        assert c.a != c.b
-        assert c.kind in KINDS
-        assert c.not_proved
-        assert c.benchmark in categories | {sourcing.EVERYWHERE}
-        assert (c.kind == "equivalent") == (c.margin is not None)
-        assert (c.kind == "trend") == bool(c.along)
         assert (c.paper is None) == bool({c.a, c.b} & CONTROLS), (
             "an arm at equal tokens is ours, the others are the paper's"
         )
-    assert len({c.text for c in claims}) == len(claims)
 
 
 def test_each_category_has_a_claim_that_its_source_is_needed_and_one_that_mixing_is_harmless():
@@ -93,7 +81,7 @@ def test_each_category_has_a_claim_that_its_source_is_needed_and_one_that_mixing
 
 
 def test_the_margin_is_what_the_course_can_see():
-    recipe, _ = declared("course")
+    recipe, _ = declared(sourcing, "course")
     p = recipe.of("41_sourcing")
     n = p["limit"] * len(sourcing.benchmarks(recipe)) // 3
     assert n == 200
@@ -106,14 +94,6 @@ def invented(**right):
 
     A benchmark has ten questions, and the first one twenty.
     """
-    places = (
-        "clinic_ward:test",
-        "clinic_boards:test",
-        "clinic_rounds:test",
-        "clinic_grand:test",
-        "clinic_reading:test",
-        "clinic_scanner:test",
-    )
 
     def rows(k, n):
         return [
@@ -131,7 +111,7 @@ def invented(**right):
     sizes = (20, 10, 10, 10, 10, 10)
     by_arm = {}
     for arm, numbers in right.items():
-        by_benchmark = zip(places, numbers, sizes, strict=True)
+        by_benchmark = zip(PLACES, numbers, sizes, strict=True)
         by_arm[arm.replace("_", " + ")] = {b: [rows(k, n)] for b, k, n in by_benchmark}
     return sourcing.Everywhere(Common(bootstrap=200), by_arm)
 
