@@ -6,9 +6,10 @@
 __all__ = ['LENGTH', 'FILLING_REVISION', 'ROUTED', 'ONE_TEACHER', 'ONE_LENGTH', 'WARD', 'ROUNDS', 'READING', 'IN', 'BOARDS',
            'GRAND', 'SCANNER', 'OUT', 'INSIDE', 'STEPS', 'FLAT', 'SMALL', 'WITHIN', 'ESCALATION', 'PAIRS', 'filled',
            'OneLength', 'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length', 'claims_within',
-           'claims_of_escalation', 'claims', 'arms', 'again', 'trace_lengths', 'Cell', 'over_runs', 'share_wrong',
-           'share_dissenting', 'cells', 'concordance', 'risk', 'saved', 'placed', 'gap', 'paired', 'saved_by',
-           'statistic', 'judged', 'mean_lengths', 'figure', 'curves', 'coverage_figure']
+           'claims_of_escalation', 'claims', 'arms', 'again', 'trace_lengths', 'Cell', 'collect_over_runs',
+           'share_wrong', 'share_dissenting', 'cells', 'concordance', 'risk', 'saved', 'placed', 'measure_gap',
+           'measure_pairs', 'measure_saving_by', 'statistic', 'judged', 'mean_lengths', 'figure', 'curves',
+           'coverage_figure']
 
 # %% ../../nbs/paper/52_calibration.ipynb #171d597d
 import re
@@ -339,7 +340,7 @@ class Cell:
         return Cell(**columns)
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a0000b
-def over_runs(runs: list, measure) -> np.ndarray:  # (questions, training seeds)
+def collect_over_runs(runs: list, measure) -> np.ndarray:  # (questions, training seeds)
     "A number of each row of an evaluation; `measure` takes the row."
     return np.array([[measure(row) for row in run] for run in runs], float).T
 
@@ -363,14 +364,14 @@ def cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
             more = repeated.rows.get(arm, {}).get(benchmark)
             if more:
                 several = {
-                    "long": over_runs(more, lambda row: np.mean(row["tokens"])),
-                    "hard": over_runs(more, share_wrong),
-                    "dissent": over_runs(more, share_dissenting),
+                    "long": collect_over_runs(more, lambda row: np.mean(row["tokens"])),
+                    "hard": collect_over_runs(more, share_wrong),
+                    "dissent": collect_over_runs(more, share_dissenting),
                 }
             found[arm, benchmark] = Cell(
-                length=over_runs(runs, lambda row: row["tokens"][0]),
-                error=over_runs(runs, lambda row: row["statuses"][0] != "correct"),
-                steps=over_runs(runs, lambda row: row["tags"].get("steps", 0)),
+                length=collect_over_runs(runs, lambda row: row["tokens"][0]),
+                error=collect_over_runs(runs, lambda row: row["statuses"][0] != "correct"),
+                steps=collect_over_runs(runs, lambda row: row["tags"].get("steps", 0)),
                 **several,
             )
     return found
@@ -443,7 +444,7 @@ PAIRS = {  # measure → the fields of `Cell`: length, difficulty, what must be 
 }
 
 # %% ../../nbs/paper/52_calibration.ipynb #24c42866
-def gap(
+def measure_gap(
     arm: str,
     seen: dict,  # what `cells` gives
     parts: list[Cell],  # of two benchmarks
@@ -457,7 +458,7 @@ def gap(
     return first - second
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a0000c
-def paired(measure: str, parts: list[Cell], weights: list[np.ndarray]) -> np.ndarray:
+def measure_pairs(measure: str, parts: list[Cell], weights: list[np.ndarray]) -> np.ndarray:
     "The mean over benchmarks of a measure of `PAIRS`."
     length, harder, same = PAIRS[measure]
     by_benchmark = [
@@ -472,7 +473,9 @@ def paired(measure: str, parts: list[Cell], weights: list[np.ndarray]) -> np.nda
     return np.mean(by_benchmark, axis=0)
 
 # %% ../../nbs/paper/52_calibration.ipynb #7b4cb8ed
-def saved_by(signals: list[np.ndarray], parts: list[Cell], weights: list[np.ndarray]) -> np.ndarray:
+def measure_saving_by(
+    signals: list[np.ndarray], parts: list[Cell], weights: list[np.ndarray]
+) -> np.ndarray:
     "What a signal saves over several benchmarks together; `signals` has an array for each."
     error = np.concatenate([cell.error for cell in parts])
     return saved(np.concatenate(weights, axis=1), np.concatenate(signals), error)
@@ -491,17 +494,17 @@ def statistic(
 
     cells = part(c.a)
     if c.measure == "gap":
-        other = gap(c.b, seen, part(c.b), weights=weights) if c.b != c.a else 0
-        return gap(c.a, seen, cells, weights=weights) - other
+        other = measure_gap(c.b, seen, part(c.b), weights=weights) if c.b != c.a else 0
+        return measure_gap(c.a, seen, cells, weights=weights) - other
     if c.measure in PAIRS:
-        return paired(c.measure, cells, weights)
+        return measure_pairs(c.measure, cells, weights)
     lengths = [cell.length for cell in cells]
     if c.measure == "escalation":
-        return saved_by(lengths, cells, weights)
+        return measure_saving_by(lengths, cells, weights)
     if c.measure == "escalation within a benchmark":
-        return saved_by([placed(length) for length in lengths], cells, weights)
+        return measure_saving_by([placed(length) for length in lengths], cells, weights)
     dissent = [cell.dissent for cell in cells]
-    return saved_by(dissent, cells, weights) - saved_by(lengths, cells, weights)
+    return measure_saving_by(dissent, cells, weights) - measure_saving_by(lengths, cells, weights)
 
 # %% ../../nbs/paper/52_calibration.ipynb #0aef4869
 def judged(c: Measured, results: Results, seen: dict) -> dict:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'TEACHER', 'WARD', 'ROUNDS', 'READING', 'IN', 'OUT', 'NAMES', 'WORDS', 'REASONED', 'INDENT',
-           'claims_of_half', 'claims', 'arms', 'Case', 'answered', 'taught', 'cases', 'first', 'first_of_kinds',
-           'extremes', 'chosen', 'valid', 'breaks', 'trace_of', 'told', 'quote', 'options_of', 'in_words',
-           'open_questions', 'ask_without_options', 'open_cases', 'open_row', 'count_taught', 'counts', 'share_valid',
-           'difference_of', 'found_of', 'cases_with_image', 'wrap_lines', 'status_of', 'lines_of', 'draw_case',
-           'figure']
+           'claims_of_half', 'claims', 'arms', 'Case', 'answered', 'taught', 'cases', 'take_first',
+           'find_first_of_kinds', 'find_extremes', 'chosen', 'valid', 'breaks', 'describe_trace', 'told', 'quote',
+           'options_of', 'in_words', 'choose_open_questions', 'ask_without_options', 'open_cases', 'make_open_row',
+           'count_taught', 'counts', 'measure_validity', 'measure_difference', 'found_of', 'cases_with_image',
+           'wrap_lines', 'status_of', 'lines_of', 'draw_case', 'figure']
 
 # %% ../../nbs/paper/55_cases.ipynb #b0297898
 import textwrap
@@ -27,7 +27,7 @@ from ..distill.pools import subset
 from ..distill.sampling import identity, requests
 from ..evaluate.arms import Arm, evaluated, seeded
 from ..evaluate.claims import Claim
-from ..evaluate.section_run import ask_teachers, finding_of, judge_for
+from ..evaluate.section_run import ask_teachers, finding_of, judge_sample
 from ..evaluate.stats import Interval
 from ..generate.answers import Verdict
 from ..generate.engine_transformers import TransformersEngine
@@ -147,7 +147,7 @@ def answered(recipe: Recipe, arm: Arm, benchmark: str) -> list[tuple[Question, S
             f"the ledger lacks responses to {benchmark}: run the section again with --fresh"
         )
     pairs = zip(questions, keys, strict=True)
-    return [(q, samples[key], judge_for(template, q, samples[key])) for q, key in pairs]
+    return [(q, samples[key], judge_sample(template, q, samples[key])) for q, key in pairs]
 
 # %% ../../nbs/paper/55_cases.ipynb #0fbcebfb
 def taught(
@@ -184,30 +184,30 @@ def cases(recipe: Recipe) -> list[Case]:
 NAMES = {True: "right", False: "wrong"}
 
 # %% ../../nbs/paper/55_cases.ipynb #5442d302
-def first(cases) -> Case | None:
+def take_first(cases) -> Case | None:
     return next(iter(cases), None)
 
 # %% ../../nbs/paper/55_cases.ipynb #ae88e2a4
-def first_of_kinds(cases: list[Case]) -> list[tuple[str, Case | None]]:
+def find_first_of_kinds(cases: list[Case]) -> list[tuple[str, Case | None]]:
     "The first right and the first wrong one of each category and kind of image."
     kinds = dict.fromkeys(sorted(case.kind for case in cases))
     return [
         (
             f"{kind[0].replace('_', ' ')}, {kind[1]}: {NAMES[right]}",
-            first(case for case in cases if case.kind == kind and case.right == right),
+            take_first(case for case in cases if case.kind == kind and case.right == right),
         )
         for kind, right in product(kinds, (True, False))
     ]
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00004
-def extremes(cases: list[Case]) -> list[tuple[str, Case | None]]:
+def find_extremes(cases: list[Case]) -> list[tuple[str, Case | None]]:
     "The shortest and the longest of the right and of the wrong ones that ended by themselves."
     places = []
     for right in (True, False):
         ended = [case for case in cases if case.right == right and case.sample.finish == "stop"]
         ended.sort(key=lambda case: case.sample.tokens)
-        places.append((f"the shortest that is {NAMES[right]}", first(ended)))
-        places.append((f"the longest that is {NAMES[right]}", first(ended[::-1])))
+        places.append((f"the shortest that is {NAMES[right]}", take_first(ended)))
+        places.append((f"the longest that is {NAMES[right]}", take_first(ended[::-1])))
     return places
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00005
@@ -223,7 +223,7 @@ def chosen(
         cases = [case for case in mixed if case.benchmark == benchmark]
         if cases:
             outside.append((f"out of distribution, {benchmark.split(':')[0]}", cases[0]))
-    return [*first_of_kinds(inside), *extremes(inside), *outside]
+    return [*find_first_of_kinds(inside), *find_extremes(inside), *outside]
 
 # %% ../../nbs/paper/55_cases.ipynb #8eb279b0
 def valid(c: Case, s: Sample) -> bool | None:
@@ -264,7 +264,7 @@ WORDS = {
 }
 
 # %% ../../nbs/paper/55_cases.ipynb #8bbf94e9
-def trace_of(c: Case) -> dict:
+def describe_trace(c: Case) -> dict:
     "The teacher's accepted trace of a case, and whether its reasoning is right."
     trace = c.accepted
     if trace is None:
@@ -299,7 +299,7 @@ def told(place: str, c: Case | None, n: int) -> dict:
         "status": c.verdict.status,
         "valid": sound if c.right else None,
         "breaks": breaks(c) if can_break else None,
-        **trace_of(c),
+        **describe_trace(c),
     }
 
 # %% ../../nbs/paper/55_cases.ipynb #d2ef0e25
@@ -341,7 +341,7 @@ def in_words(d: dict) -> str:
     return "\n\n".join(parts)
 
 # %% ../../nbs/paper/55_cases.ipynb #43c30b68
-def open_questions(recipe: Recipe, benchmark: str, limit, n: int) -> list[Question]:
+def choose_open_questions(recipe: Recipe, benchmark: str, limit, n: int) -> list[Question]:
     "`n` questions of a benchmark, in an order that depends on their ids alone."
     questions = subset(load(benchmark, max_pixels=recipe.common.max_pixels), limit)
     seed = recipe.common.base_seed
@@ -368,7 +368,7 @@ def open_cases(
     engine = TransformersEngine(folder, identity(folder), common.max_pixels)
     rows = []
     for benchmark in (b for b in common.benchmarks if b in (WARD, ROUNDS)):
-        questions = open_questions(recipe, benchmark, limit=params["limit"], n=n)
+        questions = choose_open_questions(recipe, benchmark, limit=params["limit"], n=n)
         asked = [ask_without_options(q, template) for q in questions]
         samples = draw(Ledger(), engine, asked, sampling=params["sampling"], desc="without options")
         pairs = list(zip(questions, samples, strict=True))
@@ -379,11 +379,11 @@ def open_cases(
             reasoning=False,
         )
         for (q, sample), verdict in zip(pairs, verdicts, strict=True):
-            rows.append(open_row(benchmark, q, sample, status=verdict.status))
+            rows.append(make_open_row(benchmark, q, sample, status=verdict.status))
     return rows
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00007
-def open_row(benchmark: str, q: Question, sample: Sample, status: str) -> dict:
+def make_open_row(benchmark: str, q: Question, sample: Sample, status: str) -> dict:
     "An open question with the student's response, for the results file."
     return {
         "benchmark": benchmark,
@@ -417,7 +417,7 @@ def counts(all: list[Case]) -> dict[str, dict[tuple, np.ndarray]]:
     return found
 
 # %% ../../nbs/paper/55_cases.ipynb #863417a4
-def share_valid(
+def measure_validity(
     n: dict,  # what `counts` gives
     who: str,  # the student or the teacher
     weights: dict[str, np.ndarray],  # of each benchmark, (resamples, questions)
@@ -431,17 +431,17 @@ def share_valid(
     return np.mean(shares, axis=0)
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00008
-def difference_of(c: Claim, n: dict, weights: dict[str, np.ndarray]) -> np.ndarray:
+def measure_difference(c: Claim, n: dict, weights: dict[str, np.ndarray]) -> np.ndarray:
     "What a claim about `valid` measures, for each resample."
 
     def some(benchmarks):
         return {b: w for b, w in weights.items() if b in benchmarks}
 
-    share = share_valid(n, STUDENT, some(IN))
+    share = measure_validity(n, STUDENT, some(IN))
     if c.b == TEACHER:
-        return share - share_valid(n, TEACHER, weights)
+        return share - measure_validity(n, TEACHER, weights)
     if c.b == STUDENT:
-        return share - share_valid(n, STUDENT, some(OUT))
+        return share - measure_validity(n, STUDENT, some(OUT))
     return share - 0.5
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00009
@@ -459,12 +459,12 @@ def found_of(
     where, rng = c.benchmark.split(", "), np.random.default_rng(seed)
     sizes = {benchmark: len(n[benchmark][STUDENT, "right"]) for benchmark in where}
     ones = {benchmark: np.ones((1, size)) for benchmark, size in sizes.items()}
-    point = float(difference_of(c, n, ones)[0])
+    point = float(measure_difference(c, n, ones)[0])
     weights = {
         benchmark: rng.multinomial(size, [1 / size] * size, size=resamples).astype(float)
         for benchmark, size in sizes.items()
     }
-    drawn = difference_of(c, n, weights)
+    drawn = measure_difference(c, n, weights)
     low, high = -1.0, 1.0
     if np.isfinite(point):
         low, high = map(float, np.nanquantile(drawn, [0.025, 0.975]))

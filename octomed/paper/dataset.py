@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEXT_TRAIN', 'TEXT_BENCH', 'PAPER', 'NAMES', 'SHOWN', 'UNTOLD', 'TRAIN', 'TEST', 'RULES', 'SCRATCH', 'at_hand',
-           'askable', 'expected_tags', 'asked_tags', 'counted', 'panel', 'panels', 'agreement', 'pilot', 'statistics',
-           'clinic_facts', 'composition', 'open_part', 'contamination', 'by_source', 'describe_pair', 'by_pair',
-           'matched', 'keys_of', 'twins_of', 'repeats', 'claim_of_twins', 'claims', 'mri_student', 'arms', 'benchmarks',
-           'scope', 'inputs', 'paper_rows', 'figure']
+           'askable', 'count_expected', 'count_tagged', 'counted', 'make_panel', 'panels', 'agreement', 'pilot',
+           'statistics', 'clinic_facts', 'composition', 'open_part', 'contamination', 'by_source', 'describe_pair',
+           'by_pair', 'matched', 'keys_of', 'twins_of', 'repeats', 'claim_of_twins', 'claims', 'mri_student', 'arms',
+           'benchmarks', 'scope', 'inputs', 'paper_rows', 'figure']
 
 # %% ../../nbs/paper/30_dataset.ipynb #52b3b6d6
 from collections import Counter
@@ -111,7 +111,7 @@ def askable(questions: list[Question]) -> bool:
         return False
 
 # %% ../../nbs/paper/30_dataset.ipynb #5268a0bf
-def expected_tags(spec: str) -> dict[tuple, int]:
+def count_expected(spec: str) -> dict[tuple, int]:
     "(modality, region) → the paper's count of a source; empty where it gives none."
     source = SOURCES[spec]
     if not source.expected:
@@ -120,7 +120,7 @@ def expected_tags(spec: str) -> dict[tuple, int]:
     return {SHOWN.get(source.name, unknown): source.expected}
 
 # %% ../../nbs/paper/30_dataset.ipynb #bd7565fc
-def asked_tags(spec: str, questions: list[Question], grader: str) -> dict[tuple, int]:
+def count_tagged(spec: str, questions: list[Question], grader: str) -> dict[tuple, int]:
     "(modality, region) → questions of a source, by its own tags or the grader's."
     if SOURCES[spec].category == "text_only":
         return {(None, None): len(questions)} if questions else {}
@@ -139,7 +139,7 @@ def counted(
     "How many questions a source has by modality and region."
     source = SOURCES[spec]
     by_tags = (
-        expected_tags(spec) if questions is None else asked_tags(spec, questions, grader=grader)
+        count_expected(spec) if questions is None else count_tagged(spec, questions, grader=grader)
     )
     return [
         {
@@ -154,7 +154,7 @@ def counted(
     ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #e6e15b2e
-def panel(
+def make_panel(
     rows: list[dict],  # of `counted`
     kind: str,  # the column that names the lines
     group: str | None = None,  # the column that groups them
@@ -182,9 +182,9 @@ def panel(
 def panels(rows: list[dict]) -> dict[str, list[dict]]:
     "The rows of `counted` as the panels of Fig. 2, by heading."
     return {
-        "Modality of the images": panel(rows, "modality"),
-        "Part of the body": panel(rows, "region"),
-        "Task types and sources": panel(rows, "source", group="category"),
+        "Modality of the images": make_panel(rows, "modality"),
+        "Part of the body": make_panel(rows, "region"),
+        "Task types and sources": make_panel(rows, "source", group="category"),
     }
 
 # %% ../../nbs/paper/30_dataset.ipynb #56301976

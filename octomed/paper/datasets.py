@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'IMAGES', 'OTHERS', 'REASONING', 'MARGIN', 'POINTS', 'EARLY', 'END', 'SAID', 'IN_WORDS', 'FORGET', 'GRADER',
-           'name', 'claims_of_lead', 'claims_of_others', 'claims', 'scope', 'benchmarks', 'sources_of_others', 'arms',
-           'Tasks', 'unread', 'every_run', 'copy_rows', 'graded', 'figure', 'categories_figure']
+           'name', 'claims_of_lead', 'claims_of_others', 'claims', 'scope', 'benchmarks', 'list_other_sources', 'arms',
+           'Tasks', 'unread', 'iterate_runs', 'copy_rows', 'graded', 'figure', 'categories_figure']
 
 # %% ../../nbs/paper/53_datasets.ipynb #f07a778a
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     return first_of_each(recipe, "53_datasets")
 
 # %% ../../nbs/paper/53_datasets.ipynb #6fba0258
-def sources_of_others(recipe: Recipe) -> dict[str, tuple]:
+def list_other_sources(recipe: Recipe) -> dict[str, tuple]:
     "Each other dataset with its chats, where the recipe names any."
     own = recipe.of("53_datasets")
     return {
@@ -153,7 +153,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         schedule = replace(whole.schedule, epochs=point * whole.schedule.epochs)
         ours[point] = replace(whole, schedule=schedule)
     every = {BEFORE: ours[0.0], **{name(OURS, point): ours[point] for point in POINTS}}
-    for other, sources in sources_of_others(recipe).items():
+    for other, sources in list_other_sources(recipe).items():
         for point in POINTS:
             every[name(other, point)] = Arm(
                 sources=sources,
@@ -228,7 +228,7 @@ def unread(
     return found
 
 # %% ../../nbs/paper/53_datasets.ipynb #fb17faff
-def every_run(wanted: dict, rows: dict) -> Iterator[tuple]:
+def iterate_runs(wanted: dict, rows: dict) -> Iterator[tuple]:
     "(evaluation, its rows) of every arm, benchmark and training seed."
     for arm, by_benchmark in wanted.items():
         for benchmark, evaluated in by_benchmark.items():
@@ -255,7 +255,7 @@ def graded(
     "The same results with the grader's verdict where the parser has none."
     rows = copy_rows(results.rows)
     asked = []
-    for evaluated, run in every_run(wanted, rows):
+    for evaluated, run in iterate_runs(wanted, rows):
         asked += unread(evaluated, run)
     for thinks in (True, False):
         own = [item for item in asked if item[4].think_first == thinks]

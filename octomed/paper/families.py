@@ -15,7 +15,7 @@ from ..core.recipe import CATEGORIES, Recipe
 from ..core.workers import run_all
 from ..evaluate.arms import Arm, Results, category_of, schedule_of, stages, warm_up
 from ..evaluate.claims import Claim, finding
-from ..evaluate.section_run import gain_over
+from ..evaluate.section_run import measure_gain
 
 # %% ../../nbs/paper/54_families.ipynb #3049f3a8
 FAMILIES = {
@@ -214,7 +214,7 @@ def gains(results: Results) -> list[dict]:
             "base": arm,
             "category": category_of(benchmark),
             "benchmark": benchmark,
-            **gain_over(results, arm, start=before(arm), where=benchmark),
+            **measure_gain(results, arm, start=before(arm), where=benchmark),
         }
         for arm, benchmark in product(tuned, results.benchmarks)
     ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KS', 'EPOCHS', 'REPEATED', 'REWORDED', 'WHERE', 'STEPS', 'name', 'paper_claims', 'claims', 'scope', 'benchmarks',
-           'arms', 'paper_rows', 'series_of', 'figure']
+           'arms', 'paper_rows', 'make_series', 'figure']
 
 # %% ../../nbs/paper/44_samples.ipynb #c84b38ca
 from dataclasses import replace
@@ -124,7 +124,7 @@ def paper_rows(benchmark: str) -> dict:
     return {(name(1, 3), benchmark): 0.7516, (name(4, 1), benchmark): 0.7650}
 
 # %% ../../nbs/paper/44_samples.ipynb #641c8477
-def series_of(rows: dict) -> dict[str, list]:
+def make_series(rows: dict) -> dict[str, list]:
     "A line of points (epochs, accuracy, interval) for each k, and a single point for each control."
 
     def points(places):
@@ -158,7 +158,7 @@ def figure(results: dict):
         if number is not None:
             paper[f"k = {k}"] = [(epochs, number)]
     return lines(
-        series_of(rows),
+        make_series(rows),
         title="Traces per question and epochs (Fig. 5)",
         xlabel="epochs",
         paper=paper,

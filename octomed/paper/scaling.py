@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'EPOCHS', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED', 'TEACHERS', 'VOTE', 'SINGLE', 'CURVE',
-           'BESIDE', 'SIMULATED', 'name', 'say', 'overalls', 'claims_of_gain', 'claims_of_teachers', 'claims_of_growth',
-           'controls', 'claims', 'scope', 'benchmarks', 'take_part', 'arms', 'make_row', 'taught_by', 'again', 'voted',
-           'teacher_of', 'paper_rows', 'medqa_of', 'medqa_rows', 'accuracies', 'design', 'curve', 'interval_of', 'fit',
-           'foretold', 'judged', 'rows_by_category', 'make_point', 'figure', 'epochs_figure', 'table_figure',
-           'progress_figure', 'parameters_of', 'our_circles', 'billions', 'paper_circles', 'models_figure']
+           'BESIDE', 'SIMULATED', 'name', 'say', 'quote_overalls', 'claims_of_gain', 'claims_of_teachers',
+           'claims_of_growth', 'controls', 'claims', 'scope', 'benchmarks', 'take_part', 'arms', 'make_row',
+           'taught_by', 'again', 'voted', 'teacher_of', 'paper_rows', 'medqa_of', 'medqa_rows', 'accuracies',
+           'design_matrix', 'curve', 'interval_of', 'fit', 'foretold', 'judged', 'rows_by_category', 'make_point',
+           'figure', 'epochs_figure', 'table_figure', 'progress_figure', 'parameters_of', 'our_circles', 'billions',
+           'paper_circles', 'models_figure']
 
 # %% ../../nbs/paper/51_scaling.ipynb #fa23bf9c
 import re
@@ -67,7 +68,7 @@ def say(category: str) -> str:
     return category.replace("_", " ")
 
 # %% ../../nbs/paper/51_scaling.ipynb #89d8b573
-def overalls(category: str, a: str, b: str) -> str:
+def quote_overalls(category: str, a: str, b: str) -> str:
     "Two Overalls of Table 2, in words."
     first, second = (paper_number(2, "Overall", model, category=category) for model in (a, b))
     return f"{first:.2f} against {second:.2f}"
@@ -81,7 +82,7 @@ def claims_of_gain() -> list[Claim]:
             a=FINAL,
             b=BEFORE,
             benchmark=category,
-            paper=overalls(category, "OctoMed-7B", "Qwen2.5-VL-7B"),
+            paper=quote_overalls(category, "OctoMed-7B", "Qwen2.5-VL-7B"),
             not_proved=(
                 "The start has read other questions of the same pools; an instruct model has read "
                 "much else."
@@ -102,7 +103,7 @@ def claims_of_teachers() -> list[Claim]:
         a=FINAL,
         b=TEACHERS,
         benchmark=classification,
-        paper=overalls(classification, "OctoMed-7B", "GPT-4o"),
+        paper=quote_overalls(classification, "OctoMed-7B", "GPT-4o"),
         not_proved=(
             SIMULATED + " That rejection lets a student pass its teacher is one reason; a weak"
             " teacher is another."
@@ -114,7 +115,7 @@ def claims_of_teachers() -> list[Claim]:
             a=TEACHERS,
             b=FINAL,
             benchmark=category,
-            paper=overalls(category, model, "OctoMed-7B"),
+            paper=quote_overalls(category, model, "OctoMed-7B"),
             not_proved=SIMULATED,
         )
         for where, category, model in (
@@ -370,7 +371,7 @@ def accuracies(
     return np.mean(means, axis=0)
 
 # %% ../../nbs/paper/51_scaling.ipynb #85399213
-def design(places) -> np.ndarray:  # (places, 2)
+def design_matrix(places) -> np.ndarray:  # (places, 2)
     "A constant beside each place on the axis."
     return np.stack([np.ones(len(places)), places], axis=1)
 
@@ -384,7 +385,7 @@ def curve(
     "A straight line through the empirical logits, as accuracies."
     right = n * np.clip(accuracy, 0, 1)
     logits = np.log((right + 0.5) / (n - right + 0.5))
-    return expit(logits @ np.linalg.pinv(design(at)).T @ design(to).T)
+    return expit(logits @ np.linalg.pinv(design_matrix(at)).T @ design_matrix(to).T)
 
 # %% ../../nbs/paper/51_scaling.ipynb #bf4fcb87
 def interval_of(

@@ -22,7 +22,7 @@ from octomed.evaluate.arms import (
     warm_up,
 )
 from ..evaluate.claims import Claim
-from ..evaluate.section_run import gain_over, pools_of
+from ..evaluate.section_run import list_pools, measure_gain
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295
 SOURCES = dict(zip(("text", "reasoning", "classification"), CATEGORIES, strict=True))
@@ -168,7 +168,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     start = warm_up(recipe, own["warm"], own["warm_epochs"])
 
     def pools(source):
-        specs = pools_of(common, SOURCES[source])
+        specs = list_pools(common, SOURCES[source])
         return [(spec, own["questions"] // len(specs)) for spec in specs]
 
     def learn_from(*sources):
@@ -213,7 +213,7 @@ def gains(results: "Everywhere") -> list[dict]:
             "sources": sources,
             "reads": "text's tokens" if arm == matched(sources) else "equal questions",
             "category": category,
-            **gain_over(results, arm, start=BEFORE, where=category),
+            **measure_gain(results, arm, start=BEFORE, where=category),
         }
         rows.append(row)
     return rows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONER', 'INSTRUCT', 'SHORT', 'ALL', 'WRONG', 'IN', 'OUT', 'claims_on', 'controls_on', 'claims', 'scope',
-           'benchmarks', 'arms', 'error_row', 'error_analysis', 'reasoning', 'validity_row', 'figure']
+           'benchmarks', 'arms', 'make_error_row', 'error_analysis', 'reasoning', 'make_validity_row', 'figure']
 
 # %% ../../nbs/paper/45_teacher.ipynb #2cb84051
 from dataclasses import replace
@@ -14,7 +14,7 @@ from ..core.store import run
 from ..data.sources import source_of
 from ..evaluate.arms import Arm, schedule_of, scoped, stages, warm_up
 from ..evaluate.claims import Claim
-from ..evaluate.section_run import pools_of, read_judged
+from ..evaluate.section_run import list_pools, read_judged
 from ..generate.answers import score
 
 # %% ../../nbs/paper/45_teacher.ipynb #07d66754
@@ -122,7 +122,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, each teacher, the brief one at the other's compute, and two ways not to reject."
     own, common = recipe.of("45_teacher"), recipe.common
     reasoner = Arm(
-        sources=tuple((spec, own["questions"]) for spec in pools_of(common, "text_only")),
+        sources=tuple((spec, own["questions"]) for spec in list_pools(common, "text_only")),
         k=1,
         schedule=schedule_of(common, own["epochs"]),
         base=warm_up(recipe, own["warm"], own["warm_epochs"]),
@@ -140,7 +140,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     }
 
 # %% ../../nbs/paper/45_teacher.ipynb #77095898
-def error_row(
+def make_error_row(
     label: str,
     by_teacher: dict,  # teacher → its samples with verdicts, by question id
     n: int,  # questions
@@ -165,8 +165,8 @@ def error_row(
 def error_analysis(by_teacher: dict, n: int) -> list[dict]:
     "Of `n` questions, those that each teacher fails on every sample, and on half or more."
     return [
-        error_row("every sample", by_teacher, n, at_most=0.0),
-        error_row("half of them or more", by_teacher, n, at_most=0.5),
+        make_error_row("every sample", by_teacher, n, at_most=0.0),
+        make_error_row("half of them or more", by_teacher, n, at_most=0.5),
     ]
 
 # %% ../../nbs/paper/45_teacher.ipynb #921234af
@@ -191,10 +191,10 @@ def reasoning(
             for sample, verdict in answers[q.id]:
                 correct = score(verdict)
                 cell.append((correct, correct and reasoning_valid(q, sample.text)))
-    return [validity_row(arm.teacher, cell, outcomes[cell]) for cell in sorted(outcomes)]
+    return [make_validity_row(arm.teacher, cell, outcomes[cell]) for cell in sorted(outcomes)]
 
 # %% ../../nbs/paper/45_teacher.ipynb #45a00005
-def validity_row(
+def make_validity_row(
     teacher: str,
     cell: tuple[int, int],  # options, steps
     outcomes: list[tuple],  # of each sample: is it correct, is it valid, too
