@@ -208,8 +208,8 @@ def made(longer: float, seeds: int = 2, n: int = 60, flat: bool = False):
 
 def test_findings_see_what_was_put_in():
     results, repeated = made(longer=10)
-    cells = calibration.cells(results, repeated)
-    findings = [calibration.judged(claim, results, cells) for claim in calibration.claims()]
+    measured = calibration.cells(results, repeated)
+    findings = [calibration.judged(claim, results, measured) for claim in calibration.claims()]
     outcomes = {f["measure"]: f["outcome"] for f in findings if f["a"] == calibration.ROUTED}
     for measure in (
         "error",
@@ -232,18 +232,18 @@ def test_findings_see_what_was_put_in():
 
 def test_findings_see_nothing_where_nothing_is():
     results, repeated = made(longer=0)
-    cells = calibration.cells(results, repeated)
+    measured = calibration.cells(results, repeated)
     for claim in calibration.claims():
         if claim.measure in ("error", "escalation within a benchmark"):
-            assert abs(calibration.judged(claim, results, cells)["difference"]) < 0.2
+            assert abs(calibration.judged(claim, results, measured)["difference"]) < 0.2
 
 
 def test_a_finding_is_the_same_twice_and_a_flat_student_gives_numbers():
     results, repeated = made(longer=10)
-    cells = calibration.cells(results, repeated)
+    measured = calibration.cells(results, repeated)
 
     def intervals():
-        return [calibration.judged(c, results, cells)["interval"] for c in calibration.claims()]
+        return [calibration.judged(c, results, measured)["interval"] for c in calibration.claims()]
 
     assert intervals() == intervals()
     for by_benchmark in results.rows.values():

@@ -492,19 +492,19 @@ def statistic(
     def part(arm):
         return [seen[arm, benchmark].of(seed) for benchmark in c.where]
 
-    cells = part(c.a)
+    parts = part(c.a)
     if c.measure == "gap":
         other = measure_gap(c.b, seen, part(c.b), weights=weights) if c.b != c.a else 0
-        return measure_gap(c.a, seen, cells, weights=weights) - other
+        return measure_gap(c.a, seen, parts, weights=weights) - other
     if c.measure in PAIRS:
-        return measure_pairs(c.measure, cells, weights)
-    lengths = [cell.length for cell in cells]
+        return measure_pairs(c.measure, parts, weights)
+    lengths = [cell.length for cell in parts]
     if c.measure == "escalation":
-        return measure_saving_by(lengths, cells, weights)
+        return measure_saving_by(lengths, parts, weights)
     if c.measure == "escalation within a benchmark":
-        return measure_saving_by([placed(length) for length in lengths], cells, weights)
-    dissent = [cell.dissent for cell in cells]
-    return measure_saving_by(dissent, cells, weights) - measure_saving_by(lengths, cells, weights)
+        return measure_saving_by([placed(length) for length in lengths], parts, weights)
+    dissent = [cell.dissent for cell in parts]
+    return measure_saving_by(dissent, parts, weights) - measure_saving_by(lengths, parts, weights)
 
 # %% ../../nbs/paper/52_calibration.ipynb #0aef4869
 def judged(c: Measured, results: Results, seen: dict) -> dict:
@@ -586,15 +586,15 @@ def figure(results: dict):
 # %% ../../nbs/paper/52_calibration.ipynb #7435973e
 def curves(seen: dict, points: int = 20) -> dict[str, list]:
     "Risk by coverage for each signal, mean over training seeds, benchmarks in distribution."
-    cells = [seen[ROUTED, benchmark] for benchmark in IN]
-    error = np.concatenate([cell.error for cell in cells])
+    parts = [seen[ROUTED, benchmark] for benchmark in IN]
+    error = np.concatenate([cell.error for cell in parts])
     n, rate = len(error), float(error.mean())
     signals = {
-        "length": [cell.length for cell in cells],
-        "length within a task": [placed(cell.length) for cell in cells],
-        "disagreement": [cell.dissent for cell in cells],
-        "steps (known)": [cell.steps for cell in cells],
-        "the errors (best)": [cell.error for cell in cells],
+        "length": [cell.length for cell in parts],
+        "length within a task": [placed(cell.length) for cell in parts],
+        "disagreement": [cell.dissent for cell in parts],
+        "steps (known)": [cell.steps for cell in parts],
+        "the errors (best)": [cell.error for cell in parts],
     }
     # Of the first few answers, a risk is noise: the first place is the second of `points`.
     places = [max(1, round(n * k / points)) for k in range(2, points + 1)]

@@ -465,9 +465,9 @@ def figure(results: dict):
         for category in CATEGORIES
     }
     fitted = {
-        say(fit["category"]): fit["curve"]
-        for fit in results["fits"]
-        if fit["category"] in CATEGORIES
+        say(row["category"]): row["curve"]
+        for row in results["fits"]
+        if row["category"] in CATEGORIES
     }
     return lines(
         series,
