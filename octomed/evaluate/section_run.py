@@ -99,8 +99,14 @@ def start_section(
     out: str | None,  # folder for results and figures, or None
     **scalars,  # the section's own values, as its parameters cell gives them
 ) -> SectionRun:
-    "Load the recipe with a section's own values and start the clock."
+    """Load the recipe with a section's own values and start the clock.
+
+    From here on, tables show the text of a claim in full.
+    """
+    import pandas as pd
+
     started = time.time()
+    pd.set_option("display.max_colwidth", None)
     loaded = load_recipe(recipe).having(section, **scalars)
     return SectionRun(section=section, recipe=loaded, out=out, started=started)
 
@@ -273,8 +279,10 @@ def chance_frame(rows: list[dict]):
         "chance",
     )
     low = [{name: row[name] for name in columns} for row in above_chance(rows)]
-    for row in low:
-        row["interval"] = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
+    for shown, row in zip(low, above_chance(rows), strict=True):
+        if row["benchmark"] == "Overall":
+            shown["benchmark"] = f"Overall, {row['category'].replace('_', ' ')}"
+        shown["interval"] = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
     return pd.DataFrame(low, columns=columns).round(2)
 
 # %% ../../nbs/evaluate/07_section_run.ipynb #7a10c021
