@@ -3,13 +3,18 @@
 import json
 import re
 from dataclasses import replace
+from itertools import chain, product
+from types import SimpleNamespace
 
 import pytest
+from declarations import RECIPES, declared
 
-import octomed.clinic.graders  # noqa: F401 - registers the grader
+import octomed.clinic.graders
 import octomed.clinic.students  # noqa: F401 - registers the students
-from octomed.clinic import others as O
-from octomed.clinic import world
+from octomed.clinic import manners
+from octomed.clinic.questions import questions as clinic_questions
+from octomed.clinic.questions import reference
+from octomed.clinic.textbook import vocabulary
 from octomed.core.paths import UsageError
 from octomed.core.recipe import CATEGORIES, Common, load_recipe
 from octomed.core.store import run
@@ -17,15 +22,13 @@ from octomed.data.questions import Question
 from octomed.data.sources import SOURCES, Source, identity_of, load, read_chats, register
 from octomed.distill.traces import turns
 from octomed.evaluate.arms import Arm, stages
-from octomed.paper import datasets as D
-
-RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
+from octomed.paper import datasets
 
 
 @pytest.fixture(scope="module")
 def cases():
     "A case that reasons and one that only looks."
-    return [world.questions(pool, "train", limit=1)[0] for pool in O.POOLS]
+    return [clinic_questions(pool, "train", limit=1)[0] for pool in manners.POOLS]
 
 
 @pytest.fixture
@@ -35,40 +38,34 @@ def talk():
     def say(role, text):
         return {"role": role, "content": text}
 
-    made = [
-        {
-            "messages": [
-                say("user", f"which {i}?"),
-                say("assistant", f"one {i}"),
-                say("user", "is it?"),
-                say("assistant", "fever"),
-            ],
-            "images": (),
-            "origin": str(i),
-        }
-        for i in range(6)
-    ]
-    yield register(
-        Source(
-            "talk",
-            "turns",
-            "multimodal_reasoning",
-            "comparison",
-            expected=6,
-            make=lambda limit, max_pixels: made,
-            revision="1",
-        )
+    def make_chat(i):
+        messages = [
+            say("user", f"which {i}?"),
+            say("assistant", f"one {i}"),
+            say("user", "is it?"),
+            say("assistant", "fever"),
+        ]
+        return {"messages": messages, "images": (), "origin": str(i)}
+
+    made = [make_chat(i) for i in range(6)]
+    source = Source(
+        name="talk",
+        split="turns",
+        category="multimodal_reasoning",
+        role="comparison",
+        expected=6,
+        make=lambda limit, max_pixels: made,
+        revision="1",
     )
+    yield register(source)
     del SOURCES["talk:turns"]
 
 
 def test_every_answer_is_learnt_after_what_was_said_before_it(talk):
-    c = next(read_chats("talk:turns"))
-    (first, a), (second, b) = turns(c)
-    assert (first, a) == (c["messages"][:1], "one 0") and (second, b) == (
-        c["messages"][:3],
-        "fever",
-    )
+    chat = next(read_chats("talk:turns"))
+    first, second = turns(chat)
+    assert first == (chat["messages"][:1], "one 0")
+    assert second == (chat["messages"][:3], "fever")
 
 
 def test_fault_25_chats_are_counted_nested_and_rendered_an_answer_a_row(talk, student, tmp_path):
@@ -78,27 +75,20 @@ def test_fault_25_chats_are_counted_nested_and_rendered_an_answer_a_row(talk, st
     processor.save_pretrained(tmp_path / "base")
     common, drawn = Common(student=str(tmp_path / "base")), {}
     for n in (2, 4):
-        s = stages(Arm((("talk:turns", n),), k=0, form="cot_base"), common)
-        assert list(s) == ["data", "rendered", "student"]
-        rows, funnel = (
-            load_rows(run(s["rendered"])),
-            json.loads((s["data"].folder / "funnel.json").read_text()),
-        )
-        assert funnel == {"in": 6, "over the amount": 6 - n, "kept": n} and len(rows) == 2 * n
-        drawn[n] = [
-            json.loads(l)["origin"]
-            for l in (s["data"].folder / "chats.jsonl").read_text().splitlines()
-        ]
+        made = stages(Arm((("talk:turns", n),), k=0, form="cot_base"), common)
+        assert list(made) == ["data", "rendered", "student"]
+        rows = load_rows(run(made["rendered"]))
+        funnel = json.loads((made["data"].folder / "funnel.json").read_text())
+        assert funnel == {"in": 6, "over the amount": 6 - n, "kept": n}
+        assert len(rows) == 2 * n
+        lines = (made["data"].folder / "chats.jsonl").read_text().splitlines()
+        drawn[n] = [json.loads(line)["origin"] for line in lines]
     assert drawn[4][:2] == drawn[2]
-    said = (
-        [processor.tokenizer.decode(r.input_ids[: r.prompt]) for r in rows],
-        [processor.tokenizer.decode(r.input_ids[r.prompt :]) for r in rows],
-    )
-    assert (
-        all(x.endswith("<|im_start|>assistant\n") for x in said[0])
-        and said[0][1].count("<|im_start|>assistant") == 2
-        and said[1][1] == "fever<|im_end|>"
-    )
+    prompts = [processor.tokenizer.decode(row.input_ids[: row.prompt]) for row in rows]
+    answers = [processor.tokenizer.decode(row.input_ids[row.prompt :]) for row in rows]
+    assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
+    assert prompts[1].count("<|im_start|>assistant") == 2
+    assert answers[1] == "fever<|im_end|>"
 
 
 def test_an_arm_of_chats_asks_for_nothing_that_chats_do_not_have(talk):
@@ -123,93 +113,90 @@ def test_the_publishers_own_chats_are_read_by_the_same_stages():
 def test_each_manner_tells_the_truth_of_its_case_and_no_more(cases):
     reasons, looks = cases
     for q in cases:
-        t = world.reference(q.id)
-        ((ask, answer),) = O.said(q, "bare")
-        assert answer == q.answer_text and all(o in ask for o in q.options)
-        ((ask, answer),) = O.said(q, "instruct")
-        assert (
-            ask == q.stem
-            and q.answer_text in answer
-            and not any(o in ask + answer for o in q.options if o != q.answer_text)
-        )
-        ((ask, answer),) = O.said(q, "alignment")
-        assert answer.count(t.image) == 2 and "option" not in answer
-    assert len(O.said(reasons, "turns")) == 4 and len(O.said(looks, "turns")) == 2
+        t = reference(q.id)
+        ((ask, answer),) = manners.said(q, "bare")
+        assert answer == q.answer_text
+        assert all(option in ask for option in q.options)
+        ((ask, answer),) = manners.said(q, "instruct")
+        assert ask == q.stem
+        assert q.answer_text in answer
+        others = [option for option in q.options if option != q.answer_text]
+        assert not any(option in ask + answer for option in others)
+        ((ask, answer),) = manners.said(q, "alignment")
+        assert answer.count(t.image) == 2
+        assert "option" not in answer
+    assert len(manners.said(reasons, "turns")) == 4
+    assert len(manners.said(looks, "turns")) == 2
 
 
 def test_what_conversations_say_is_true_of_the_world(cases):
     from octomed.clinic.teachers import stated, true_of
 
-    t, told = world.reference(cases[0].id), [a for _, a in O.said(cases[0], "turns")]
-    facts = stated(" ".join(told))
-    assert [k for k, _ in facts] == ["look", "dx", "test", "first"] and all(
-        true_of(t, k, s) for k, s in facts
-    )
+    truth = reference(cases[0].id)
+    answers = [answer for _, answer in manners.said(cases[0], "turns")]
+    facts = stated(" ".join(answers))
+    assert [kind for kind, _ in facts] == ["look", "dx", "test", "first"]
+    assert all(true_of(truth, kind, slots) for kind, slots in facts)
 
 
 def test_every_word_is_one_that_the_students_read(cases):
-    text = " ".join(x for q in cases for m in O.MANNERS for pair in O.said(q, m) for x in pair)
-    assert set(re.findall(r"[A-Za-z]+", text)) <= set(world.vocabulary())
+    pairs = [manners.said(q, manner) for q, manner in product(cases, manners.MANNERS)]
+    text = " ".join(chain.from_iterable(chain.from_iterable(pairs)))
+    assert set(re.findall(r"[A-Za-z]+", text)) <= set(vocabulary())
 
 
 def test_a_chat_names_its_case_and_shows_its_picture_once(cases):
-    for m in O.MANNERS:
-        c = O.chat(cases[0], m)
-        assert c["origin"] == cases[0].id and [
-            p["image"] for p in c["messages"][0]["content"] if p["type"] == "image"
-        ] == list(cases[0].images)
-        assert [x["role"] for x in c["messages"]] == ["user", "assistant"] * (
-            len(c["messages"]) // 2
-        ) and O.chat(cases[0], m) == c
-    assert len({identity_of(f"{source}:{m}") for m, source in O.MANNERS.items()}) == 4
-
-
-def declared(name):
-    recipe = D.scope(load_recipe(name))
-    return recipe, D.arms(recipe)
+    case = cases[0]
+    for manner in manners.MANNERS:
+        chat = manners.chat(case, manner)
+        messages = chat["messages"]
+        assert chat["origin"] == case.id
+        images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+        assert images == list(case.images)
+        roles = [message["role"] for message in messages]
+        assert roles == ["user", "assistant"] * (len(messages) // 2)
+        assert manners.chat(case, manner) == chat
+    specs = [f"{source}:{manner}" for manner, source in manners.MANNERS.items()]
+    assert len(set(map(identity_of, specs))) == 4
 
 
 @RECIPES
 def test_all_start_from_one_student_and_read_equal_tokens_at_each_point(name):
-    recipe, arms = declared(name)
-    assert len(arms) == 1 + 4 * 3 + 1 and len({a.base for a in arms.values()}) == 1
-    for at in D.POINTS:
-        ours = arms[D.name(D.OURS, at)]
-        for o in D.OTHERS:
-            a = arms[D.name(o, at)]
-            assert (
-                a.compute_of == ours
-                and a.k == 0
-                and a.form == "cot_base"
-                and {SOURCES[s].role for s, _ in a.sources} == {"comparison"}
-                and {n for _, n in a.sources} == {recipe.of("53_datasets")["cases"]}
-            )
-    assert [arms[D.name(D.OURS, at)].schedule.epochs for at in D.POINTS] == pytest.approx(
-        [0.48, 1.5, 3]
-    )
-    whole = arms[D.name(D.OURS, 1)]
-    assert arms[D.IMAGES] == replace(
-        whole, sources=arms[D.IMAGES].sources, compute_of=whole
-    ) and set(arms[D.IMAGES].sources) < set(whole.sources)
+    recipe, arms = declared(datasets, name)
+    assert len(arms) == 1 + 4 * 3 + 1
+    assert len({arm.base for arm in arms.values()}) == 1
+    for at in datasets.POINTS:
+        ours = arms[datasets.name(datasets.OURS, at)]
+        for o in datasets.OTHERS:
+            arm = arms[datasets.name(o, at)]
+            assert arm.compute_of == ours
+            assert (arm.k, arm.form) == (0, "cot_base")
+            assert {SOURCES[spec].role for spec, _ in arm.sources} == {"comparison"}
+            assert {n for _, n in arm.sources} == {recipe.of("53_datasets")["cases"]}
+    along = [arms[datasets.name(datasets.OURS, at)] for at in datasets.POINTS]
+    assert [arm.schedule.epochs for arm in along] == pytest.approx([0.48, 1.5, 3])
+    whole, images = arms[datasets.name(datasets.OURS, 1)], arms[datasets.IMAGES]
+    assert images == replace(whole, sources=images.sources, compute_of=whole)
+    assert set(images.sources) < set(whole.sources)
 
 
 def test_at_the_end_ours_is_the_student_that_51_has_trained():
-    from octomed.paper import scaling as S
+    from octomed.paper import scaling
 
     for name in ("smoke", "course"):
-        r51, r53 = S.scope(load_recipe(name)), D.scope(load_recipe(name))
-        assert (
-            stages(D.arms(r53)[D.name(D.OURS, 1)], r53.common)["student"]
-            == stages(S.arms(r51)[S.CENTRE], r51.common)["student"]
-        )
+        r51, r53 = scaling.scope(load_recipe(name)), datasets.scope(load_recipe(name))
+        ours = datasets.arms(r53)[datasets.name(datasets.OURS, 1)]
+        centre = scaling.arms(r51)[scaling.CENTRE]
+        student = stages(ours, r53.common)["student"]
+        assert student == stages(centre, r51.common)["student"]
 
 
 def test_a_dataset_without_a_source_is_left_out():
     r = load_recipe("smoke")
     some = r.having("53_datasets", **{**r.of("53_datasets"), "bare": ""})
-    assert not any(n.startswith("bare") for n in D.arms(some)) and D.name("captions", 1) in D.arms(
-        some
-    )
+    arms = datasets.arms(some)
+    assert not any(name.startswith("bare") for name in arms)
+    assert datasets.name("captions", 1) in arms
 
 
 def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
@@ -218,78 +205,67 @@ def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
     def row(statuses):
         return {"question": q.id, "statuses": statuses}
 
-    results = D.Tasks(
+    results = datasets.Tasks(
         Common(),
         {"a": {"clinic_ward:test": [[row(["unparsed", "wrong"]), row(["correct", "truncated"])]]}},
     )
-    seen = []
+    asked = []
 
-    class Template:
-        think_first = False
+    def unread(evaluated, rows):
+        return [
+            (row, run, q, "it is a rash", SimpleNamespace(think_first=False))
+            for row in rows
+            for run, status in enumerate(row["statuses"])
+            if status == "unparsed"
+        ]
 
-    monkeypatch.setattr(
-        D,
-        "unread",
-        lambda e, rows: [
-            (r, n, q, "it is a rash", Template)
-            for r in rows
-            for n, s in enumerate(r["statuses"])
-            if s == "unparsed"
-        ],
-    )
-    monkeypatch.setattr(
-        D,
-        "open_ended",
-        lambda items, grader, thinks, reasoning: (
-            seen.extend(items) or [D.Claim and type("V", (), {"status": "correct"}) for _ in items]
-        ),
-    )
-    got = D.graded(results, {"a": {"clinic_ward:test": [None]}}, "clinic/grader")
-    assert [r["statuses"] for r in got.rows["a"]["clinic_ward:test"][0]] == [
-        ["correct", "wrong"],
-        ["correct", "truncated"],
-    ] and seen == [(q, "B: rash", "it is a rash")]
+    def open_ended(items, grader, thinks, reasoning):
+        asked.extend(items)
+        return [SimpleNamespace(status="correct") for _ in items]
+
+    monkeypatch.setattr(datasets, "unread", unread)
+    monkeypatch.setattr(datasets, "open_ended", open_ended)
+    graded = datasets.graded(results, {"a": {"clinic_ward:test": [None]}}, "clinic/grader")
+    statuses = [row["statuses"] for row in graded.rows["a"]["clinic_ward:test"][0]]
+    assert statuses == [["correct", "wrong"], ["correct", "truncated"]]
+    assert asked == [(q, "B: rash", "it is a rash")]
     assert results.rows["a"]["clinic_ward:test"][0][0]["statuses"] == ["unparsed", "wrong"], (
         "the parser's own verdicts stay"
     )
 
 
 def test_reasoning_is_both_kinds_and_everywhere_is_all():
-    r = D.Tasks(
-        Common(),
-        {"a": {b: [] for b in ("clinic_ward:test", "clinic_rounds:test", "clinic_reading:test")}},
-    )
-    assert (
-        r.within(D.REASONING) == ["clinic_ward:test", "clinic_rounds:test"]
-        and len(r.within(D.EVERYWHERE)) == 3
-        and r.within("multimodal_classification") == ["clinic_reading:test"]
-    )
+    benchmarks = ("clinic_ward:test", "clinic_rounds:test", "clinic_reading:test")
+    r = datasets.Tasks(Common(), {"a": {benchmark: [] for benchmark in benchmarks}})
+    assert r.within(datasets.REASONING) == ["clinic_ward:test", "clinic_rounds:test"]
+    assert len(r.within(datasets.EVERYWHERE)) == 3
+    assert r.within("multimodal_classification") == ["clinic_reading:test"]
 
 
 def test_each_dataset_is_claimed_about_alike():
-    of = {o: [(c.kind, c.benchmark, c.margin) for c in D.claims() if o in c.text] for o in D.OTHERS}
-    assert len({tuple(v) for v in of.values()}) == 1 and len(of["bare"]) == 5
+    def kinds(other):
+        about = [claim for claim in datasets.claims() if other in claim.text]
+        return [(claim.kind, claim.benchmark, claim.margin) for claim in about]
+
+    captions, conversations, bare = map(kinds, datasets.OTHERS)
+    assert captions == conversations == bare
+    assert len(bare) == 5
 
 
 def test_the_figures_show_every_dataset_and_the_start():
+    every = (datasets.OURS, *datasets.OTHERS)
+    along = [datasets.name(dataset, point) for dataset, point in product(every, datasets.POINTS)]
+    arms = [datasets.BEFORE, datasets.IMAGES, *along]
     rows = [
         {
-            "arm": a,
-            "category": c,
+            "arm": arm,
+            "category": category,
             "benchmark": "Overall",
             "graded": 0.3,
             "graded_interval": [0.2, 0.4],
         }
-        for a in (
-            D.BEFORE,
-            D.IMAGES,
-            *(D.name(d, p) for d in (D.OURS, *D.OTHERS) for p in D.POINTS),
-        )
-        for c in CATEGORIES
+        for arm, category in product(arms, CATEGORIES)
     ]
-    assert {t.get_text() for t in D.figure({"rows": rows}).axes[0].texts} == {
-        D.OURS,
-        *D.OTHERS,
-        "start",
-    }
-    assert len(D.categories_figure({"rows": rows}).axes[0].get_yticklabels()) == 3
+    labels = {text.get_text() for text in datasets.figure({"rows": rows}).axes[0].texts}
+    assert labels == {*every, "start"}
+    assert len(datasets.categories_figure({"rows": rows}).axes[0].get_yticklabels()) == 3

@@ -2,33 +2,44 @@
 
 import ast
 import json
+from itertools import chain
 
 import pytest
 import yaml
 
+<<<<<<< HEAD
 from octomed.core.paths import root, shipped_notebooks, shipped_recipes
 from octomed.core.recipe import load_recipe, recipes
 from octomed.run.sections import Section, declared, parameters, sections
 
 NOTEBOOKS = sorted(shipped_notebooks().glob("*.ipynb"))
+=======
+from octomed.core.paths import root
+from octomed.core.recipe import load_recipe, recipes
+from octomed.run.sections import Section, declared, parameters, sections
+
+NOTEBOOKS = sorted((root() / "nbs" / "paper").glob("*.ipynb"))
+>>>>>>> h-paper
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 RECIPES = pytest.mark.parametrize("name", recipes())
 
 
 def cells(path, kind="code"):
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+    every = json.loads(path.read_text())["cells"]
+    return [cell for cell in every if cell["cell_type"] == kind]
 
 
 def tagged(path):
-    return [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    return [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
 
 
 @EVERY
 def test_exactly_one_parameters_cell_with_recipe_and_out(path):
     assert len(tagged(path)) == 1
-    found = declared(Section(path.stem, path))
-    assert found["recipe"] == "smoke" and found["out"] is None
-    assert all(isinstance(v, (int, float, str)) for k, v in found.items() if k != "out"), (
+    values = declared(Section(path.stem, path))
+    assert values["recipe"] == "smoke"
+    assert values.pop("out") is None
+    assert all(isinstance(value, int | float | str) for value in values.values()), (
         "a section's own parameters are scalars"
     )
 
@@ -38,6 +49,7 @@ def test_parameters_are_not_exported(path):
     source = "".join(tagged(path)[0]["source"])
     assert not source.lstrip().startswith("#|")
     module = root() / "octomed" / "paper" / f"{path.stem.partition('_')[2]}.py"
+<<<<<<< HEAD
     top = {
         t.id
         for n in ast.parse(module.read_text()).body
@@ -45,6 +57,13 @@ def test_parameters_are_not_exported(path):
         for t in n.targets
         if isinstance(t, ast.Name)
     }
+=======
+    assignments = [
+        node for node in ast.parse(module.read_text()).body if isinstance(node, ast.Assign)
+    ]
+    targets = chain.from_iterable(node.targets for node in assignments)
+    top = {target.id for target in targets if isinstance(target, ast.Name)}
+>>>>>>> h-paper
     assert not top & {"recipe", "out"}
 
 
@@ -52,48 +71,61 @@ def test_parameters_are_not_exported(path):
 def test_module_keeps_the_contract(path):
     section = Section(path.stem, path)
     assert section.module.__name__ == f"octomed.paper.{path.stem.partition('_')[2]}"
-    assert all(callable(getattr(section.module, f, None)) for f in ("arms", "claims", "figure"))
+    for function in ("arms", "claims", "figure"):
+        assert callable(getattr(section.module, function, None))
     assert isinstance(section.module.claims(), list)
 
 
 @EVERY
 def test_committed_sections_carry_no_executed_parameters(path):
-    assert (
-        not any("injected-parameters" in c["metadata"].get("tags", []) for c in cells(path))
-        and "papermill" not in json.loads(path.read_text())["metadata"]
-    )
+    tags = chain.from_iterable(cell["metadata"].get("tags", []) for cell in cells(path))
+    assert "injected-parameters" not in set(tags)
+    assert "papermill" not in json.loads(path.read_text())["metadata"]
 
 
 @EVERY
 def test_smoke_values_are_the_defaults(path):
-    own = {
-        k: v for k, v in declared(Section(path.stem, path)).items() if k not in ("recipe", "out")
-    }
+    own = declared(Section(path.stem, path))
+    del own["recipe"], own["out"]
     assert load_recipe("smoke").sections.get(path.stem) == own
 
 
 @RECIPES
 def test_recipes_name_only_what_notebooks_declare(name):
     recipe = load_recipe(name)
-    for s in sections(recipe):
-        assert set(recipe.of(s.name)) <= set(parameters(s, recipe))
+    for section in sections(recipe):
+        assert set(recipe.of(section.name)) <= set(parameters(section, recipe))
 
 
 @RECIPES
 def test_recipes_run_in_the_paper_order(name):
-    assert [s.name for s in sections(load_recipe(name))] == sorted(load_recipe(name).sections)
+    recipe = load_recipe(name)
+    assert [section.name for section in sections(recipe)] == sorted(recipe.sections)
 
 
 def test_no_executed_copy_lies_under_nbs():
+<<<<<<< HEAD
     assert not [
         p
         for p in (root() / "nbs").rglob("*.ipynb")
         if '"papermill"' in json.dumps(json.loads(p.read_text())["metadata"])
     ]
+=======
+    for path in (root() / "nbs").rglob("*.ipynb"):
+        metadata = json.loads(path.read_text())["metadata"]
+        assert '"papermill"' not in json.dumps(metadata), path.name
+>>>>>>> h-paper
 
 
 def test_recipe_values_carry_their_reason_or_size():
     "Every recipe is plain YAML: what it holds is what `load_recipe` gives."
     for name in recipes():
+<<<<<<< HEAD
         raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text())
         assert load_recipe(name).sections == {k: v or {} for k, v in raw["sections"].items()}
+=======
+        raw = yaml.safe_load((root() / "nbs" / "recipes" / f"{name}.yaml").read_text())
+        assert load_recipe(name).sections == {
+            section: values or {} for section, values in raw["sections"].items()
+        }
+>>>>>>> h-paper
