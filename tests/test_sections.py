@@ -7,19 +7,11 @@ from itertools import chain
 import pytest
 import yaml
 
-<<<<<<< HEAD
 from octomed.core.paths import root, shipped_notebooks, shipped_recipes
 from octomed.core.recipe import load_recipe, recipes
 from octomed.run.sections import Section, declared, parameters, sections
 
 NOTEBOOKS = sorted(shipped_notebooks().glob("*.ipynb"))
-=======
-from octomed.core.paths import root
-from octomed.core.recipe import load_recipe, recipes
-from octomed.run.sections import Section, declared, parameters, sections
-
-NOTEBOOKS = sorted((root() / "nbs" / "paper").glob("*.ipynb"))
->>>>>>> h-paper
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 RECIPES = pytest.mark.parametrize("name", recipes())
 
@@ -49,21 +41,11 @@ def test_parameters_are_not_exported(path):
     source = "".join(tagged(path)[0]["source"])
     assert not source.lstrip().startswith("#|")
     module = root() / "octomed" / "paper" / f"{path.stem.partition('_')[2]}.py"
-<<<<<<< HEAD
-    top = {
-        t.id
-        for n in ast.parse(module.read_text()).body
-        if isinstance(n, ast.Assign)
-        for t in n.targets
-        if isinstance(t, ast.Name)
-    }
-=======
     assignments = [
         node for node in ast.parse(module.read_text()).body if isinstance(node, ast.Assign)
     ]
     targets = chain.from_iterable(node.targets for node in assignments)
     top = {target.id for target in targets if isinstance(target, ast.Name)}
->>>>>>> h-paper
     assert not top & {"recipe", "out"}
 
 
@@ -104,28 +86,15 @@ def test_recipes_run_in_the_paper_order(name):
 
 
 def test_no_executed_copy_lies_under_nbs():
-<<<<<<< HEAD
-    assert not [
-        p
-        for p in (root() / "nbs").rglob("*.ipynb")
-        if '"papermill"' in json.dumps(json.loads(p.read_text())["metadata"])
-    ]
-=======
     for path in (root() / "nbs").rglob("*.ipynb"):
         metadata = json.loads(path.read_text())["metadata"]
         assert '"papermill"' not in json.dumps(metadata), path.name
->>>>>>> h-paper
 
 
 def test_recipe_values_carry_their_reason_or_size():
     "Every recipe is plain YAML: what it holds is what `load_recipe` gives."
     for name in recipes():
-<<<<<<< HEAD
         raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text())
-        assert load_recipe(name).sections == {k: v or {} for k, v in raw["sections"].items()}
-=======
-        raw = yaml.safe_load((root() / "nbs" / "recipes" / f"{name}.yaml").read_text())
         assert load_recipe(name).sections == {
             section: values or {} for section, values in raw["sections"].items()
         }
->>>>>>> h-paper
