@@ -325,7 +325,9 @@ def _kind(text: str, options: dict, *, ours: str | None, theirs: str | None) -> 
 def agreement(
     rows,  # (response, options, the publisher's letter or None), any number
     **how,  # for `judge`, such as `forms`
-) -> tuple[dict[str, int], list[dict]]:  # a count for each of `AGREEMENT`; a row for each difference
+) -> tuple[
+    dict[str, int], list[dict]
+]:  # a count for each of `AGREEMENT`; a row for each difference
     "How often this parser reads what a publisher's extraction reads: the same letter, or none."
     counts, differences = Counter(), []
     for text, options, theirs in rows:
