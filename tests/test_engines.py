@@ -247,7 +247,11 @@ def test_a_text_model_is_given_plain_text_and_refuses_images(stand_in, student, 
 
 def test_a_recipe_names_its_teachers(monkeypatch):
     made = []
-    monkeypatch.setattr(engines, "VLLMEngine", lambda *a, **kw: made.append((a, kw)))
+
+    def make(*args, **kw):
+        made.append((args, kw))
+
+    monkeypatch.setattr("octomed.generate.engine_vllm.VLLMEngine", make)
     teacher("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898", max_pixels=12_544)
     assert made == [
         (

@@ -112,9 +112,7 @@ def shrinking(
     return pad_sequence(finished, batch_first=True, padding_value=pad)
 
 # %% ../../nbs/generate/05_engine_transformers.ipynb #05group2
-def _attend_grouped(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw
-):
+def _attend_grouped(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

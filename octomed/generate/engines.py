@@ -94,6 +94,7 @@ def make_sample(
     engine: Engine,
     request: Request,
     index: int,
+    /,
     *,
     sampling: Sampling,
     text: str,
