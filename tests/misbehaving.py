@@ -1,5 +1,6 @@
 """A local server that speaks OpenAI's protocol and misbehaves on purpose."""
 
+import itertools
 import json
 import threading
 import time
@@ -63,14 +64,16 @@ class Fake:
         self.complete = lambda body: completion(f"seed {body['seed']}")  # to a line of a batch file
         self.refuses = None  # a key: every request is refused, and the message quotes the key
         self.batch_status = "completed"
-        self.delay = 0.0  # seconds before a streamed request is noticed
+        self.delays = itertools.repeat(0.0)  # seconds before each streamed request is noticed
         self.lock = threading.Lock()
         self.now = 0  # streamed requests under way
         self.most = 0  # the most that were under way together
 
     def take(self, body):
         "Note a streamed request; gives the next misbehaviour, if one is left."
-        time.sleep(self.delay)
+        with self.lock:
+            delay = next(self.delays)
+        time.sleep(delay)
         with self.lock:
             self.asked.append(body)
             self.now += 1
