@@ -205,8 +205,11 @@ def plain_tagged(text):
 
 
 PLAIN_PHRASE = re.compile(
-    r"""\b(?:the\s+(?:(?:final|correct|best|right|closest|most\s+\w+)\s+){0,2}(?:answer|option|choice)(?:\s+(?:choice|option|letter))?(?:\s+to\s+th(?:e|is)\s+question)?
-    \s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*:?|(?:answer|(?:correct|best|final)\s+(?:option|choice))[\s*]*:)[\s*]*(?:(?:option|choice|letter)\b\s*)?""",
+    r"""\b(?:the\s+(?:(?:final|correct|best|right|closest|most\s+\w+)\s+){0,2}
+    (?:answer|option|choice)(?:\s+(?:choice|option|letter))?(?:\s+to\s+th(?:e|is)\s+question)?
+    \s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*:?
+    |(?:answer|(?:correct|best|final)\s+(?:option|choice))[\s*]*:)
+    [\s*]*(?:(?:option|choice|letter)\b\s*)?""",
     re.I | re.X,
 )
 
@@ -409,7 +412,9 @@ def test_fault_38_time_bound(name):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join))
 def test_fault_38_any_repetition_takes_time_that_grows_with_its_length(unit):
-    "Sixteen times the text may take sixteen times as long, not 256 times: what is allowed lies between, since machines are noisy."
+    """Sixteen times the text may take sixteen times as long, not 256 times.
+
+    The bound is between the two, because machines are noisy."""
 
     def seconds(n):
         text, best = unit * (n // len(unit)), 9.0

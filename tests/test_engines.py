@@ -1,4 +1,6 @@
-"Teachers by name, and the vLLM engine's own part, with a stand-in for vLLM; `test_vllm.py` has the real one."
+"""Teachers by name, and the vLLM engine's own part, with a stand-in for vLLM.
+
+`test_vllm.py` has the real vLLM."""
 
 import json
 import sys
@@ -29,7 +31,9 @@ def folder(student, tmp_path_factory):
 
 
 class Core:
-    "vLLM's engine, as far as ours knows it: every request takes as many steps as its seed's last digit, and answers with its seed."
+    """vLLM's engine, as far as ours knows it.
+
+    Every request takes as many steps as its seed's last digit, and answers with its seed."""
 
     def __init__(self):
         self.open, self.aborted, self.most, self.refuse = {}, [], 0, lambda prompt, p: None

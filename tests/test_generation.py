@@ -75,13 +75,14 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
     plain = (
         type(engine.net).from_pretrained(engine.net.name_or_path, attn_implementation="sdpa").eval()
     )
-    u, width = torch.rand(len(prompts), 24), inputs["input_ids"].shape[1]
+    u = torch.rand(len(prompts), 24)
+    width = inputs["input_ids"].shape[1]
 
     class Choose(LogitsProcessor):
         def __call__(self, ids, scores):
-            return torch.full_like(scores, -torch.inf).scatter_(
-                -1, nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)[:, None], 0.0
-            )
+            chosen = nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)
+            impossible = torch.full_like(scores, -torch.inf)
+            return impossible.scatter_(-1, chosen[:, None], 0.0)
 
     how = {
         "max_new_tokens": 24,
@@ -95,9 +96,8 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
             **inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()])
         )
 
-    ends = draw(tok.eos_token_id)[:3, width + 2].tolist() + [
-        tok.eos_token_id
-    ]  # tokens with which some rows end early
+    early = draw(tok.eos_token_id)[:3, width + 2].tolist()  # some rows end early with these
+    ends = [*early, tok.eos_token_id]
     whole = draw(ends)
     watch = engine.net.register_forward_pre_hook(
         lambda _, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True
@@ -131,17 +131,16 @@ def test_nucleus_draws_by_probability():
 
 
 def test_a_wide_nucleus_is_drawn_as_by_sorting_everything():
-    logits, u = (
-        torch.randn(40, 500) * torch.linspace(0.1, 6, 40)[:, None],
-        torch.rand(40),
-    )  # some nuclei hold four tokens, some four hundred
+    # some nuclei hold four tokens, some four hundred
+    logits = torch.randn(40, 500) * torch.linspace(0.1, 6, 40)[:, None]
+    u = torch.rand(40)
     p, order = torch.sort(logits.softmax(-1), dim=-1, descending=True)
     p = p * (p.cumsum(-1) - p < 0.95)
     at = (p.cumsum(-1) < u[:, None] * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), order.gather(-1, at)[:, 0])
-    assert torch.equal(
-        nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), order.gather(-1, at)[-8:, 0]
-    )  # alone, without wide neighbours
+    wanted = order.gather(-1, at)[:, 0]
+    assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), wanted)
+    # alone, without wide neighbours
+    assert torch.equal(nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), wanted[-8:])
 
 
 def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):
@@ -183,18 +182,26 @@ def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_pat
 
 
 WRITER = """
-    import sys, time
+    import sys
+    import time
     from pathlib import Path
-    from octomed.engines import Request, Sample, Sampling
-    from octomed.ledger import Ledger, draw
+
+    from octomed.generate.engines import Request, Sampling, make_sample
+    from octomed.generate.ledger import Ledger, draw
+
     class Slow:
         model, name = "slow@1", "test"
+
         def generate(self, requests, sampling):
             for r in requests:
                 for i in r.indices:
-                    time.sleep(0.004); print("made", flush=True)
-                    yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"{r.question} {i}", "stop")
-    draw(Ledger(Path(sys.argv[1])), Slow(), [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(25)], Sampling())
+                    time.sleep(0.004)
+                    print("made", flush=True)
+                    text = f"{r.question} {i}"
+                    yield make_sample(self, r, i, sampling=sampling, text=text, finish="stop")
+
+    requests = [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(25)]
+    draw(Ledger(Path(sys.argv[1])), Slow(), requests, Sampling())
     print("complete", flush=True)
 """
 

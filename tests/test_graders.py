@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from octomed.core.paths import OctomedError
 from octomed.data.questions import Question
 from octomed.generate.answers import score
-from octomed.generate.engines import Sample, teacher
+from octomed.generate.engines import make_sample, teacher
 from octomed.generate.graders import (
     GRADED,
     MODALITIES,
@@ -32,19 +32,15 @@ from octomed.generate.graders import (
 
 
 def question(n=0, **kw):
-    return Question(
-        **{
-            **{
-                "stem": f"Which vessel is number {n}?",
-                "options": ("aorta", "vena cava", "iliac artery"),
-                "answer": "B",
-                "source": "demo",
-                "split": "train",
-                "category": "text_only",
-            },
-            **kw,
-        }
+    plain = Question(
+        stem=f"Which vessel is number {n}?",
+        options=("aorta", "vena cava", "iliac artery"),
+        answer="B",
+        source="demo",
+        split="train",
+        category="text_only",
     )
+    return replace(plain, **kw)
 
 
 @dataclass
@@ -61,15 +57,8 @@ class Fixed:
         for r in requests:
             for i in r.indices:
                 self.asked.append(r)
-                yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    self.said(r) if callable(self.said) else self.said,
-                    self.finish,
-                )
+                text = self.said(r) if callable(self.said) else self.said
+                yield make_sample(self, r, i, sampling=sampling, text=text, finish=self.finish)
 
 
 def sent(engine, n=0):
@@ -100,7 +89,7 @@ def test_rubrics_name_their_source_and_say_how_they_depart(name):
         ("<rating>5</rating><rating>6</rating>", None),
         ("<rating>5</rating></think>", None),
         ("", None),
-        ("<rating>٥</rating>", None),
+        ("<rating>\u0665</rating>", None),  # an Arabic five
     ],
 )
 def test_a_rating_is_read_or_it_is_none(text, value):
@@ -217,7 +206,7 @@ def test_a_response_stays_in_its_box(attack):
 
 
 def test_a_slot_that_nothing_fills_is_refused():
-    with pytest.raises(OctomedError, match="{response}"):
+    with pytest.raises(OctomedError, match=r"\{response\}"):
         grading_messages(rubric("open_ended"), question(), reference="x")
 
 

@@ -86,7 +86,10 @@ def test_any_order_of_appends_keeps_the_first_outcome_of_each_key_once(
         ledger.append(ss)
         ledger.close()
         for s in ss:
-            (errors.update({key(s): s}) if s.finish == "error" else first.setdefault(key(s), s))
+            if s.finish == "error":
+                errors[key(s)] = s
+            else:
+                first.setdefault(key(s), s)
     ledger = Ledger(folder / "ledger.sqlite", rows)
     wanted = [key(sample(n)) for n in range(31)]
     assert ledger.find(wanted) == errors | first
@@ -194,7 +197,7 @@ def test_a_budget_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, capsy
 
     with pytest.raises(
         Stopped,
-        match="^the budget of 200 tokens is spent: 20 of 32 samples are kept, run again to go on$",
+        match=r"^the budget of 200 tokens is spent: 20 of 32 samples are kept, run again to go on$",
     ):
         draw(ledger, Engine(), ask(2), S, stop=budget)
     engine = Engine()
@@ -242,20 +245,33 @@ def test_text_that_is_no_utf8_is_kept(tmp_path):
 
 
 WORKER = """
-    import resource, sys, time
+    import resource
+    import sys
+    import time
     from pathlib import Path
-    from octomed.engines import Request, Sample, Sampling
-    from octomed.ledger import Ledger, draw
-    path, rows, first, last, pause, limit = Path(sys.argv[1]), *map(int, sys.argv[2:5]), float(sys.argv[5]), int(sys.argv[6])
+
+    from octomed.generate.engines import Request, Sampling, make_sample
+    from octomed.generate.ledger import Ledger, draw
+
+    path = Path(sys.argv[1])
+    rows, first, last, limit = (int(sys.argv[n]) for n in (2, 3, 4, 6))
+    pause = float(sys.argv[5])
+
     class Slow:
         model, name = "m@1", "test"
+
         def generate(self, requests, sampling):
             for r in requests:
                 for i in r.indices:
-                    time.sleep(pause); print("made", r.question, i, flush=True)
-                    yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"{r.question} {i} " + "x"*3000, "stop")
-    if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    draw(Ledger(path, rows), Slow(), [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(first, last)], Sampling())
+                    time.sleep(pause)
+                    print("made", r.question, i, flush=True)
+                    text = f"{r.question} {i} " + "x" * 3000
+                    yield make_sample(self, r, i, sampling=sampling, text=text, finish="stop")
+
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    requests = [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(first, last)]
+    draw(Ledger(path, rows), Slow(), requests, Sampling())
     print("complete", flush=True)
 """
 
