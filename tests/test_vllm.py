@@ -14,7 +14,7 @@ import pytest
 
 from octomed.core.paths import root
 from octomed.generate.engine_openai import OpenAIEngine
-from octomed.generate.engine_transformers import TransformersEngine
+from octomed.generate.engine_transformers import TransformersEngine, _complete
 from octomed.generate.engines import FORCED, Request, Sampling, forced_exit, sample_seed
 from octomed.train.students import save_student
 
@@ -127,7 +127,9 @@ def asked(pictures):
 
 @pytest.fixture(scope="module")
 def started(folder, asked, tmp_path_factory):
-    "One vLLM server and one vLLM engine in its own process, both started at once: (server's address, the engine's answers)."
+    """One vLLM server, and one vLLM engine in its own process, both started at once.
+
+    Gives the server's address, the engine's answers and the folder of both."""
     place = tmp_path_factory.mktemp("vllm")
     env = {
         **os.environ,
@@ -351,23 +353,32 @@ def test_a_forced_exit_is_the_second_pass_of_the_transformers_engine(here, folde
 
 
 def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
-    """Greedy, from an open thought: vLLM ends it inside one pass, we in a second one. They part only where the thought ended in blanks, which we strip, or is
-    no text that the tokenizer would cut into the same tokens again: the second pass reads text."""
-    ids, compared = lambda text: here.processor.tokenizer(text)["input_ids"], 0
+    """At temperature 0, from an open thought. vLLM ends it inside one pass, we in a second one.
+
+    They differ in two cases only, which are left out. Either the thought ended in blanks, which we
+    strip, or the tokenizer cuts its text into other tokens, because the second pass reads text."""
+
+    def ids(text):
+        return here.processor.tokenizer(text)["input_ids"]
+
+    def complete(prompt, budget):
+        (completion,) = _complete(here, [prompt], [[]], sampling=sampling, budget=budget, seeds=[0])
+        return completion
+
+    compared = 0
+    sampling = Sampling(temperature=0, max_tokens=BUDGET, answer_tokens=ANSWER)
     for r, (theirs, tokens) in zip(asked["thoughts"][0], started[1]["built_in"], strict=False):
-        prompt, s = (
-            here.processor.apply_chat_template(
-                r.messages, add_generation_prompt=True, tokenize=False
-            )
-            + "<think>",
-            Sampling(temperature=0, max_tokens=BUDGET, answer_tokens=ANSWER),
+        prompt = here.processor.apply_chat_template(
+            r.messages, add_generation_prompt=True, tokenize=False
         )
-        ((thought, finish, first),) = here._complete([prompt], [[]], s, BUDGET, [0])
-        forced = forced_exit(thought, finish, s)
-        if not forced or ids(forced) != first + ids(FORCED):
+        prompt += "<think>"
+        thought = complete(prompt, BUDGET)
+        forced = forced_exit(thought.text, thought.finish, sampling)
+        if not forced or ids(forced) != thought.ids + ids(FORCED):
             continue
-        ((answer, _, second),) = here._complete([prompt + forced], [[]], s, ANSWER, [0])
-        assert theirs == forced + answer and tokens == len(first) + len(ids(FORCED)) + len(second)
+        answer = complete(prompt + forced, ANSWER)
+        assert theirs == forced + answer.text
+        assert tokens == len(thought.ids) + len(ids(FORCED)) + len(answer.ids)
         compared += 1
     assert compared >= 5
 
