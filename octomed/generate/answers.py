@@ -57,7 +57,7 @@ def _last_balanced_box(text: str) -> str | None:
             open_braces.append(match.end() if is_box else None)
     return text[slice(*last)] if last else None
 
-
+# %% ../../nbs/generate/03_answers.ipynb #cc784d09
 def boxed(
     text: str,  # a response, of any length
 ) -> str | None:  # its content, as written
@@ -75,7 +75,7 @@ def _lower(text: str) -> str:
     "Lower case with every character in its place. Python alone turns İ into two characters."
     return text.replace("İ", "I").lower()
 
-
+# %% ../../nbs/generate/03_answers.ipynb #e6d5068b
 def tagged(
     text: str,  # a response
 ) -> str | None:

@@ -119,7 +119,7 @@ def _take_choice(self: Said, choice: dict):
     self.logprobs += [token["logprob"] for token in logprobs.get("content") or []]
     self.finish = choice.get("finish_reason") or self.finish
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #47e073b4
 @patch
 def take(self: Said, part: dict):
     "Add a chunk, or a whole response."
@@ -170,7 +170,7 @@ def _encode_part(part: dict, max_pixels: int) -> dict:
         return part
     return {"type": "image_url", "image_url": {"url": _data_url(part["image"], max_pixels)}}
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #54cb7015
 def _encode_content(content, max_pixels: int):
     if isinstance(content, str):
         return content
@@ -178,7 +178,7 @@ def _encode_content(content, max_pixels: int):
         return "".join(part["text"] for part in content)
     return [_encode_part(part, max_pixels) for part in content]
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #c4d1a3b2
 def chat(
     messages: list,
     max_pixels: int,  # area of the stored images
@@ -245,7 +245,7 @@ def _client(self: OpenAIEngine, kind: str, **options):
         **options,
     )
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #7d39495b
 @patch(as_prop=True)
 def _budget(self: OpenAIEngine) -> str:
     "The field of the response budget. OpenAI's and Azure's newer models refuse the usual one."
@@ -266,7 +266,7 @@ def _ask_vllm(self: OpenAIEngine, client) -> bool:
         return False
     return any(getattr(model, "owned_by", "") == "vllm" for model in models)
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #9ceffc6c
 @patch
 def _ask_version(self: OpenAIEngine, client) -> str:
     "The version of the model, as a small response reports it."
@@ -301,7 +301,7 @@ def _look(self: OpenAIEngine):
         f"see that {name}_BASE_URL is right and that it is up"
     )
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #0f31021e
 @patch(as_prop=True)
 def model(self: OpenAIEngine) -> str:
     "Its identity: the name, and the version that the server reports if that differs."
@@ -422,7 +422,7 @@ def _outcome_of_error(self: OpenAIEngine, e) -> tuple[str, str]:
     body = e.body if isinstance(e.body, dict) else {"message": str(e)}
     return self._outcome_of(e.status_code, body, e.response.headers.get("retry-after", ""))
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #e67902eb
 @patch
 def _trouble(self: OpenAIEngine, e: Exception) -> str:
     """Why the server did not do what was asked, in a few words.
@@ -663,7 +663,7 @@ def describe_failure(
         seconds=seconds,
     )
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #82b0d7fe
 @patch
 async def work(self: _Run, client):
     "Draw samples until no job is left or the run stops."
@@ -684,7 +684,7 @@ async def stop(self: _Run, workers: list[asyncio.Task]):
             worker.cancel()
     await asyncio.wait(workers, timeout=GRACE)
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #fd8e72ec
 @patch
 async def run(self: _Run):
     "Draw all samples. Raises the first failure that stopped a worker."
@@ -747,7 +747,7 @@ def _list_jobs(requests):
         for index in request.indices:
             yield request, index
 
-
+# %% ../../nbs/generate/07_engine_openai.ipynb #729b9fef
 @patch
 def generate(self: OpenAIEngine, requests, sampling: Sampling):
     "Samples as they come. Raises `OctomedError` at the end for those that got no answer."

@@ -47,7 +47,7 @@ def _name_jobs(requests: list[Request]) -> dict[str, tuple[Request, int]]:
             jobs[f"{request.prompt}-{request.question}-{index}"] = (request, index)
     return jobs
 
-
+# %% ../../nbs/generate/08_engine_openai_batch.ipynb #09ef36c1
 @patch
 def _file_line(self: OpenAIBatchEngine, name: str, job: tuple, sampling: Sampling) -> bytes:
     request, index = job
@@ -107,7 +107,7 @@ def _submit(
     }
     return self._record(record)
 
-
+# %% ../../nbs/generate/08_engine_openai_batch.ipynb #a8ada9d4
 @patch
 def _submitted(self: OpenAIBatchEngine, jobs: dict, sampling: Sampling) -> list[dict]:
     "The records of batches that hold something still wanted."

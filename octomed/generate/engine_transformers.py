@@ -206,7 +206,7 @@ class _Job:
     text: str  # the prompt, image tokens expanded
     images: list[str]  # pixel hashes
 
-
+# %% ../../nbs/generate/05_engine_transformers.ipynb #645e62dd
 def _list_jobs(engine: TransformersEngine, requests) -> list[_Job]:
     "The jobs of all requests, shortest prompt first."
     from octomed.generate.render import chat_images, chat_text
@@ -220,7 +220,7 @@ def _list_jobs(engine: TransformersEngine, requests) -> list[_Job]:
             jobs.append(_Job(request, index, size=size, text=text, images=images))
     return sorted(jobs, key=lambda job: job.size)
 
-
+# %% ../../nbs/generate/05_engine_transformers.ipynb #0014935b
 def _make_error(engine: TransformersEngine, job: _Job, sampling: Sampling) -> Sample:
     return make_sample(
         engine,
@@ -241,7 +241,7 @@ class _Completion:
     finish: str
     ids: list[int]
 
-
+# %% ../../nbs/generate/05_engine_transformers.ipynb #1a09ec53
 def _cut(ids: list[int], tokenizer, sampling: Sampling) -> _Completion:
     "End a row at its end token."
     end = tokenizer.eos_token_id

@@ -212,7 +212,7 @@ class _Prepared:
     input: object = None  # what vLLM's engine takes
     refusal: str | None = None  # why there is no input
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #d37c973c
 @patch
 def _prepare(self: VLLMEngine, request: Request, sampling: Sampling) -> _Prepared:
     text, images, size = self._prompt(request.messages)
@@ -339,7 +339,7 @@ def _fill(self: VLLMEngine, feed, running: dict[str, _Job]):
         if refused is not None:
             yield refused
 
-
+# %% ../../nbs/generate/06_engine_vllm.ipynb #fa6cd6fe
 @patch
 def _step(self: VLLMEngine, sampling: Sampling, running: dict[str, _Job]):
     "Take one step of vLLM's engine; yields the samples that it ended."

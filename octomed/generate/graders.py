@@ -274,7 +274,7 @@ def _drop_reason(grade: Grade, low: int, high: int) -> str | None:
         return f"rated above {high}"
     return None
 
-
+# %% ../../nbs/generate/10_graders.ipynb #f47b6322
 def moderate(
     questions: list[Question],
     ratings: list[Grade],  # of the same questions, in their order

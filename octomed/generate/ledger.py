@@ -40,7 +40,7 @@ def sample_key(question: str, model: str, prompt: str, sampling: str, index: int
     "Sixteen bytes that name a generation."
     return bytes.fromhex(digest("sample", question, model, prompt, sampling, index, size=32))
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #88b5b68c
 _key_fields = attrgetter(*KEY)
 
 
@@ -151,7 +151,7 @@ def _name(self: Ledger, number: int) -> Path:
         return self.path
     return self.path.with_name(f"{self.path.stem}.{number:04d}{self.path.suffix}")
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #4032c799
 @patch
 def _open(self: Ledger):
     "Open the next shard, or begin it."
@@ -159,7 +159,7 @@ def _open(self: Ledger):
         self.db.execute("PRAGMA cache_size=-2000")  # a closed shard needs little memory
     self.shards.append(_connect(self._name(len(self.shards))))
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #2d405ddf
 @patch
 def _look(self: Ledger):
     "Open the shards that another process has begun."
@@ -174,7 +174,7 @@ def _select(db: sqlite3.Connection, keys: list[bytes], *, table: str, columns: s
         marks = ", ".join("?" * len(part))
         yield from db.execute(f'SELECT {columns} FROM {table} WHERE "key" IN ({marks})', part)
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #b7265f5a
 @patch
 def _rows(self: Ledger, keys, *, table: str, shards: list, columns: str):
     "Rows of these keys, in no order; the first column is the key."
@@ -194,14 +194,14 @@ def _present(self: Ledger, keys, shards: list) -> set[bytes]:
     rows = self._rows(keys, table="samples", shards=shards, columns='"key"')
     return {key for (key,) in rows}
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #46721412
 @patch
 def has(self: Ledger, keys: list[bytes]) -> set[bytes]:
     "Those of these keys that have an outcome; an error is none."
     self._look()
     return self._present(keys, self.shards)
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #10b5e4e3
 @patch
 def find(self: Ledger, keys: list[bytes]) -> dict[bytes, Sample]:
     "The samples of these keys that are stored, errors included."
@@ -263,7 +263,7 @@ def _insert_new(self: Ledger, rows: list[tuple], known: int):
             return
         self._open()
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #758be6fa
 @patch
 def append(
     self: Ledger,
@@ -311,7 +311,7 @@ def _schema():
     columns = [(f.name, kinds[f.type]) for f in fields(Sample)]
     return pa.schema([("key", pa.string()), *columns, ("at", pa.timestamp("ms", "UTC"))])
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #b45aa68b
 def _tables(db: sqlite3.Connection, schema, rows: int):
     "The samples of a shard as Arrow tables, some rows at a time."
     import pyarrow as pa
@@ -385,7 +385,7 @@ def _work(self: Keeper):
     except Exception as e:
         self.error = e
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #93e8c8e9
 @patch
 def commit(self: Keeper):
     "Append all samples that are waiting."
@@ -394,7 +394,7 @@ def commit(self: Keeper):
         if samples:
             self.ledger.append(samples, self.known)
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #f9102cca
 @patch
 def add(self: Keeper, sample: Sample):
     "Keep a sample."
@@ -438,7 +438,7 @@ def _request_keys(request: Request, engine: Engine, sampling_key: str) -> dict[i
         for index in request.indices
     }
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #17c1eddd
 def _keys(requests: list[Request], engine: Engine, sampling: Sampling) -> list[bytes]:
     "The keys of all samples, in the order of the requests and their indices."
     keys = []
@@ -466,7 +466,7 @@ def _missing(
 def _report(desc: str, text: str):
     print(f"  {desc}: {text}", file=sys.stderr, flush=True)
 
-
+# %% ../../nbs/generate/09_ledger.ipynb #384b03fc
 def _keep_all(
     samples,  # as the engine yields them
     keeper: Keeper,
