@@ -38,9 +38,9 @@ FAST = Sampling(temperature=1.0, max_tokens=12)
 
 
 def test_fault_13_samples_are_distinct_and_each_has_its_own_seed(engine):
-    got = list(engine.generate([ask("q1", 16)], FAST))
-    assert len({s.text for s in got}) == 16
-    assert [s.seed for s in sorted(got, key=lambda s: s.index)] == [
+    samples = list(engine.generate([ask("q1", 16)], FAST))
+    assert len({s.text for s in samples}) == 16
+    assert [s.seed for s in sorted(samples, key=lambda s: s.index)] == [
         sample_seed(FAST, "q1", i) for i in range(16)
     ]
 
@@ -144,21 +144,21 @@ def test_a_wide_nucleus_is_drawn_as_by_sorting_everything():
 
 
 def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):
-    got = {
+    samples = {
         s.question: s
         for s in engine.generate([ask("q1", 1), ask("long", 1, "one " * 3000), ask("q2", 1)], FAST)
     }
-    assert got["long"].finish == "error" and "no room" in got["long"].text
-    assert {got["q1"].finish, got["q2"].finish} <= {"stop", "length"}
+    assert samples["long"].finish == "error" and "no room" in samples["long"].text
+    assert {samples["q1"].finish, samples["q2"].finish} <= {"stop", "length"}
 
 
 def test_forced_exit_never_passes_its_budget_and_is_counted(engine):
     s = Sampling(temperature=1.0, max_tokens=6, answer_tokens=4)
-    got = list(engine.generate([ask("q1", 12)], s))
-    late = [x for x in got if x.answer_tokens]
+    samples = list(engine.generate([ask("q1", 12)], s))
+    late = [x for x in samples if x.answer_tokens]
     assert late, "a student that learnt nothing never ends its thought in six tokens"
     assert all(FORCED in x.text and x.answer_tokens <= 4 and x.tokens <= 10 for x in late)
-    assert all(x.tokens <= 6 for x in got if not x.answer_tokens)
+    assert all(x.tokens <= 6 for x in samples if not x.answer_tokens)
 
 
 def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_path):
@@ -216,17 +216,17 @@ def start(path):
 
 
 def test_fault_9_killed_runs_resume_with_exactly_what_is_missing(tmp_path):
-    path, made = tmp_path / "ledger.sqlite", 0
+    path, drawn = tmp_path / "ledger.sqlite", 0
     for _ in range(3):
         p = start(path)
         for n, _line in enumerate(p.stdout):
-            made += 1
+            drawn += 1
             if n == 200:
                 break
         p.send_signal(signal.SIGKILL)
         p.wait()
         kept = len(Ledger(path))
-        assert kept <= made
+        assert kept <= drawn
     p = start(path)
     lines = p.communicate()[0].split()
     assert lines[-1] == "complete" and lines.count("made") == 400 - kept

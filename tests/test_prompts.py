@@ -174,10 +174,10 @@ def test_the_end_of_think_of_a_model_is_in_its_templates_revision():
         load_template(n).end_of_think for n in templates() if n != "medgemma"
     } == {"</think>"}
     assert replace(t, end_of_think="</think>").revision != t.revision
-    said = "<unused94>thought\nThe answer is A.<unused95>Answer: B"
+    response = "<unused94>thought\nThe answer is A.<unused95>Answer: B"
     assert (
-        judge(said, QUESTION.letters, "B", True, t.forms, t.end_of_think).status == "correct"
-        and judge(said, QUESTION.letters, "B", True).status == "truncated"
+        judge(response, QUESTION.letters, "B", True, t.forms, t.end_of_think).status == "correct"
+        and judge(response, QUESTION.letters, "B", True).status == "truncated"
     )
 
 
