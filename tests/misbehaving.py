@@ -1,5 +1,6 @@
 """A local server that speaks OpenAI's protocol and misbehaves on purpose."""
 
+import itertools
 import json
 import threading
 import time
@@ -8,30 +9,27 @@ from http.server import BaseHTTPRequestHandler
 
 from octomed.generate.engine_openai import on_loopback
 
+USAGE = {"completion_tokens": 7, "prompt_tokens": 11}
+
+
+def _chunk(model, delta, finish=None):
+    return {
+        "id": "x",
+        "object": "chat.completion.chunk",
+        "model": model,
+        "system_fingerprint": "fp_1",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+    }
+
 
 def chunks(text="<think>I see.</think> <answer>B</answer>", finish="stop", model="fake-1", **delta):
     "A response as the parts of a stream."
-
-    def part(d, f=None):
-        return {
-            "id": "x",
-            "object": "chat.completion.chunk",
-            "model": model,
-            "system_fingerprint": "fp_1",
-            "choices": [{"index": 0, "delta": d, "finish_reason": f}],
-        }
-
-    words = [part({"content": w}) for w in text.split(" ") and [text[:5], text[5:]] if w]
+    pieces = [piece for piece in (text[:5], text[5:]) if piece]
     return [
-        part({"role": "assistant", **delta}),
-        *words,
-        part({}, finish),
-        {
-            "id": "x",
-            "model": model,
-            "choices": [],
-            "usage": {"completion_tokens": 7, "prompt_tokens": 11},
-        },
+        _chunk(model, {"role": "assistant", **delta}),
+        *(_chunk(model, {"content": piece}) for piece in pieces),
+        _chunk(model, {}, finish),
+        {"id": "x", "model": model, "choices": [], "usage": USAGE},
     ]
 
 
@@ -48,7 +46,7 @@ def completion(text, finish="stop", model="fake-1", **message):
                 "finish_reason": finish,
             }
         ],
-        "usage": {"completion_tokens": 7, "prompt_tokens": 11, "total_tokens": 18},
+        "usage": {**USAGE, "total_tokens": 18},
     }
 
 
@@ -56,160 +54,159 @@ class Fake:
     "What the server does: `script` holds one misbehaviour after another, then all goes well."
 
     def __init__(self):
-        self.script, self.asked, self.headers, self.files, self.batches, self.owner = (
-            [],
-            [],
-            [],
-            {},
-            {},
-            "fake",
-        )
-        self.answer = lambda body: chunks()  # of a streamed request
-        self.complete = lambda body: completion(f"seed {body['seed']}")  # of a line of a batch file
-        self.refuses = None  # a key that every request is refused with, by its name
-        self.batch_status, self.lock, self.most, self.now = "completed", threading.Lock(), 0, 0
+        self.script = []
+        self.asked = []  # bodies of streamed requests
+        self.headers = []
+        self.files = {}
+        self.batches = {}
+        self.owner = "fake"
+        self.answer = lambda body: chunks()  # to a streamed request
+        self.complete = lambda body: completion(f"seed {body['seed']}")  # to a line of a batch file
+        self.refuses = None  # a key: every request is refused, and the message quotes the key
+        self.batch_status = "completed"
+        self.delays = itertools.repeat(0.0)  # seconds before each streamed request is noticed
+        self.lock = threading.Lock()
+        self.now = 0  # streamed requests under way
+        self.most = 0  # the most that were under way together
+
+    def take(self, body):
+        "Note a streamed request; gives the next misbehaviour, if one is left."
+        with self.lock:
+            delay = next(self.delays)
+        time.sleep(delay)
+        with self.lock:
+            self.asked.append(body)
+            self.now += 1
+            self.most = max(self.most, self.now)
+            return self.script.pop(0) if self.script else None
+
+    def run_batch(self, body):
+        "Answer a batch file, in another order and with a broken line at its end."
+        batch_id = f"batch-{len(self.batches)}"
+        rows = [json.loads(line) for line in self.files[body["input_file_id"]].splitlines()]
+        lines = []
+        for row in reversed(rows):
+            response = self.complete(row["body"])
+            if not response:
+                continue
+            if "status_code" not in response:
+                response = {"status_code": 200, "body": response}
+            lines.append(json.dumps({"custom_id": row["custom_id"], "response": response}) + "\n")
+        self.files[f"out-{batch_id}"] = "".join(lines).encode() + b"{this is no JSON\n"
+        errors = {"object": "list", "data": [{"message": "line 1 is malformed", "code": "x"}]}
+        self.batches[batch_id] = {
+            "id": batch_id,
+            "object": "batch",
+            "endpoint": body["endpoint"],
+            "input_file_id": body["input_file_id"],
+            "completion_window": "24h",
+            "created_at": 0,
+            "output_file_id": f"out-{batch_id}",
+            "errors": errors if self.batch_status == "failed" else None,
+        }
+        return self.batches[batch_id]
 
 
-def handler(fake):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    "The protocol; `serving` makes a subclass with a `Fake`."
 
-        def log_message(self, *a):
-            pass
+    fake: Fake
+    protocol_version = "HTTP/1.1"
 
-        def send(self, obj, status=200, **headers):
-            data = obj if isinstance(obj, bytes) else json.dumps(obj).encode()
-            self.send_response(status)
-            for k, v in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(data)),
-                **{k.replace("_", "-"): v for k, v in headers.items()},
-            }.items():
-                self.send_header(k, v)
-            self.end_headers()
-            self.wfile.write(data)
+    def log_message(self, *a):
+        pass
 
-        def stream(self, parts, done=True):
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            for p in parts:
-                self.wfile.write(
-                    b": still here\n\ndata: "
-                    + (p if isinstance(p, bytes) else json.dumps(p).encode())
-                    + b"\n\n"
-                )
-            if done:
-                self.wfile.write(b"data: [DONE]\n\n")
-            self.close_connection = True
+    def send(self, obj, status=200, **headers):
+        data = obj if isinstance(obj, bytes) else json.dumps(obj).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
 
-        def read(self):
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fake.headers.append(dict(self.headers))
-            return data
+    def send_not_found(self):
+        self.send({"error": {"message": "no such path"}}, 404)
 
-        def do_GET(self):
-            self.read()
-            path = self.path.removeprefix("/v1")
-            if path == "/models":
-                return self.send(
-                    {
-                        "object": "list",
-                        "data": [
-                            {"id": "fake", "object": "model", "created": 0, "owned_by": fake.owner}
-                        ],
-                    }
-                )
-            if path.startswith("/batches/") and (b := fake.batches.get(path.split("/")[2])):
-                return self.send({**b, "status": fake.batch_status})
-            if path.startswith("/files/") and (f := fake.files.get(path.split("/")[2])) is not None:
-                return self.send(f)
-            self.send({"error": {"message": "no such path"}}, 404)
-            return None
+    def stream(self, parts, done=True):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for part in parts:
+            data = part if isinstance(part, bytes) else json.dumps(part).encode()
+            self.wfile.write(b": still here\n\ndata: " + data + b"\n\n")
+        if done:
+            self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
 
-        def do_POST(self):
-            data, path = self.read(), self.path.removeprefix("/v1")
-            if fake.refuses:
-                return self.send(
-                    {"error": {"message": f"Incorrect API key provided: {fake.refuses}"}}, 401
-                )
-            if path == "/chat/completions":
-                return self.chat(json.loads(data))
-            if path == "/files" and fake.files is not None:
-                return self.upload(data)
-            if path == "/batches" and fake.files is not None:
-                return self.batch(json.loads(data))
-            self.send({"error": {"message": "no such path"}}, 404)
-            return None
+    def read(self):
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.fake.headers.append(dict(self.headers))
+        return data
 
-        def chat(self, body):
-            if not body.get("stream"):
-                return self.send(completion("Hello", model="fake-1"))
-            with fake.lock:
-                fake.asked.append(body)
-                fake.now += 1
-                fake.most = max(fake.most, fake.now)
-                act = fake.script.pop(0) if fake.script else None
-            try:
-                act(self, body) if act else self.stream(fake.answer(body))
-            finally:
-                fake.now -= 1
+    def do_GET(self):
+        self.read()
+        kind, _, name = self.path.removeprefix("/v1/").partition("/")
+        name = name.split("/")[0]
+        if kind == "models":
+            model = {"id": "fake", "object": "model", "created": 0, "owned_by": self.fake.owner}
+            self.send({"object": "list", "data": [model]})
+        elif kind == "batches" and name in self.fake.batches:
+            self.send({**self.fake.batches[name], "status": self.fake.batch_status})
+        elif kind == "files" and name in self.fake.files:
+            self.send(self.fake.files[name])
+        else:
+            self.send_not_found()
 
-        def upload(self, data):
-            name = f"file-{len(fake.files)}"
-            fake.files[name] = data[data.index(b'{"custom_id"') : data.rindex(b"}\n") + 2]
-            self.send(
-                {
-                    "id": name,
-                    "object": "file",
-                    "bytes": len(data),
-                    "created_at": 0,
-                    "filename": "octomed.jsonl",
-                    "purpose": "batch",
-                    "status": "processed",
-                }
-            )
+    def do_POST(self):
+        data, path = self.read(), self.path.removeprefix("/v1")
+        if self.fake.refuses:
+            message = f"Incorrect API key provided: {self.fake.refuses}"
+            self.send({"error": {"message": message}}, 401)
+        elif path == "/chat/completions":
+            self.chat(json.loads(data))
+        elif path == "/files" and self.fake.files is not None:
+            self.upload(data)
+        elif path == "/batches" and self.fake.files is not None:
+            self.send({**self.fake.run_batch(json.loads(data)), "status": "validating"})
+        else:
+            self.send_not_found()
 
-        def batch(self, body):
-            id = f"batch-{len(fake.batches)}"
-            rows = [json.loads(l) for l in fake.files[body["input_file_id"]].splitlines()]
-            out = [
-                {
-                    "custom_id": r["custom_id"],
-                    "response": c if "status_code" in c else {"status_code": 200, "body": c},
-                }
-                for r in reversed(rows)
-                if (c := fake.complete(r["body"]))
-            ]
-            fake.files[f"out-{id}"] = (
-                "".join(json.dumps(o) + "\n" for o in out).encode() + b"{this is no JSON\n"
-            )
-            fake.batches[id] = {
-                "id": id,
-                "object": "batch",
-                "endpoint": body["endpoint"],
-                "input_file_id": body["input_file_id"],
-                "completion_window": "24h",
+    def chat(self, body):
+        if not body.get("stream"):
+            self.send(completion("Hello", model="fake-1"))
+            return
+        act = self.fake.take(body)
+        try:
+            if act:
+                act(self, body)
+            else:
+                self.stream(self.fake.answer(body))
+        finally:
+            self.fake.now -= 1
+
+    def upload(self, data):
+        name = f"file-{len(self.fake.files)}"
+        self.fake.files[name] = data[data.index(b'{"custom_id"') : data.rindex(b"}\n") + 2]
+        self.send(
+            {
+                "id": name,
+                "object": "file",
+                "bytes": len(data),
                 "created_at": 0,
-                "output_file_id": f"out-{id}",
-                "errors": {
-                    "object": "list",
-                    "data": [{"message": "line 1 is malformed", "code": "x"}],
-                }
-                if fake.batch_status == "failed"
-                else None,
+                "filename": "octomed.jsonl",
+                "purpose": "batch",
+                "status": "processed",
             }
-            self.send({**fake.batches[id], "status": "validating"})
-
-    return Handler
+        )
 
 
 def status(number, message="broken", wait=None, **error):
     "Answer with an HTTP status."
-    return lambda h, body: h.send(
-        {"error": {"message": message, **error}}, number, **({"Retry_After": wait} if wait else {})
-    )
+    headers = {"Retry_After": wait} if wait else {}
+    return lambda h, body: h.send({"error": {"message": message, **error}}, number, **headers)
 
 
 def malformed(h, body):
@@ -251,5 +248,5 @@ def out_of_resources(h, body):
 def serving():
     "(what it does, its address) of a server on a free port."
     fake = Fake()
-    with on_loopback(handler(fake)) as url:
+    with on_loopback(type("FakeHandler", (Handler,), {"fake": fake})) as url:
         yield fake, url

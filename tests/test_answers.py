@@ -36,10 +36,10 @@ TISSUE = {"A": "Tumor", "B": "Stroma", "C": "Inflammatory", "D": "Necrosis"}
 
 @pytest.mark.parametrize("row", GOLDEN, ids=[r["note"] for r in GOLDEN])
 def test_fault_38_golden_corpus(row):
-    got = judge(
+    verdict = judge(
         row["text"], row["options"], row["answer"], row["think_first"], row.get("forms", FORMS)
     )
-    assert got == Verdict(row["letter"], row["status"])
+    assert verdict == Verdict(row["letter"], row["status"])
 
 
 def test_fault_38_unparsed_rate_of_the_corpus():
@@ -178,7 +178,7 @@ OPTIONS = st.sampled_from(
 
 
 def plain_boxed(text):
-    found, i = None, 0
+    last_box, i = None, 0
     while (i := text.find(r"\boxed", i)) >= 0:
         i = start = i + len(r"\boxed")
         while text[start : start + 1].isspace():
@@ -190,9 +190,9 @@ def plain_boxed(text):
             if text[j] in "{}" and (text[j - 1] != "\\"):
                 depth += 1 if text[j] == "{" else -1
             j += 1
-        if not depth and (found is None or j > found[1]):
-            found = start + 1, j
-    return found and text[found[0] : found[1] - 1]
+        if not depth and (last_box is None or j > last_box[1]):
+            last_box = start + 1, j
+    return last_box and text[last_box[0] : last_box[1] - 1]
 
 
 def plain_tagged(text):
@@ -205,8 +205,11 @@ def plain_tagged(text):
 
 
 PLAIN_PHRASE = re.compile(
-    r"""\b(?:the\s+(?:(?:final|correct|best|right|closest|most\s+\w+)\s+){0,2}(?:answer|option|choice)(?:\s+(?:choice|option|letter))?(?:\s+to\s+th(?:e|is)\s+question)?
-    \s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*:?|(?:answer|(?:correct|best|final)\s+(?:option|choice))[\s*]*:)[\s*]*(?:(?:option|choice|letter)\b\s*)?""",
+    r"""\b(?:the\s+(?:(?:final|correct|best|right|closest|most\s+\w+)\s+){0,2}
+    (?:answer|option|choice)(?:\s+(?:choice|option|letter))?(?:\s+to\s+th(?:e|is)\s+question)?
+    \s+(?:is|would\s+be|should\s+be|must\s+be)\b\s*:?
+    |(?:answer|(?:correct|best|final)\s+(?:option|choice))[\s*]*:)
+    [\s*]*(?:(?:option|choice|letter)\b\s*)?""",
     re.I | re.X,
 )
 
@@ -251,20 +254,20 @@ def plain_read(form, content, options):
     def texts(x):
         return [o for o in options if plain_words(options[o]) == plain_words(x) != ""]
 
-    said = plain_letter(content)
+    letter_and_rest = plain_letter(content)
     if (
         form == "whole"
-        and said
-        and said[1]
-        and not any(plain_words(said[1]) == plain_words(o) for o in options.values())
+        and letter_and_rest
+        and letter_and_rest[1]
+        and not any(plain_words(letter_and_rest[1]) == plain_words(o) for o in options.values())
     ):
-        said = None
-    if said:
-        return named(said[0])
-    found = texts(content)
-    if form == "phrase" and len(found) != 1:
-        found = texts(re.split(r"[.;,]\s", content)[0])
-    return found[0] if len(found) == 1 else None
+        letter_and_rest = None
+    if letter_and_rest:
+        return named(letter_and_rest[0])
+    letters = texts(content)
+    if form == "phrase" and len(letters) != 1:
+        letters = texts(re.split(r"[.;,]\s", content)[0])
+    return letters[0] if len(letters) == 1 else None
 
 
 def plain_judge(text, options, think_first=False, forms=FORMS):
@@ -334,8 +337,8 @@ def test_lower_case_keeps_every_character_in_its_place():
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60).filter(lambda s: "</think>" not in s.lower()), st.sampled_from("ABCD"))
 def test_reasoning_cannot_change_what_follows_it(reasoning, letter):
-    said = rf"\boxed{{{letter}: {TISSUE[letter]}}}"
-    assert judge(f"<think>{reasoning}</think>{said}", TISSUE, think_first=True).letter == letter
+    answer = rf"\boxed{{{letter}: {TISSUE[letter]}}}"
+    assert judge(f"<think>{reasoning}</think>{answer}", TISSUE, think_first=True).letter == letter
 
 
 @settings(max_examples=200, deadline=None)
@@ -348,8 +351,8 @@ def test_reasoning_cannot_change_what_follows_it(reasoning, letter):
     st.sampled_from([r"\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}", "Answer: {}"]),
 )
 def test_a_letter_is_read_in_every_container(letter, dress, lower, container):
-    said = container.format(dress.format(letter.lower() if lower else letter))
-    assert judge(f"Some reasoning.\n{said}", TISSUE, letter) == Verdict(letter, "correct")
+    answer = container.format(dress.format(letter.lower() if lower else letter))
+    assert judge(f"Some reasoning.\n{answer}", TISSUE, letter) == Verdict(letter, "correct")
 
 
 @settings(max_examples=200, deadline=None)
@@ -409,7 +412,9 @@ def test_fault_38_time_bound(name):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join))
 def test_fault_38_any_repetition_takes_time_that_grows_with_its_length(unit):
-    "Sixteen times the text may take sixteen times as long, not 256 times: what is allowed lies between, since machines are noisy."
+    """Sixteen times the text may take sixteen times as long, not 256 times.
+
+    The bound is between the two, because machines are noisy."""
 
     def seconds(n):
         text, best = unit * (n // len(unit)), 9.0

@@ -1,4 +1,6 @@
-"Teachers by name, and the vLLM engine's own part, with a stand-in for vLLM; `test_vllm.py` has the real one."
+"""Teachers by name, and the vLLM engine's own part, with a stand-in for vLLM.
+
+`test_vllm.py` has the real vLLM."""
 
 import json
 import sys
@@ -29,7 +31,9 @@ def folder(student, tmp_path_factory):
 
 
 class Core:
-    "vLLM's engine, as far as ours knows it: every request takes as many steps as its seed's last digit, and answers with its seed."
+    """vLLM's engine, as far as ours knows it.
+
+    Every request takes as many steps as its seed's last digit, and answers with its seed."""
 
     def __init__(self):
         self.open, self.aborted, self.most, self.refuse = {}, [], 0, lambda prompt, p: None
@@ -67,7 +71,7 @@ class Core:
 @pytest.fixture
 def stand_in(monkeypatch, folder):
     "A `VLLMEngine` on a stand-in."
-    core, made = Core(), {}
+    core, given = Core(), {}
 
     class LLM:
         llm_engine = core
@@ -75,7 +79,7 @@ def stand_in(monkeypatch, folder):
         model_config = types.SimpleNamespace(max_model_len=200)
 
         def __init__(self, path, **options):
-            made.update(options, path=path)
+            given.update(options, path=path)
 
     modules = {
         "vllm": types.SimpleNamespace(
@@ -91,7 +95,7 @@ def stand_in(monkeypatch, folder):
     for name, m in modules.items():
         monkeypatch.setitem(sys.modules, name, m)
     engine = VLLMEngine(folder, "tiny@1", max_pixels=12_544, ahead=8)
-    engine.core, engine.made = core, made
+    engine.core, engine.given = core, given
     return engine
 
 
@@ -108,14 +112,16 @@ DRAWN = Sampling(temperature=1.0, max_tokens=6)
 
 
 def test_samples_come_as_they_finish_and_answer_to_their_own_seed(stand_in):
-    got = list(stand_in.generate([ask("q1", 16), ask("q2", 16)], DRAWN))
-    assert {(s.question, s.index) for s in got} == {(q, i) for q in ("q1", "q2") for i in range(16)}
+    samples = list(stand_in.generate([ask("q1", 16), ask("q2", 16)], DRAWN))
+    assert {(s.question, s.index) for s in samples} == {
+        (q, i) for q in ("q1", "q2") for i in range(16)
+    }
     assert all(
         s.text == f"seed {sample_seed(DRAWN, s.question, s.index)}"
         and s.seed == sample_seed(DRAWN, s.question, s.index)
-        for s in got
+        for s in samples
     )
-    assert [s.index for s in got if s.question == "q1"] != list(range(16)), (
+    assert [s.index for s in samples if s.question == "q1"] != list(range(16)), (
         "a short response does not wait for a long one"
     )
     assert stand_in.core.most == 8, "no more than `ahead` are handed over"
@@ -125,20 +131,20 @@ def test_fault_12_what_vllm_refuses_is_an_error_sample_and_the_others_go_on(stan
     stand_in.core.refuse = lambda prompt, p: (
         "vLLM will not" if p.seed == sample_seed(DRAWN, "q2", 1) else None
     )
-    got = {
+    samples = {
         (s.question, s.index): s
         for s in stand_in.generate(
             [ask("q1", 3), ask("long", 2, "one " * 300), ask("q2", 3)], DRAWN
         )
     }
-    assert len(got) == 8
-    assert {k for k, s in got.items() if s.finish == "error"} == {
+    assert len(samples) == 8
+    assert {k for k, s in samples.items() if s.finish == "error"} == {
         ("long", 0),
         ("long", 1),
         ("q2", 1),
     }
-    assert "no room" in got["long", 0].text and got["q2", 1].text == "vLLM will not"
-    assert all(s.text == f"seed {s.seed}" for s in got.values() if s.finish != "error")
+    assert "no room" in samples["long", 0].text and samples["q2", 1].text == "vLLM will not"
+    assert all(s.text == f"seed {s.seed}" for s in samples.values() if s.finish != "error")
 
 
 def test_fault_40_a_forced_exit_is_one_sample_with_two_counts(stand_in):
@@ -180,9 +186,9 @@ def test_seconds_of_the_samples_add_up_to_the_time_of_the_steps(stand_in):
 
 
 def test_what_is_running_when_the_caller_stops_is_aborted(stand_in):
-    got = stand_in.generate([ask("q1", 100)], DRAWN)
-    next(got)
-    got.close()
+    samples = stand_in.generate([ask("q1", 100)], DRAWN)
+    next(samples)
+    samples.close()
     assert len(stand_in.core.aborted) == 7 and set(stand_in.core.aborted) == set(stand_in.core.open)
 
 
@@ -198,9 +204,9 @@ def test_what_vllm_is_told(stand_in):
         p.logprobs,
     ) == (7, 9, 1.0, ["x"], True, 0)
     assert (
-        stand_in.made["generation_config"] == "vllm"
-        and stand_in.made["trust_remote_code"] is False
-        and stand_in.made["enable_prefix_caching"] is True
+        stand_in.given["generation_config"] == "vllm"
+        and stand_in.given["trust_remote_code"] is False
+        and stand_in.given["enable_prefix_caching"] is True
     )
     assert all(
         json.loads(s.logprobs) == [-0.5] * s.tokens
@@ -246,10 +252,14 @@ def test_a_text_model_is_given_plain_text_and_refuses_images(stand_in, student, 
 
 
 def test_a_recipe_names_its_teachers(monkeypatch):
-    made = []
-    monkeypatch.setattr(engines, "VLLMEngine", lambda *a, **kw: made.append((a, kw)))
+    calls = []
+
+    def make(*args, **kw):
+        calls.append((args, kw))
+
+    monkeypatch.setattr("octomed.generate.engine_vllm.VLLMEngine", make)
     teacher("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898", max_pixels=12_544)
-    assert made == [
+    assert calls == [
         (
             ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct@cc594898", 12_544),
             {"revision": "cc594898"},

@@ -38,9 +38,9 @@ FAST = Sampling(temperature=1.0, max_tokens=12)
 
 
 def test_fault_13_samples_are_distinct_and_each_has_its_own_seed(engine):
-    got = list(engine.generate([ask("q1", 16)], FAST))
-    assert len({s.text for s in got}) == 16
-    assert [s.seed for s in sorted(got, key=lambda s: s.index)] == [
+    samples = list(engine.generate([ask("q1", 16)], FAST))
+    assert len({s.text for s in samples}) == 16
+    assert [s.seed for s in sorted(samples, key=lambda s: s.index)] == [
         sample_seed(FAST, "q1", i) for i in range(16)
     ]
 
@@ -75,13 +75,14 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
     plain = (
         type(engine.net).from_pretrained(engine.net.name_or_path, attn_implementation="sdpa").eval()
     )
-    u, width = torch.rand(len(prompts), 24), inputs["input_ids"].shape[1]
+    u = torch.rand(len(prompts), 24)
+    width = inputs["input_ids"].shape[1]
 
     class Choose(LogitsProcessor):
         def __call__(self, ids, scores):
-            return torch.full_like(scores, -torch.inf).scatter_(
-                -1, nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)[:, None], 0.0
-            )
+            chosen = nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)
+            impossible = torch.full_like(scores, -torch.inf)
+            return impossible.scatter_(-1, chosen[:, None], 0.0)
 
     how = {
         "max_new_tokens": 24,
@@ -95,9 +96,8 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
             **inputs, **how, eos_token_id=ends, logits_processor=LogitsProcessorList([Choose()])
         )
 
-    ends = draw(tok.eos_token_id)[:3, width + 2].tolist() + [
-        tok.eos_token_id
-    ]  # tokens with which some rows end early
+    early = draw(tok.eos_token_id)[:3, width + 2].tolist()  # some rows end early with these
+    ends = [*early, tok.eos_token_id]
     whole = draw(ends)
     watch = engine.net.register_forward_pre_hook(
         lambda _, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True
@@ -131,35 +131,34 @@ def test_nucleus_draws_by_probability():
 
 
 def test_a_wide_nucleus_is_drawn_as_by_sorting_everything():
-    logits, u = (
-        torch.randn(40, 500) * torch.linspace(0.1, 6, 40)[:, None],
-        torch.rand(40),
-    )  # some nuclei hold four tokens, some four hundred
+    # some nuclei hold four tokens, some four hundred
+    logits = torch.randn(40, 500) * torch.linspace(0.1, 6, 40)[:, None]
+    u = torch.rand(40)
     p, order = torch.sort(logits.softmax(-1), dim=-1, descending=True)
     p = p * (p.cumsum(-1) - p < 0.95)
     at = (p.cumsum(-1) < u[:, None] * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), order.gather(-1, at)[:, 0])
-    assert torch.equal(
-        nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), order.gather(-1, at)[-8:, 0]
-    )  # alone, without wide neighbours
+    wanted = order.gather(-1, at)[:, 0]
+    assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), wanted)
+    # alone, without wide neighbours
+    assert torch.equal(nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), wanted[-8:])
 
 
 def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):
-    got = {
+    samples = {
         s.question: s
         for s in engine.generate([ask("q1", 1), ask("long", 1, "one " * 3000), ask("q2", 1)], FAST)
     }
-    assert got["long"].finish == "error" and "no room" in got["long"].text
-    assert {got["q1"].finish, got["q2"].finish} <= {"stop", "length"}
+    assert samples["long"].finish == "error" and "no room" in samples["long"].text
+    assert {samples["q1"].finish, samples["q2"].finish} <= {"stop", "length"}
 
 
 def test_forced_exit_never_passes_its_budget_and_is_counted(engine):
     s = Sampling(temperature=1.0, max_tokens=6, answer_tokens=4)
-    got = list(engine.generate([ask("q1", 12)], s))
-    late = [x for x in got if x.answer_tokens]
+    samples = list(engine.generate([ask("q1", 12)], s))
+    late = [x for x in samples if x.answer_tokens]
     assert late, "a student that learnt nothing never ends its thought in six tokens"
     assert all(FORCED in x.text and x.answer_tokens <= 4 and x.tokens <= 10 for x in late)
-    assert all(x.tokens <= 6 for x in got if not x.answer_tokens)
+    assert all(x.tokens <= 6 for x in samples if not x.answer_tokens)
 
 
 def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_path):
@@ -183,18 +182,26 @@ def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_pat
 
 
 WRITER = """
-    import sys, time
+    import sys
+    import time
     from pathlib import Path
-    from octomed.engines import Request, Sample, Sampling
-    from octomed.ledger import Ledger, draw
+
+    from octomed.generate.engines import Request, Sampling, make_sample
+    from octomed.generate.ledger import Ledger, draw
+
     class Slow:
         model, name = "slow@1", "test"
+
         def generate(self, requests, sampling):
             for r in requests:
                 for i in r.indices:
-                    time.sleep(0.004); print("made", flush=True)
-                    yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"{r.question} {i}", "stop")
-    draw(Ledger(Path(sys.argv[1])), Slow(), [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(25)], Sampling())
+                    time.sleep(0.004)
+                    print("made", flush=True)
+                    text = f"{r.question} {i}"
+                    yield make_sample(self, r, i, sampling=sampling, text=text, finish="stop")
+
+    requests = [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(25)]
+    draw(Ledger(Path(sys.argv[1])), Slow(), requests, Sampling())
     print("complete", flush=True)
 """
 
@@ -209,17 +216,17 @@ def start(path):
 
 
 def test_fault_9_killed_runs_resume_with_exactly_what_is_missing(tmp_path):
-    path, made = tmp_path / "ledger.sqlite", 0
+    path, drawn = tmp_path / "ledger.sqlite", 0
     for _ in range(3):
         p = start(path)
         for n, _line in enumerate(p.stdout):
-            made += 1
+            drawn += 1
             if n == 200:
                 break
         p.send_signal(signal.SIGKILL)
         p.wait()
         kept = len(Ledger(path))
-        assert kept <= made
+        assert kept <= drawn
     p = start(path)
     lines = p.communicate()[0].split()
     assert lines[-1] == "complete" and lines.count("made") == 400 - kept

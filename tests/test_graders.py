@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from octomed.core.paths import OctomedError
 from octomed.data.questions import Question
 from octomed.generate.answers import score
-from octomed.generate.engines import Sample, teacher
+from octomed.generate.engines import make_sample, teacher
 from octomed.generate.graders import (
     GRADED,
     MODALITIES,
@@ -32,26 +32,22 @@ from octomed.generate.graders import (
 
 
 def question(n=0, **kw):
-    return Question(
-        **{
-            **{
-                "stem": f"Which vessel is number {n}?",
-                "options": ("aorta", "vena cava", "iliac artery"),
-                "answer": "B",
-                "source": "demo",
-                "split": "train",
-                "category": "text_only",
-            },
-            **kw,
-        }
+    plain = Question(
+        stem=f"Which vessel is number {n}?",
+        options=("aorta", "vena cava", "iliac artery"),
+        answer="B",
+        source="demo",
+        split="train",
+        category="text_only",
     )
+    return replace(plain, **kw)
 
 
 @dataclass
 class Fixed:
     "Says one thing, or what a function of the request gives."
 
-    said: object
+    response: object
     model: str
     finish: str = "stop"
     name: str = "fixed"
@@ -61,15 +57,8 @@ class Fixed:
         for r in requests:
             for i in r.indices:
                 self.asked.append(r)
-                yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    self.said(r) if callable(self.said) else self.said,
-                    self.finish,
-                )
+                text = self.response(r) if callable(self.response) else self.response
+                yield make_sample(self, r, i, sampling=sampling, text=text, finish=self.finish)
 
 
 def sent(engine, n=0):
@@ -100,7 +89,7 @@ def test_rubrics_name_their_source_and_say_how_they_depart(name):
         ("<rating>5</rating><rating>6</rating>", None),
         ("<rating>5</rating></think>", None),
         ("", None),
-        ("<rating>٥</rating>", None),
+        ("<rating>\u0665</rating>", None),  # an Arabic five
     ],
 )
 def test_a_rating_is_read_or_it_is_none(text, value):
@@ -159,15 +148,15 @@ def test_fault_11_how_a_response_ended_is_the_grade_status():
 
 def test_fault_25_the_difficulty_filter_conserves_questions_and_says_why():
     qs = [question(n) for n in range(11)]
-    said = {q.id: f"<rating>{n}</rating>" for n, q in enumerate(qs)}  # 0 is no rating
-    found = difficulty(qs, Fixed(lambda r: said[r.question], "scale@1"))
-    kept, dropped = moderate(qs, found)
+    responses = {q.id: f"<rating>{n}</rating>" for n, q in enumerate(qs)}  # 0 is no rating
+    ratings = difficulty(qs, Fixed(lambda r: responses[r.question], "scale@1"))
+    kept, dropped = moderate(qs, ratings)
     assert [qs.index(q) for q in kept] == [3, 4, 5, 6]
     assert sorted(why for _, why in dropped) == ["rated above 6"] * 4 + ["rated below 3"] * 2 + [
         "rating unparsed"
     ]
     with pytest.raises(OctomedError, match="not of these questions"):
-        moderate(qs[::-1], found)
+        moderate(qs[::-1], ratings)
 
 
 def test_fault_23_a_question_without_an_answer_is_not_rated():
@@ -217,21 +206,21 @@ def test_a_response_stays_in_its_box(attack):
 
 
 def test_a_slot_that_nothing_fills_is_refused():
-    with pytest.raises(OctomedError, match="{response}"):
+    with pytest.raises(OctomedError, match=r"\{response\}"):
         grading_messages(rubric("open_ended"), question(), reference="x")
 
 
 def test_open_ended_s_is_one_only_for_yes():
     q = question()
 
-    def score_of(said, name, **kw):
+    def score_of(response, name, **kw):
         return [
             score(v)
-            for v in open_ended([(q, "vena cava", "the great vein")], Fixed(said, name, **kw))
+            for v in open_ended([(q, "vena cava", "the great vein")], Fixed(response, name, **kw))
         ]
 
     assert score_of("<verdict>yes</verdict>", "s@1") == [1]
-    for n, said in enumerate(
+    for n, response in enumerate(
         (
             "<verdict>no</verdict>",
             "yes",
@@ -240,7 +229,7 @@ def test_open_ended_s_is_one_only_for_yes():
             "",
         )
     ):
-        assert score_of(said, f"s@{n + 2}") == [0]
+        assert score_of(response, f"s@{n + 2}") == [0]
     assert score_of("<verdict>yes</verdict>", "s@9", finish="length") == [0]
 
 
@@ -292,17 +281,17 @@ def test_the_clinic_grader_keeps_its_stated_rates():
     from octomed.clinic.questions import questions
 
     g, qs = Grader(), questions("clinic_ward", limit=400)
-    found = difficulty(qs)
+    ratings = difficulty(qs)
     assert teacher("clinic/grader").model == g.model
     off = [
         abs(f.value - g.rating[q.tags["steps"] - 1])
-        for q, f in zip(qs, found, strict=False)
+        for q, f in zip(qs, ratings, strict=False)
         if f.status == "graded"
     ]
     assert (
         set(off) <= {0, 1}
         and abs(sum(off) / len(off) - g.off) < 0.1
-        and 0 < graded(found)["unparsed"] < 16
+        and 0 < graded(ratings)["unparsed"] < 16
     )
     verdicts = open_ended([(q, q.answer_text, f"I think that it is {q.answer_text}.") for q in qs])
     wrong = sum(v.status == "wrong" for v in verdicts) / len(qs)

@@ -40,12 +40,12 @@ class Engine:
     model, name = "m@1", "test"
 
     def __init__(self, **finishes):
-        self.made, self.finishes = [], finishes
+        self.drawn, self.finishes = [], finishes
 
     def generate(self, requests, sampling):
         for r in requests:
             for i in r.indices:
-                self.made.append((r.question, i))
+                self.drawn.append((r.question, i))
                 yield Sample(
                     r.question,
                     self.model,
@@ -86,7 +86,10 @@ def test_any_order_of_appends_keeps_the_first_outcome_of_each_key_once(
         ledger.append(ss)
         ledger.close()
         for s in ss:
-            (errors.update({key(s): s}) if s.finish == "error" else first.setdefault(key(s), s))
+            if s.finish == "error":
+                errors[key(s)] = s
+            else:
+                first.setdefault(key(s), s)
     ledger = Ledger(folder / "ledger.sqlite", rows)
     wanted = [key(sample(n)) for n in range(31)]
     assert ledger.find(wanted) == errors | first
@@ -119,8 +122,8 @@ def test_another_process_s_shards_are_seen(tmp_path):
 
 def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(tmp_path):
     ledger, first = Ledger(tmp_path / "ledger.sqlite"), Engine()
-    got = draw(ledger, first, ask(2), S)
-    for requests, sampling, made in (
+    samples = draw(ledger, first, ask(2), S)
+    for requests, sampling, expected in (
         (ask(2), S, 0),
         (ask(2, 20), S, 8),
         ([replace(r, prompt="other") for r in ask(2)], S, 32),
@@ -128,7 +131,7 @@ def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(tmp_path):
     ):
         engine = Engine()
         again = draw(ledger, engine, requests, sampling)
-        assert len(engine.made) == made and (made or again == got)
+        assert len(engine.drawn) == expected and (expected or again == samples)
 
 
 def test_fault_11_wrong_unparsed_truncated_and_refused_samples_are_kept_and_not_drawn_again(
@@ -139,7 +142,7 @@ def test_fault_11_wrong_unparsed_truncated_and_refused_samples_are_kept_and_not_
     engine = Engine()
     assert [s.finish for s in draw(ledger, engine, asked, S)] == ["refused"] * 4 + [
         "length"
-    ] * 4 + ["stop"] * 4 and not engine.made
+    ] * 4 + ["stop"] * 4 and not engine.drawn
 
 
 def test_an_error_is_drawn_again_by_the_next_run_and_only_it(tmp_path):
@@ -155,13 +158,13 @@ def test_an_error_is_drawn_again_by_the_next_run_and_only_it(tmp_path):
     engine = Engine()
     assert {s.finish for s in draw(Ledger(tmp_path / "ledger.sqlite"), engine, asked, S)} == {
         "stop"
-    } and engine.made == [("q1", 0), ("q1", 1)]
+    } and engine.drawn == [("q1", 0), ("q1", 1)]
 
 
 def test_fault_14_what_is_asked_for_twice_is_drawn_once(tmp_path):
     engine = Engine()
-    got = draw(Ledger(tmp_path / "ledger.sqlite"), engine, ask(1, 4) + ask(2, 6), S)
-    assert len(engine.made) == len(set(engine.made)) == 12 and [s.index for s in got] == [
+    samples = draw(Ledger(tmp_path / "ledger.sqlite"), engine, ask(1, 4) + ask(2, 6), S)
+    assert len(engine.drawn) == len(set(engine.drawn)) == 12 and [s.index for s in samples] == [
         0,
         1,
         2,
@@ -194,12 +197,12 @@ def test_a_budget_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, capsy
 
     with pytest.raises(
         Stopped,
-        match="^the budget of 200 tokens is spent: 20 of 32 samples are kept, run again to go on$",
+        match=r"^the budget of 200 tokens is spent: 20 of 32 samples are kept, run again to go on$",
     ):
         draw(ledger, Engine(), ask(2), S, stop=budget)
     engine = Engine()
     draw(ledger, engine, ask(2), S)
-    assert len(engine.made) == 12 and "20 of 32 are there already" in capsys.readouterr().err
+    assert len(engine.drawn) == 12 and "20 of 32 are there already" in capsys.readouterr().err
 
 
 def test_a_budget_that_is_spent_by_the_last_sample_stops_nothing(tmp_path):
@@ -218,18 +221,18 @@ def test_a_budget_that_is_spent_by_the_last_sample_stops_nothing(tmp_path):
 
 
 def test_what_was_made_is_kept_within_a_second_while_the_engine_thinks(tmp_path):
-    path, seen = tmp_path / "ledger.sqlite", []
+    path, counts = tmp_path / "ledger.sqlite", []
 
     class Thinks(Engine):
         def generate(self, requests, sampling):
             for n, s in enumerate(super().generate(requests, sampling)):
                 if n == 3:
                     time.sleep(0.95)
-                    seen.append(len(Ledger(path)))
+                    counts.append(len(Ledger(path)))
                 yield s
 
     draw(Ledger(path), Thinks(), ask(1, 5), S)
-    assert seen == [3]
+    assert counts == [3]
 
 
 def test_text_that_is_no_utf8_is_kept(tmp_path):
@@ -242,20 +245,33 @@ def test_text_that_is_no_utf8_is_kept(tmp_path):
 
 
 WORKER = """
-    import resource, sys, time
+    import resource
+    import sys
+    import time
     from pathlib import Path
-    from octomed.engines import Request, Sample, Sampling
-    from octomed.ledger import Ledger, draw
-    path, rows, first, last, pause, limit = Path(sys.argv[1]), *map(int, sys.argv[2:5]), float(sys.argv[5]), int(sys.argv[6])
+
+    from octomed.generate.engines import Request, Sampling, make_sample
+    from octomed.generate.ledger import Ledger, draw
+
+    path = Path(sys.argv[1])
+    rows, first, last, limit = (int(sys.argv[n]) for n in (2, 3, 4, 6))
+    pause = float(sys.argv[5])
+
     class Slow:
         model, name = "m@1", "test"
+
         def generate(self, requests, sampling):
             for r in requests:
                 for i in r.indices:
-                    time.sleep(pause); print("made", r.question, i, flush=True)
-                    yield Sample(r.question, self.model, r.prompt, sampling.key, i, f"{r.question} {i} " + "x"*3000, "stop")
-    if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    draw(Ledger(path, rows), Slow(), [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(first, last)], Sampling())
+                    time.sleep(pause)
+                    print("made", r.question, i, flush=True)
+                    text = f"{r.question} {i} " + "x" * 3000
+                    yield make_sample(self, r, i, sampling=sampling, text=text, finish="stop")
+
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    requests = [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(first, last)]
+    draw(Ledger(path, rows), Slow(), requests, Sampling())
     print("complete", flush=True)
 """
 
@@ -286,21 +302,21 @@ def test_two_writers_in_one_ledger_lose_nothing_and_keep_no_key_twice(tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_fault_2_stopped_by_a_signal_nothing_that_was_made_is_lost(tmp_path, how):
-    p, made = worker(tmp_path / "ledger.sqlite"), []
+    p, lines_before = worker(tmp_path / "ledger.sqlite"), []
     for line in p.stdout:
-        made.append(line)
-        if len(made) == 60:
+        lines_before.append(line)
+        if len(lines_before) == 60:
             p.send_signal(how)
-    said = p.stderr.read()
+    stderr = p.stderr.read()
     p.wait()
     kept = len(Ledger(tmp_path / "ledger.sqlite"))
     assert (
         p.returncode != 0
-        and "complete\n" not in made
-        and f"stopped, {kept} of 400 are kept" in said
+        and "complete\n" not in lines_before
+        and f"stopped, {kept} of 400 are kept" in stderr
     )
     assert (
-        len(made) - 1 <= kept <= len(made)
+        len(lines_before) - 1 <= kept <= len(lines_before)
     )  # the signal may meet a sample between its making and its adding
     lines = worker(tmp_path / "ledger.sqlite", pause=0).communicate()[0].splitlines()
     assert lines[-1] == "complete" and len(lines) - 1 == 400 - kept
@@ -309,11 +325,11 @@ def test_fault_2_stopped_by_a_signal_nothing_that_was_made_is_lost(tmp_path, how
 def test_fault_4_a_full_disk_is_one_sentence_and_what_was_kept_is_not_made_again(tmp_path):
     path = tmp_path / "ledger.sqlite"
     p = worker(path, pause=0.004, limit=600_000)
-    out, said = p.communicate(timeout=120)
+    out, stderr = p.communicate(timeout=120)
     assert (
         p.returncode != 0
-        and "OctomedError: the ledger took no more samples" in said
-        and "free some space and run again" in said
+        and "OctomedError: the ledger took no more samples" in stderr
+        and "free some space and run again" in stderr
     )
     kept = len(Ledger(path))
     assert 0 < kept < out.count("made") < 400
@@ -328,11 +344,11 @@ def test_fault_9_a_killed_distillation_ends_with_the_same_keys_and_bytes(tmp_pat
     )
     soak = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    found = soak.series(3, 16, tmp_path)
-    assert found["same_keys"] and found["same_bytes"] and found["same_files"]
+    report = soak.series(3, 16, tmp_path)
+    assert report["same_keys"] and report["same_bytes"] and report["same_files"]
     assert (
-        any(k["exit"] == -signal.SIGKILL for k in found["kills"])
-        and found["made"] == found["samples"] + found["lost"]
+        any(k["exit"] == -signal.SIGKILL for k in report["kills"])
+        and report["made"] == report["samples"] + report["lost"]
     )
 
 
@@ -410,10 +426,10 @@ def test_parquet_is_read_by_datasets_and_duckdb(tmp_path, monkeypatch):
         and sum(rows["tokens"][:]) == 300
     )
     duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
-    found = duckdb.sql(
+    counts = duckdb.sql(
         f"SELECT finish, count(*), sum(seconds) FROM '{folder}/*.parquet' GROUP BY ALL ORDER BY ALL"
     ).fetchall()
-    assert found == [("length", 8, 4.0), ("refused", 8, 4.0), ("stop", 9, 4.5)]
+    assert counts == [("length", 8, 4.0), ("refused", 8, 4.0), ("stop", 9, 4.5)]
 
 
 def test_a_closed_shard_s_parquet_is_written_once(tmp_path):

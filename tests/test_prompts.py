@@ -145,11 +145,11 @@ def test_golden_renderings():
         == load_template("cot_base").fill(QUESTION)
         == asked + boxed
     )
-    assert (
-        load_template("direct").fill(QUESTION)
-        == asked
-        + "\n\nPlease answer directly, without reasoning, and put your final answer within \\boxed{ }."
+    direct = (
+        "\n\nPlease answer directly, without reasoning, "
+        "and put your final answer within \\boxed{ }."
     )
+    assert load_template("direct").fill(QUESTION) == asked + direct
     assert (
         load_template("r1").fill(QUESTION)
         == asked + "\n\nPut your final answer letter within <answer></answer> tags."
@@ -174,18 +174,24 @@ def test_the_end_of_think_of_a_model_is_in_its_templates_revision():
         load_template(n).end_of_think for n in templates() if n != "medgemma"
     } == {"</think>"}
     assert replace(t, end_of_think="</think>").revision != t.revision
-    said = "<unused94>thought\nThe answer is A.<unused95>Answer: B"
+    response = "<unused94>thought\nThe answer is A.<unused95>Answer: B"
     assert (
-        judge(said, QUESTION.letters, "B", True, t.forms, t.end_of_think).status == "correct"
-        and judge(said, QUESTION.letters, "B", True).status == "truncated"
+        judge(response, QUESTION.letters, "B", True, t.forms, t.end_of_think).status == "correct"
+        and judge(response, QUESTION.letters, "B", True).status == "truncated"
     )
 
 
 def test_a_system_turn_comes_first():
-    t = Template("s", "octomed", "{question}", False, system="You are terse.")
-    assert [m["role"] for m in t.messages(QUESTION)] == ["system", "user"] and t.messages(QUESTION)[
-        0
-    ]["content"] == [{"type": "text", "text": "You are terse."}]
+    terse = Template(
+        name="s",
+        source="octomed",
+        text="{question}",
+        think_first=False,
+        system="You are terse.",
+    )
+    system, user = terse.messages(QUESTION)
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert system["content"] == [{"type": "text", "text": "You are terse."}]
 
 
 def test_bad_templates_get_a_sentence(tmp_path):

