@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from ..core.devices import usable_cores
 from ..core.files import atomic_write, progress
 from ..core.identity import file_digest, read_ahead
 from ..core.paths import OctomedError, store_dir
@@ -286,11 +287,6 @@ def _remember(new: dict):
     with locked("images"):
         atomic_write(_index_path(), json.dumps({**_read_index(), **new}))
 
-# %% ../../nbs/data/02_images.ipynb #6f473c23
-def _count_cores() -> int:
-    "The cores that this process may use; macOS cannot tell, so there it is all of them."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 # %% ../../nbs/data/02_images.ipynb #c451a711
 AHEAD = 8  # files that are read from the disk while others are hashed
 
@@ -316,7 +312,7 @@ def _process_each(
 
     sources = list(sources)
     later = sources[AHEAD:] + [None] * AHEAD
-    with ThreadPoolExecutor(workers or _count_cores()) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         results = pool.map(read_and_process, sources, later)
         return list(progress(results, total=len(sources), desc=desc))
 
@@ -337,7 +333,7 @@ def file_hashes(
 
     paths = list(paths)
     parts = [paths[n : n + AHEAD] for n in range(0, len(paths), AHEAD)]
-    with ThreadPoolExecutor(workers or _count_cores()) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         hashes = progress(pool.map(hash_part, parts), total=len(parts), desc=desc)
         return list(chain.from_iterable(hashes))
 

@@ -9,6 +9,7 @@ __all__ = ['nucleus_choice', 'shrinking', 'use_grouped_attention', 'Transformers
 import time
 from dataclasses import dataclass
 
+from ..core.devices import device
 from octomed.generate.engines import (
     Engine,
     Request,
@@ -155,12 +156,11 @@ class TransformersEngine:
         batch: int = 256,  # rows answered together, at first
         revision: str | None = None,
     ):
-        import torch
         from transformers import AutoProcessor, logging
 
         logging.disable_progress_bar()
         self.model, self.max_pixels, self.batch = model, max_pixels, batch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device().type
         self.processor = AutoProcessor.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
@@ -186,7 +186,7 @@ def _load_net(path, revision: str | None, device: str):
     net = AutoModelForImageTextToText.from_pretrained(
         path,
         revision=revision,
-        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -263,7 +263,8 @@ def _draw_uniforms(seeds: list[int], steps: int, device: str):
     import torch
 
     rows = [np.random.default_rng(seed).random(steps) for seed in seeds]
-    return torch.tensor(np.stack(rows), device=device)
+    dtype = torch.float32 if device == "mps" else torch.float64  # MPS has no double precision
+    return torch.tensor(np.stack(rows), dtype=dtype, device=device)
 
 # %% ../../nbs/generate/05_engine_transformers.ipynb #05compl3
 def _complete(

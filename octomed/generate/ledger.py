@@ -7,7 +7,6 @@ __all__ = ['KEY', 'ROWS', 'sample_key', 'Ledger', 'Keeper', 'Stopped', 'top_up',
 
 # %% ../../nbs/generate/09_ledger.ipynb #c89eb9b0
 import contextlib
-import fcntl
 import os
 import queue
 import signal
@@ -24,6 +23,7 @@ from fastcore.basics import patch
 from ..core.files import disk_error, progress
 from ..core.identity import digest
 from ..core.paths import OctomedError, store_dir
+from ..core.store import fcntl
 from .engines import Engine, Request, Sample, Sampling
 
 # %% ../../nbs/generate/09_ledger.ipynb #d980c8d1

@@ -188,7 +188,10 @@ def check_isolation(model, processor) -> float:  # relative to the size of the s
         "Hidden states of the last row."
         batch = packed_batch(model, processor, rows=rows, pixels=None)
         batch = {k: v.to(weight.device) if hasattr(v, "to") else v for k, v in batch.items()}
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=weight.is_cuda):
+        with (
+            torch.no_grad(),
+            torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.is_cuda),
+        ):
             return model.model(**batch).last_hidden_state[0, -len(sample.input_ids) :].float()
 
     alone = states([sample])

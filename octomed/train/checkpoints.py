@@ -9,9 +9,11 @@ __all__ = ['state_of', 'restore_state', 'random_states', 'restore_random', 'writ
 import json
 import os
 import shutil
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from ..core.devices import device
 from ..core.files import write_json
 from ..core.paths import OctomedError
 
@@ -113,14 +115,33 @@ def _as_laid_out(value, parameter):
     )
 
 # %% ../../nbs/train/06_checkpoints.ipynb #5e10c008
+def _generators() -> dict:  # name → (function that reads a state, function that sets it)
+    "The random generators of this machine's accelerators."
+    import torch
+
+    kind = device().type
+    if kind == "cpu":
+        return {}
+    module = torch.get_device_module(kind)
+    if kind == "mps":  # one device, whose functions take no number
+        return {"random/mps-0": (module.get_rng_state, module.set_rng_state)}
+    return {
+        f"random/{kind}-{n}": (partial(module.get_rng_state, n), partial(_set_state, module, n))
+        for n in range(torch.accelerator.device_count())
+    }
+
+
+def _set_state(module, n: int, state):
+    module.set_rng_state(state, n)
+
+
 def random_states() -> dict:  # `random/cpu`, `random/cuda-0`, …
     "The states of PyTorch's generators, as tensors."
     import torch
 
     states = {"random/cpu": torch.get_rng_state()}
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    for n, state in enumerate(on_gpus):
-        states[f"random/cuda-{n}"] = state
+    for name, (read, _) in _generators().items():
+        states[name] = read()
     return states
 
 # %% ../../nbs/train/06_checkpoints.ipynb #c2b96ab3
@@ -129,9 +150,9 @@ def restore_random(tensors: dict):
     import torch
 
     torch.set_rng_state(tensors["random/cpu"])
-    for n in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"random/cuda-{n}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda-{n}"], n)
+    for name, (_, write) in _generators().items():
+        if name in tensors:
+            write(tensors[name])
 
 # %% ../../nbs/train/06_checkpoints.ipynb #5e10c010
 def _fsync(path: Path):
