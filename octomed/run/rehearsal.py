@@ -132,9 +132,10 @@ def handful(
     for folder, where in places:
         if not folder or not question_sources(spec, folder):
             continue
-        rows = next(_take_few(spec, n, max_pixels=size, folder=folder) for size in sizes)
-        if rows:
-            return rows, where
+        # loading stores the images, so every size is loaded
+        by_size = [_take_few(spec, n, max_pixels=size, folder=folder) for size in sizes]
+        if by_size[0]:
+            return by_size[0], where
     return [], "nowhere at hand"
 
 # %% ../../nbs/run/15_rehearsal.ipynb #5af21322
