@@ -449,13 +449,13 @@ def state(
     done = {row["section"] for row in status(name) if row["state"] == "done"}
     rows = []
     for job in read_json(folder / "jobs.json"):
-        state = "queued" if job["id"] in waiting else "not done"
+        standing = "queued" if job["id"] in waiting else "not done"
         if _is_done(job, done):
-            state = "done"
+            standing = "done"
         row = {
             "job": job["job"],
             "id": job["id"],
-            "state": state,
+            "state": standing,
             "log": job["log"],
         }
         rows.append(row)

@@ -56,7 +56,7 @@ def _all_traces(params: dict, questions: dict[str, Question]) -> list[Trace]:
     rows = [{"question": id} for id in questions]
     if params["accepted"]:
         rows = read_jsonl(run(params["accepted"]) / "traces.jsonl")
-    traces = []
+    every = []
     for row in rows:
         question = questions[row["question"]]
         trace = Trace(
@@ -66,8 +66,8 @@ def _all_traces(params: dict, questions: dict[str, Question]) -> list[Trace]:
             index=row.get("index"),
             model=row.get("model"),
         )
-        traces.append(trace)
-    return traces
+        every.append(trace)
+    return every
 
 # %% ../../nbs/run/19_exports.ipynb #f71cfc5a
 def traces(

@@ -6,7 +6,7 @@
 __all__ = ['Bill', 'bill_samples', 'bill_ratings', 'bill_arm']
 
 # %% ../../nbs/run/04_plan_money.ipynb #4a7e0003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .plan_rates import RATES
 
@@ -95,4 +95,4 @@ def bill_arm(
     if arm.filter and arm.filter[0] == "difficulty":
         grader = steps["filtered"].params["evidence"][0].params["grader"]
         ratings = bill_ratings(grader, amounts, questions)
-    return Bill(bill.prompt_tokens, bill.teacher_tokens, bill.money, ratings)
+    return replace(bill, ratings=ratings)
