@@ -55,8 +55,10 @@ def _fault_of_cell(number: int, cell, error: BaseException | None) -> Fault | No
         return Fault(number, f"it called sys.exit({failure.evalue})")
     if failure:
         return Fault(number, f"{failure.ename}: {failure.evalue}", list(failure.traceback))
+    if cell.execution_count is None and _is_dead(error):
+        return Fault(number, KILLED)
     if cell.execution_count is None:
-        return Fault(number, KILLED if _is_dead(error) else f"not run ({type(error).__name__})")
+        return Fault(number, f"it was not run ({type(error).__name__})")
     return None
 
 # %% ../../nbs/run/12_execute.ipynb #05c8cd8b
