@@ -91,7 +91,7 @@ def _check_signature(module: str, name: str, function):
     "Raises `OctomedError` unless the function can be called with its declared parameters."
     try:
         inspect.signature(function).bind(*PARAMETERS[name])
-    except TypeError:
+    except (TypeError, ValueError):
         call = f"{name}({', '.join(PARAMETERS[name])})"
         raise OctomedError(
             f"{name} of {module} cannot be called as {call}: give the function that signature"
