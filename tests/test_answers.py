@@ -17,7 +17,6 @@ from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, shipped
 from octomed.generate.answers import (
     AGREEMENT,
-    FORMS,
     STATUSES,
     Verdict,
     _lower,
@@ -29,6 +28,7 @@ from octomed.generate.answers import (
     score,
     tally,
 )
+from octomed.generate.prompts import FORMS
 
 GOLDEN = read_jsonl(shipped("answers", "golden.jsonl"))
 TISSUE = {"A": "Tumor", "B": "Stroma", "C": "Inflammatory", "D": "Necrosis"}

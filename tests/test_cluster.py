@@ -1,8 +1,11 @@
-"Stages as jobs of a cluster: what waits for what, what is asked for, what a job does. A real Slurm is in tests/soak/slurm.py."
+"""Stages as jobs of a cluster: what waits for what, what is asked for, what a job does.
+
+A real Slurm is in tests/soak/slurm.py."""
 
 import json
 import os
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -95,13 +98,11 @@ def test_every_unfinished_stage_of_every_arm_is_in_one_job_behind_its_parents(co
 def test_the_notebooks_are_last_and_wait_for_their_own_stages(course):
     recipe, jobs = course
     last = jobs[-len(recipe.sections) :]
-    assert [j.section for j in last] == sorted(recipe.sections) and not any(
-        j.section for j in jobs[: -len(last)]
-    )
+    assert [j.section for j in last] == sorted(recipe.sections)
+    assert not any(j.section for j in jobs[: -len(last)])
     kinds = {j.name: j.kind for j in jobs}
-    assert all(kinds[a] == "evaluation" for j in last for a in j.after) and all(
-        j.after for j in last if j.section != "30_dataset"
-    )
+    assert all(kinds[a] == "evaluation" for j in last for a in j.after)
+    assert all(j.after for j in last if j.section != "30_dataset")
 
 
 def test_chains_and_readings_of_one_student_share_a_job_and_students_do_not():
@@ -135,29 +136,28 @@ def test_fault_8_what_is_made_needs_no_job():
 
 
 def test_resources_are_the_recipes_file_or_the_default_and_submitits_own_names(tmp_path):
-    assert asks("sft", resources("paper"))["gpus_per_node"] == 8 and "gpus_per_node" not in asks(
-        "sft", resources("course")
-    )
+    assert asks("sft", resources("paper"))["gpus_per_node"] == 8
+    assert "gpus_per_node" not in asks("sft", resources("course"))
     executor = submitit.AutoExecutor(tmp_path, cluster="local")
     for f in (root() / "nbs" / "recipes" / "cluster").glob("*.yaml"):
-        found = resources("x", f)
-        for name in ("any", *found["stages"]):
+        wanted = resources("x", f)
+        for name in ("any", *wanted["stages"]):
             executor.update_parameters(
-                **asks(name, found)
+                **asks(name, wanted)
             )  # raises for a name that submitit does not know
     (tmp_path / "bad.yaml").write_text("partition: x")
     with pytest.raises(UsageError, match="unknown key partition"):
         resources("x", tmp_path / "bad.yaml")
-    with pytest.raises(UsageError, match="no file none.yaml"):
+    with pytest.raises(UsageError, match=r"no file none\.yaml"):
         resources("x", tmp_path / "none.yaml")
-    for text, said in (
+    for text, message in (
         ("- a", "holds no keys"),
         ("stages: [sft]", "where a mapping belongs"),
         ("stages: {sft: 120}", "where a mapping belongs"),
         ("default: {a", "is not YAML"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             resources("x", tmp_path / "bad.yaml")
     (tmp_path / "ok.yaml").write_text("default:\nstages: {sft: }")
     assert asks("sft", resources("x", tmp_path / "ok.yaml")) == {}
@@ -168,25 +168,27 @@ def test_fault_6_a_job_whose_code_has_moved_on_refuses():
     work = work_of(job, Recipe("r"), "r")
     with pytest.raises(OctomedError, match="submit it again"):
         replace(work, code={**work.code, "pool": "older"})()
-    assert not job.stages[0].done and work() == [s.key for s in job.stages] and job.stages[-1].done
+    assert not job.stages[0].done
+    assert work() == [s.key for s in job.stages]
+    assert job.stages[-1].done
 
 
-def test_fault_17_a_failing_job_tells_no_key(monkeypatch, capfd):
+def test_fault_17_a_failing_job_shows_no_key(monkeypatch, capfd):
     monkeypatch.setenv("MY_API_KEY", "canary-12345")
     with pytest.raises(OctomedError) as e:
         work_of(Job("broken", (broken(why=1),)), Recipe("r"), "r")()
-    told = capfd.readouterr()
-    assert (
-        "[MY_API_KEY]" in str(e.value)
-        and "ValueError" in told.err
-        and "canary" not in str(e.value) + told.err + told.out
-    )
+    shown = capfd.readouterr()
+    assert "[MY_API_KEY]" in str(e.value)
+    assert "ValueError" in shown.err
+    assert "canary" not in str(e.value) + shown.err + shown.out
 
 
 def test_a_killed_job_goes_into_the_queue_as_it_was():
     work = work_of(grouped(readings(4), ASKS)[0], Recipe("r"), "r")
     again = work.checkpoint()
-    assert again.function is work and not again.args and not again.kwargs
+    assert again.function is work
+    assert not again.args
+    assert not again.kwargs
 
 
 def test_a_stage_survives_the_trip_to_another_process(tmp_path):
@@ -210,7 +212,7 @@ def test_a_stage_survives_the_trip_to_another_process(tmp_path):
         Recipe("r"),
         "r",
     )
-    work = replace(work, modules=("octomed.clinic.world",))
+    work = replace(work, modules=("octomed.clinic.questions",))
     (tmp_path / "w.pkl").write_bytes(cloudpickle.dumps(work))
     p = subprocess.run(
         [
@@ -228,10 +230,10 @@ def test_a_stage_survives_the_trip_to_another_process(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    "A recipe of one section whose only arm is read once; its stages and its notebook do next to nothing."
+    "A recipe of one section with one arm and one evaluation, whose stages do next to nothing."
     wanted = readings(str(tmp_path), seeds=(0,), benchmarks=("a",))
     monkeypatch.setattr(cluster, "load_recipe", lambda name: Recipe("tiny"))
-    monkeypatch.setattr(cluster, "jobs_of", lambda *a: grouped(wanted, ASKS))
+    monkeypatch.setattr(cluster, "jobs_of", lambda *args, **options: grouped(wanted, ASKS))
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "outputs"))
     return wanted
 
@@ -246,18 +248,17 @@ def test_submitit_runs_the_jobs_and_the_record_says_which_log_is_whose(
     (tmp_path / "asks.yaml").write_text("default: {timeout_min: 5}\n")
     rows = submit("tiny", cluster=where, file=tmp_path / "asks.yaml")
     folder = outputs_dir() / "tiny" / "slurm"
-    assert all(s.done for s in tiny) and json.loads((folder / "jobs.json").read_text()) == rows
-    assert sum((r["stages"] for r in rows), []) == [
-        f"{s.name}-{s.key}"
-        for s in (
-            tiny[0].params["student"].params["rows"].params["data"],
-            tiny[0].params["student"].params["rows"],
-            tiny[0].params["student"],
-            tiny[0],
-        )
+    assert all(s.done for s in tiny)
+    assert json.loads((folder / "jobs.json").read_text()) == rows
+    student = tiny[0].params["student"]
+    traced = student.params["rows"]
+    made = (traced.params["data"], traced, student, tiny[0])
+    assert list(chain.from_iterable(r["stages"] for r in rows)) == [
+        f"{s.name}-{s.key}" for s in made
     ]
     ids = [r["id"] for r in rows]
-    assert all(a in ids[:n] for n, r in enumerate(rows) for a in r["after"]) and len(rows) == 3
+    assert all(a in ids[:n] for n, r in enumerate(rows) for a in r["after"])
+    assert len(rows) == 3
     assert all((folder / r["log"]).exists() for r in rows)
 
 
@@ -278,7 +279,12 @@ def slurm(tmp_path, monkeypatch, listed=""):
     bin = tmp_path / "bin"
     bin.mkdir()
     (bin / "sbatch").write_text(
-        f'#!/bin/sh\nn=$(ls {tmp_path}/bin/*.sh 2>/dev/null | wc -l); n=$((n+1)); cp "$1" {tmp_path}/bin/$n.sh; echo Submitted batch job $n\n'
+        f"""#!/bin/sh
+n=$(ls {tmp_path}/bin/*.sh 2>/dev/null | wc -l)
+n=$((n+1))
+cp "$1" {tmp_path}/bin/$n.sh
+echo Submitted batch job $n
+"""
     )
     (bin / "squeue").write_text(f"#!/bin/sh\necho {listed}\n")
     (bin / "srun").write_text("#!/bin/sh\n")
@@ -301,12 +307,10 @@ def test_what_slurm_is_given_waits_for_its_parents_and_may_be_requeued(tiny, tmp
     rows = submit("tiny", file=tmp_path / "a.yaml")
     scripts = [(bin / f"{r['id']}.sh").read_text() for r in rows]
     for r, text in zip(rows, scripts, strict=False):
-        assert (
-            "--requeue" in text
-            and "--partition=long" in text
-            and "--time=7" in text
-            and f"--job-name={r['job']}" in text
-        )
+        assert "--requeue" in text
+        assert "--partition=long" in text
+        assert "--time=7" in text
+        assert f"--job-name={r['job']}" in text
         assert (
             (
                 "--dependency=afterok:" + ":".join(r["after"]) in text
@@ -316,7 +320,8 @@ def test_what_slurm_is_given_waits_for_its_parents_and_may_be_requeued(tiny, tmp
             else "--dependency" not in text
         )
         assert ("--gpus-per-node=8" in text) == r["job"].startswith("teach")
-    assert any(r["after"] for r in rows) and str(outputs_dir() / "tiny" / "slurm") in scripts[0]
+    assert any(r["after"] for r in rows)
+    assert str(outputs_dir() / "tiny" / "slurm") in scripts[0]
 
 
 def test_jobs_still_in_the_queue_are_not_submitted_twice(tiny, tmp_path, monkeypatch):
@@ -325,7 +330,8 @@ def test_jobs_still_in_the_queue_are_not_submitted_twice(tiny, tmp_path, monkeyp
         "default: {timeout_min: 7}\nstages: {teach: {gpus_per_node: 1}}"
     )
     rows = submit("tiny", file=tmp_path / "a.yaml")
-    assert queued(outputs_dir() / "tiny" / "slurm") == ["2"] and len(rows) == 3
+    assert queued(outputs_dir() / "tiny" / "slurm") == ["2"]
+    assert len(rows) == 3
     with pytest.raises(OctomedError, match="scancel 2"):
         submit("tiny", file=tmp_path / "a.yaml")
 
@@ -337,20 +343,18 @@ def test_what_sbatch_refuses_is_one_sentence(tiny, tmp_path, monkeypatch):
     )
     (tmp_path / "a.yaml").write_text("default: {timeout_min: 7}")
     with pytest.raises(
-        OctomedError, match="sbatch refused the job pool-.* [(]sbatch: error: invalid partition"
+        OctomedError, match=r"sbatch refused the job pool-.* [(]sbatch: error: invalid partition"
     ):
         submit("tiny", file=tmp_path / "a.yaml")
 
 
-def test_the_command_hands_over_and_tells_where_jobs_stand(tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_hands_over_and_says_where_jobs_stand(tiny, tmp_path, monkeypatch, capsys):
     from octomed.run.cli import main
 
     slurm(tmp_path, monkeypatch, listed="3")
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(ASKS))
-    assert (
-        main(["run", "tiny", "--on", "slurm", "--cluster", str(tmp_path / "a.yaml")]) == 0
-        and "3 jobs submitted" in capsys.readouterr().out
-    )
+    assert main(["run", "tiny", "--on", "slurm", "--cluster", str(tmp_path / "a.yaml")]) == 0
+    assert "3 jobs submitted" in capsys.readouterr().out
     monkeypatch.setattr("octomed.run.runner.status", lambda name: [])
     run(tiny[0].params["student"].params["rows"])
     assert main(["status", "tiny", "--jobs", "--json"]) == 0
@@ -359,10 +363,8 @@ def test_the_command_hands_over_and_tells_where_jobs_stand(tiny, tmp_path, monke
         ("2", "not done"),
         ("3", "queued"),
     ]
-    assert (
-        main(["run", "tiny", "--on", "slurm", "--fresh"]) == 2
-        and "leave out --on slurm" in capsys.readouterr().err
-    )
+    assert main(["run", "tiny", "--on", "slurm", "--fresh"]) == 2
+    assert "leave out --on slurm" in capsys.readouterr().err
 
 
 @stage
@@ -385,11 +387,9 @@ def test_what_dies_of_a_preemption_is_requeued_and_what_is_cancelled_is_not(
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(OctomedError, match="a child of it died"):
         work_of(Job("preempted", (preempted(why=state),)), Recipe("r"), "r")()
-    assert (
-        (tmp_path / "asked").exists() == again
-        and (not again or (tmp_path / "asked").read_text() == "requeue 77\n")
-        and signal.getsignal(signal.SIGTERM) is before
-    )
+    assert (tmp_path / "asked").exists() == again
+    assert not again or (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_failure_of_its_own_is_not_requeued(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"What other tools read: LLaMA-Factory's files, a data set for the hub, lm-evaluation-harness tasks, accelerate's configurations."
+"""What other tools read.
+
+LLaMA-Factory's files, a data set for the hub, tasks of lm-evaluation-harness, and
+accelerate's configurations."""
 
 import json
 import subprocess
@@ -9,9 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import octomed.clinic.questions  # noqa: F401 - registers the sources
-import octomed.clinic.teachers  # noqa: F401 - registers the teachers
-import octomed.run.exports as exports
+import octomed.clinic.questions
+import octomed.clinic.teachers  # noqa: F401 - the two imports register sources and teachers
 from octomed.clinic.students import blank
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError, root
@@ -23,8 +25,10 @@ from octomed.evaluate.arms import Arm, schedule_of, stages
 from octomed.generate.answers import judge
 from octomed.generate.engines import Sampling
 from octomed.generate.render import load_rows, row
-from octomed.run.export_hub import hub
-from octomed.run.export_llamafactory import _frozen, factory_settings, llamafactory
+from octomed.run import export_llamafactory
+from octomed.run.export_hub import hub, may_push
+from octomed.run.export_hub import student as export_student
+from octomed.run.export_llamafactory import factory_settings, frozen_parts, llamafactory
 from octomed.run.export_lm_eval import lm_eval, task_name
 from octomed.run.exports import traces
 from octomed.train.students import load_student, register_student
@@ -75,30 +79,33 @@ def test_fault_31_over_long_traces_are_dropped_whole_before_others_cut_them(proc
         "in": len(sizes),
         "over_long": sum(n > short.schedule.cutoff for n in sizes),
         "kept": len(kept),
-    } and 0 < len(kept) < len(sizes)
+    }
+    assert 0 < len(kept) < len(sizes)
     with pytest.raises(OctomedError, match="cut-off of 3 tokens"):
         traces(replace(ARM, schedule=replace(ARM.schedule, cutoff=3)), COMMON)
 
 
 def test_known_answers_are_exported_too():
-    found, _ = traces(replace(ARM, form="direct", k=0), COMMON)
-    assert len(found) == 8 and all(
-        x.model is None and x.response == f"\\boxed{{{x.question.answer_text}}}" for x in found
+    kept, _ = traces(replace(ARM, form="direct", k=0), COMMON)
+    assert len(kept) == 8
+    assert all(
+        x.model is None and x.response == f"\\boxed{{{x.question.answer_text}}}" for x in kept
     )
 
 
 def test_factory_rows_have_a_placeholder_for_each_image_and_the_image(factory):
     out, counts = factory
     rows = read_jsonl(out / "traces.jsonl")
-    assert len(rows) == counts["kept"] == counts["in"] and any(r["images"] for r in rows)
+    assert len(rows) == counts["kept"] == counts["in"]
+    assert any(r["images"] for r in rows)
     for r in rows:
         assert [m["role"] for m in r["messages"]] == ["user", "assistant"]
-        assert r["messages"][0]["content"].count("<image>") == len(r["images"]) and r["messages"][
-            1
-        ]["content"].startswith("<think>")
+        assert r["messages"][0]["content"].count("<image>") == len(r["images"])
+        assert r["messages"][1]["content"].startswith("<think>")
         assert all((out / i).is_file() for i in r["images"])
     info = json.loads((out / "dataset_info.json").read_text())["octomed"]
-    assert info["formatting"] == "sharegpt" and (out / info["file_name"]).is_file()
+    assert info["formatting"] == "sharegpt"
+    assert (out / info["file_name"]).is_file()
 
 
 def test_factory_images_are_the_stored_ones_and_its_own_resize_changes_nothing(factory):
@@ -107,18 +114,14 @@ def test_factory_images_are_the_stored_ones_and_its_own_resize_changes_nothing(f
     from octomed.data.images import image_path
 
     out, counts = factory
-    found, args = (
-        list((out / "images").glob("*.png")),
-        yaml.safe_load((out / "train.yaml").read_text()),
-    )
-    assert len(found) == counts["images"] > 0
-    for f in found:
+    pictures = list((out / "images").glob("*.png"))
+    args = yaml.safe_load((out / "train.yaml").read_text())
+    assert len(pictures) == counts["images"] > 0
+    for f in pictures:
         assert f.read_bytes() == image_path(f.stem, COMMON.max_pixels).read_bytes()
         with Image.open(f) as im:
-            assert (
-                args["image_min_pixels"] <= im.width * im.height <= args["image_max_pixels"]
-                and im.width % 28 == im.height % 28 == 0
-            )
+            assert args["image_min_pixels"] <= im.width * im.height <= args["image_max_pixels"]
+            assert im.width % 28 == im.height % 28 == 0
 
 
 def test_factory_settings_are_the_schedules_and_leave_nothing_to_a_default_that_differs(factory):
@@ -140,10 +143,8 @@ def test_factory_settings_are_the_schedules_and_leave_nothing_to_a_default_that_
         args[k]
         for k in ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
     )
-    assert (
-        args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] == COMMON.batch
-        and (factory[0] / args["model_name_or_path"] / "config.json").is_file()
-    )
+    assert args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] == COMMON.batch
+    assert (factory[0] / args["model_name_or_path"] / "config.json").is_file()
 
 
 def test_batch_is_devices_by_accumulation_and_more_devices_shard():
@@ -187,7 +188,7 @@ def test_freeze_flags_say_what_our_prefixes_freeze(student):
         ("model.language_model", "lm_head"),
         ("model.visual.patch_embed", "model.visual.blocks"),
     ):
-        flags, names = _frozen(freeze), [n for n, _ in model.named_parameters()]
+        flags, names = frozen_parts(freeze), [n for n, _ in model.named_parameters()]
         part = {
             "freeze_vision_tower": [
                 n for n in names if n.startswith("model.visual") and "merger" not in n
@@ -201,19 +202,18 @@ def test_freeze_flags_say_what_our_prefixes_freeze(student):
 
 
 def test_a_text_with_a_placeholder_is_dropped_and_counted(tmp_path, monkeypatch):
-    found, funnel = traces(ARM, COMMON)
+    kept, funnel = traces(ARM, COMMON)
     monkeypatch.setattr(
-        exports,
+        export_llamafactory,
         "traces",
         lambda *_: (
-            [replace(found[0], response="<think>an <image> ?</think>\\boxed{A}"), *found[1:]],
+            [replace(kept[0], response="<think>an <image> ?</think>\\boxed{A}"), *kept[1:]],
             funnel,
         ),
     )
     counts = llamafactory(ARM, COMMON, tmp_path / "out")
-    assert counts["holds_a_placeholder"] == 1 and counts["kept"] == len(found) - 1 == len(
-        read_jsonl(tmp_path / "out" / "traces.jsonl")
-    )
+    assert counts["holds_a_placeholder"] == 1
+    assert counts["kept"] == len(kept) - 1 == len(read_jsonl(tmp_path / "out" / "traces.jsonl"))
 
 
 def test_an_export_goes_into_a_new_folder_only(factory):
@@ -231,10 +231,11 @@ def test_hub_rows_load_with_images_and_the_card_counts_them(tmp_path):
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    found = traces(ARM, COMMON)[0]
-    assert len(data) == counts["kept"] == len(found)
-    for r, x in zip(data, found, strict=False):
-        assert r["messages"][-1] == {"content": x.response, "role": "assistant"} and (
+    kept = traces(ARM, COMMON)[0]
+    assert len(data) == counts["kept"] == len(kept)
+    for r, x in zip(data, kept, strict=False):
+        assert r["messages"][-1] == {"content": x.response, "role": "assistant"}
+        assert (
             r["question"],
             r["answer"],
             r["teacher"],
@@ -244,16 +245,13 @@ def test_hub_rows_load_with_images_and_the_card_counts_them(tmp_path):
             == len(x.question.images)
             == r["messages"][0]["content"].count("<image>")
         )
-    told = (tmp_path / "hub" / "README.md").read_text()
-    front = yaml.safe_load(told.split("---")[1])
-    assert front["configs"][0]["data_files"][0]["path"] == "data/*.parquet" and front[
-        "size_categories"
-    ] == ["n<1K"]
-    assert (
-        f"{counts['kept']:,} traces" in told
-        and "hf upload OWNER/some-traces" in told
-        and all(s in told for s, _ in ARM.sources)
-    )
+    readme = (tmp_path / "hub" / "README.md").read_text()
+    front = yaml.safe_load(readme.split("---")[1])
+    assert front["configs"][0]["data_files"][0]["path"] == "data/*.parquet"
+    assert front["size_categories"] == ["n<1K"]
+    assert f"{counts['kept']:,} traces" in readme
+    assert "hf upload OWNER/some-traces" in readme
+    assert all(s in readme for s, _ in ARM.sources)
     assert {f.stem for f in (tmp_path / "hub" / "cards").glob("*.json")} == {
         "data",
         "samples",
@@ -275,17 +273,14 @@ def test_tasks_are_read_by_yaml_and_hold_the_evaluations_questions(tasks):
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor("!function", lambda l, n: l.construct_scalar(n))
+    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     out, done = tasks
     for spec in BENCHES:
         name, qs = task_name(spec, "cot"), subset(load(spec, max_pixels=COMMON.max_pixels), 5)
-        task, rows = (
-            yaml.load((out / f"{name}.yaml").read_text(), Loader),
-            read_jsonl(out / f"{name}.jsonl"),
-        )
-        assert [r["id"] for r in rows] == [q.id for q in qs] and task["dataset_kwargs"][
-            "file"
-        ] == f"{name}.jsonl"
+        task = yaml.load((out / f"{name}.yaml").read_text(), Loader)
+        rows = read_jsonl(out / f"{name}.jsonl")
+        assert [r["id"] for r in rows] == [q.id for q in qs]
+        assert task["dataset_kwargs"]["file"] == f"{name}.jsonl"
         assert task["generation_kwargs"] == {
             "until": [],
             "max_gen_toks": COMMON.max_tokens,
@@ -293,31 +288,37 @@ def test_tasks_are_read_by_yaml_and_hold_the_evaluations_questions(tasks):
             "temperature": 0.6,
             "top_p": 0.95,
         }
-        assert ("doc_to_image" in task) == any(q.images for q in qs) and all(
-            r["prompt"].count("<image>") == len(r["images"]) for r in rows
-        )
+        assert ("doc_to_image" in task) == any(q.images for q in qs)
+        assert all(r["prompt"].count("<image>") == len(r["images"]) for r in rows)
     assert sum(d["images"] for d in done) == len(list((out / "images").glob("*.png"))) > 0
 
 
 def test_a_task_judges_as_evaluation_does_with_nothing_but_the_parser(tasks):
     out, done = tasks
     row = read_jsonl(out / f"{done[0]['task']}.jsonl")[0]
-    said = [
+    responses = [
         f"<think>so</think>\n\n\\boxed{{{t}}}"
         for t in (row["answer"], row["options"][0], row["options"][1], "none")
     ] + ["<think>cut"]
-    code = "import sys, json; sys.path.insert(0, '.'); import utils; doc = json.loads(sys.argv[1]); print(json.dumps([utils.scores(doc, [t]) for t in json.loads(sys.argv[2])])); assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)"
+    code = """
+import json, sys
+sys.path.insert(0, ".")
+import utils
+doc = json.loads(sys.argv[1])
+print(json.dumps([utils.scores(doc, [text]) for text in json.loads(sys.argv[2])]))
+assert not {"torch", "datasets", "transformers"} & set(sys.modules)
+"""
     p = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(row), json.dumps(said)],
+        [sys.executable, "-c", code, json.dumps(row), json.dumps(responses)],
         cwd=out,
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    for text, got in zip(said, json.loads(p.stdout), strict=False):
+    for text, scores in zip(responses, json.loads(p.stdout), strict=True):
         v = judge(text, row["options"], row["answer"], True, tuple(row["forms"]))
-        assert got == {
+        assert scores == {
             "accuracy": float(v.status == "correct"),
             "unparsed": float(v.status == "unparsed"),
             "truncated": float(v.status == "truncated"),
@@ -326,11 +327,9 @@ def test_a_task_judges_as_evaluation_does_with_nothing_but_the_parser(tasks):
 
 def test_greedy_tasks_have_no_temperature(tmp_path):
     lm_eval(BENCHES[:1], COMMON, tmp_path / "t", limit=1, sampling=Sampling(0.0, 1.0, max_tokens=7))
-    assert (
-        "temperature"
-        not in (text := (tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.yaml").read_text())
-        and "max_gen_toks: 7" in text
-    )
+    text = (tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.yaml").read_text()
+    assert "temperature" not in text
+    assert "max_gen_toks: 7" in text
 
 
 @pytest.mark.parametrize(
@@ -339,8 +338,8 @@ def test_greedy_tasks_have_no_temperature(tmp_path):
 def test_accelerate_reads_its_configurations(name, kind, processes):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = load_config_from_file(str(root() / "nbs" / "recipes" / "accelerate" / f"{name}.yaml"))
-    assert (found.distributed_type.value, found.num_processes, found.mixed_precision) == (
+    config = load_config_from_file(str(root() / "nbs" / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type.value, config.num_processes, config.mixed_precision) == (
         kind,
         processes,
         "bf16",
@@ -380,10 +379,8 @@ def test_fsdp_wraps_the_layers_that_the_model_names(student):
     conf = yaml.safe_load((root() / "nbs" / "recipes" / "accelerate" / "fsdp2.yaml").read_text())[
         "fsdp_config"
     ]
-    assert (
-        conf["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
-        and "fsdp_transformer_layer_cls_to_wrap" not in conf
-    )
+    assert conf["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert "fsdp_transformer_layer_cls_to_wrap" not in conf
     assert {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(
         objective()(student[0], False)._no_split_modules
     )
@@ -393,10 +390,8 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
     from octomed.run.cli import main
 
     common = ["--limit", "2", "--out"]
-    assert (
-        main(["export", "lm-eval", BENCHES[0], *common, str(tmp_path / "t")]) == 0
-        and len(read_jsonl(tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.jsonl")) == 2
-    )
+    assert main(["export", "lm-eval", BENCHES[0], *common, str(tmp_path / "t")]) == 0
+    assert len(read_jsonl(tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.jsonl")) == 2
     assert (
         main(
             [
@@ -420,7 +415,8 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
         2.0,
         4,
         "zero3.json",
-    ) and (tmp_path / "f" / "zero3.json").is_file()
+    )
+    assert (tmp_path / "f" / "zero3.json").is_file()
     assert (
         main(
             [
@@ -438,41 +434,39 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
         == 0
     )
     capsys.readouterr()
-    assert (
-        main(["export", "hub", BENCHES[0], *common, str(tmp_path / "h")]) == 2
-        and capsys.readouterr().err == "octomed: h is there and not empty: name a new folder\n"
-    )
+    assert main(["export", "hub", BENCHES[0], *common, str(tmp_path / "h")]) == 2
+    assert capsys.readouterr().err == "octomed: h is there and not empty: name a new folder\n"
 
 
 def test_a_student_goes_with_its_card_and_loads(tmp_path):
-    counts = exports.student(ARM, COMMON, tmp_path / "s", "mine")
+    counts = export_student(ARM, COMMON, tmp_path / "s", "mine")
     model, _ = load_student(tmp_path / "s")
     kept = load_student(run(stages(ARM, COMMON)["student"]))[0].state_dict()
     assert all((p == kept[n]).all() for n, p in model.state_dict().items())
-    told = (tmp_path / "s" / "README.md").read_text()
-    front = yaml.safe_load(told.split("---")[1])
-    assert (
-        (front["pipeline_tag"], "base_model" in front) == ("image-text-to-text", False)
-        and f"| steps | {counts['steps']} |" in told
-        and "hf upload OWNER/mine . --repo-type model" in told
-    )
-    assert (
-        all(s in told for s, _ in ARM.sources)
-        and "## Contamination" in told
-        and {f.stem for f in (tmp_path / "s" / "cards").glob("*")}
-        == {"data", "samples", "accepted", "student"}
-    )
+    readme = (tmp_path / "s" / "README.md").read_text()
+    front = yaml.safe_load(readme.split("---")[1])
+    assert (front["pipeline_tag"], "base_model" in front) == ("image-text-to-text", False)
+    assert f"| steps | {counts['steps']} |" in readme
+    assert "hf upload OWNER/mine . --repo-type model" in readme
+    assert all(s in readme for s, _ in ARM.sources)
+    assert "## Contamination" in readme
+    assert {f.stem for f in (tmp_path / "s" / "cards").glob("*")} == {
+        "data",
+        "samples",
+        "accepted",
+        "student",
+    }
     with pytest.raises(OctomedError, match="trains nothing"):
-        exports.student(
+        export_student(
             replace(ARM, schedule=replace(ARM.schedule, epochs=0)), COMMON, tmp_path / "n"
         )
 
 
-def test_the_card_says_which_benchmarks_were_held_against_the_questions(tmp_path):
+def test_the_card_says_which_benchmarks_were_compared_with_the_questions(tmp_path):
     arm = replace(ARM, against=(("clinic_ward:train", "text"),), sources=(("clinic_ward:test", 4),))
     hub(arm, COMMON, tmp_path / "h")
     assert (
-        "held against these questions before anything was drawn: clinic_ward:train by text."
+        "compared with these questions before anything was drawn: clinic_ward:train by text."
         in (tmp_path / "h" / "README.md").read_text()
     )
 
@@ -481,22 +475,19 @@ def test_the_cards_report_what_is_still_shared_with_the_benchmarks(tmp_path):
     common = replace(
         COMMON, benchmarks=(*BENCHES, "nejm:test")
     )  # the export's questions are taken from the first two
-    for make in (hub, exports.student):
+    for make in (hub, export_student):
         make(ARM, common, out := tmp_path / make.__name__)
-        told, kept = (
-            (out / "README.md").read_text(),
-            {x.question.id: x.question for x in traces(ARM, common)[0]}.values(),
-        )
+        readme = (out / "README.md").read_text()
+        kept = {x.question.id: x.question for x in traces(ARM, common)[0]}.values()
         ward, rounds, nejm = json.loads((out / "card.json").read_text())["contamination"]
         assert (ward["stem"], rounds["stem"]) == tuple(
             sum(q.source == b.split(":")[0] for q in kept) for b in BENCHES
-        ) and rounds["image"] == rounds["stem"] > 0 == ward["image"]
-        assert (
-            nejm == {"benchmark": "nejm:test"}
-            and "| nejm:test | not at hand |" in told
-            and f"| {BENCHES[0]} | {ward['items']:,} | " in told
         )
-        assert told.count("made by this project") == 2  # the licence of each source
+        assert rounds["image"] == rounds["stem"] > 0 == ward["image"]
+        assert nejm == {"benchmark": "nejm:test"}
+        assert "| nejm:test | not at hand |" in readme
+        assert f"| {BENCHES[0]} | {ward['items']:,} | " in readme
+        assert readme.count("made by this project") == 2  # the licence of each source
 
 
 def test_a_card_names_what_taught_the_student_before(tmp_path):
@@ -505,14 +496,13 @@ def test_a_card_names_what_taught_the_student_before(tmp_path):
         COMMON,
         tmp_path / "h",
     )
-    told = (tmp_path / "h" / "README.md").read_text()
-    assert (
-        f"| {BENCHES[1]} | 0 |" in told and "taught the student that this one started from" in told
-    )
+    readme = (tmp_path / "h" / "README.md").read_text()
+    assert f"| {BENCHES[1]} | 0 |" in readme
+    assert "taught the student that this one started from" in readme
 
 
 class Hub:
-    "Stands in for the hub's client."
+    "A hub that only notes what it is sent."
 
     sent, fails = [], ""
 
@@ -537,7 +527,7 @@ class Hub:
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def fake_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "sent", [])
     monkeypatch.setattr(Hub, "fails", "")
@@ -546,18 +536,16 @@ def stand_in(monkeypatch):
 
 
 def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(
-    tmp_path, capsys, stand_in
+    tmp_path, capsys, fake_hub
 ):
     from octomed.run.cli import main
 
     ask = ["export", "hub", BENCHES[0], "--student", "tests/blank", "--limit", "2"]
-    assert (
-        main([*ask, "--out", str(tmp_path / "a")]) == 0
-        and not stand_in.sent
-        and "nothing was sent" in capsys.readouterr().err
-    )
+    assert main([*ask, "--out", str(tmp_path / "a")]) == 0
+    assert not fake_hub.sent
+    assert "nothing was sent" in capsys.readouterr().err
     assert main([*ask, "--out", str(tmp_path / "b"), "--push", "me/traces"]) == 0
-    assert stand_in.sent == [
+    assert fake_hub.sent == [
         (
             "create",
             "me/traces",
@@ -566,19 +554,15 @@ def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(
         ),
         ("upload", "me/traces", "dataset", ["README.md", "card.json", "cards", "data"]),
     ]
-    told = capsys.readouterr()
-    assert (
-        "sent to https://hub/me/traces/commit/1, private" in told.err
-        and "canary" not in told.out + told.err
-    )
-    stand_in.fails = "no rights"
+    shown = capsys.readouterr()
+    assert "sent to https://hub/me/traces/commit/1, private" in shown.err
+    assert "canary" not in shown.out + shown.err
+    fake_hub.fails = "no rights"
     assert main([*ask, "--out", str(tmp_path / "c"), "--push", "me/traces"]) == 1
-    told = capsys.readouterr()
-    assert (
-        "the hub did not take me/traces (403 Forbidden for [HF_TOKEN]: no rights)" in told.err
-        and "Traceback" not in told.err
-        and "canary" not in told.out + told.err
-    )
+    shown = capsys.readouterr()
+    assert "the hub did not take me/traces (403 Forbidden for [HF_TOKEN]: no rights)" in shown.err
+    assert "Traceback" not in shown.err
+    assert "canary" not in shown.out + shown.err
     assert not any(
         "canary" in f.read_text(errors="replace") for f in tmp_path.rglob("*") if f.is_file()
     )
@@ -588,14 +572,14 @@ def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(
     "name, token, says", [("me", "t0ken-1", "write OWNER/NAME"), ("me/x", "", "set HF_TOKEN")]
 )
 def test_a_push_that_cannot_be_is_refused_before_anything_is_made(
-    tmp_path, monkeypatch, stand_in, name, token, says
+    tmp_path, monkeypatch, fake_hub, name, token, says
 ):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UsageError, match=says):
-        exports.may_push(ARM, name)
-    assert not stand_in.sent
+        may_push(ARM, name)
+    assert not fake_hub.sent
 
 
-def test_what_may_not_be_passed_on_is_not_pushed(stand_in):
+def test_what_may_not_be_passed_on_is_not_pushed(fake_hub):
     with pytest.raises(OctomedError, match="nejm:test may not be passed on"):
-        exports.may_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")
+        may_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")

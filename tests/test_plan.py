@@ -1,15 +1,16 @@
-"What a plan says before anything runs."
+"What a plan states before anything runs."
 
 from dataclasses import replace
 
 import pytest
 
-import octomed.clinic.graders  # noqa: F401 - registers the grader
-import octomed.clinic.students  # noqa: F401 - registers the students
-import octomed.clinic.teachers  # noqa: F401 - registers the teachers
+import octomed.clinic.graders
+import octomed.clinic.students
+import octomed.clinic.teachers  # noqa: F401 - the three imports register what the plans name
 from octomed.core.recipe import Common, Recipe
 from octomed.evaluate.arms import Arm, schedule_of
-from octomed.run.plan import RATES, plan_section
+from octomed.run.plan_rates import RATES
+from octomed.run.plan_sections import plan_section
 
 COMMON = Common(
     train=("clinic_ward:train",), benchmarks=("clinic_ward:test",), benchmark_limit=10, samples=16
@@ -18,26 +19,23 @@ RECIPE = Recipe("r", COMMON)
 ARM = Arm((("clinic_ward:train", 30),), schedule=schedule_of(COMMON, 2.0))
 
 
-def test_tokens_and_money_of_the_teacher_are_told_before():
+def test_tokens_and_money_of_the_teacher_are_known_before():
     plan = plan_section(RECIPE, "none", {"a": ARM})
-    assert plan["samples"] == 480 and plan["teacher_tokens"] == 480 * RATES["clinic_tokens"]["text"]
+    assert plan["samples"] == 480
+    assert plan["teacher_tokens"] == 480 * RATES["clinic_tokens"]["text"]
     assert plan["money"] == pytest.approx(
         480 * (80 * 0.55e-6 + RATES["clinic_tokens"]["text"] * 2.19e-6), rel=0.05
     )
 
 
 def test_samples_that_arms_share_are_paid_once():
-    one, two = (
-        plan_section(RECIPE, "none", {"a": ARM}),
-        plan_section(
-            RECIPE, "none", {"a": ARM, "b": replace(ARM, k=4), "c": replace(ARM, keep="all")}
-        ),
+    one = plan_section(RECIPE, "none", {"a": ARM})
+    two = plan_section(
+        RECIPE, "none", {"a": ARM, "b": replace(ARM, k=4), "c": replace(ARM, keep="all")}
     )
-    assert (
-        two["samples"] == one["samples"]
-        and two["money"] == one["money"]
-        and two["training_tokens"] > one["training_tokens"]
-    )
+    assert two["samples"] == one["samples"]
+    assert two["money"] == one["money"]
+    assert two["training_tokens"] > one["training_tokens"]
 
 
 def test_a_teacher_without_a_price_gives_no_money(tmp_path, monkeypatch):
@@ -84,18 +82,22 @@ def test_device_hours_of_a_hub_student_by_hand():
 
     common = replace(COMMON, student=HUB, eval_seeds=5)
     plan = plan_section(replace(RECIPE, common=common), "none", {"a": replace(ARM, k=4)})
-    traces, prompt, said = 30 * 4, RATES["prompt_tokens"]["r1"], RATES["paper_tokens"]
-    assert plan["training_tokens"] == traces * (prompt + said) * 2
-    s, tokens = shape(HUB), traces * (prompt + said) * 2
+    traces, prompt, response = 30 * 4, RATES["prompt_tokens"]["r1"], RATES["paper_tokens"]
+    assert plan["training_tokens"] == traces * (prompt + response) * 2
+    s, tokens = shape(HUB), traces * (prompt + response) * 2
     assert plan["training_hours"] == pytest.approx(
-        train_hours(s, Load(tokens, prompt + said, answered=traces * said * 2)), rel=0.05
+        train_hours(s, Load(tokens, prompt + response, answered=traces * response * 2)), rel=0.05
     )
     assert plan["evaluation_hours"] == pytest.approx(
-        draw_hours(s, Load(10 * prompt, prompt), 50 * said, prompt + said / 2), rel=0.05
+        draw_hours(s, Load(10 * prompt, prompt), 50 * response, prompt + response / 2), rel=0.05
     )
-    assert plan["generation_hours"] == 0 and plan["minutes"] == round(
+    assert plan["generation_hours"] == 0
+    assert plan["minutes"] == round(
         60
-        * (plan.found["training_hours"].popitem()[1] + plan.found["evaluation_hours"].popitem()[1])
+        * (
+            plan.demand.by_stage["training_hours"].popitem()[1]
+            + plan.demand.by_stage["evaluation_hours"].popitem()[1]
+        )
         / 8
     )
 
@@ -105,7 +107,8 @@ def test_an_unknown_configuration_gives_no_hours(monkeypatch):
     plan = plan_section(
         replace(RECIPE, common=replace(COMMON, student="nobody/nothing")), "none", {"a": ARM}
     )
-    assert plan["training_hours"] is plan["minutes"] is None and "nobody/nothing" in plan["basis"]
+    assert plan["training_hours"] is plan["minutes"] is None
+    assert "nobody/nothing" in plan["basis"]
 
 
 def test_a_pool_gives_no_more_than_it_has():
@@ -152,14 +155,11 @@ def test_what_sections_share_is_counted_once_in_all(tmp_path, empty):
     first, second, every = plan(
         recipe_of(tmp_path / "two.yaml", "smoke", "42_formatting", "55_cases")
     )
-    assert (
-        second["training_tokens"] > 0
-        and every["training_tokens"] == first["training_tokens"]
-        and every["samples"] == first["samples"]
-    )
-    assert (
-        first["minutes"] > 0 == second["minutes"] and every["minutes"] == first["minutes"]
-    )  # 55 reads 42's student
+    assert second["training_tokens"] > 0
+    assert every["training_tokens"] == first["training_tokens"]
+    assert every["samples"] == first["samples"]
+    assert first["minutes"] > 0 == second["minutes"]
+    assert every["minutes"] == first["minutes"]  # section 55 uses the student of 42
 
 
 def test_the_papers_plan_needs_no_data_and_says_all(tmp_path, empty, monkeypatch):
@@ -172,30 +172,25 @@ def test_the_papers_plan_needs_no_data_and_says_all(tmp_path, empty, monkeypatch
     before = dict(SOURCES)
     plans = plan(recipe_of(tmp_path / "paper.yaml", "paper", "41_sourcing", "44_samples"))
     many, few, every = plans
-    assert (
-        before.items() <= SOURCES.items()
-        and few["questions"] == 10_178
-        and few["samples"] == 10_178 * 16
-    )
+    assert before.items() <= SOURCES.items()
+    assert few["questions"] == 10_178
+    assert few["samples"] == 10_178 * 16
     assert few["traces"] == sum(
         round(10_178 * min(k, 16 * RATES["acceptance"])) for k in (1, 4, 16)
     )  # the three accepted sets, whatever is trained on them
-    assert (
-        few["responses"] == few["evaluations"] * 1_273 * 5
-        and few["teacher_tokens"] == few["samples"] * 850
-    )
+    assert few["responses"] == few["evaluations"] * 1_273 * 5
+    assert few["teacher_tokens"] == few["samples"] * 850
     assert few["money"] == pytest.approx(few["samples"] * (80 * 0.55e-6 + 850 * 2.19e-6), rel=0.02)
-    assert every["samples"] == many["samples"] + few["samples"] and None not in (
+    assert every["samples"] == many["samples"] + few["samples"]
+    assert None not in (
         every["money"],
         every["minutes"],
         every["training_hours"],
         every["evaluation_hours"],
     )
-    assert (
-        {r["machine"] for r in every["memory"]} == {"8 × 80 GB", "1 × 141 GB"}
-        and "bcss:train" in every["not_at_hand"]
-        and any("46 %" in a for a in every["assumptions"])
-    )
+    assert {r["machine"] for r in every["memory"]} == {"8 × 80 GB", "1 × 141 GB"}
+    assert "bcss:train" in every["not_at_hand"]
+    assert any("46 %" in a for a in every["assumptions"])
     assert json.loads(json.dumps(plans))[-1]["section"] == "in all"
     assert all(len(line) <= 120 for line in str(plans).splitlines()), str(plans)
 
@@ -206,14 +201,13 @@ def test_a_whole_recipe_is_planned_without_data(empty, monkeypatch, recipe):
 
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     mri, *_, every = plans = plan(recipe)
-    assert (
-        mri["section"] == "30_dataset"
-        and mri["questions"] == 3 * 2_870
-        and mri["training_tokens"] > 0
-        and "brain_tumor:train" in every["not_at_hand"]
-    )
+    assert mri["section"] == "30_dataset"
+    assert mri["questions"] == 3 * 2_870
+    assert mri["training_tokens"] > 0
+    assert "brain_tumor:train" in every["not_at_hand"]
     assert {p["section"] for p in plans} >= {
         "41_sourcing",
         "51_scaling",
         "53_datasets",
-    } and None not in (every["samples"], every["money"], every["minutes"])
+    }
+    assert None not in (every["samples"], every["money"], every["minutes"])

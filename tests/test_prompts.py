@@ -12,8 +12,9 @@ from octomed.core.identity import digest
 from octomed.core.paths import OctomedError, UsageError, shipped
 from octomed.data.questions import Question
 from octomed.evaluate.stats import paper_table
-from octomed.generate.answers import FORMS, judge
+from octomed.generate.answers import judge
 from octomed.generate.prompts import (
+    FORMS,
     Template,
     contenders,
     direct_target,

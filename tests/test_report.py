@@ -1,24 +1,28 @@
-"What the report says beyond the numbers that it is given: signs of failure, other seeds, the paper's own slips; and that its page is whole."
+"""What the report says beyond the numbers that it is given, and that its page is whole.
+
+This is about signs of failure, other seeds, and the paper's own slips."""
 
 import csv
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
 
-from octomed.core import paths as core
-from octomed.core.recipe import Recipe
-from octomed.run import report
+from octomed.core.paths import UsageError, root, shipped
+from octomed.core.recipe import Recipe, load_recipe
+from octomed.run.diagnostics import diagnostics
 from octomed.run.report import (
     as_json,
     as_text,
-    diagnostics,
     filled,
+    found_of,
     inconsistencies,
     other_seeds,
     rate_row,
     score_row,
+    show_in_notebook,
 )
 from octomed.run.report_html import as_html, page
 
@@ -44,11 +48,11 @@ def line(arm="x", benchmark="demo:test", accuracy=0.5, **more):
     }
 
 
-def said(rows=(), reads=None, claims=(), **facts):
+def signs(rows=(), reads=None, claims=(), **facts):
     return "\n".join(diagnostics({"rows": list(rows), "claims": list(claims), **facts}, reads))
 
 
-def claim(text="one beats two", verdict="agrees", difference=0.1):
+def claim(text="one beats two", outcome="agrees", difference=0.1):
     return {
         "text": text,
         "kind": "greater",
@@ -60,7 +64,7 @@ def claim(text="one beats two", verdict="agrees", difference=0.1):
         "training_seeds": 2,
         "difference": difference,
         "interval": [difference - 0.05, difference + 0.05],
-        "verdict": verdict,
+        "outcome": outcome,
         "not_proved": "much",
     }
 
@@ -77,39 +81,33 @@ def claim(text="one beats two", verdict="agrees", difference=0.1):
         ("forced_exit", "had to be forced"),
     ],
 )
-def test_a_rate_above_a_tenth_is_told(rate, word):
-    assert (
-        word in said([line(**{rate: 0.2})])
-        and "x on demo:test 20%" in said([line(**{rate: 0.2})])
-        and not said([line(**{rate: 0.1})])
-    )
+def test_a_rate_above_a_tenth_is_reported(rate, word):
+    assert word in signs([line(**{rate: 0.2})])
+    assert "x on demo:test 20%" in signs([line(**{rate: 0.2})])
+    assert not signs([line(**{rate: 0.1})])
 
 
 def test_chance_one_seed_and_flat_lengths():
-    assert "Not told from chance: x on demo:test." in said([line(accuracy=0.28)]) and not said(
-        [line(accuracy=0.31)]
-    )
-    assert "One training seed" in said(claims=[{"training_seeds": 1}]) and not said(
-        claims=[{"training_seeds": 2}]
-    )
+    assert "Not shown to beat chance: x on demo:test." in signs([line(accuracy=0.28)])
+    assert not signs([line(accuracy=0.31)])
+    assert "One training seed" in signs(claims=[{"training_seeds": 1}])
+    assert not signs(claims=[{"training_seeds": 2}])
 
     def several(*tokens):
         return [line(benchmark=f"{n}:test", mean_tokens=t) for n, t in enumerate(tokens)]
 
-    assert (
-        "Response lengths hardly differ between tasks: x." in said(several(100, 105, 110))
-        and not said(several(100, 105, 130))
-        and not said(several(4, 4, 4))
-    )
+    assert "Response lengths hardly differ between tasks: x." in signs(several(100, 105, 110))
+    assert not signs(several(100, 105, 130))
+    assert not signs(several(4, 4, 4))
 
 
-def test_fault_44_a_score_that_rests_on_the_order_is_told_and_shown():
+def test_fault_44_a_score_that_rests_on_the_order_is_reported_and_shown():
     r = line(in_order=0.8, shuffled=0.5, moved=0.6)
     assert (
         "falls by more than a tenth when the options are shuffled: x on demo:test 80% → 50%"
-        in said([r])
-        and not said([line(in_order=0.8, shuffled=0.75)])
+        in signs([r])
     )
+    assert not signs([line(in_order=0.8, shuffled=0.75)])
     assert [rate_row(r)[k].strip() for k in ("in order", "shuffled", "moved")] == [
         "80.0",
         "50.0",
@@ -121,20 +119,19 @@ def test_text_only_loss_is_of_arms_that_read_images_and_lies_outside_both_interv
     def over(arm, x):
         return line(arm, "Overall", x)
 
-    rows, reads = (
-        [over("before", 0.5), over("images", 0.3), over("text", 0.3), over("near", 0.42)],
-        {
-            "before": set(),
-            "images": {"multimodal_reasoning"},
-            "text": {"text_only"},
-            "near": {"multimodal_classification", "text_only"},
-        },
-    )
+    rows = [over("before", 0.5), over("images", 0.3), over("text", 0.3), over("near", 0.42)]
+    reads = {
+        "before": set(),
+        "images": {"multimodal_reasoning"},
+        "text": {"text_only"},
+        "near": {"multimodal_classification", "text_only"},
+    }
     assert (
-        said(rows, reads)
+        signs(rows, reads)
         == "Text-only accuracy was lost by training with images: images 50.0 → 30.0."
     )
-    assert not said(rows) and not said(rows[1:], {k: v for k, v in reads.items() if v})
+    assert not signs(rows)
+    assert not signs(rows[1:], {k: v for k, v in reads.items() if v})
 
 
 @pytest.mark.parametrize(
@@ -142,13 +139,12 @@ def test_text_only_loss_is_of_arms_that_read_images_and_lies_outside_both_interv
 )
 def test_acceptance(a, word):
     row = {"source": "s", "teacher": "t", "acceptance": a}
-    assert (f"The acceptance of t on s is {word}." in said(statistics=[row])) == bool(word) and (
-        word in said(funnel={"acceptance": a}) if word else not said(funnel={"acceptance": a})
-    )
+    assert (f"The acceptance of t on s is {word}." in signs(statistics=[row])) == bool(word)
+    assert word in signs(funnel={"acceptance": a}) if word else not signs(funnel={"acceptance": a})
 
 
 def test_what_the_teachers_disagree_about_and_what_all_of_them_fail():
-    two = said(
+    two = signs(
         statistics=[
             {"source": "s", "teacher": "t", "acceptance": 0.9},
             {"source": "s", "teacher": "u", "acceptance": 0.6},
@@ -165,23 +161,24 @@ def test_what_the_teachers_disagree_about_and_what_all_of_them_fail():
             }
         ],
     )
+    assert "not accepted alike: t on s 90%, u on s 60%." in two
+    assert "correlate by 0.20: they disagree" in two
     assert (
-        "not accepted alike: t on s 90%, u on s 60%." in two
-        and "correlate by 0.20: they disagree" in two
-        and "Fails on every sample: t 3, u 40, both 3, both, if independent 1.2, of 400 questions."
+        "Fails on every sample: t 3, u 40, both 3, both, if independent 1.2, of 400 questions."
         in two
     )
 
 
 def test_what_was_skipped_is_counted():
-    told = said(
+    skipped_signs = signs(
         sources=[
             {"source": "a", "split": "train", "found": None},
             {"source": "b", "split": "test", "found": 7.0},
         ],
         skipped=["no GPU here"],
     )
-    assert "not at hand: 1 of 2 sources (a:train)." in told and "Skipped: no GPU here" in told
+    assert "not at hand: 1 of 2 sources (a:train)." in skipped_signs
+    assert "Skipped: no GPU here" in skipped_signs
 
 
 # The paper's own tables
@@ -190,7 +187,7 @@ def test_what_was_skipped_is_counted():
 def test_inconsistencies_are_those_that_a_plain_sum_finds():
     found = {(r["table"], r["category"], r["column"]): r for r in inconsistencies()}
     for n in (1, 2):
-        rows = list(csv.DictReader(core.shipped("paper", f"table{n}.csv").open()))
+        rows = list(csv.DictReader(shipped("paper", f"table{n}.csv").open()))
         for o in (r for r in rows if r["task"] == "Overall"):
             for column in [k for k in o if k not in ("category", "task")]:
                 cells = [
@@ -272,7 +269,7 @@ def put(folder, claims, code="old", section="42_b", rows=(), **facts):
         (folder / "figures" / f"{section}{part}.png").write_bytes(b"\x89PNG")
 
 
-def test_verdicts_that_changed_under_other_seeds_are_named(places):
+def test_outcomes_that_changed_under_other_seeds_are_named(places):
     out = places / "out"
     put(out / "smoke", [claim("a"), claim("b"), claim("only here")])
     put(out / "smoke@1", [claim("a"), claim("b", "undecided", 0.02)])
@@ -291,23 +288,18 @@ def test_verdicts_that_changed_under_other_seeds_are_named(places):
         {"recipe": "smoke@2", "claims": 0, "other_code": ["42_b"], "changed": []},
     ]
     text = as_text(str(places / "smoke.yaml"))
-    assert (
-        "Run again with other seeds as `smoke@1`: 1 of 2 verdicts changed." in text
-        and "42_b: b: agrees +10.0, as smoke@1 undecided +2.0" in text
-        and "not compared, since their code differs: 42_b" in text
-    )
-    assert "undecided +2.0" in page(
-        found
-    ) and "<details open><summary>Verdicts that changed" in page(found)
+    assert "Run again with other seeds as `smoke@1`: 1 of 2 outcomes changed." in text
+    assert "42_b: b: agrees +10.0, as smoke@1 undecided +2.0" in text
+    assert "not compared, since their code differs: 42_b" in text
+    assert "undecided +2.0" in page(found)
+    assert "<details open><summary>Outcomes that changed" in page(found)
 
 
-def test_values_that_the_recipe_gave_otherwise_are_told(places):
+def test_values_that_the_recipe_gave_otherwise_are_reported(places):
     out = places / "out" / "smoke"
     put(out, [claim("a")])
     (out / "cards").mkdir()
-    common = json.loads(
-        json.dumps(core.asdict(core.load_recipe(str(places / "smoke.yaml")).common))
-    )
+    common = json.loads(json.dumps(asdict(load_recipe(str(places / "smoke.yaml")).common)))
 
     def card(**changed):
         return (out / "cards" / "42_b.json").write_text(
@@ -324,10 +316,19 @@ def test_values_that_the_recipe_gave_otherwise_are_told(places):
     )
 
 
-def test_a_recipe_with_other_seeds_is_held_against_the_first(places):
+def test_a_file_of_older_code_has_its_verdicts_read_as_outcomes(places):
+    old = claim("a", "undecided", 0.02)
+    old["verdict"] = old.pop("outcome")
+    put(places / "out" / "smoke", [old])
+    read = as_json(str(places / "smoke.yaml"))["sections"][0]["claims"][0]
+    assert read["outcome"] == "undecided"
+    assert "verdict" not in read
+
+
+def test_a_recipe_with_other_seeds_is_compared_with_the_first(places):
     put(places / "out" / "smoke", [claim("a")])
     put(places / "out" / "smoke@1", [claim("a", "undecided", 0)])
-    there = report.found_of(Recipe("smoke@1"), "42_b")[2]
+    there = found_of(Recipe("smoke@1"), "42_b")[2]
     assert other_seeds(Recipe("smoke@1"), [there])[0]["changed"] == [
         {"section": "42_b", "claim": "a", "here": "undecided +0.0", "there": "agrees +10.0"}
     ]
@@ -337,20 +338,20 @@ def test_other_seeds_move_every_seed_and_nothing_else():
     import octomed.clinic.students  # noqa: F401 - registers the students
     from octomed.evaluate.arms import Arm, evaluated, seeded
 
-    a, b = core.load_recipe("smoke"), core.load_recipe("smoke@3")
-    assert b.name == "smoke@3" and b.common.base_seed == 3 and b.sections == a.sections
+    a, b = load_recipe("smoke"), load_recipe("smoke@3")
+    assert b.name == "smoke@3"
+    assert b.common.base_seed == 3
+    assert b.sections == a.sections
     one = Arm(((a.common.train[0], 4),))
     first, second = (
         evaluated(seeded(one, 1, r.common)[0], r.common.benchmarks[0], r.common).params
         for r in (a, b)
     )
-    assert (
-        first["sampling"].seed != second["sampling"].seed
-        and first["student"].params["seed"] != second["student"].params["seed"]
-        and first["data"] == second["data"]
-    )
-    with pytest.raises(core.UsageError, match="there is no recipe smke"):
-        core.load_recipe("smke@3")
+    assert first["sampling"].seed != second["sampling"].seed
+    assert first["student"].params["seed"] != second["student"].params["seed"]
+    assert first["data"] == second["data"]
+    with pytest.raises(UsageError, match="there is no recipe smke"):
+        load_recipe("smke@3")
 
 
 # The page
@@ -359,7 +360,7 @@ def test_other_seeds_move_every_seed_and_nothing_else():
 class Page(HTMLParser):
     "Counts tags, keeps images, and sees that every tag is closed by its own."
 
-    VOID = {"meta", "img", "br"}
+    VOID = frozenset({"meta", "img", "br"})
 
     def __init__(self):
         super().__init__()
@@ -381,7 +382,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_well_formed_and_tells_everything(places):
+def test_the_page_is_well_formed_and_shows_everything(places):
     cost = [{"model": "m<1>", "tokens": 12345, "money": None, "per_sample": {"tokens": 7.5}}]
     put(
         places / "out" / "smoke",
@@ -404,17 +405,13 @@ def test_the_page_is_well_formed_and_tells_everything(places):
     text = as_html(str(places / "smoke.yaml")).read_text()
     p = Page()
     p.feed(text)
-    assert (
-        not p.open
-        and len(p.images) == 2
-        and all(i["src"].startswith("data:image/") for i in p.images)
-        and len({i["alt"] for i in p.images}) == 2
-    )
-    assert (
-        all(link[1:] in p.ids for link in p.links if link.startswith("#"))
-        and "42_b" in p.ids
-        and not {"script", "link", "iframe"} & set(p.seen)
-    )
+    assert not p.open
+    assert len(p.images) == 2
+    assert all(i["src"].startswith("data:image/") for i in p.images)
+    assert len({i["alt"] for i in p.images}) == 2
+    assert all(link[1:] in p.ids for link in p.links if link.startswith("#"))
+    assert "42_b" in p.ids
+    assert not {"script", "link", "iframe"} & set(p.seen)
     for words in (
         "70.0 (60.0–80.0)",
         "55.0 (50.0–60.0)",
@@ -429,7 +426,7 @@ def test_the_page_is_well_formed_and_tells_everything(places):
         "prints 46.39 as HuatuoGPT-Vision-7B",
     ):
         assert words in text, words
-    assert text.index("the main figure") < text.index("difference with its interval and verdict")
+    assert text.index("the main figure") < text.index("difference with its interval and outcome")
 
 
 def test_the_text_is_read_at_120_columns(places):
@@ -437,7 +434,8 @@ def test_the_text_is_read_at_120_columns(places):
         places / "out" / "smoke",
         [
             claim(
-                "a claim that goes on for quite a while, until it has filled more than one line of the terminal"
+                "a claim that goes on for quite a while, "
+                "until it has filled more than one line of the terminal"
             )
         ],
         rows=[
@@ -455,21 +453,25 @@ def test_the_text_is_read_at_120_columns(places):
         ],
     )
     text = as_text(str(places / "smoke.yaml"))
-    tables = [l for l in text.splitlines() if re.match(r"(arm|x|claim|a claim) ", l)]
-    assert (
-        tables
-        and max(map(len, tables)) <= 120
-        and "Does not prove: much" in text
-        and "made by: octomed run" in text
-    )
+    tables = [row for row in text.splitlines() if re.match(r"(arm|x|claim|a claim) ", row)]
+    assert tables
+    assert max(map(len, tables)) <= 120
+    assert "Does not prove: much" in text
+    assert "made by: octomed run" in text
 
 
 def test_rows_without_a_vote_have_no_column_for_it():
     rows = [score_row(line()), score_row(line(benchmark="Overall"))]
-    assert (
-        list(filled(rows)[0]) == ["arm", "benchmark", "n", "runs", "accuracy", "interval", "chance"]
-        and rows[1]["benchmark"] == "Overall, text only"
-    )
+    assert list(filled(rows)[0]) == [
+        "arm",
+        "benchmark",
+        "n",
+        "runs",
+        "accuracy",
+        "interval",
+        "chance",
+    ]
+    assert rows[1]["benchmark"] == "Overall, text only"
 
 
 def test_a_vote_shows_both_overalls():
@@ -481,25 +483,24 @@ def test_a_vote_shows_both_overalls():
 
 def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "nowhere"))
-    kept = sorted((core.root() / "outputs" / "reference" / "course" / "results").glob("*.json"))
+    kept = sorted((root() / "outputs" / "reference" / "course" / "results").glob("*.json"))
     text = as_html("course").read_text()
     p = Page()
     p.feed(text)
-    assert (
-        not p.open
-        and {f.stem for f in kept} <= set(p.ids)
-        and len(p.images) >= 2 * len(kept)
-        and str(core.root()) not in text
-    )
+    assert not p.open
+    assert {f.stem for f in kept} <= set(p.ids)
+    assert len(p.images) >= 2 * len(kept)
+    assert str(root()) not in text
 
 
 def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path, monkeypatch):
     from octomed.run.sections import Section
 
     path = tmp_path / "44_samples.ipynb"
-    path.write_text((core.root() / "nbs" / "paper" / "44_samples.ipynb").read_text())
-    report.show_in_notebook(Section("44_samples", path), "course")
+    path.write_text((root() / "nbs" / "paper" / "44_samples.ipynb").read_text())
+    show_in_notebook(Section("44_samples", path), "course")
     out = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
     assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == [
         "44_samples:"
-    ] * 2 and any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
+    ] * 2
+    assert any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from octomed.core import paths as core
+from octomed.core import identity
 from octomed.core.files import atomic_write
 from octomed.core.paths import OctomedError, UsageError
-from octomed.run import runner
-from octomed.run.runner import SectionFailed, run_recipe, status
+from octomed.core.recipe import load_recipe
+from octomed.run.execute import SectionFailed
+from octomed.run.runner import notebook_stage, run_recipe, status
+from octomed.run.sections import Section
 
 RESULT = """
 import json, pathlib, time
 def finish(section, **row):
     folder = pathlib.Path(out)/"results"; folder.mkdir(exist_ok=True)
-    (folder/f"{section}.json").write_text(json.dumps({"section": section, "recipe": "r", "claims": [], "rows": [row], "card": {}}))
+    results = {"section": section, "recipe": "r", "claims": [], "rows": [row], "card": {}}
+    (folder/f"{section}.json").write_text(json.dumps(results))
 """
 
 
@@ -118,6 +121,24 @@ def world(tmp_path, monkeypatch):
     return World(tmp_path)
 
 
+def declare(monkeypatch, **functions):
+    "A section's module with these functions, in place of a real one."
+    module = types.ModuleType("octomed.paper.fake")
+    module.arms = lambda recipe: {}
+    module.claims = lambda: []  # noqa: PIE807 - a builtin has no signature to check
+    module.figure = lambda results: None
+    for name, function in functions.items():
+        setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper"))
+    monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
+    return module
+
+
+NEEDS_PROC = pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="this system has no /proc, which the test looks into"
+)
+
+
 def children(pid):
     return [
         int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()
@@ -174,12 +195,13 @@ def test_order_by_number_and_published_copies(world):
     world.section("10_b")
     world.section("9_a", values={"n": 7})
     assert world.run()["ran"] == ["9_a", "10_b"]
-    assert world.rows("9_a") == [{"n": 7}] and world.rows("10_b") == [{"n": 1}]
+    assert world.rows("9_a") == [{"n": 7}]
+    assert world.rows("10_b") == [{"n": 1}]
     text = (world.out / "r" / "9_a.ipynb").read_text()
-    assert str(world.folder / "store") not in text and "outputs/r" in text
-    assert not list(world.nbs.glob("*.failed*")) and sorted(
-        p.name for p in world.nbs.iterdir()
-    ) == ["10_b.ipynb", "9_a.ipynb"]
+    assert str(world.folder / "store") not in text
+    assert "outputs/r" in text
+    assert not list(world.nbs.glob("*.failed*"))
+    assert sorted(p.name for p in world.nbs.iterdir()) == ["10_b.ipynb", "9_a.ipynb"]
     assert world.states() == {"9_a": "done", "10_b": "done"}
 
 
@@ -193,18 +215,25 @@ def test_a_failing_cell_is_named_and_the_work_before_it_kept(world):
         SectionFailed, match=r"2_b failed in cell 3 \(ZeroDivisionError: division by zero\)"
     ):
         world.run()
-    assert world.rows("1_a") and world.states() == {"1_a": "done", "2_b": "failed"}
+    assert world.rows("1_a")
+    assert world.states() == {"1_a": "done", "2_b": "failed"}
     assert "ZeroDivisionError" in (world.out / "r" / "run.log").read_text()
     world.section("2_b")
     assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]}
-    assert world.states()["2_b"] == "done" and not (world.out / "r" / "2_b.failed.ipynb").exists()
+    assert world.states()["2_b"] == "done"
+    assert not (world.out / "r" / "2_b.failed.ipynb").exists()
 
 
 def test_fault_1_killed_kernel(world):
     flag = world.folder / "mended"
     world.section(
         "1_a",
-        body=f"import os, signal, pathlib\nif not pathlib.Path({str(flag)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)\nfinish('1_a')",
+        body=f"""
+import os, signal, pathlib
+if not pathlib.Path({str(flag)!r}).exists():
+    os.kill(os.getpid(), signal.SIGKILL)
+finish('1_a')
+""",
     )
     with pytest.raises(
         SectionFailed, match=r"1_a failed in cell 3 \(its kernel was killed or died\)"
@@ -214,16 +243,16 @@ def test_fault_1_killed_kernel(world):
         c["metadata"]["papermill"]["status"]
         for c in json.loads((world.out / "r" / "1_a.failed.ipynb").read_text())["cells"]
     ]
-    assert states == ["completed", "completed", "completed", "failed"] and world.states() == {
-        "1_a": "failed"
-    }
-    assert not (world.out / "r" / "results").exists() and not list(
-        (world.folder / "store" / "stages").glob("*")
-    )
+    assert states == ["completed", "completed", "completed", "failed"]
+    assert world.states() == {"1_a": "failed"}
+    assert not (world.out / "r" / "results").exists()
+    assert not list((world.folder / "store" / "stages").glob("*"))
     flag.touch()
-    assert world.run()["ran"] == ["1_a"] and world.states() == {"1_a": "done"}
+    assert world.run()["ran"] == ["1_a"]
+    assert world.states() == {"1_a": "done"}
 
 
+@NEEDS_PROC
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_fault_2_signals(world, signum):
     running = world.folder / "running"
@@ -236,11 +265,12 @@ def test_fault_2_signals(world, signum):
     kernels = children(p.pid)
     p.send_signal(signum)
     _, err = p.communicate(timeout=20)
-    assert (
-        p.returncode == 1 and "stopped: what was finished is kept" in err and "Traceback" not in err
-    )
+    assert p.returncode == 1
+    assert "stopped: what was finished is kept" in err
+    assert "Traceback" not in err
     wait_for(lambda: not any(Path(f"/proc/{k}").exists() for k in kernels), 10)
-    assert kernels and world.states() == {"1_a": "done", "2_b": "missing"}
+    assert kernels
+    assert world.states() == {"1_a": "done", "2_b": "missing"}
     assert not any(p.is_dir() for p in (world.folder / "store" / "work").glob("*"))
 
 
@@ -250,7 +280,8 @@ def test_a_slice_of_time_ends_with_everything_kept(world):
     begun = time.time()
     with pytest.raises(OctomedError, match="stopped: what was finished is kept"):
         world.run(minutes=0.1)
-    assert time.time() - begun < 120 and world.states() == {"1_a": "done", "2_b": "missing"}
+    assert time.time() - begun < 120
+    assert world.states() == {"1_a": "done", "2_b": "missing"}
     assert world.section("2_b").run(minutes=60) == {
         "ran": ["2_b"],
         "skipped": ["1_a"],
@@ -260,7 +291,12 @@ def test_a_slice_of_time_ends_with_everything_kept(world):
 def test_fault_3_killed_during_a_write(tmp_path):
     "A process that is killed between the bytes and the rename leaves the previous file whole."
     atomic_write(tmp_path / "a.json", "old")
-    code = f"import os, signal\nfrom octomed import core\ncore.os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\ncore.atomic_write({str(tmp_path / 'a.json')!r}, 'new and longer')"
+    code = f"""
+import os, signal
+from octomed.core.files import atomic_write
+os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+atomic_write({str(tmp_path / "a.json")!r}, "new and longer")
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert (tmp_path / "a.json").read_text() == "old"
 
@@ -270,19 +306,27 @@ def test_fault_3_runner_killed(world):
     running = world.folder / "running"
     p = world.section(
         "1_a",
-        body=f"pathlib.Path({str(running)!r}).touch()\nif n == 1: time.sleep(3)\nfinish('1_a', n=n)",
+        body=f"""
+pathlib.Path({str(running)!r}).touch()
+if n == 1:
+    time.sleep(3)
+finish('1_a', n=n)
+""",
     ).start()
     wait_for(running.exists)
     p.kill()
     p.communicate()
-    assert world.states() == {"1_a": "missing"} and not (world.out / "r" / "results").exists()
+    assert world.states() == {"1_a": "missing"}
+    assert not (world.out / "r" / "results").exists()
     world.values["1_a"] = {"n": 2}
     world.write()
-    assert world.run()["ran"] == ["1_a"] and world.rows("1_a") == [{"n": 2}]
+    assert world.run()["ran"] == ["1_a"]
+    assert world.rows("1_a") == [{"n": 2}]
 
 
+@NEEDS_PROC
 def test_fault_4_disk_full_in_the_runner(world, monkeypatch):
-    real = core.os.fsync
+    real = os.fsync
 
     def full(fd):
         if ".1_a.ipynb." in os.readlink(f"/proc/self/fd/{fd}"):
@@ -291,17 +335,24 @@ def test_fault_4_disk_full_in_the_runner(world, monkeypatch):
 
     world.section("1_a")
     with monkeypatch.context() as m:
-        m.setattr(core.os, "fsync", full)
-        with pytest.raises(OctomedError, match="no space left to write 1_a.ipynb: free some"):
+        m.setattr(os, "fsync", full)
+        with pytest.raises(OctomedError, match=r"no space left to write 1_a\.ipynb: free some"):
             world.run()
-    assert not (world.out / "r" / "results").exists() and not list(world.folder.rglob(".*.ipynb.*"))
+    assert not (world.out / "r" / "results").exists()
+    assert not list(world.folder.rglob(".*.ipynb.*"))
     assert world.run()["ran"] == ["1_a"]
 
 
 def test_fault_4_disk_full_in_a_cell(world):
     world.section(
         "1_a",
-        body="import resource, signal\nfrom octomed.core import atomic_write\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\natomic_write(pathlib.Path(out)/'big.bin', b'0'*5000)",
+        body="""
+import resource, signal
+from octomed.core.files import atomic_write
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+atomic_write(pathlib.Path(out) / "big.bin", b"0" * 5000)
+""",
     )
     with pytest.raises(SectionFailed, match="1_a failed in cell 3"):
         world.run()
@@ -322,12 +373,16 @@ def test_fault_5_leaving_early_is_a_failure(world, leave):
 
 
 def test_fault_5_no_results_is_a_failure(world):
-    with pytest.raises(SectionFailed, match="wrote no results/1_a.json"):
+    with pytest.raises(SectionFailed, match=r"wrote no results/1_a\.json"):
         world.section("1_a", body="1").run()
     with pytest.raises(SectionFailed, match="lack card, claims"):
         world.section(
             "1_a",
-            body="(pathlib.Path(out)/'results').mkdir(); (pathlib.Path(out)/'results'/'1_a.json').write_text('{\"section\": 1, \"recipe\": 1, \"rows\": []}')",
+            body="""
+(pathlib.Path(out) / "results").mkdir()
+partial = {"section": 1, "recipe": 1, "rows": []}
+(pathlib.Path(out) / "results" / "1_a.json").write_text(json.dumps(partial))
+""",
         ).run()
 
 
@@ -337,10 +392,7 @@ def test_fault_5_no_results_is_a_failure(world):
 def test_fault_6_stale_by_content(world, monkeypatch):
     data = world.folder / "data.csv"
     data.write_text("a")
-    module = types.ModuleType("octomed.paper.fake")
-    module.inputs = lambda recipe: [data]
-    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper"))
-    monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
+    declare(monkeypatch, inputs=lambda recipe: [data])
     world.section("1_a", module="fake")
     world.section("2_b")
     world.run()
@@ -366,35 +418,33 @@ def test_fault_6_stale_by_content(world, monkeypatch):
     world.write()
     world.section("2_b", body="finish('2_b', n=n + 1)")
     assert both() == ["done", "stale"]  # code of one notebook
-    assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]} and world.rows("2_b") == [{"n": 2}]
+    assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]}
+    assert world.rows("2_b") == [{"n": 2}]
 
 
 def test_fault_6_stale_by_module(world, monkeypatch):
     "The code of a module that the notebook imports is part of its key."
 
-    world.section("1_a", body="from octomed.core import digest\nfinish('1_a', n=n)")
+    world.section("1_a", body="from octomed.core.identity import digest\nfinish('1_a', n=n)")
 
     def key():
-        return runner.notebook_stage(
-            runner.Section("1_a", world.nbs / "1_a.ipynb"), core.load_recipe(str(world.recipe))
-        ).key
+        section = Section("1_a", world.nbs / "1_a.ipynb")
+        return notebook_stage(section, load_recipe(str(world.recipe))).key
 
     before, real = key(), Path.read_text
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda p, *a, **k: (
-            real(p, *a, **k) + ("\nchanged = 1\n" if p == Path(core.__file__) else "")
-        ),
-    )
+
+    def append(text):
+        "Let the module's file end on this text."
+
+        def read(path, *args, **kwargs):
+            end = text if path == Path(identity.__file__) else ""
+            return real(path, *args, **kwargs) + end
+
+        monkeypatch.setattr(Path, "read_text", read)
+
+    append("\nchanged = 1\n")
     assert key() != before
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda p, *a, **k: (
-            real(p, *a, **k) + ("\n# a comment\n" if p == Path(core.__file__) else "")
-        ),
-    )
+    append("\n# a comment\n")
     assert key() == before
 
 
@@ -405,28 +455,35 @@ def test_fault_7_two_runners_at_once(world):
         body=f"time.sleep(0.5)\nwith open({str(count)!r}, 'a') as f: f.write('x')\nfinish('1_a')",
     )
     errs = [p.communicate(timeout=40)[1] for p in [world.start(), world.start()] if p.wait(40) == 0]
-    assert len(errs) == 2 and count.read_text() == "x" and world.states() == {"1_a": "done"}
+    assert len(errs) == 2
+    assert count.read_text() == "x"
+    assert world.states() == {"1_a": "done"}
 
 
 def test_sections_side_by_side(world, capfd):
     def meet(me, other):
-        return f"pathlib.Path('{world.folder}/{me}').touch()\nwhile not pathlib.Path('{world.folder}/{other}').exists(): time.sleep(0.05)\nfinish({me!r}, n=n)"
+        return f"""
+pathlib.Path('{world.folder}/{me}').touch()
+while not pathlib.Path('{world.folder}/{other}').exists():
+    time.sleep(0.05)
+finish({me!r}, n=n)
+"""
 
     world.section("0_z")
     world.run(only="0_z")
     world.section("1_a", body=meet("1_a", "2_b")).section("2_b", body=meet("2_b", "1_a")).section(
         "3_c", values={"n": 7}
     )
-    assert (got := world.run(jobs=2))["skipped"] == ["0_z"] and sorted(got["ran"]) == [
+    outcome = world.run(jobs=2)
+    assert outcome["skipped"] == ["0_z"]
+    assert sorted(outcome["ran"]) == [
         "1_a",
         "2_b",
         "3_c",
     ]  # one at a time, the first would wait for ever
-    assert (
-        world.rows("3_c") == [{"n": 7}]
-        and set(world.states().values()) == {"done"}
-        and "3_c done in" in capfd.readouterr().err
-    )
+    assert world.rows("3_c") == [{"n": 7}]
+    assert set(world.states().values()) == {"done"}
+    assert "3_c done in" in capfd.readouterr().err
     assert world.run(jobs=2) == {"ran": [], "skipped": ["0_z", "1_a", "2_b", "3_c"]}
 
 
@@ -437,25 +494,26 @@ def test_what_took_longest_is_started_first_beside_others(world, capfd):
     world.write(lr=0.5)
     capfd.readouterr()
     world.run(jobs=2)
-    said = capfd.readouterr().err
-    assert said.index("3_c starts") < said.index("1_a starts") and said.index(
-        "3_c starts"
-    ) < said.index("2_b starts")
+    lines = capfd.readouterr().err
+    assert lines.index("3_c starts") < lines.index("1_a starts")
+    assert lines.index("3_c starts") < lines.index("2_b starts")
 
 
 def test_a_failure_beside_others_lets_them_end_and_starts_no_more(world, capfd):
     world.section("1_a", body="1/0").section("2_b", body="time.sleep(4)\nfinish('2_b')").section(
         "3_c"
     )
-    with pytest.raises(SectionFailed, match="1_a failed, as told above"):
+    with pytest.raises(SectionFailed, match="1_a failed, as reported above"):
         world.run(jobs=2)
-    assert "ZeroDivisionError" in capfd.readouterr().err and world.states() == {
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert world.states() == {
         "1_a": "failed",
         "2_b": "done",
         "3_c": "missing",
     }
 
 
+@NEEDS_PROC
 def test_side_by_side_stops_with_everything_it_started(world):
     for n in "ab":
         world.section(f"1_{n}", body="time.sleep(600)")
@@ -467,7 +525,8 @@ def test_side_by_side_stops_with_everything_it_started(world):
         for p in children(os.getpid())
         if "\0octomed.run.cli\0run" in Path(f"/proc/{p}/cmdline").read_text()
     ]
-    assert time.time() - begun < 60 and set(world.states().values()) == {"missing"}
+    assert time.time() - begun < 60
+    assert set(world.states().values()) == {"missing"}
 
 
 def test_fault_8_a_finished_run_does_nothing(world, capfd):
@@ -476,14 +535,13 @@ def test_fault_8_a_finished_run_does_nothing(world, capfd):
     before = world.bytes()
     capfd.readouterr()
     assert world.run() == {"ran": [], "skipped": ["1_a"]}
-    assert (
-        "nothing to do, all 1 sections are done" in capfd.readouterr().err
-        and world.bytes() == before
-    )
+    assert "nothing to do, all 1 sections are done" in capfd.readouterr().err
+    assert world.bytes() == before
     (world.out / "r" / "results" / "1_a.json").unlink()
     world.run()
     assert {k: v[0] for k, v in world.bytes().items()} == {k: v[0] for k, v in before.items()}
-    assert world.run(fresh=True)["ran"] == ["1_a"] and "OCTOMED_FRESH" not in os.environ
+    assert world.run(fresh=True)["ran"] == ["1_a"]
+    assert "OCTOMED_FRESH" not in os.environ
 
 
 def test_fault_17_a_canary_key_is_nowhere(world, monkeypatch, capfd):
@@ -491,7 +549,14 @@ def test_fault_17_a_canary_key_is_nowhere(world, monkeypatch, capfd):
     monkeypatch.setenv("SOME_API_KEY", canary)
     world.section(
         "1_a",
-        body="import os, sys\nkey = os.environ['SOME_API_KEY']\nprint(key)\nprint(key, file=sys.stderr)\nfinish('1_a', key=key)\nkey",
+        body="""
+import os, sys
+key = os.environ['SOME_API_KEY']
+print(key)
+print(key, file=sys.stderr)
+finish('1_a', key=key)
+key
+""",
     )
     world.section(
         "2_b",
@@ -502,19 +567,27 @@ def test_fault_17_a_canary_key_is_nowhere(world, monkeypatch, capfd):
     shown = capfd.readouterr()
     seen = [str(failure.value), shown.out, shown.err]
     files = [p for p in world.folder.rglob("*") if p.is_file()]
-    assert len([p for p in files if p.suffix == ".ipynb"]) == 5 and "[SOME_API_KEY]" in str(
-        failure.value
-    )  # two sources, one kept twice, one failed
+    assert len([p for p in files if p.suffix == ".ipynb"]) == 5
+    assert "[SOME_API_KEY]" in str(failure.value)  # two sources, one kept twice, one failed
     for text in [*seen, *(p.read_bytes().decode(errors="replace") for p in files)]:
         assert "0123456789" not in text
     assert world.rows("1_a") == [{"key": "[SOME_API_KEY]"}]
 
 
+def test_a_module_that_lacks_a_function_is_refused_with_one_sentence(world, monkeypatch):
+    module = declare(monkeypatch)
+    world.section("1_a", module="fake")
+    del module.claims
+    with pytest.raises(OctomedError, match=r"octomed\.paper\.fake has no function claims: define"):
+        world.run()
+    module.claims = lambda recipe: []
+    with pytest.raises(OctomedError, match=r"claims of .* cannot be called as claims\(\): give"):
+        world.run()
+    assert not world.out.exists()
+
+
 def test_one_arm(world, monkeypatch):
-    module = types.ModuleType("octomed.paper.fake")
-    module.arms = lambda recipe: {"cot": 1, "direct": 2}
-    monkeypatch.setitem(sys.modules, "octomed.paper", types.ModuleType("octomed.paper"))
-    monkeypatch.setitem(sys.modules, "octomed.paper.fake", module)
+    declare(monkeypatch, arms=lambda recipe: {"cot": 1, "direct": 2})
     asked, fake = [], types.ModuleType("octomed.evaluate.arms")
     fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append(
         (arms, recipe.of("1_a"), seeds)
@@ -524,4 +597,5 @@ def test_one_arm(world, monkeypatch):
     world.section("2_b")
     with pytest.raises(UsageError, match="no section has an arm none: choose from cot, direct"):
         world.run(arm="none")
-    assert world.run(arm="cot")["ran"] == ["1_a"] and asked == [({"cot": 1}, {"n": 1}, 1)]
+    assert world.run(arm="cot")["ran"] == ["1_a"]
+    assert asked == [({"cot": 1}, {"n": 1}, 1)]

@@ -18,6 +18,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
 import numpy as np
 
 # %% ../../nbs/bench/02_decontaminate.ipynb #1e4ff5e4

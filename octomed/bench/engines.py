@@ -16,7 +16,9 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
+
 from PIL import Image
+
 from .timing import benchmark, in_turns, repeated, row, small_student, timed, took
 
 # %% ../../nbs/bench/06_engines.ipynb #bc0dfdfd

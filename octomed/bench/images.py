@@ -17,10 +17,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
+
 import numpy as np
 
 # %% ../../nbs/bench/03_images.ipynb #2bfd232e
 from PIL import Image
+
 from .timing import benchmark, in_turns, over, repeated, took
 from ..core.paths import data_dir
 from ..data.images import file_hashes, intake_all, open_image, pixel_hash, resized

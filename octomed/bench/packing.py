@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+
 import numpy as np
 
 # %% ../../nbs/bench/08_packing.ipynb #24f500d7

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+
 import numpy as np
 
 # %% ../../nbs/bench/01_timing.ipynb #00f92dd9

@@ -23,6 +23,7 @@ from pathlib import Path
 
 # %% ../../nbs/bench/09_trainers.ipynb #a69381d3
 from tempfile import TemporaryDirectory, TemporaryFile
+
 import numpy as np
 
 # %% ../../nbs/bench/09_trainers.ipynb #8345e55c

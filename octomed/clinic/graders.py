@@ -18,9 +18,10 @@ from .questions import reference, world_identity
 from .world import Truth, conditions, pick
 from ..core.identity import digest, seed_for
 from ..core.paths import OctomedError
-from ..generate.answers import END_OF_THINK, judge
+from ..generate.answers import judge
 from ..generate.engines import Sample, Sampling, register_teacher, sample_seed
 from ..generate.graders import tag
+from ..generate.prompts import END_OF_THINK
 
 # %% ../../nbs/clinic/08_graders.ipynb #d1cd1917
 GRADING_REVISION = "b8e5c66646d49c84"  # declared: a change of how a grade is made needs a new one

@@ -8,7 +8,9 @@ __all__ = ['ties', 'phrases_in', 'one_fact_oracle', 'asks_for', 'full_oracle', '
 # %% ../../nbs/clinic/05_oracles.ipynb #ba89dbc8
 import re
 from functools import lru_cache
+
 import numpy as np
+
 from .drawings import CLASSES
 from .questions import reference
 

@@ -16,7 +16,9 @@ from functools import lru_cache, partial
 
 # %% ../../nbs/clinic/04_questions.ipynb #893d019f
 from itertools import count
+
 import numpy as np
+
 from .drawings import CLASSES, DRAWINGS_REVISION, draw
 from .vignettes import placed, stem_of, vignette
 from .world import WORLD_REVISION, Truth, conditions, pick

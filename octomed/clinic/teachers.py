@@ -16,6 +16,7 @@ from typing import ClassVar
 
 # %% ../../nbs/clinic/07_teachers.ipynb #a9729579
 import numpy as np
+
 from .drawings import CLASSES
 from .questions import reference, world_identity
 

@@ -8,7 +8,9 @@ __all__ = ['facts_of', 'option_practice', 'glossary', 'textbook', 'atlas', 'stri
 # %% ../../nbs/clinic/06_textbook.ipynb #e5810a70
 import re
 from itertools import combinations
+
 import numpy as np
+
 from .drawings import CLASSES
 from .questions import PICTURES, picture_key, pictures
 

@@ -8,6 +8,7 @@ __all__ = ['mates', 'distractors', 'shown_with_image', 'patient', 'stem_of', 'vi
 # %% ../../nbs/clinic/03_vignettes.ipynb #6cc17a84
 from functools import lru_cache
 from itertools import combinations
+
 import numpy as np
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #b4e55e85

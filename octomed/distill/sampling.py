@@ -9,6 +9,7 @@ __all__ = ['route', 'requests', 'prompt_size', 'on_grid', 'ask', 'samples', 'rea
 import json
 from functools import lru_cache
 from pathlib import Path
+
 from ..core.files import read_jsonl, write_jsonl
 from ..core.identity import content, pinned
 

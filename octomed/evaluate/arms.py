@@ -8,7 +8,9 @@ __all__ = ['Arm', 'stages', 'evaluated', 'warm_up', 'scoped', 'first_of_each', '
 
 # %% ../../nbs/evaluate/03_arms.ipynb #fdf1265e
 from dataclasses import dataclass, replace
+
 import numpy as np
+
 from ..core.files import read_jsonl
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import CATEGORIES, Common, Recipe

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
 import numpy as np
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #38b15541

@@ -14,6 +14,7 @@ from pathlib import Path
 
 # %% ../../nbs/evaluate/05_tables.ipynb #516406ce
 import numpy as np
+
 from ..core.code import section_code
 from ..core.files import write_json
 from ..core.identity import card
