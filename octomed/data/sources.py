@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SOURCES', 'NAMED', 'Local', 'Source', 'register', 'source_of', 'Loaded', 'load_report', 'load', 'stream',
-           'read_chats', 'image_files', 'image_file', 'question_sources', 'identity_of', 'sources_table', 'explained']
+           'read_chats', 'image_files', 'image_file', 'question_sources', 'identity_of', 'remembered_identities',
+           'registered', 'sources_table', 'explained']
 
 # %% ../../nbs/data/08_sources.ipynb #21828b17
 import random
@@ -16,6 +17,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 # %% ../../nbs/data/08_sources.ipynb #8078b890
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from ..core.identity import content, digest, seed_for
 from ..core.paths import OctomedError, UsageError, data_dir
 from ..core.recipe import CATEGORIES
@@ -1078,12 +1082,11 @@ def question_sources(
     return local[1] if local else []
 
 # %% ../../nbs/data/08_sources.ipynb #537508ed
-def identity_of(
+def _look_up_identity(
     spec: str,  # `name:split`
     folder=None,  # where the files lie; by default OCTOMED_DATA
     revision: str | None = None,  # commit of the hub, where the files are not at hand
 ) -> str:  # 16 hexadecimal characters
-    "The content of a source as one short name. Raises `OctomedError` if it is not at hand."
     s = source_of(spec)
     if s.make:
         return digest("made", spec, s.revision, s.expected)
@@ -1100,6 +1103,52 @@ def identity_of(
         further.insert(0, s.hub_file)
     place = [s.hub, s.config, s.hub_split]
     return digest("hub", *place, revision, *further)
+
+# %% ../../nbs/data/08_sources.ipynb #5ba1c001
+_MEMORY: ContextVar[dict | None] = ContextVar("identities", default=None)
+
+
+def identity_of(
+    spec: str,  # `name:split`
+    folder=None,  # where the files lie; by default OCTOMED_DATA
+    revision: str | None = None,  # commit of the hub, where the files are not at hand
+) -> str:  # 16 hexadecimal characters
+    "The content of a source as one short name. Raises `OctomedError` if it is not at hand."
+    memory = _MEMORY.get()
+    if memory is None:
+        return _look_up_identity(spec, folder, revision)
+    key = (spec, str(folder), revision)
+    if key not in memory:
+        memory[key] = _look_up_identity(spec, folder, revision)
+    return memory[key]
+
+# %% ../../nbs/data/08_sources.ipynb #5ba1c003
+@contextmanager
+def remembered_identities():
+    "Within the block each source's identity is looked up once."
+    token = _MEMORY.set({})
+    try:
+        yield
+    finally:
+        _MEMORY.reset(token)
+
+
+@contextmanager
+def registered(
+    sources: list[Source],  # that replace those of the same name
+):
+    "Within the block these sources are in the registry. What a module registers meanwhile stays."
+    old = {source.spec: SOURCES.get(source.spec) for source in sources}
+    for source in sources:
+        register(source)
+    try:
+        yield
+    finally:
+        for spec, source in old.items():
+            if source is None:
+                del SOURCES[spec]
+            else:
+                register(source)
 
 # %% ../../nbs/data/08_sources.ipynb #70d882f3
 def _count_rows(s: Source, folder) -> tuple[int, int]:

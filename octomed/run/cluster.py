@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.files import write_json
-from ..core.paths import OctomedError, UsageError, root
+from ..core.paths import OctomedError, UsageError, shipped_recipes
 from ..core.recipe import LOADED, Recipe, load_recipe
 from ..core.store import Stage, made, run
 from .sections import arms_of, folder_of, read_json, resolve_recipe, sections
@@ -33,7 +33,7 @@ def _resource_file(recipe: str, file) -> Path:
     "The file that is named, or the recipe's own, or the default."
     if file:
         return Path(file)
-    folder = root() / "nbs" / "recipes" / "cluster"
+    folder = shipped_recipes("cluster")
     own = folder / f"{recipe}.yaml"
     return own if own.exists() else folder / "default.yaml"
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import atomic_write
-from ..core.paths import OctomedError, root
+from ..core.paths import OctomedError, checkout
 from ..core.recipe import LOADED
 from .log import Log, paths_of, redacted
 from .sections import Section
@@ -137,7 +137,7 @@ def _run_papermill(section: Section, values: dict, log: Log, title: str) -> tupl
             engine_name="octomed",
             keep=keep,
             kernel_name="python3",
-            cwd=str(root()),
+            cwd=str(checkout() or Path.cwd()),
             request_save_on_cell_execute=False,
             autosave_cell_every=0,
             force_raise_errors=True,

@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.recipe import Recipe, load_recipe
+from ..data.sources import registered, remembered_identities
 from .plan_hours import memory_rows, shape_or_none
 from .plan_rates import RATES, is_built_here
 from .plan_sections import Demand, Plan, plan_section
-from .plan_sources import away, registered, remembered_identities
+from .plan_sources import away
 from .plan_text import as_text
 from .sections import arms_of, sections
 

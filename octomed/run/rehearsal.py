@@ -28,10 +28,10 @@ from octomed.data.sources import (
     question_sources,
     read_chats,
     register,
+    registered,
     source_of,
 )
 from ..generate.engine_openai import on_loopback
-from .plan_sources import registered
 from .sections import declared, sections
 
 # %% ../../nbs/run/15_rehearsal.ipynb #d2f06e84

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.code import section_code
 from ..core.files import atomic_write
-from ..core.paths import OctomedError, outputs_dir, root
+from ..core.paths import OctomedError, checkout, outputs_dir, shipped_results
 from ..core.recipe import Recipe, load_recipe
 from ..evaluate.stats import paper_overalls
 from .diagnostics import diagnostics
@@ -96,7 +96,7 @@ def _runs_of(base: str) -> set[str]:
     folders = (
         outputs_dir(),
         outputs_dir() / "reference",
-        root() / "outputs" / "reference",
+        shipped_results(),
     )
     names = set()
     for folder in folders:
@@ -425,7 +425,9 @@ def _dirty() -> bool:
         ".",
         ":!outputs",
     ]
-    answer = subprocess.run(command, cwd=root(), capture_output=True, text=True)
+    if checkout() is None:
+        raise OctomedError("reference results are kept in a checkout: clone the repository first")
+    answer = subprocess.run(command, cwd=checkout(), capture_output=True, text=True)
     if answer.returncode:
         raise OctomedError("a reference is kept only from a git checkout: clone the project")
     return bool(answer.stdout.strip())

@@ -19,7 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
-from ..core.paths import OctomedError, UsageError, outputs_dir, root
+from octomed.core.paths import (
+    OctomedError,
+    UsageError,
+    outputs_dir,
+    shipped_notebooks,
+    shipped_results,
+)
 from ..core.recipe import Recipe
 
 # %% ../../nbs/run/02_sections.ipynb #f15c24ae
@@ -36,12 +42,12 @@ def folder_of(recipe: Recipe) -> Path:
 def reference_of(recipe: Recipe) -> Path:
     "The folder of a recipe's reference results, in the outputs folder or else in the project."
     own = outputs_dir() / "reference" / recipe.name
-    return own if own.exists() else root() / "outputs" / "reference" / recipe.name
+    return own if own.exists() else shipped_results(recipe.name)
 
 # %% ../../nbs/run/02_sections.ipynb #26b1ed61
 def notebooks_dir() -> Path:
     "The folder of the section notebooks: `OCTOMED_NOTEBOOKS`, by default `nbs/paper/`."
-    return Path(os.environ.get("OCTOMED_NOTEBOOKS") or root() / "nbs" / "paper").resolve()
+    return Path(os.environ.get("OCTOMED_NOTEBOOKS") or shipped_notebooks()).resolve()
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0019
 def resolve_recipe(
