@@ -66,8 +66,10 @@ def _mean_rates(results: Results, arm: str, where: str) -> dict:
         for of_seed in results.rows[arm][benchmark]:
             rows += of_seed
         by_benchmark.append(rates(rows, results.common.base_seed))
-    shared = [name for name in by_benchmark[0] if all(name in one for one in by_benchmark)]
-    return {name: float(np.mean([one[name] for one in by_benchmark])) for name in shared}
+    shared = [
+        name for name in by_benchmark[0] if all(name in rates_of for rates_of in by_benchmark)
+    ]
+    return {name: float(np.mean([rates_of[name] for rates_of in by_benchmark])) for name in shared}
 
 # %% ../../nbs/evaluate/05_tables.ipynb #36656c4d
 def _row(results: Results, arm: str, where: str) -> dict:
@@ -157,18 +159,18 @@ def rows_frame(rows: list[dict]):
     return frame.astype(dict.fromkeys(with_gaps, object)).fillna("")
 
 # %% ../../nbs/evaluate/05_tables.ipynb #bcb38e83
-def _shown_finding(found: dict) -> dict:
+def _shown_finding(finding: dict) -> dict:
     "One finding as a reader sees it, in percentage points."
-    margin = f" ±{100 * found['margin']:.0f}" if found["margin"] else ""
+    margin = f" ±{100 * finding['margin']:.0f}" if finding["margin"] else ""
     return {
-        "claim": found["text"],
-        "kind": found["kind"] + margin,
-        "paper": found["paper"] or "no such arm",
-        "points": f"{100 * found['difference']:+.1f}",
-        "interval": _interval_text(found["interval"], "+.1f"),
-        "each training seed": ", ".join(f"{100 * d:+.1f}" for d in found["by_seed"]),
-        "n": found["n"],
-        "outcome": found["outcome"],
+        "claim": finding["text"],
+        "kind": finding["kind"] + margin,
+        "paper": finding["paper"] or "no such arm",
+        "points": f"{100 * finding['difference']:+.1f}",
+        "interval": _interval_text(finding["interval"], "+.1f"),
+        "each training seed": ", ".join(f"{100 * d:+.1f}" for d in finding["by_seed"]),
+        "n": finding["n"],
+        "outcome": finding["outcome"],
     }
 
 # %% ../../nbs/evaluate/05_tables.ipynb #9936113b
@@ -213,15 +215,15 @@ def write_results(
     return results
 
 # %% ../../nbs/evaluate/05_tables.ipynb #9b81a65c
-def _finding_line(found: dict) -> str:
+def _finding_line(finding: dict) -> str:
     "A finding as a line of a Markdown table."
-    low, high = found["interval"]
+    low, high = finding["interval"]
     cells = [
-        found["text"],
-        found["paper"] or "–",
-        f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        f"{found['n']} × {found['training_seeds']}",
-        f"**{found['outcome']}**",
+        finding["text"],
+        finding["paper"] or "–",
+        f"{100 * finding['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        f"{finding['n']} × {finding['training_seeds']}",
+        f"**{finding['outcome']}**",
     ]
     return f"| {' | '.join(cells)} |"
 
