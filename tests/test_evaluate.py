@@ -14,7 +14,7 @@ from octomed.core.recipe import Common
 from octomed.core.store import Outside, run
 from octomed.data.questions import Question
 from octomed.data.sources import Source, register
-from octomed.evaluate.arms import Arm, Results, evaluated
+from octomed.evaluate.arms import Arm, evaluated
 from octomed.evaluate.evaluate import (
     Respondent,
     contender,
@@ -30,6 +30,7 @@ from octomed.evaluate.evaluate import (
     student_of,
     voted,
 )
+from octomed.evaluate.results import Results
 from octomed.evaluate.stats import paper_table
 from octomed.evaluate.tables import table
 from octomed.generate.engine_transformers import TransformersEngine

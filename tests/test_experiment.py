@@ -12,9 +12,11 @@ import octomed.clinic.wordings  # noqa: F401 - registers the wordings
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS
-from octomed.evaluate.arms import Arm, Results, stages, warm_up
+from octomed.evaluate.arms import Arm, stages, warm_up
 from octomed.evaluate.claims import Claim, finding
-from octomed.evaluate.tables import findings_frame, rows_frame, table, write_results
+from octomed.evaluate.results import Results
+from octomed.evaluate.results_file import write_results
+from octomed.evaluate.tables import findings_frame, rows_frame, table
 from octomed.train.schedule import Schedule
 
 COMMON = Common(
@@ -241,7 +243,7 @@ def declare(section, recipe="course"):
 
 @pytest.mark.parametrize("section", [*SECTIONS, "54_families"])
 def test_claims_are_about_arms_and_benchmarks_that_exist(section):
-    from octomed.evaluate.arms import category_of
+    from octomed.evaluate.results import category_of
     from octomed.evaluate.stats import KINDS
 
     module, recipe, arms = declare(section)
