@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -22,16 +23,30 @@ from octomed.generate.answers import Verdict
 from octomed.generate.engines import Sample, Sampling, register_teacher, sample_seed
 
 QUESTIONS = [
-    Question(f"which is it, {n}?", ("yes", "no", "perhaps"), "B", "toy", "train", "text_only")
+    Question(
+        stem=f"which is it, {n}?",
+        options=("yes", "no", "perhaps"),
+        answer="B",
+        source="toy",
+        split="train",
+        category="text_only",
+    )
     for n in range(4)
 ]
 register(
-    Source("toy", "train", "text_only", "train", make=lambda **_: list(QUESTIONS), revision="1")
+    Source(
+        name="toy",
+        split="train",
+        category="text_only",
+        role="train",
+        make=lambda **_: list(QUESTIONS),
+        revision="1",
+    )
 )
 
 
 class Toy:
-    "Right on every second sample, never on the first question; one of its samples is refused, one is cut off."
+    "Right on every second sample, never on the first question; refuses one, is cut off in another."
 
     model, name = "toy@1", "simulated"
 
@@ -39,23 +54,21 @@ class Toy:
         for r in requests:
             for i in r.indices:
                 right = i % 2 and r.question != QUESTIONS[0].id
-                text, finish = (
-                    f"<think>sample {i}</think>\n\n<answer>{'B' if right else 'A'}</answer>",
-                    "stop",
-                )
+                text = f"<think>sample {i}</think>\n\n<answer>{'B' if right else 'A'}</answer>"
+                finish = "stop"
                 if i == 2:
                     text, finish = "i cannot answer this", "refused"
                 if i == 4:
                     text, finish = "<think>it goes on", "length"
                 yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    text,
-                    finish,
-                    7,
+                    question=r.question,
+                    model=self.model,
+                    prompt=r.prompt,
+                    sampling=sampling.key,
+                    index=i,
+                    text=text,
+                    finish=finish,
+                    tokens=7,
                     seed=sample_seed(sampling, r.question, i),
                 )
 
@@ -83,7 +96,7 @@ register_teacher("toy/teacher", Toy, "1")
 register_teacher("toy/hopeless", Hopeless, "1")
 
 
-def declared(teacher="toy/teacher", n=16, k=4, keep="correct", answer="letter"):
+def declare(teacher="toy/teacher", n=16, k=4, keep="correct", answer="letter"):
     data = questions(sources=(("toy:train", None, "1"),), against=(), seed=0, max_pixels=12_544)
     drawn = samples(
         questions=data,
@@ -96,24 +109,24 @@ def declared(teacher="toy/teacher", n=16, k=4, keep="correct", answer="letter"):
 
 
 def test_fault_15_a_question_with_none_of_16_accepted_is_counted_and_left_out():
-    _, _drawn, kept = declared()
-    rows, funnel = (
-        read_jsonl(run(kept) / "traces.jsonl"),
-        json.loads((run(kept) / "funnel.json").read_text()),
-    )
-    assert funnel["questions_without"] == 1 and QUESTIONS[0].id not in {r["question"] for r in rows}
-    assert funnel["pass_count"] == {"0": 1, "8": 3} and len(rows) == 3 * 4
+    _, _drawn, kept = declare()
+    rows = read_jsonl(run(kept) / "traces.jsonl")
+    funnel = json.loads((run(kept) / "funnel.json").read_text())
+    assert funnel["questions_without"] == 1
+    assert QUESTIONS[0].id not in {r["question"] for r in rows}
+    assert funnel["pass_count"] == {"0": 1, "8": 3}
+    assert len(rows) == 3 * 4
 
 
 def test_fault_15_no_trace_at_all_is_an_error_and_leaves_no_artifact():
-    *_, kept = declared("toy/hopeless")
+    *_, kept = declare("toy/hopeless")
     with pytest.raises(OctomedError, match="no sample was accepted"):
         run(kept)
     assert not kept.folder.exists()
 
 
 def test_the_funnel_conserves_samples_and_keeps_every_outcome():
-    _, drawn, kept = declared()
+    _, drawn, kept = declare()
     funnel = json.loads((run(kept) / "funnel.json").read_text())
     assert funnel["samples"] == 4 * 16 == sum(funnel["outcomes"].values())
     assert funnel["outcomes"] == {"correct": 24, "wrong": 32, "refused": 4, "truncated": 4}
@@ -122,14 +135,15 @@ def test_the_funnel_conserves_samples_and_keeps_every_outcome():
 
 
 def test_accepted_sets_are_nested_in_k_and_a_later_run_tops_up():
-    few = read_jsonl(run(declared(n=8, k=2)[2]) / "traces.jsonl")
-    many = read_jsonl(run(declared(n=16, k=4)[2]) / "traces.jsonl")
+    few = read_jsonl(run(declare(n=8, k=2)[2]) / "traces.jsonl")
+    many = read_jsonl(run(declare(n=16, k=4)[2]) / "traces.jsonl")
 
     def index(rows, q):
         return [r["index"] for r in rows if r["question"] == q]
 
     for q in QUESTIONS[1:]:
-        assert index(few, q.id) == [1, 3] and index(many, q.id) == [1, 3, 5, 7]
+        assert index(few, q.id) == [1, 3]
+        assert index(many, q.id) == [1, 3, 5, 7]
 
 
 def test_the_box_holds_the_letter_or_the_text():
@@ -166,31 +180,27 @@ def test_a_rule_that_does_not_exist_is_refused():
 
 def test_a_rejected_trace_ends_on_its_own_wrong_answer():
     rows = {
-        keep: read_jsonl(run(declared(k=1, keep=keep)[2]) / "traces.jsonl")
+        keep: read_jsonl(run(declare(k=1, keep=keep)[2]) / "traces.jsonl")
         for keep in ("wrong", "all", "correct")
     }
-    assert {r["response"][-9:] for r in rows["wrong"]} == {r"\boxed{A}"} and len(
-        rows["wrong"]
-    ) == len(QUESTIONS)
+    assert {r["response"][-9:] for r in rows["wrong"]} == {r"\boxed{A}"}
+    assert len(rows["wrong"]) == len(QUESTIONS)
     assert [r["index"] for r in rows["all"]] == [0] * len(QUESTIONS)
-    assert {r["response"][-9:] for r in rows["correct"]} == {r"\boxed{B}"} and len(
-        rows["correct"]
-    ) == len(QUESTIONS) - 1
-    assert read_jsonl(run(declared(k=1, keep="wrong", answer="text")[2]) / "traces.jsonl")[0][
+    assert {r["response"][-9:] for r in rows["correct"]} == {r"\boxed{B}"}
+    assert len(rows["correct"]) == len(QUESTIONS) - 1
+    assert read_jsonl(run(declare(k=1, keep="wrong", answer="text")[2]) / "traces.jsonl")[0][
         "response"
     ].endswith(r"\boxed{yes}")
 
 
 def test_fault_15_rejected_traces_only_counts_the_questions_that_have_none():
-    funnel = json.loads((run(declared(keep="wrong")[2]) / "funnel.json").read_text())
-    assert (
-        funnel["questions_without"] == 0
-        and funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["wrong"]
-    )
+    funnel = json.loads((run(declare(keep="wrong")[2]) / "funnel.json").read_text())
+    assert funnel["questions_without"] == 0
+    assert funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["wrong"]
 
 
 class Half(Toy):
-    "Right once in two, but always right on question 1 and never on question 0; longer from question to question."
+    "Right once in two, always on question 1, never on question 0; later questions take longer."
 
     model = "half@1"
 
@@ -199,28 +209,30 @@ class Half(Toy):
             n = next(n for n, q in enumerate(QUESTIONS) if q.id == r.question)
             for i in r.indices:
                 right = n == 1 or (n > 1 and i % 2)
+                wrong = "A" if i % 4 else "C"
+                letter = "B" if right else wrong
                 yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    f"<think>{'so ' * n}{i}</think><answer>{'B' if right else 'A' if i % 4 else 'C'}</answer>",
-                    "stop",
-                    10 * n,
+                    question=r.question,
+                    model=self.model,
+                    prompt=r.prompt,
+                    sampling=sampling.key,
+                    index=i,
+                    text=f"<think>{'so ' * n}{i}</think><answer>{letter}</answer>",
+                    finish="stop",
+                    tokens=10 * n,
                 )
 
 
 register_teacher("toy/half", Half, "1")
 
 
-def sieved(name, low, high, teacher="toy/half", n=16):
-    data, drawn, _ = declared(teacher, n)
+def declare_filter(name, low, high, teacher="toy/half", n=16):
+    data, drawn, _ = declare(teacher, n)
     return filtered(questions=data, evidence=(drawn,), name=name, low=low, high=high)
 
 
 def test_the_pass_count_filter_keeps_2_to_14_of_16_and_conserves_questions():
-    f = sieved("teacher", *FILTERS["teacher"])
+    f = declare_filter("teacher", *FILTERS["teacher"])
     funnel = json.loads((run(f) / "funnel.json").read_text())
     assert [q.id for q in read_questions(run(f))] == [
         q.id
@@ -231,14 +243,16 @@ def test_the_pass_count_filter_keeps_2_to_14_of_16_and_conserves_questions():
 
 
 def test_a_filter_counts_shares_so_that_fewer_samples_mean_the_same():
-    assert {q.id for q in read_questions(run(sieved("teacher", *FILTERS["teacher"], n=4)))} == {
+    assert {
+        q.id for q in read_questions(run(declare_filter("teacher", *FILTERS["teacher"], n=4)))
+    } == {
         QUESTIONS[2].id,
         QUESTIONS[3].id,
     }
 
 
 def test_length_and_dissent_need_no_known_answer():
-    data, drawn, _ = declared("toy/half")
+    data, drawn, _ = declare("toy/half")
     qs = read_questions(run(data))
     blind = [replace(q, answer=None) for q in qs]
     place = {QUESTIONS[n].id: n for n in range(4)}
@@ -248,22 +262,24 @@ def test_length_and_dissent_need_no_known_answer():
         2: 2 / 3,
         3: 1,
     }
-    found = {place[q]: v for q, v in measure("dissent", blind, [run(drawn)]).items()}
-    assert found[1] == 0 and found[2] == found[3] == 0.5
+    dissent = {place[q]: v for q, v in measure("dissent", blind, [run(drawn)]).items()}
+    assert dissent[1] == 0
+    assert dissent[2] == dissent[3] == 0.5
 
 
 def test_disagreement_between_teachers():
-    data, half, _ = declared("toy/half")
-    _, other, _ = declared("toy/stubborn")
-    _, mute, _ = declared("toy/mute")
+    data, half, _ = declare("toy/half")
+    _, other, _ = declare("toy/stubborn")
+    _, mute, _ = declare("toy/mute")
     qs = read_questions(run(data))
-    found = measure("teachers", qs, [run(half), run(other)])
-    assert found[QUESTIONS[1].id] == 1.0 and found[QUESTIONS[0].id] == 0.0  # B against A; A and A
+    differ = measure("teachers", qs, [run(half), run(other)])
+    assert differ[QUESTIONS[1].id] == 1.0
+    assert differ[QUESTIONS[0].id] == 0.0  # B against A; A and A
     assert set(measure("teachers", qs, [run(half), run(mute)]).values()) == {None}
 
 
 def test_a_filter_that_leaves_nothing_is_an_error_and_no_artifact():
-    f = sieved("teacher", 0.99, 0.999)
+    f = declare_filter("teacher", 0.99, 0.999)
     with pytest.raises(OctomedError, match="leaves no question"):
         run(f)
     assert not f.folder.exists()
@@ -272,7 +288,7 @@ def test_a_filter_that_leaves_nothing_is_an_error_and_no_artifact():
 
 
 def test_a_question_without_evidence_is_dropped_with_that_reason():
-    f = sieved("dissent", 0, 1, teacher="toy/mute")
+    f = declare_filter("dissent", 0, 1, teacher="toy/mute")
     with pytest.raises(OctomedError, match="leaves no question"):
         run(f)
 
@@ -300,14 +316,14 @@ class Rater(Toy):
             n = next(n for n, q in enumerate(QUESTIONS) if q.id == r.question)
             for i in r.indices:
                 yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    "hm" if n == 3 else f"<rating>{2 * n + 1}</rating>",
-                    "stop",
-                    1,
+                    question=r.question,
+                    model=self.model,
+                    prompt=r.prompt,
+                    sampling=sampling.key,
+                    index=i,
+                    text="hm" if n == 3 else f"<rating>{2 * n + 1}</rating>",
+                    finish="stop",
+                    tokens=1,
                 )
 
 
@@ -315,7 +331,7 @@ register_teacher("toy/rater", Rater, "1")
 
 
 def test_the_difficulty_filter_keeps_3_to_6_and_says_what_was_not_rated():
-    data, *_ = declared()
+    data, *_ = declare()
     f = filtered(
         questions=data,
         evidence=(rated(questions=data, grader="toy/rater", revision="1"),),
@@ -333,15 +349,19 @@ def test_the_difficulty_filter_keeps_3_to_6_and_says_what_was_not_rated():
 
 
 def test_the_accepted_set_of_filtered_questions_is_part_of_the_whole():
-    _data, drawn, whole = declared("toy/half", k=1)
+    _data, drawn, whole = declare("toy/half", k=1)
     part = accepted(
-        questions=sieved("teacher", *FILTERS["teacher"]), samples=drawn, k=1, answer="letter"
+        questions=declare_filter("teacher", *FILTERS["teacher"]),
+        samples=drawn,
+        k=1,
+        answer="letter",
     )
     few, all_ = (
         {(r["question"], r["index"]) for r in read_jsonl(run(a) / "traces.jsonl")}
         for a in (part, whole)
     )
-    assert few < all_ and len(few) == 2
+    assert few < all_
+    assert len(few) == 2
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 5), min_size=1, max_size=20))
@@ -355,17 +375,8 @@ def test_ranks_lie_between_0_and_1_and_keep_the_order(values):
 
 def test_rewordings_stand_together_in_the_place_of_their_question():
     like = [
-        Question(
-            f"{q.stem} in other words {n}",
-            q.options,
-            q.answer,
-            q.source,
-            q.split,
-            q.category,
-            tags={"like": q.id},
-        )
-        for q in QUESTIONS
-        for n in range(3)
+        replace(q, stem=f"{q.stem} in other words {n}", tags={"like": q.id})
+        for q, n in product(QUESTIONS, range(3))
     ]
     for amount in (1, 2, 3):
         assert {q.tags["like"] for q in subset(like[::-1], 3 * amount)} == {
@@ -374,32 +385,37 @@ def test_rewordings_stand_together_in_the_place_of_their_question():
 
 
 def test_statistics_by_source_and_teacher():
-    data, drawn, _ = declared("toy/half")
-    (row,) = statistics(qs := read_questions(run(data)), judged(qs, run(drawn)))
+    data, drawn, _ = declare("toy/half")
+    qs = read_questions(run(data))
+    (row,) = statistics(qs, judged(qs, run(drawn)))
     assert (row["source"], row["teacher"], row["questions"], row["samples"]) == (
         "toy",
         "half",
         4,
         64,
     )
-    assert row["pass_count"] == {"0": 1, "8": 2, "16": 1} and row["acceptance"] == 0.5
-    assert row["duplicates"] == 0 and 0 < row["distinct_2"] < 1
+    assert row["pass_count"] == {"0": 1, "8": 2, "16": 1}
+    assert row["acceptance"] == 0.5
+    assert row["duplicates"] == 0
+    assert 0 < row["distinct_2"] < 1
 
 
 def test_diversity_and_duplicates():
-    assert distinct(["a b a b"]) == 2 / 3 and distinct([]) == 0 and distinct(["one"]) == 0
-    assert duplicates([]) == 0 and duplicates(["x", "x ", " x"]) == 2
+    assert distinct(["a b a b"]) == 2 / 3
+    assert distinct([]) == 0
+    assert distinct(["one"]) == 0
+    assert duplicates([]) == 0
+    assert duplicates(["x", "x ", " x"]) == 2
 
 
 def test_teacher_errors_are_counted_where_all_were_asked():
     def v(s):
         return (None, Verdict(None, s))
 
-    one, other = (
-        {"q1": [v("wrong"), v("correct")], "q2": [v("wrong")], "q3": [v("wrong")]},
-        {"q1": [v("wrong")], "q2": [v("truncated")]},
-    )
-    assert failed_by_all([one, other]) == ["q2"] and failed_by_all([one]) == ["q2", "q3"]
+    one = {"q1": [v("wrong"), v("correct")], "q2": [v("wrong")], "q3": [v("wrong")]}
+    other = {"q1": [v("wrong")], "q2": [v("truncated")]}
+    assert failed_by_all([one, other]) == ["q2"]
+    assert failed_by_all([one]) == ["q2", "q3"]
     assert failed_by_all([one], at_most=0.5) == ["q1", "q2", "q3"]
 
 
@@ -418,34 +434,51 @@ def test_prices_name_their_source_and_simulated_teachers_stand_for_real_ones(tmp
     (tmp_path / "p.yaml").write_text(
         "models: {mine: {input: 1, output: 2}, later: {input: null, output: null}}"
     )
-    assert prices(tmp_path / "p.yaml") == {"mine": (1e-6, 2e-6)} and money(
-        "mine@3", 10, 5, prices(tmp_path / "p.yaml")
-    ) == pytest.approx(2e-5)
+    mine = prices(tmp_path / "p.yaml")
+    assert mine == {"mine": (1e-6, 2e-6)}
+    assert money("mine@3", 10, 5, table=mine) == pytest.approx(2e-5)
 
 
 def test_cost_per_sample_and_per_correct_trace():
-    data, drawn, _ = declared("toy/half")
+    data, drawn, _ = declare("toy/half")
     (row,) = cost(read_questions(run(data)), run(drawn), {"half": (1e-6, 1e-5)})
     assert (row["samples"], row["correct"], row["tokens"]) == (64, 32, 16 * (0 + 10 + 20 + 30))
-    assert (
-        row["money"] == pytest.approx(1e-6 * row["prompt_tokens"] + 1e-5 * row["tokens"])
-        and row["prompt_tokens"] > 64 * 10
-    )
+    assert row["money"] == pytest.approx(1e-6 * row["prompt_tokens"] + 1e-5 * row["tokens"])
+    assert row["prompt_tokens"] > 64 * 10
     assert row["per_correct_trace"]["money"] == pytest.approx(2 * row["per_sample"]["money"])
     (unpriced,) = cost(read_questions(run(data)), run(drawn), {})
-    assert (
-        unpriced["money"] is None
-        and unpriced["per_sample"]["tokens"] == row["per_sample"]["tokens"]
-    )
+    assert unpriced["money"] is None
+    assert unpriced["per_sample"]["tokens"] == row["per_sample"]["tokens"]
 
 
 def test_a_budget_says_when_it_is_spent(monkeypatch):
-    s = Sample("q", "deepseek-reasoner@1", "p", "s", 0, "", "stop", tokens=1000, seconds=2.0)
+    s = Sample(
+        question="q",
+        model="deepseek-reasoner@1",
+        prompt="p",
+        sampling="s",
+        index=0,
+        text="",
+        finish="stop",
+        tokens=1000,
+        seconds=2.0,
+    )
     spend = Budget(money=3.0 * money("deepseek-reasoner", 100, 1000))
     assert [spend(s, 100) is None for _ in range(3)] == [True, True, False]
-    assert "seconds" in Budget(seconds=1)(s) and Budget(seconds=3)(s) is None
+    assert "seconds" in Budget(seconds=1)(s)
+    assert Budget(seconds=3)(s) is None
     with pytest.raises(OctomedError, match="has no price"):
-        Budget(money=1)(Sample("q", "mine", "p", "s", 0, "", "stop"))
+        Budget(money=1)(
+            Sample(
+                question="q",
+                model="mine",
+                prompt="p",
+                sampling="s",
+                index=0,
+                text="",
+                finish="stop",
+            )
+        )
     monkeypatch.delenv("OCTOMED_BUDGET", raising=False)
     assert budget() is None
     monkeypatch.setenv("OCTOMED_BUDGET", "tokens=10, seconds=5")
@@ -459,26 +492,26 @@ def test_a_budget_says_when_it_is_spent(monkeypatch):
 def test_a_budget_stops_cleanly_and_a_later_run_goes_on(monkeypatch):
     from octomed.generate.ledger import Stopped
 
-    made = []
+    drawn_now = []
 
     class Slow(Toy):
         model = "slow@1"
 
         def generate(self, requests, sampling):
             for s in super().generate(requests, sampling):
-                made.append((s.question, s.index))
+                drawn_now.append((s.question, s.index))
                 yield s
 
     register_teacher("toy/slow", Slow, "1")
-    _, drawn, _ = declared("toy/slow")
+    _, drawn, _ = declare("toy/slow")
     monkeypatch.setenv("OCTOMED_BUDGET", "tokens=70")
-    with pytest.raises(Stopped, match="budget of 70 tokens is spent.*10 of 64 samples are kept"):
+    with pytest.raises(Stopped, match=r"budget of 70 tokens is spent.*10 of 64 samples are kept"):
         run(drawn)
-    assert not drawn.folder.exists() and len(made) == 10
+    assert not drawn.folder.exists()
+    assert len(drawn_now) == 10
     monkeypatch.delenv("OCTOMED_BUDGET")
-    assert (
-        sum(map(len, read_samples(run(drawn)).values())) == 64 and len(made) == len(set(made)) == 64
-    )
+    assert sum(map(len, read_samples(run(drawn)).values())) == 64
+    assert len(drawn_now) == len(set(drawn_now)) == 64
 
 
 def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
@@ -491,22 +524,31 @@ def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
         def generate(self, requests, sampling):
             for r in requests:
                 text = r.messages[-1]["content"][-1]["text"]
+                means_it = "a fever" in text.split("<response>")[-1]
                 for i in r.indices:
                     yield Sample(
-                        r.question,
-                        self.model,
-                        r.prompt,
-                        sampling.key,
-                        i,
-                        f"<verdict>{'yes' if 'a fever' in text.split('<response>')[-1] else 'no'}</verdict>",
-                        "stop",
-                        1,
+                        question=r.question,
+                        model=self.model,
+                        prompt=r.prompt,
+                        sampling=sampling.key,
+                        index=i,
+                        text=f"<verdict>{'yes' if means_it else 'no'}</verdict>",
+                        finish="stop",
+                        tokens=1,
                     )
 
     def s(n, text):
-        return Sample(QUESTIONS[0].id, "m", "p", "s", n, text, "stop")
+        return Sample(
+            question=QUESTIONS[0].id,
+            model="m",
+            prompt="p",
+            sampling="s",
+            index=n,
+            text=text,
+            finish="stop",
+        )
 
-    got = judged_open(
+    judged_samples = judged_open(
         [(QUESTIONS[0], "high temperature")],
         {
             QUESTIONS[0].id: [
@@ -517,9 +559,7 @@ def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
         },
         Judge(),
     )
-    verdicts = [v for _, v in got[QUESTIONS[0].id]]
-    assert (
-        [v.status for v in verdicts] == ["correct", "wrong", "truncated"]
-        and list(map(score, verdicts)) == [1, 0, 0]
-        and accept(verdicts, 16) == [0]
-    )
+    verdicts = [v for _, v in judged_samples[QUESTIONS[0].id]]
+    assert [v.status for v in verdicts] == ["correct", "wrong", "truncated"]
+    assert list(map(score, verdicts)) == [1, 0, 0]
+    assert accept(verdicts, 16) == [0]

@@ -1,19 +1,20 @@
-"Who answers, a score, the rates beside it, the vote, the grader, and the control with shuffled options."
+"Who answers, scores and the rates beside them, the vote, the grader, and shuffled options."
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import octomed.evaluate.evaluate as room
+import octomed.evaluate.evaluate as module
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError
 from octomed.core.recipe import Common
 from octomed.core.store import Outside, run
 from octomed.data.questions import Question
 from octomed.data.sources import Source, register
-from octomed.evaluate.arms import Arm, Results, evaluated
+from octomed.evaluate.arms import Arm, evaluated
 from octomed.evaluate.evaluate import (
     Respondent,
     contender,
@@ -29,6 +30,7 @@ from octomed.evaluate.evaluate import (
     student_of,
     voted,
 )
+from octomed.evaluate.results import Results
 from octomed.evaluate.stats import paper_table
 from octomed.evaluate.tables import table
 from octomed.generate.engine_transformers import TransformersEngine
@@ -37,17 +39,24 @@ from octomed.generate.prompts import contenders, load_template, prompt_key, rend
 
 QS = [
     Question(
-        f"which is it, {n}?",
-        ("one", "two", "three", "four"),
-        "ABCD"[n % 4],
-        "toybench",
-        "test",
-        "text_only",
+        stem=f"which is it, {n}?",
+        options=("one", "two", "three", "four"),
+        answer="ABCD"[n % 4],
+        source="toybench",
+        split="test",
+        category="text_only",
     )
     for n in range(8)
 ]
 register(
-    Source("toybench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1")
+    Source(
+        name="toybench",
+        split="test",
+        category="text_only",
+        role="benchmark",
+        make=lambda **_: list(QS),
+        revision="1",
+    )
 )
 texts = st.lists(
     st.text(min_size=1).map(str.strip).filter(bool), min_size=1, max_size=10, unique=True
@@ -57,19 +66,17 @@ texts = st.lists(
 @given(texts, st.data(), st.integers(0, 3))
 def test_fault_44_shuffling_keeps_the_options_and_moves_the_right_one(options, data, seed):
     q = Question(
-        "which?",
-        tuple(options),
-        data.draw(st.sampled_from("ABCDEFGHIJ"[: len(options)])),
-        "s",
-        "test",
-        "text_only",
+        stem="which?",
+        options=tuple(options),
+        answer=data.draw(st.sampled_from("ABCDEFGHIJ"[: len(options)])),
+        source="s",
+        split="test",
+        category="text_only",
     )
     s = shuffled(q, seed)
-    assert (
-        sorted(s.options) == sorted(q.options)
-        and s.answer_text == q.answer_text
-        and s.stem == q.stem
-    )
+    assert sorted(s.options) == sorted(q.options)
+    assert s.answer_text == q.answer_text
+    assert s.stem == q.stem
     assert len(options) == 1 or (s.answer != q.answer and s.id != q.id)
     assert shuffled(q, seed) == s
 
@@ -89,18 +96,23 @@ class Knows:
             q = next(q for q in QS if q.stem in text)
             order = tuple(sorted(q.options, key=text.index))
             asked = Question(
-                q.stem, order, "ABCD"[order.index(q.answer_text)], q.source, q.split, q.category
+                stem=q.stem,
+                options=order,
+                answer="ABCD"[order.index(q.answer_text)],
+                source=q.source,
+                split=q.split,
+                category=q.category,
             )
             for i in r.indices:
                 yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    f"<think>x</think>\n\n\\boxed{{{self.say(asked)}}}",
-                    "stop",
-                    5,
+                    question=r.question,
+                    model=self.model,
+                    prompt=r.prompt,
+                    sampling=sampling.key,
+                    index=i,
+                    text=f"<think>x</think>\n\n\\boxed{{{self.say(asked)}}}",
+                    finish="stop",
+                    tokens=5,
                 )
 
 
@@ -112,8 +124,8 @@ class FirstPlace(Knows):
 
 
 def read_with(engine, monkeypatch, control=0, seeds=2, **more):
-    monkeypatch.setattr(room, "TransformersEngine", engine)
-    monkeypatch.setattr(room, "identity", lambda s: engine.__name__)
+    monkeypatch.setattr(module, "TransformersEngine", engine)
+    monkeypatch.setattr(module, "identity", lambda s: engine.__name__)
     s = evaluation(
         student=engine.__name__,
         benchmark="toybench:test",
@@ -139,16 +151,16 @@ def test_fault_44_the_control_is_reported_beside_the_score(monkeypatch):
 def test_fault_44_a_student_that_answers_by_place_is_unmasked(monkeypatch):
     rows = read_with(FirstPlace, monkeypatch, 8)
     r = rates(rows)
-    assert scores(rows).mean() == 0.25 and r["in_order"] == 0.25
-    assert r["moved"] > 0.5 and r["shuffled"] < 0.6
+    assert scores(rows).mean() == 0.25
+    assert r["in_order"] == 0.25
+    assert r["moved"] > 0.5
+    assert r["shuffled"] < 0.6
 
 
 def test_fault_44_the_control_leaves_the_score_alone_and_asks_only_what_it_says(monkeypatch):
     with_, without = read_with(FirstPlace, monkeypatch, 3), read_with(FirstPlace, monkeypatch, 0)
-    assert (
-        scores(with_).tolist() == scores(without).tolist()
-        and sum("shuffled" in r for r in with_) == 3
-    )
+    assert scores(with_).tolist() == scores(without).tolist()
+    assert sum("shuffled" in r for r in with_) == 3
     assert "shuffled" not in rates(without)
 
 
@@ -168,6 +180,17 @@ def test_fault_40_a_forced_exit_is_counted():
     assert rates([row(), row(forced=[True])])["forced_exit"] == 0.5
 
 
+def request(q, template, indices=(0,)):
+    "What an engine is asked about a question."
+    messages = render(template, q)
+    return Request(
+        question=q.id,
+        messages=messages,
+        prompt=prompt_key(messages, template),
+        indices=indices,
+    )
+
+
 def kept(student, folder):
     for part in student:
         part.save_pretrained(folder)
@@ -183,26 +206,22 @@ def test_fault_39_evaluation_reads_the_prompt_that_training_read(
     from octomed.generate.render import Pixels, collate, row
 
     q = replace(QS[0], images=(picture,)) if pictured else QS[0]
-    t, engine, seen = (
-        load_template("cot"),
-        TransformersEngine(kept(student, tmp_path), "tiny", 12_544),
-        [],
-    )
+    t = load_template("cot")
+    engine = TransformersEngine(kept(student, tmp_path), "tiny", 12_544)
+    seen = []
     generate = engine.net.generate
     engine.net.generate = lambda **kw: seen.append(kw) or generate(**kw)
-    list(
-        engine.generate(
-            [Request(q.id, m := render(t, q), prompt_key(m, t))], Sampling(max_tokens=2)
-        )
+    list(engine.generate([request(q, t)], Sampling(max_tokens=2)))
+    trained = row(
+        engine.processor,
+        render(t, q),
+        "<think>one</think>\n\n\\boxed{one}",
+        max_pixels=12_544,
     )
-    trained = row(engine.processor, render(t, q), "<think>one</think>\n\n\\boxed{one}", 12_544)
-    assert (
-        seen[0]["input_ids"].tolist() == [trained.input_ids[: trained.prompt]]
-        and seen[0]["attention_mask"].all()
-    )
-    batch = collate(
-        engine.processor, [trained.input_ids], [trained.images], Pixels(engine.processor, 12_544)
-    )
+    assert seen[0]["input_ids"].tolist() == [trained.input_ids[: trained.prompt]]
+    assert seen[0]["attention_mask"].all()
+    pixels = Pixels(engine.processor, 12_544)
+    batch = collate(engine.processor, [trained.input_ids], [trained.images], pixels=pixels)
     assert ("pixel_values" in batch) == pictured
     for key in ("pixel_values", "image_grid_thw") if pictured else ():
         assert torch.equal(seen[0][key], batch[key])
@@ -213,13 +232,12 @@ def test_fault_39_evaluation_reads_the_prompt_that_training_read(
 
 def test_fault_40_a_forced_exit_never_passes_its_budget(student, tmp_path):
     t, engine = load_template("cot"), TransformersEngine(kept(student, tmp_path), "tiny", 12_544)
-    asked = [Request(q.id, m := render(t, q), prompt_key(m, t), (0, 1)) for q in QS[:2]]
-    got = list(engine.generate(asked, Sampling(1.0, 1.0, max_tokens=6, answer_tokens=4)))
-    forced = [s for s in got if s.answer_tokens]
+    asked = [request(q, t, indices=(0, 1)) for q in QS[:2]]
+    drawn = list(engine.generate(asked, Sampling(1.0, 1.0, max_tokens=6, answer_tokens=4)))
+    forced = [s for s in drawn if s.answer_tokens]
     assert forced, "a student that knows nothing ends no thought in six tokens"
-    assert all(s.answer_tokens <= 4 and s.tokens - s.answer_tokens <= 6 for s in got) and all(
-        "</think>" in s.text for s in forced
-    )
+    assert all(s.answer_tokens <= 4 and s.tokens - s.answer_tokens <= 6 for s in drawn)
+    assert all("</think>" in s.text for s in forced)
 
 
 def test_fault_41_the_same_runs_give_the_same_rates(monkeypatch):
@@ -231,7 +249,7 @@ def test_fault_41_the_same_runs_give_the_same_rates(monkeypatch):
 def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(
     student, tmp_path, monkeypatch
 ):
-    folder, made = kept(student, tmp_path / "s"), []
+    folder, runs = kept(student, tmp_path / "s"), []
     for n, seeds in enumerate((5, 5, 2)):
         monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / str(n)))
         s = evaluation(
@@ -244,13 +262,11 @@ def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(
             max_pixels=12_544,
             data="1",
         )
-        made.append(read_jsonl(run(s) / "rows.jsonl"))
-    assert (
-        made[0] == made[1]
-        and rates(made[0]) == rates(made[1])
-        and len({tuple(r["tokens"]) for r in made[0]}) > 1
-    )
-    assert [r["letters"][:2] for r in made[0]] == [r["letters"] for r in made[2]], (
+        runs.append(read_jsonl(run(s) / "rows.jsonl"))
+    assert runs[0] == runs[1]
+    assert rates(runs[0]) == rates(runs[1])
+    assert len({tuple(r["tokens"]) for r in runs[0]}) > 1
+    assert [r["letters"][:2] for r in runs[0]] == [r["letters"] for r in runs[2]], (
         "a later seed only adds"
     )
 
@@ -264,27 +280,22 @@ class Wavers(Knows):
 
 
 def test_a_vote_begins_with_the_runs_and_stands_beside_them(monkeypatch):
-    plain, rows = (
-        read_with(Wavers, monkeypatch, seeds=5),
-        read_with(Wavers, monkeypatch, seeds=5, vote=10),
-    )
-    assert [{k: v for k, v in r.items() if k != "vote"} for r in rows] == plain and all(
-        len(r["vote"]) == 10 and r["vote"][:5] == r["letters"] for r in rows
-    )
-    assert (
-        voted(rows).shape == (8, 1)
-        and voted(rows).mean() == 1
-        and scores(rows).mean() == pytest.approx(0.7)
+    plain = read_with(Wavers, monkeypatch, seeds=5)
+    rows = read_with(Wavers, monkeypatch, seeds=5, vote=10)
+    assert [{k: v for k, v in r.items() if k != "vote"} for r in rows] == plain
+    assert all(len(r["vote"]) == 10 and r["vote"][:5] == r["letters"] for r in rows)
+    assert voted(rows).shape == (8, 1)
+    assert voted(rows).mean() == 1
+    assert scores(rows).mean() == pytest.approx(
+        0.7
     )  # three of five, and all of the two questions where `one` is right
     assert voted(plain).ravel().tolist() == scores(plain).mean(1).tolist()
 
 
 def test_fault_42_a_tied_vote_is_broken_by_the_seed_alone(monkeypatch):
     rows = [row(question=str(n), answer="A", vote=["A"] * 5 + ["B"] * 5) for n in range(400)]
-    assert (
-        rates(rows)["ties"] == 1
-        and voted(rows, 1).tolist() == voted(rows, 1).tolist() != voted(rows, 2).tolist()
-    )
+    assert rates(rows)["ties"] == 1
+    assert voted(rows, 1).tolist() == voted(rows, 1).tolist() != voted(rows, 2).tolist()
     assert 0.4 < voted(rows).mean() < 0.6
 
 
@@ -303,7 +314,12 @@ def test_both_overalls_stand_in_the_table():
 
     register(
         Source(
-            "otherbench", "test", "text_only", "benchmark", make=lambda **_: list(QS), revision="1"
+            name="otherbench",
+            split="test",
+            category="text_only",
+            role="benchmark",
+            make=lambda **_: list(QS),
+            revision="1",
         )
     )
     rows = table(
@@ -317,16 +333,16 @@ def test_both_overalls_stand_in_the_table():
         by["toybench:test"]["accuracy"],
         by["toybench:test"]["vote"],
         by["toybench:test"]["votes"],
-    ) == (0.5, 1.0, 3) and "vote" not in by["otherbench:test"]
-    assert (by["Overall"]["accuracy"], by["Overall"]["vote"]) == (0.5, 0.75) and by["Overall"][
-        "vote_interval"
-    ] == [0.75, 0.75]
+    ) == (0.5, 1.0, 3)
+    assert "vote" not in by["otherbench:test"]
+    assert (by["Overall"]["accuracy"], by["Overall"]["vote"]) == (0.5, 0.75)
+    assert by["Overall"]["vote_interval"] == [0.75, 0.75]
 
 
 class Fails(Knows):
     "Says `one`, then fails in every way, question after question."
 
-    WAYS = [
+    WAYS: ClassVar[list[tuple[str, str]]] = [
         ("<think>x</think>\n\n\\boxed{one}", "stop"),
         ("I cannot help with that.", "refused"),
         ("the prompt is too long", "error"),
@@ -342,7 +358,8 @@ class Fails(Knows):
 
 def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
     rows = read_with(Fails, monkeypatch, seeds=1)
-    assert len(rows) == len(QS) and [r["finishes"][0] for r in rows[:5]] == [
+    assert len(rows) == len(QS)
+    assert [r["finishes"][0] for r in rows[:5]] == [
         "stop",
         "refused",
         "error",
@@ -366,59 +383,60 @@ def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
 
 
 class Reads:
-    "A grader that takes every response for right, and counts what it was asked."
+    "A grader that says yes to every response, and keeps what it was asked."
 
-    model, name, asked = "reads@1", "toy", []
+    model, name = "reads@1", "toy"
+    asked: ClassVar[list[str]] = []
 
     def generate(self, requests, sampling):
         for r in requests:
             self.asked.append(r.messages[-1]["content"][-1]["text"])
             for i in r.indices:
                 yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    "<verdict>yes</verdict>",
-                    "stop",
+                    question=r.question,
+                    model=self.model,
+                    prompt=r.prompt,
+                    sampling=sampling.key,
+                    index=i,
+                    text="<verdict>yes</verdict>",
+                    finish="stop",
                 )
 
 
 def test_a_grader_reads_what_is_unparsed_and_its_number_stands_beside(monkeypatch):
     register_teacher("toy/reads", Reads, "1")
     rows = read_with(Fails, monkeypatch, seeds=1, grader="toy/reads", revision="1")
-    assert (
-        len(Reads.asked) == 1 and "it is the first" in Reads.asked[0] and "A: one" in Reads.asked[0]
-    )  # no refusal, no error, nothing cut
-    assert (
-        scores(rows).sum() == 1
-        and regraded(rows).sum() == 2
-        and rows[4]["statuses"] == ["unparsed"]
-        and rows[4]["graded"] == ["correct"]
-    )
-    told = next(
+    assert len(Reads.asked) == 1
+    assert "it is the first" in Reads.asked[0]
+    assert "A: one" in Reads.asked[0]  # no refusal, no error, nothing cut
+    assert scores(rows).sum() == 1
+    assert regraded(rows).sum() == 2
+    assert rows[4]["statuses"] == ["unparsed"]
+    assert rows[4]["graded"] == ["correct"]
+    shown = next(
         r
         for r in table(Results(Common(bootstrap=100), {"m": {"toybench:test": [rows]}}))
         if r["benchmark"] == "toybench:test"
     )
-    assert told["accuracy"] == 1 / 8 and told["graded"] == 2 / 8
+    assert shown["accuracy"] == 1 / 8
+    assert shown["graded"] == 2 / 8
 
 
 def test_an_arm_says_where_it_is_voted_on_and_graded():
-    import octomed.clinic.graders  # noqa: F401 - registers the grader
-    import octomed.clinic.students  # noqa: F401 - registers the students
+    import octomed.clinic.graders  # registers the grader
+    import octomed.clinic.students  # registers the students
     import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 
-    common, arm = (
-        Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test", "clinic_boards:test")),
-        Arm((("clinic_ward:train", 5),)),
+    common = Common(
+        train=("clinic_ward:train",), benchmarks=("clinic_ward:test", "clinic_boards:test")
     )
+    arm = Arm((("clinic_ward:train", 5),))
     asks = replace(arm, votes=(("clinic_ward:test", 10),), graded=True)
     assert [evaluated(asks, b, common).params["vote"] for b in common.benchmarks] == [
         10,
         0,
-    ] and evaluated(asks, "clinic_ward:test", common).params["grader"] == "clinic/grader"
+    ]
+    assert evaluated(asks, "clinic_ward:test", common).params["grader"] == "clinic/grader"
     assert (
         evaluated(asks, "clinic_ward:test", common).params["student"]
         == evaluated(arm, "clinic_ward:test", common).params["student"]
@@ -437,11 +455,9 @@ def test_every_model_of_table_2_is_found_and_has_its_template():
     for c in contenders().values():
         at = "1f2e" if c.hub else "HOUSE"
         asked, form = respondent(f"{c.name}@{at}")
-        assert (
-            form == c.template
-            and form in templates()
-            and asked.path == (f"transformers:{c.hub}@1f2e" if c.hub else f"openai:{c.api}@HOUSE")
-        )
+        assert form == c.template
+        assert form in templates()
+        assert asked.path == (f"transformers:{c.hub}@1f2e" if c.hub else f"openai:{c.api}@HOUSE")
         assert all(contender(n) == c for n in (c.name, c.hub, c.api) if n)
         if c.hub:
             assert (
@@ -449,10 +465,8 @@ def test_every_model_of_table_2_is_found_and_has_its_template():
                 or respondent(f"{c.hub}@1f2e")[0].path == asked.path
             )
         assert paper_of(c.name, ["pmc_vqa:test"]) or c.name == "DeepSeek-R1"
-    assert (
-        respondent("openai:DeepSeek-R1@DEEPSEEK")[0].path == "openai:deepseek-reasoner@DEEPSEEK"
-        and respondent("openai:OctoMed-7B@HOUSE")[0].path == "openai:OctoMed/OctoMed-7B@HOUSE"
-    )
+    assert respondent("openai:DeepSeek-R1@DEEPSEEK")[0].path == "openai:deepseek-reasoner@DEEPSEEK"
+    assert respondent("openai:OctoMed-7B@HOUSE")[0].path == "openai:OctoMed/OctoMed-7B@HOUSE"
 
 
 @pytest.mark.parametrize(
@@ -460,7 +474,8 @@ def test_every_model_of_table_2_is_found_and_has_its_template():
     [
         (
             "OctoMed-7B",
-            "OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, transformers:OctoMed-7B@REVISION",
+            "OctoMed-7B is OctoMed/OctoMed-7B on the hub: pin its revision, "
+            "transformers:OctoMed-7B@REVISION",
         ),
         ("vllm:someone/model", "pin its revision, vllm:someone/model@REVISION"),
         ("GPT-4o", "is reached by a server: write openai:GPT-4o@SERVER"),
@@ -491,10 +506,8 @@ def test_how_a_model_is_run_is_in_no_key(monkeypatch):
     assert key(a) == key(b) != key(Respondent("vllm:org/model@2"))
     before = key("org/model@1f2e")
     monkeypatch.setenv("OCTOMED_ENGINE", "vllm")
-    assert (
-        key("org/model@1f2e") == before
-        and respondent("OctoMed-7B@1f2e")[0].path == "vllm:OctoMed/OctoMed-7B@1f2e"
-    )
+    assert key("org/model@1f2e") == before
+    assert respondent("OctoMed-7B@1f2e")[0].path == "vllm:OctoMed/OctoMed-7B@1f2e"
     monkeypatch.setenv("OCTOMED_ENGINE", "vlm")
     with pytest.raises(UsageError, match="OCTOMED_ENGINE=vlm is no engine"):
         engine_of("org/model@1", 12_544)
@@ -512,10 +525,8 @@ def test_a_registered_teacher_is_evaluated_under_its_own_identity(monkeypatch):
         max_pixels=12_544,
         data="1",
     )
-    assert (
-        s.params["student"].key == "Knows@1"
-        and scores(read_jsonl(run(s) / "rows.jsonl")).tolist() == [[1]] * 3
-    )
+    assert s.params["student"].key == "Knows@1"
+    assert scores(read_jsonl(run(s) / "rows.jsonl")).tolist() == [[1]] * 3
 
 
 def test_a_model_that_is_nowhere_is_one_sentence():
@@ -532,7 +543,7 @@ def test_a_forced_exit_can_be_left_out():
 
 
 def test_the_papers_overall_stands_beside_ours_only_where_all_its_rows_do():
-    every = [b for b in room.TASKS if b != "nejm:test"]
+    every = [b for b in module.TASKS if b != "nejm:test"]
     assert {"text_only", "multimodal_classification"} == set(paper_of("LingShu-7B", every)) & {
         "text_only",
         "multimodal_reasoning",
@@ -547,11 +558,9 @@ def test_a_student_is_named_by_its_key_or_content_and_never_by_a_path(tmp_path):
     (tmp_path / "mine" / "weights").write_text("1")
     first = identity(tmp_path / "mine")
     (tmp_path / "mine" / "weights").write_text("22")
-    assert (
-        first.startswith("mine@")
-        and str(tmp_path) not in first
-        and identity(tmp_path / "mine") != first
-    )
+    assert first.startswith("mine@")
+    assert str(tmp_path) not in first
+    assert identity(tmp_path / "mine") != first
     assert identity("org/model") == "org/model"
     (tmp_path / "mine" / "card.json").write_text('{"key": "abc"}')
     assert identity(tmp_path / "mine") == "abc"

@@ -2,18 +2,21 @@
 
 import time
 from dataclasses import replace
+from itertools import chain, product
 
 import pytest
 
-import octomed.clinic.graders  # noqa: F401 - registers the grader
-import octomed.clinic.students  # noqa: F401 - registers the students
+import octomed.clinic.graders  # registers the grader
+import octomed.clinic.students  # registers the students
 import octomed.clinic.wordings  # noqa: F401 - registers the wordings
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS
-from octomed.evaluate.arms import Arm, Results, stages, warm_up
+from octomed.evaluate.arms import Arm, stages, warm_up
 from octomed.evaluate.claims import Claim, finding
-from octomed.evaluate.tables import findings_frame, rows_frame, table, write_results
+from octomed.evaluate.results import Results
+from octomed.evaluate.results_file import write_results
+from octomed.evaluate.tables import findings_frame, rows_frame, table
 from octomed.train.schedule import Schedule
 
 COMMON = Common(
@@ -28,10 +31,12 @@ PICTURED = Arm((("clinic_rounds:train", 10),))
 def test_what_an_arm_leaves_alone_stays_the_same_stage():
     plain = stages(ARM, COMMON)
     kept = stages(replace(ARM, keep="all"), COMMON)
-    assert kept["samples"] == plain["samples"] and kept["accepted"] != plain["accepted"]
+    assert kept["samples"] == plain["samples"]
+    assert kept["accepted"] != plain["accepted"]
     assert stages(replace(ARM, control=9), COMMON)["student"] == plain["student"]
     other = stages(replace(ARM, teacher=COMMON.teacher_image), COMMON)
-    assert other["data"] == plain["data"] and other["samples"] != plain["samples"]
+    assert other["data"] == plain["data"]
+    assert other["samples"] != plain["samples"]
     assert (
         stages(replace(ARM, teacher=COMMON.teacher_text), COMMON)["samples"].params["teachers"][
             "text"
@@ -43,22 +48,24 @@ def test_what_an_arm_leaves_alone_stays_the_same_stage():
 def test_every_filter_is_a_stage_between_the_same_data_and_samples():
     plain = stages(PICTURED, COMMON)
     for name, window in FILTERS.items():
-        got = stages(replace(PICTURED, filter=(name, *window)), COMMON)
-        assert got["data"] == plain["data"] and got["samples"] == plain["samples"]
-        assert (
-            got["accepted"].params["questions"] == got["filtered"]
-            and got["student"] != plain["student"]
-        )
+        steps = stages(replace(PICTURED, filter=(name, *window)), COMMON)
+        assert steps["data"] == plain["data"]
+        assert steps["samples"] == plain["samples"]
+        assert steps["accepted"].params["questions"] == steps["filtered"]
+        assert steps["student"] != plain["student"]
     two = stages(replace(ARM, filter=("teachers", 1, 1)), COMMON)["filtered"].params["evidence"]
-    assert len(two) == 2 and two[0] == stages(ARM, COMMON)["samples"]
+    assert len(two) == 2
+    assert two[0] == stages(ARM, COMMON)["samples"]
 
 
 def test_the_student_filter_asks_the_student_that_the_arm_starts_from():
     first = Arm((("clinic_ward:train", 3),))
-    got = stages(replace(PICTURED, base=first, filter=("student", *FILTERS["student"])), COMMON)
-    (asked,) = got["filtered"].params["evidence"]
+    steps = stages(replace(PICTURED, base=first, filter=("student", *FILTERS["student"])), COMMON)
+    (asked,) = steps["filtered"].params["evidence"]
     assert (
-        asked.params["student"] == stages(first, COMMON)["student"] == got["student"].params["base"]
+        asked.params["student"]
+        == stages(first, COMMON)["student"]
+        == steps["student"].params["base"]
     )
 
 
@@ -92,21 +99,17 @@ def test_no_epoch_is_the_base_student_itself():
 
 def test_a_warm_up_reads_the_last_questions_of_every_pool():
     recipe = Recipe("r", replace(COMMON, base_seed=2))
-    got = warm_up(recipe, 7, 1.0)
-    assert (
-        got.sources == tuple((p, -7) for p in COMMON.train)
-        and got.seed == 2000
-        and warm_up(recipe, 0, 1.0) is None
-    )
+    arm = warm_up(recipe, 7, 1.0)
+    assert arm.sources == tuple((p, -7) for p in COMMON.train)
+    assert arm.seed == 2000
+    assert warm_up(recipe, 0, 1.0) is None
 
 
 def test_an_arm_as_formatting_declares_it_expands_as_before():
-    got = stages(ARM, COMMON)
-    assert (
-        list(got) == ["data", "samples", "accepted", "rendered", "student"]
-        and got["accepted"].params["keep"] == "correct"
-        and got["accepted"].params["questions"] == got["data"]
-    )
+    steps = stages(ARM, COMMON)
+    assert list(steps) == ["data", "samples", "accepted", "rendered", "student"]
+    assert steps["accepted"].params["keep"] == "correct"
+    assert steps["accepted"].params["questions"] == steps["data"]
 
 
 def results(**arms):
@@ -142,60 +145,75 @@ def test_a_trend_is_the_slope_along_its_arms():
     )
     f = finding(
         Claim(
-            "it rises",
-            "k16",
-            "k1",
-            "clinic_ward:test",
+            text="it rises",
+            a="k16",
+            b="k1",
+            benchmark="clinic_ward:test",
             kind="trend",
             along=(("k1", 0), ("k4", 2), ("k16", 4)),
         ),
         r,
     )
-    assert (
-        f["difference"] == pytest.approx(0.1)
-        and f["by_seed"] == pytest.approx([0.1, 0.1])
-        and f["verdict"] == "agrees"
-        and f["training_seeds"] == 2
-    )
+    assert f["difference"] == pytest.approx(0.1)
+    assert f["by_seed"] == pytest.approx([0.1, 0.1])
+    assert f["outcome"] == "agrees"
+    assert f["training_seeds"] == 2
     falls = finding(
         Claim(
-            "it rises",
-            "k1",
-            "k16",
-            "clinic_ward:test",
+            text="it rises",
+            a="k1",
+            b="k16",
+            benchmark="clinic_ward:test",
             kind="trend",
             along=(("k16", 0), ("k4", 2), ("k1", 4)),
         ),
         r,
     )
-    assert falls["difference"] == pytest.approx(-0.1) and falls["verdict"] == "disagrees"
+    assert falls["difference"] == pytest.approx(-0.1)
+    assert falls["outcome"] == "disagrees"
 
 
 def test_a_difference_by_seed_is_a_minus_b():
     r = results(a=[[1, 1, 1, 0], [1, 0, 0, 0]], b=[[0, 1, 0, 0], [1, 0, 0, 0]])
-    f = finding(Claim("a is better", "a", "b", "clinic_ward:test"), r)
-    assert f["by_seed"] == pytest.approx([0.5, 0.0]) and f["difference"] == pytest.approx(0.25)
+    f = finding(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)
+    assert f["by_seed"] == pytest.approx([0.5, 0.0])
+    assert f["difference"] == pytest.approx(0.25)
 
 
 def test_an_equivalence_needs_its_margin():
     r = results(a=[[1, 0] * 20], b=[[1, 0] * 20])
     assert (
-        finding(Claim("equal", "a", "b", "clinic_ward:test", kind="equivalent", margin=0.05), r)[
-            "verdict"
-        ]
+        finding(
+            Claim(
+                text="equal",
+                a="a",
+                b="b",
+                benchmark="clinic_ward:test",
+                kind="equivalent",
+                margin=0.05,
+            ),
+            r,
+        )["outcome"]
         == "agrees"
     )
     with pytest.raises(OctomedError, match="margin"):
-        finding(Claim("equal", "a", "b", "clinic_ward:test", kind="equivalent"), r)
+        finding(
+            Claim(text="equal", a="a", b="b", benchmark="clinic_ward:test", kind="equivalent"), r
+        )
 
 
 def test_frames_show_every_row_and_leave_out_what_no_row_has():
     r = results(a=[[1, 0, 1, 1]], b=[[0, 0, 1, 1]])
     rows = table(r)
     frame = rows_frame(rows)
-    assert len(frame) == len(rows) and "shuffled" not in frame and set(frame["arm"]) == {"a", "b"}
-    told = findings_frame([finding(Claim("a is better", "a", "b", "clinic_ward:test"), r)])
-    assert told.loc[0, "points"] == "+25.0" and told.loc[0, "paper"] == "no such arm"
+    assert len(frame) == len(rows)
+    assert "shuffled" not in frame
+    assert set(frame["arm"]) == {"a", "b"}
+    shown = findings_frame(
+        [finding(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)]
+    )
+    assert shown.loc[0, "points"] == "+25.0"
+    assert shown.loc[0, "paper"] == "no such arm"
 
 
 def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
@@ -204,19 +222,17 @@ def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
     from octomed.clinic.wordings import families
 
     for family in families()[:5]:
-        assert (
-            len({q.id for q in family}) == 16 and len({(q.options, q.answer) for q in family}) == 1
-        )
-        assert not any(for_test(q.id) for q in family) and {full_oracle(q) for q in family} == {
-            family[0].answer
-        }
+        assert len({q.id for q in family}) == 16
+        assert len({(q.options, q.answer) for q in family}) == 1
+        assert not any(for_test(q.id) for q in family)
+        assert {full_oracle(q) for q in family} == {family[0].answer}
     assert families()[0][0].id == families()[0][5].tags["like"]
 
 
 SECTIONS = ("43_filtering", "44_samples", "45_teacher", "51_scaling", "53_datasets")
 
 
-def declared(section, recipe="course"):
+def declare(section, recipe="course"):
     import importlib
 
     from octomed.core.recipe import load_recipe
@@ -227,58 +243,53 @@ def declared(section, recipe="course"):
 
 @pytest.mark.parametrize("section", [*SECTIONS, "54_families"])
 def test_claims_are_about_arms_and_benchmarks_that_exist(section):
-    from octomed.evaluate.arms import category_of
+    from octomed.evaluate.results import category_of
     from octomed.evaluate.stats import KINDS
 
-    module, recipe, arms = declared(section)
-    wheres = {
+    module, recipe, arms = declare(section)
+    places = {
         *module.benchmarks(recipe),
         *(category_of(b) for b in module.benchmarks(recipe)),
         getattr(module, "EVERYWHERE", None),
         getattr(module, "REASONING", None),
     }
     for c in module.claims():
-        assert (
-            {c.a, c.b} | {a for a, _ in c.along} <= {*arms, *getattr(module, "BESIDE", ())}
-            and c.benchmark in wheres
-            and c.kind in KINDS
-            and c.not_proved
-        )
-        assert (c.kind == "equivalent") == (c.margin is not None) and (c.kind == "trend") == bool(
-            c.along
-        )
-    assert any(c.paper for c in module.claims()) and any(not c.paper for c in module.claims())
+        assert {c.a, c.b} | {a for a, _ in c.along} <= {*arms, *getattr(module, "BESIDE", ())}
+        assert c.benchmark in places
+        assert c.kind in KINDS
+        assert c.not_proved
+        assert (c.kind == "equivalent") == (c.margin is not None)
+        assert (c.kind == "trend") == bool(c.along)
+    assert any(c.paper for c in module.claims())
+    assert any(not c.paper for c in module.claims())
 
 
 def test_filters_read_equal_tokens_and_are_the_paper_windows():
-    module, recipe, arms = declared("43_filtering")
+    module, recipe, arms = declare("43_filtering")
     assert recipe.common.samples == 16
     for f in module.NAMES:
         for at in module.POINTS:
-            assert arms[module.name(f, at)].compute_of == arms[
-                module.name(module.NONE, at)
-            ] and arms[module.name(f, at)].filter == (f, *FILTERS[f])
-    assert FILTERS["student"] == FILTERS["teacher"] == (2 / 16, 14 / 16) and FILTERS[
-        "difficulty"
-    ] == (3, 6)
+            assert arms[module.name(f, at)].compute_of == arms[module.name(module.NONE, at)]
+            assert arms[module.name(f, at)].filter == (f, *FILTERS[f])
+    assert FILTERS["student"] == FILTERS["teacher"] == (2 / 16, 14 / 16)
+    assert FILTERS["difficulty"] == (3, 6)
 
 
 def test_the_grid_of_traces_and_epochs_has_three_training_seeds_and_two_controls():
-    module, recipe, arms = declared("44_samples")
+    module, recipe, arms = declare("44_samples")
     assert {
         (a.k, a.schedule.epochs) for n, a in arms.items() if a.compute_of is None and n != "before"
-    } == {(k, e) for k in (1, 4, 16) for e in (1, 2, 3)}
+    } == set(product((1, 4, 16), (1, 2, 3)))
     most = arms[module.name(16, 1)]
-    assert (
-        arms[module.REPEATED].compute_of == arms[module.REWORDED].compute_of == most
-        and arms[module.REWORDED].sources[0][1] == 16 * most.sources[0][1]
-        and arms[module.REWORDED].k == 1
-    )
-    assert recipe.of("44_samples")["seeds"] == 3 and recipe.common.samples == 16
+    assert arms[module.REPEATED].compute_of == arms[module.REWORDED].compute_of == most
+    assert arms[module.REWORDED].sources[0][1] == 16 * most.sources[0][1]
+    assert arms[module.REWORDED].k == 1
+    assert recipe.of("44_samples")["seeds"] == 3
+    assert recipe.common.samples == 16
 
 
 def test_the_two_arms_that_the_paper_lacks_differ_in_what_is_kept_alone():
-    module, recipe, arms = declared("45_teacher")
+    module, recipe, arms = declare("45_teacher")
     one = arms[module.REASONER]
     for name, keep in ((module.ALL, "all"), (module.WRONG, "wrong")):
         assert arms[name] == replace(one, keep=keep, compute_of=one)
@@ -293,30 +304,33 @@ def test_the_warm_up_reads_no_question_of_an_arm():
         spec: load(spec, images=False)
         for spec in ("clinic_ward:train", "clinic_near:one", "clinic_near:sixteen")
     }
+
+    def ids(sources, seed):
+        chosen = [subset(pool[spec], n, seed) for spec, n in sources if spec in pool]
+        return {q.id for q in chain.from_iterable(chosen)}
+
     for section in SECTIONS:
-        _, recipe, arms = declared(section)
-        wanted = {source for arm in arms.values() for source in arm.sources}
+        _, recipe, arms = declare(section)
+        wanted = set(chain.from_iterable(arm.sources for arm in arms.values()))
         (first,) = {replace(arm.base, student="") for arm in arms.values()}
         assert all(n < 0 for _, n in first.sources)
-
-        def ids(sources):
-            return {
-                q.id
-                for spec, n in sources
-                if spec in pool
-                for q in subset(pool[spec], n, recipe.common.base_seed)
-            }
-
-        assert not ids(wanted) & ids(first.sources)
+        seed = recipe.common.base_seed
+        assert not ids(wanted, seed) & ids(first.sources, seed)
         for spec, n in first.sources:
             assert dict(wanted).get(spec, 0) - n <= SOURCES[spec].expected
 
 
 def test_minutes_of_sections_side_by_side_are_their_share_of_the_machine(monkeypatch):
     def minutes():
-        return write_results(
-            None, "42_formatting", Recipe("r", Common(), {}), [], [], time.time() - 600
-        )["card"]["minutes"]
+        results = write_results(
+            None,
+            "42_formatting",
+            Recipe("r", Common(), {}),
+            claims=[],
+            rows=[],
+            started=time.time() - 600,
+        )
+        return results["card"]["minutes"]
 
     assert 10 <= minutes() < 11
     monkeypatch.setenv("OCTOMED_BESIDE", "2")

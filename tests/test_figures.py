@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -9,29 +10,33 @@ import pytest
 from octomed.core.paths import OctomedError
 from octomed.evaluate import figures as F
 
-ROWS = [
-    {
-        "category": c,
-        "benchmark": b,
-        "arm": a,
-        "accuracy": p,
-        "interval": (p - 0.05, p + 0.05),
-        "paper": p + 0.03,
+TASKS = {
+    "MedQA": ("text_only", 0.6),
+    "HeadQA": ("text_only", 0.7),
+    "NEJM": ("multimodal_reasoning", 0.4),
+}
+
+
+def dot(task, arm):
+    category, accuracy = TASKS[task]
+    return {
+        "category": category,
+        "benchmark": task,
+        "arm": arm,
+        "accuracy": accuracy,
+        "interval": (accuracy - 0.05, accuracy + 0.05),
+        "paper": accuracy + 0.03,
         "chance": 0.25,
     }
-    for c, b, p in (
-        ("text_only", "MedQA", 0.6),
-        ("text_only", "HeadQA", 0.7),
-        ("multimodal_reasoning", "NEJM", 0.4),
-    )
-    for a in ("CoT", "direct")
-]
+
+
+ROWS = [dot(task, arm) for task, arm in product(TASKS, ("CoT", "direct"))]
 FINDINGS = [
     {
         "text": "CoT beats direct",
         "difference": 0.05,
         "interval": (0.01, 0.09),
-        "verdict": "agrees",
+        "outcome": "agrees",
         "n": 500,
         "paper": 0.1507,
     },
@@ -39,7 +44,7 @@ FINDINGS = [
         "text": "Mixing sources does not interfere",
         "difference": 0.0,
         "interval": (-0.05, 0.05),
-        "verdict": "undecided",
+        "outcome": "undecided",
         "margin": 0.02,
         "paper": "no number given",
     },
@@ -67,22 +72,51 @@ SHELVES = {
         {"name": "right", "group": "multimodal_reasoning", "here": 500, "there": 7},
     ],
 }
+
+
+def draw_overview():
+    facts = [("traces", "over 8 M", "at most 162,512", "235,360")]
+    return F.overview(SHELVES, ["paper", "here", "there"], facts, title="Title")
+
+
+def draw_overview_without_facts():
+    return F.overview(SHELVES, ["paper", "here"], title="Title")
+
+
+def draw_bars():
+    return F.bars_with_paper(ROWS, "Title")
+
+
+def draw_forest():
+    return F.forest(FINDINGS, "Title")
+
+
+def draw_lines():
+    return F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, 0.7516)]})
+
+
+def draw_lines_with_a_curve_and_a_level():
+    dotted = {"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
+    return F.lines(SERIES, "Title", dotted=dotted)
+
+
+def draw_circles():
+    return F.circles(MODELS, "Title", xlabel="text, %", ylabel="images, %")
+
+
+def draw_grid():
+    return F.image_grid([np.eye(8)] * 5, list("abcde"), title="Title")
+
+
 DRAW = {
-    "overview": lambda: F.overview(
-        SHELVES,
-        ["paper", "here", "there"],
-        [("traces", "over 8 M", "at most 162,512", "235,360")],
-        "Title",
-    ),
-    "overview without facts": lambda: F.overview(SHELVES, ["paper", "here"], title="Title"),
-    "bars": lambda: F.bars_with_paper(ROWS, "Title"),
-    "forest": lambda: F.forest(FINDINGS, "Title"),
-    "lines": lambda: F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, 0.7516)]}),
-    "lines with a curve and a level": lambda: F.lines(
-        SERIES, "Title", dotted={"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
-    ),
-    "circles": lambda: F.circles(MODELS, "Title", "text, %", "images, %"),
-    "grid": lambda: F.image_grid([np.eye(8)] * 5, list("abcde"), title="Title"),
+    "overview": draw_overview,
+    "overview without facts": draw_overview_without_facts,
+    "bars": draw_bars,
+    "forest": draw_forest,
+    "lines": draw_lines,
+    "lines with a curve and a level": draw_lines_with_a_curve_and_a_level,
+    "circles": draw_circles,
+    "grid": draw_grid,
 }
 
 
@@ -107,16 +141,17 @@ def test_same_figure_same_bytes_and_no_label_cut(name, tmp_path):
     assert [p.name for p in first] == ["one.png", "one.svg"]
     for a, b in zip(first, again, strict=False):
         assert a.read_bytes() == b.read_bytes()
-    assert b"<dc:date>" not in first[1].read_bytes() and b"Software" not in first[0].read_bytes()
+    assert b"<dc:date>" not in first[1].read_bytes()
+    assert b"Software" not in first[0].read_bytes()
     assert first[0].stat().st_size < 300_000
 
 
 def test_paper_points_are_hollow_and_in_per_cent():
     def hollow(fig):
         return sorted(
-            round(float(l.get_xdata()[0]), 2)
-            for l in fig.axes[0].lines
-            if l.get_markerfacecolor() == "white"
+            round(float(line.get_xdata()[0]), 2)
+            for line in fig.axes[0].lines
+            if line.get_markerfacecolor() == "white"
         )
 
     assert hollow(F.bars_with_paper(ROWS)) == [43, 43, 63, 63, 73, 73]
@@ -127,12 +162,10 @@ def test_a_fitted_curve_has_its_series_colour_and_a_level_its_own_name():
     ax = F.lines(
         SERIES, dotted={"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
     ).axes[0]
-    (fit, level) = [l for l in ax.lines if l.get_marker() == "None"]
-    assert (
-        fit.get_color() == ax.lines[0].get_color() == F.COLOURS[0]
-        and list(fit.get_ydata()) == pytest.approx([52, 58])
-        and level.get_color() == F.FAINT
-    )
+    (fit, level) = [line for line in ax.lines if line.get_marker() == "None"]
+    assert fit.get_color() == ax.lines[0].get_color() == F.COLOURS[0]
+    assert list(fit.get_ydata()) == pytest.approx([52, 58])
+    assert level.get_color() == F.FAINT
     assert [t.get_text() for t in ax.texts] == ["k = 1", "k = 4", "start"]
 
 
@@ -145,24 +178,23 @@ def test_circles_are_as_large_as_their_models_within_ours_and_within_the_paper()
         )
         for c in ax.collections
     }
-    assert (
-        drawn[40, 45][0] == drawn[70, 45.2][0] == 4 * drawn[30, 41][0]
-        and [hollow for _, hollow in drawn.values()].count(True) == 2
-    )
+    assert drawn[40, 45][0] == drawn[70, 45.2][0] == 4 * drawn[30, 41][0]
+    assert [hollow for _, hollow in drawn.values()].count(True) == 2
     with pytest.raises(OctomedError, match="at least one point"):
         F.circles([])
 
 
 def test_counts_are_where_their_axis_says_and_the_paper_is_hollow():
     kind = DRAW["overview"]().axes[0]
-    assert kind.get_xscale() == "log" and [t.get_text() for t in kind.get_yticklabels()] == [
+    assert kind.get_xscale() == "log"
+    assert [t.get_text() for t in kind.get_yticklabels()] == [
         "novels with a rather long name",
         "atlases",
     ]
     assert sorted(
-        (float(l.get_xdata()[0]), l.get_markerfacecolor() == "white") for l in kind.lines
+        (float(line.get_xdata()[0]), line.get_markerfacecolor() == "white") for line in kind.lines
     ) == [(4, False), (900, False), (227_000, True)]
-    assert all(kind.get_xlim()[0] < l.get_xdata()[0] < kind.get_xlim()[1] for l in kind.lines)
+    assert all(kind.get_xlim()[0] < line.get_xdata()[0] < kind.get_xlim()[1] for line in kind.lines)
 
 
 def test_facts_do_not_touch_each_other():
@@ -171,9 +203,8 @@ def test_facts_do_not_touch_each_other():
     fig = DRAW["overview"]()
     FigureCanvasAgg(fig).draw()
     boxes = [t.get_window_extent() for t in fig.axes[-1].texts]
-    assert len(boxes) == 7 and not any(
-        a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]
-    )
+    assert len(boxes) == 7
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_nothing_is_left_behind():
@@ -183,16 +214,15 @@ def test_nothing_is_left_behind():
     before = dict(matplotlib.rcParams)
     for draw in DRAW.values():
         draw()
-    assert plt.get_fignums() == [] and dict(matplotlib.rcParams) == before
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_labels_at_line_ends_do_not_touch():
     at = F._spread([0.5, 0.51, 0.52, 0.9], 0.05)
-    assert (
-        min(abs(a - b) for i, a in enumerate(at) for b in at[:i]) >= 0.05 - 1e-9
-        and at[3] == 0.9
-        and at[:3] == sorted(at[:3])
-    )
+    assert min(abs(a - b) for a, b in combinations(at, 2)) >= 0.05 - 1e-9
+    assert at[3] == 0.9
+    assert at[:3] == sorted(at[:3])
 
 
 def test_bad_input_gets_a_sentence():
@@ -213,7 +243,8 @@ def test_matplotlib_is_imported_only_when_drawing():
         [
             sys.executable,
             "-c",
-            "import sys, octomed.evaluate.figures, octomed.evaluate.stats; assert 'matplotlib' not in sys.modules",
+            "import sys, octomed.evaluate.figures, octomed.evaluate.stats; "
+            "assert 'matplotlib' not in sys.modules",
         ],
         check=True,
     )

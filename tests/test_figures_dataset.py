@@ -1,8 +1,11 @@
 "The dataset's section: what is counted, what is dropped, and the figure that shows it."
 
 from dataclasses import replace
+from itertools import chain
 
-from octomed.clinic import graders, teachers, world  # noqa: F401  they register the clinic
+import octomed.clinic.graders  # registers the clinic's grader
+import octomed.clinic.teachers  # noqa: F401 - registers the clinic's questions and teachers
+from octomed.clinic.questions import questions
 from octomed.core.recipe import Common, Recipe
 from octomed.data.decontaminate import decontaminate
 from octomed.data.questions import Question
@@ -10,23 +13,23 @@ from octomed.data.sources import NAMED, SOURCES
 from octomed.paper import dataset as D
 
 
-def question(stem, answer="A", **kw):
-    return Question(
-        **{
-            **{
-                "stem": stem,
-                "options": ("yes", "no"),
-                "answer": answer,
-                "source": "clinic_ward",
-                "split": "train",
-                "category": "text_only",
-            },
-            **kw,
-        }
-    )
+def question(stem, answer="A", **fields):
+    "A made-up question; any field may be given."
+    defaults = {
+        "stem": stem,
+        "options": ("yes", "no"),
+        "answer": answer,
+        "source": "clinic_ward",
+        "split": "train",
+        "category": "text_only",
+    }
+    return Question(**(defaults | fields))
 
 
-LONG = "a woman of middle age comes to the clinic with a rash that has been there for two weeks and does not itch"
+LONG = (
+    "a woman of middle age comes to the clinic with a rash that has been there for two weeks "
+    "and does not itch"
+)
 TRAIN = [
     question(LONG + " today"),
     question("Is this a fact?"),
@@ -61,11 +64,9 @@ def test_reports_over_one_index_are_those_of_each_pair():
 
 def test_fault_25_every_training_row_is_kept_or_dropped_once_for_its_strongest_reason():
     (row,) = D.by_source(reports())
-    assert (
-        row["rows"] == 4
-        and row["kept"] == 1
-        and sum(v for k, v in row.items() if k not in ("train", "rows")) == 4
-    )
+    assert row["rows"] == 4
+    assert row["kept"] == 1
+    assert sum(v for k, v in row.items() if k not in ("train", "rows")) == 4
     assert sorted(v for k, v in row.items() if k not in ("train", "rows", "kept")) == [1, 1, 1]
 
 
@@ -79,17 +80,16 @@ def test_fault_24_pairs_tell_drops_boilerplate_and_what_the_rule_cannot_see():
         one["blind"],
         one["bench_rows"],
     ) == (1, 2, 3, 1, 1, 2)
-    assert (
-        (two["flagged"], two["covered"], two["blind"]) == (0, None, 1)
-        and one["covered"] > 0.8
-        and one["boilerplate"] == 0
-    )
+    assert (two["flagged"], two["covered"], two["blind"]) == (0, None, 1)
+    assert one["covered"] > 0.8
+    assert one["boilerplate"] == 0
     assert (one["other options"], two["other options"]) == (1, 1)
 
 
 def test_matches_are_shown_from_the_least_covered_to_the_most():
     shown = D.matched(reports(), most=2)
-    assert [m["covered"] for m in shown] == sorted(m["covered"] for m in shown) and len(shown) == 4
+    assert [m["covered"] for m in shown] == sorted(m["covered"] for m in shown)
+    assert len(shown) == 4
     assert any(m["words in common"].startswith("a woman of middle age") for m in shown)
 
 
@@ -112,23 +112,22 @@ def test_what_the_named_sources_leave_open_grows_with_rejection():
         8_000_000 - 16 * counts,
         8_000_000 - 8 * counts,
     ]
-    assert rows[0]["questions that would fill it"] == round(
-        rows[0]["traces left open"] / 16
-    ) and rows[1]["questions that would fill it"] == round(rows[1]["traces left open"] / 8)
+    assert rows[0]["questions that would fill it"] == round(rows[0]["traces left open"] / 16)
+    assert rows[1]["questions that would fill it"] == round(rows[1]["traces left open"] / 8)
 
 
 def test_the_paper_counts_and_the_given_questions_are_two_things():
-    (told,) = D.counted("brain_tumor:train", "paper")
-    assert (told["questions"], told["modality"], told["region"]) == (2_870, "MRI", "brain")
+    (counted,) = D.counted("brain_tumor:train", "paper")
+    assert (counted["questions"], counted["modality"], counted["region"]) == (2_870, "MRI", "brain")
     assert D.counted("bcss:train", "paper") == []  # no count is given, and none is made up
     (text,) = D.counted("medqa:train", "at hand", [question("?")] * 3)
     assert (text["questions"], text["modality"]) == (3, None)
-    (untold,) = D.counted(
+    (untagged,) = D.counted(
         "pmc_vqa:train",
         "at hand",
         [question("?", images=("name:a.jpg",), category="multimodal_reasoning")],
     )
-    assert untold["modality"] == D.UNTOLD
+    assert untagged["modality"] == D.UNTOLD
 
 
 def test_labels_without_images_are_not_at_hand(monkeypatch, tmp_path):
@@ -140,13 +139,16 @@ def test_labels_without_images_are_not_at_hand(monkeypatch, tmp_path):
             )
         ]
     )
-    assert D.askable([question("?")]) and not D.askable([])
+    assert D.askable([question("?")])
+    assert not D.askable([])
 
 
 def test_a_grader_tags_the_clinic_nearly_as_its_world_does():
-    qs = world.questions("clinic_rounds", "train", limit=60, max_pixels=None)
-    told = D.agreement(qs)
-    assert told["asked"] == 60 and 45 <= told["modality"] < 60 and 45 <= told["region"] <= 60
+    qs = questions("clinic_rounds", "train", limit=60, max_pixels=None)
+    agreement = D.agreement(qs)
+    assert agreement["asked"] == 60
+    assert 45 <= agreement["modality"] < 60
+    assert 45 <= agreement["region"] <= 60
 
 
 RECIPE = Recipe("smoke", replace(Common(), train=("clinic_ward:train",)))
@@ -154,17 +156,19 @@ RECIPE = Recipe("smoke", replace(Common(), train=("clinic_ward:train",)))
 
 def test_the_pilot_is_the_teachers_stated_quality():
     (row,) = D.pilot(RECIPE, 20)
-    assert row["samples"] == 320 and 0.6 < row["accepted"] < 0.95 and row["tokens"] > 20
+    assert row["samples"] == 320
+    assert 0.6 < row["accepted"] < 0.95
+    assert row["tokens"] > 20
     assert D.pilot(Recipe("none", replace(Common(), train=("medqa:train",)))) == []
 
 
 def test_the_composition_is_drawn_with_and_without_real_files():
-    rows = [r for s in NAMED for r in D.counted(s, "paper")] + D.counted(
-        "clinic_ward:train", "clinic", [question("?")] * 50
-    )
+    named = chain.from_iterable(D.counted(source, "paper") for source in NAMED)
+    rows = list(named) + D.counted("clinic_ward:train", "clinic", [question("?")] * 50)
     pilot = [{"source": "clinic_ward:train", "accepted": 0.5, "tokens": 10.0}]
     shown = D.panels(rows)
-    assert [r["name"] for r in shown["Modality of the images"]][-1] == D.UNTOLD and {
+    assert [r["name"] for r in shown["Modality of the images"]][-1] == D.UNTOLD
+    assert {
         "MedQA",
         "clinic_ward",
     } <= {r["name"] for r in shown["Task types and sources"]}
@@ -172,9 +176,8 @@ def test_the_composition_is_drawn_with_and_without_real_files():
         next(r for r in shown["Task types and sources"] if r["name"] == "MedQA")["paper"] == 11_450
     )
     facts = D.statistics(rows, pilot)
-    assert (
-        facts[1][3] == f"about {SOURCES['clinic_ward:train'].expected * 8:,}" and facts[0][2] == "0"
-    )
+    assert facts[1][3] == f"about {SOURCES['clinic_ward:train'].expected * 8:,}"
+    assert facts[0][2] == "0"
     fig = D.composition({"panels": shown, "statistics": facts})
     assert len(fig.axes) == 4
     assert D.statistics(rows, [])[2][3] == "–"

@@ -1,4 +1,4 @@
-"Intervals against closed forms, verdicts, and the paper's tables."
+"Intervals against closed forms, outcomes of claims, and the paper's tables."
 
 import time
 import tracemalloc
@@ -25,14 +25,14 @@ from octomed.evaluate.stats import (
 )
 
 
-def outcomes(p, m, seeds=None, seed=0):
+def draw_scores(p, m, seeds=None, seed=0):
     return np.random.default_rng(seed).random((m, seeds) if seeds else m) < p
 
 
 @pytest.mark.parametrize("p, q, m", [(0.6, 0.5, 800), (0.9, 0.85, 2000), (0.5, 0.5, 300)])
 def test_fault_42_interval_against_a_closed_form(p, q, m):
     "The bounds meet the normal approximation within 5 % of the interval's width."
-    a, b = outcomes(p, m, seed=1), outcomes(q, m, seed=2)
+    a, b = draw_scores(p, m, seed=1), draw_scores(q, m, seed=2)
     d, i = a.astype(float) - b, paired_bootstrap(a, b)
     half = 1.959964 * d.std() / m**0.5
     assert i.difference == pytest.approx(d.mean(), abs=1e-12)
@@ -41,10 +41,8 @@ def test_fault_42_interval_against_a_closed_form(p, q, m):
 
 def test_fault_42_stratified_interval_against_a_closed_form():
     "Overall of two benchmarks: its variance is the mean of theirs over two."
-    a, groups = (
-        np.r_[outcomes(0.8, 200, seed=1), outcomes(0.3, 1000, seed=2)],
-        ["x"] * 200 + ["y"] * 1000,
-    )
+    a = np.r_[draw_scores(0.8, 200, seed=1), draw_scores(0.3, 1000, seed=2)]
+    groups = ["x"] * 200 + ["y"] * 1000
     i, parts = bootstrap(a, groups=groups), (a[:200], a[200:])
     half = 1.959964 * sum(p.var() / len(p) for p in parts) ** 0.5 / 2
     mean = sum(p.mean() for p in parts) / 2
@@ -61,7 +59,7 @@ def test_golden_numbers():
 
 
 def test_fault_41_same_seed_same_bytes():
-    a, b = outcomes(0.6, 300, 5, seed=1), outcomes(0.5, 300, 3, seed=2)
+    a, b = draw_scores(0.6, 300, 5, seed=1), draw_scores(0.5, 300, 3, seed=2)
     first, again = paired_bootstrap(a, b, seed=9), paired_bootstrap(a.copy(), b.copy(), seed=9)
     assert (
         np.array([first.low, first.high]).tobytes() == np.array([again.low, again.high]).tobytes()
@@ -69,8 +67,8 @@ def test_fault_41_same_seed_same_bytes():
 
 
 def test_seeds_of_a_question_are_drawn_together():
-    "Copying each outcome into five seeds adds nothing, so the interval is the same; as five questions it would shrink."
-    a = outcomes(0.6, 400)
+    "Five equal seeds of each question give the interval of one; as five questions it would shrink."
+    a = draw_scores(0.6, 400)
     copied = np.repeat(a[:, None], 5, axis=1)
     assert bootstrap(copied).interval == pytest.approx(bootstrap(a).interval, abs=1e-12)
     wide, narrow = bootstrap(copied), bootstrap(copied.ravel())
@@ -79,10 +77,8 @@ def test_seeds_of_a_question_are_drawn_together():
 
 def test_pairing_uses_the_agreement_of_the_arms():
     u = np.random.default_rng(0).random(500)
-    paired, shuffled = (
-        paired_bootstrap(u < 0.6, u < 0.55),
-        paired_bootstrap(u < 0.6, np.random.default_rng(1).permutation(u < 0.55)),
-    )
+    paired = paired_bootstrap(u < 0.6, u < 0.55)
+    shuffled = paired_bootstrap(u < 0.6, np.random.default_rng(1).permutation(u < 0.55))
     assert paired.difference == pytest.approx(shuffled.difference)
     assert (paired.high - paired.low) < 0.5 * (shuffled.high - shuffled.low)
 
@@ -93,7 +89,7 @@ def test_overall_ignores_the_order_and_size_of_benchmarks():
     assert bootstrap(np.ones(30), groups=["a", "b", "c"] * 10).interval == (1.0, 1.0)
 
 
-def test_fault_43_a_missing_outcome_is_refused():
+def test_fault_43_a_missing_score_is_refused():
     with pytest.raises(OctomedError, match="counts as wrong"):
         bootstrap([1, 0, np.nan])
     with pytest.raises(OctomedError, match="counts as wrong"):
@@ -112,13 +108,13 @@ def test_coverage_is_near_its_level():
     "Of 200 intervals of a known accuracy, about 95 % hold it."
     held = sum(
         i.low <= 0.7 <= i.high
-        for i in (bootstrap(outcomes(0.7, 200, seed=s), n=1000, seed=s) for s in range(200))
+        for i in (bootstrap(draw_scores(0.7, 200, seed=s), n=1000, seed=s) for s in range(200))
     )
     assert 180 <= held <= 199
 
 
 def test_time_and_memory_of_10000_resamples_of_2000_questions():
-    a, b = outcomes(0.6, 2000, 5), outcomes(0.5, 2000, 5, seed=1)
+    a, b = draw_scores(0.6, 2000, 5), draw_scores(0.5, 2000, 5, seed=1)
     start = time.process_time()
     paired_bootstrap(a, b)
     assert time.process_time() - start < 2
@@ -131,15 +127,15 @@ def test_time_and_memory_of_10000_resamples_of_2000_questions():
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0.001, 1))
-def test_verdicts_follow_from_the_interval(low, width, margin):
-    i = Interval(low + width / 2, low, low + width, 10)
+def test_outcomes_follow_from_the_interval(low, width, margin):
+    i = Interval(estimate=low + width / 2, low=low, high=low + width, n=10)
     for kind in ("greater", "trend"):
         v = verdict(kind, i)
-        assert (v == "agrees") == (i.low > 0) and (v == "disagrees") == (i.high < 0)
+        assert (v == "agrees") == (i.low > 0)
+        assert (v == "disagrees") == (i.high < 0)
     v = verdict("equivalent", i, margin)
-    assert (v == "agrees") == (i.low > -margin and i.high < margin) and (v == "disagrees") == (
-        i.low > margin or i.high < -margin
-    )
+    assert (v == "agrees") == (i.low > -margin and i.high < margin)
+    assert (v == "disagrees") == (i.low > margin or i.high < -margin)
     assert verdict("greater", i) == verdict("greater", i.interval)
 
 
@@ -154,10 +150,8 @@ def test_trend_is_the_least_squares_slope():
     u, x = np.random.default_rng(3).random(300), [0, 1, 3]
     ys = [u < 0.4, u < 0.5, np.stack([u < 0.6, u < 0.7], axis=1)]
     i = trend(x, ys, n=500)
-    assert (
-        i.estimate == pytest.approx(np.polyfit(x, [per_question(y).mean() for y in ys], 1)[0])
-        and verdict("trend", i) == "agrees"
-    )
+    assert i.estimate == pytest.approx(np.polyfit(x, [per_question(y).mean() for y in ys], 1)[0])
+    assert verdict("trend", i) == "agrees"
     with pytest.raises(OctomedError, match="two values"):
         trend([1, 1], ys[:2])
     with pytest.raises(OctomedError, match="same questions"):
@@ -178,10 +172,12 @@ def test_detectable_difference_has_its_power():
 
 
 def test_the_papers_tables():
-    assert len(paper_table(1)) == 17 and len(paper_table(2)) == 17
-    assert paper_number(2, "MedQA", "OctoMed-7B", "text_only") == 90.81
-    assert paper_number(2, "NEJM", "DeepSeek-R1", "multimodal_reasoning") is None
-    assert paper_overalls(1) == [] and {r["column"] for r in paper_overalls(2)} == {
+    assert len(paper_table(1)) == 17
+    assert len(paper_table(2)) == 17
+    assert paper_number(2, "MedQA", "OctoMed-7B", category="text_only") == 90.81
+    assert paper_number(2, "NEJM", "DeepSeek-R1", category="multimodal_reasoning") is None
+    assert paper_overalls(1) == []
+    assert {r["column"] for r in paper_overalls(2)} == {
         "DeepSeek-R1",
         "HuatuoGPT-Vision-7B",
         "InternVL3.5-8B",
