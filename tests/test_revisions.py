@@ -23,36 +23,41 @@ from octomed.generate.engines import Request, Sampling
 from octomed.paper.calibration import OneLength
 
 QUESTIONS = {
-    "clinic_ward:train": "",
-    "clinic_ward:test": "",
-    "clinic_boards:test": "",
-    "clinic_reading:train": "",
-    "clinic_reading:test": "",
-    "clinic_scanner:test": "",
-    "clinic_rounds:train": "",
-    "clinic_rounds:test": "",
-    "clinic_grand:test": "",
+    "clinic_ward:train": "b386fb6baaa8f721",
+    "clinic_ward:test": "97438adfbccf62f6",
+    "clinic_boards:test": "b6b4da209b0785bd",
+    "clinic_reading:train": "17c11d1c28329633",
+    "clinic_reading:test": "36d9067d78be4da1",
+    "clinic_scanner:test": "0053062ee4c252ca",
+    "clinic_rounds:train": "f5d82267d0d042d9",
+    "clinic_rounds:test": "50c316071d5439ac",
+    "clinic_grand:test": "c48de4b8ac814246",
 }
 DRAWINGS = {
-    "fundus a": "",
-    "fundus b": "",
-    "mri a": "",
-    "mri b": "",
-    "xray a": "",
-    "xray b": "",
-    "histology a": "",
-    "histology b": "",
+    "fundus a": "d325b30996fe0be3",
+    "fundus b": "9e27fcbe4293328c",
+    "mri a": "15d4a9123be30cd5",
+    "mri b": "3b20be101ebef6da",
+    "xray a": "bfea8a338d37d2a5",
+    "xray b": "3c35dd0ec5b74177",
+    "histology a": "640ba6f4a14d9027",
+    "histology b": "c2eaf54d474439fc",
 }
 RUBRICS = {
-    "Answer with <rating> and </rating>.": "",
-    "<response>\n{response}\n</response> Answer with <verdict> and </verdict>.": "",
-    "Answer with <modality> and <region>.": "",
+    "Answer with <rating> and </rating>.": "bc4455918c1c811a",
+    "<response>\n{response}\n</response> Answer with <verdict> and </verdict>.": "50a6745025e7ab86",
+    "Answer with <modality> and <region>.": "b659e7bb6ed9a589",
 }
-TEXTBOOK = ""
-ATLAS = ""
-TEACHERS = {"clinic/reasoner": "", "clinic/instruct": ""}
-WORDINGS = ""
-CHATS = {"alignment": "", "instruct": "", "turns": "", "bare": ""}
+TEXTBOOK = "4a045627326a64eb"
+ATLAS = "1b428ddd30e7bb77"
+TEACHERS = {"clinic/reasoner": "58a46d9734366c23", "clinic/instruct": "9e22e2137e8c23d0"}
+WORDINGS = "b739167ed3b5d658"
+CHATS = {
+    "alignment": "055f442ca8adceab",
+    "instruct": "f0e414c2f6b7f480",
+    "turns": "36c2be779e0f3ad1",
+    "bare": "d645f2e51974b65b",
+}
 MODELS = [
     "clinic/reasoner@e38b5a03",
     "clinic/instruct@f036bf21",
@@ -126,7 +131,12 @@ def test_the_atlas_is_that_of_the_declared_world():
 
 @pytest.mark.parametrize("teacher", [REASONER, INSTRUCT], ids=lambda teacher: teacher.label)
 def test_the_teachers_speak_as_their_revision_says(teacher):
-    names = ("clinic_ward:train", "clinic_boards:test", "clinic_rounds:train", "clinic_reading:test")
+    names = (
+        "clinic_ward:train",
+        "clinic_boards:test",
+        "clinic_rounds:train",
+        "clinic_reading:test",
+    )
     engine = SimulatedTeacher(teacher)
     samples = []
     for name in names:
