@@ -11,16 +11,19 @@ __all__ = ['SPEECH_REVISION', 'REASONER', 'INSTRUCT', 'Teacher', 'is_hard', 'wro
 import re
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
-# %% ../../nbs/clinic/07_teachers.ipynb #a9729579
 import numpy as np
+from fastcore.basics import patch
+
+# %% ../../nbs/clinic/07_teachers.ipynb #a9729579
 from .drawings import CLASSES
 from .questions import reference, world_identity
 
 # %% ../../nbs/clinic/07_teachers.ipynb #a83e12d2
 from octomed.clinic.world import (
+    ANSWER_SLOTS,
     Truth,
     chain,
     conditions,
@@ -42,12 +45,13 @@ from ..generate.answers import judge
 from ..generate.engines import Request, Sample, Sampling, register_teacher, sample_seed
 
 # %% ../../nbs/clinic/07_teachers.ipynb #0c2902d1
-SPEECH_REVISION = "26bf614f51f9915d"  # declared: a change of what a teacher says needs a new one
+# Declared by hand: a change of what a teacher says needs a new one.
+SPEECH_REVISION = "26bf614f51f9915d"
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e16a9437
 @dataclass(frozen=True)
 class Teacher:
-    "A simulated teacher: its knobs, whose defaults here are nobody's; REASONER and INSTRUCT are the declared ones."
+    "A simulated teacher: its settings; the two that are used are REASONER and INSTRUCT."
 
     label: str  # its name in the registry
     answer_wrong: tuple[float, ...]  # by steps, from 1
@@ -70,32 +74,32 @@ class Teacher:
 
 # %% ../../nbs/clinic/07_teachers.ipynb #dd0eb551
 REASONER = Teacher(
-    "clinic/reasoner",
-    (
+    label="clinic/reasoner",
+    answer_wrong=(
         0.08,
         0.10,
         0.15,
         0.20,
         0.25,
     ),
-    0,
-    0.05,
+    look_wrong=0,
+    reasoning_wrong=0.05,
     images=False,
     checks=True,
 )
 
 # %% ../../nbs/clinic/07_teachers.ipynb #7cf8ba92
 INSTRUCT = Teacher(
-    "clinic/instruct",
-    (
+    label="clinic/instruct",
+    answer_wrong=(
         0.12,
         0.20,
         0.30,
         0.40,
         0.45,
     ),
-    0.25,
-    0.15,
+    look_wrong=0.25,
+    reasoning_wrong=0.15,
     images=True,
     checks=False,
 )
@@ -109,143 +113,167 @@ def is_hard(question_id: str, share: float) -> bool:
 def wrong_rate(teacher: Teacher, question_id: str, t: Truth) -> float:
     "The rate of wrong answers on one question; its mean over questions is the stated rate."
     stated = teacher.look_wrong if t.kind == "look" else teacher.answer_wrong[t.steps - 1]
+    if is_hard(question_id, teacher.hard):
+        return min(1.0, stated * teacher.harder)
     rest = (1 - teacher.hard * teacher.harder) / (1 - teacher.hard)
-    return min(1.0, stated * (teacher.harder if is_hard(question_id, teacher.hard) else rest))
+    return min(1.0, stated * rest)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #de0080dd
+def _drug_without_factor(t: Truth) -> str:
+    "The treatment of somebody who gets the factor wrong."
+    c = conditions()[t.condition]
+    return c.first if t.forbidden else c.alternative
+
+
 def wrong_option(rng, teacher: Teacher, t: Truth) -> str:  # text of an option
-    "Which wrong option: often the shortcut, where there is one."
-    wrong = [o for o in t.options if o != t.answer]
+    "A wrong option: often the shortcut, where there is one."
+    wrong = [option for option in t.options if option != t.answer]
     if t.kind in ("treat", "harm") and rng.random() < teacher.shortcut:
-        c = conditions()[t.condition]
-        drug = c.first if t.forbidden else c.alternative
-        short = harms()[drug] if t.kind == "harm" else drug
-        if short in wrong:
-            return short
+        drug = _drug_without_factor(t)
+        shortcut = harms()[drug] if t.kind == "harm" else drug
+        if shortcut in wrong:
+            return shortcut
     return pick(rng, wrong)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #c8f6c630
 def misled(t: Truth, condition: str) -> list:  # facts
-    "The chain from another condition; where that one shows another image, the image is misread."
+    "The chain from another condition; if that one shows another image, the image is misread."
     c = conditions()[condition]
     facts = list(chain(t, condition))
     if not t.image:
         return facts
-    seen = c.image if c.modality == t.modality else t.image
-    return [
-        ("look", {"k": seen}),
-        ("dx", {"f": listed((*t.findings, f"{seen} on {t.modality}")), "c": condition}),
-        *facts[2:],
-    ]
+    image = c.image if c.modality == t.modality else t.image
+    findings = listed((*t.findings, f"{image} on {t.modality}"))
+    return [("look", {"k": image}), ("dx", {"f": findings, "c": condition}), *facts[2:]]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #5941e2cb
 def false_last(t: Truth, to: str) -> list:  # facts
-    "The right chain, with a last fact that is false and ends on `to`."
+    "The right chain, but its last fact is false and ends on `to`."
     facts = list(chain(t))
     if t.kind == "treat" and not t.forbidden:
         facts = facts[:-1]  # it ends on the first-line treatment, before the factor
     kind, slots = facts[-1]
-    slot = {
-        "look": "k",
-        "dx": "c",
-        "test": "t",
-        "first": "d",
-        "alternative": "d",
-        "harm": "h",
-    }[kind]
-    return [*facts[:-1], (kind, {**slots, slot: to})]
+    return [*facts[:-1], (kind, {**slots, ANSWER_SLOTS[kind]: to})]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #addb7b2c
 def skipped(t: Truth) -> list:  # facts
-    "The chain that gets the factor wrong: allowed where it is forbidden, and the other way round."
+    "The chain that gets the factor wrong: allowed where it is forbidden, and the reverse."
     c = conditions()[t.condition]
+    drug = _drug_without_factor(t)
     facts = list(chain(t))
-    at = [k for k, _ in facts].index("first") + 1
-    drug = c.first if t.forbidden else c.alternative
-    turn = [("allowed" if t.forbidden else "contra", {"d": c.first, "r": t.factor})]
+    kinds = [kind for kind, _ in facts]
+    facts = facts[: kinds.index("first") + 1]
+    facts.append(("allowed" if t.forbidden else "contra", {"d": c.first, "r": t.factor}))
     if not t.forbidden:
-        turn.append(("alternative", {"c": c.name, "d": drug}))
-    return (
-        facts[:at]
-        + turn
-        + ([("harm", {"d": drug, "h": harms()[drug]})] if t.kind == "harm" else [])
-    )
+        facts.append(("alternative", {"c": c.name, "d": drug}))
+    if t.kind == "harm":
+        facts.append(("harm", {"d": drug, "h": harms()[drug]}))
+    return facts
 
 # %% ../../nbs/clinic/07_teachers.ipynb #494188c5
 def wrong_chain(rng, t: Truth, to: str) -> list:  # facts
     "A chain that ends on the wrong option `to`, by one of the errors that can lead there."
     ways = [false_last(t, to)]
     if t.kind != "look":
-        ways += [
-            misled(t, c) for c in conditions() if c != t.condition and result(chain(t, c)) == to
-        ][:2]
+        others = [
+            name for name in conditions() if name != t.condition and result(chain(t, name)) == to
+        ]
+        ways += [misled(t, name) for name in others[:2]]
     if t.kind in ("treat", "harm") and result(skipped(t)) == to:
         return skipped(t)
     return pick(rng, ways)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #66079d9e
 def lucky_chain(rng, t: Truth) -> list:  # facts
-    "A wrong chain that goes before a right letter."
+    "A wrong chain that comes before a right letter."
     if t.kind == "look":
-        return [("look", {"k": pick(rng, [c for c in CLASSES[t.modality] if c != t.image])})]
-    near = [
-        c.name
-        for c in conditions().values()
-        if c.name != t.condition and set(c.shows) & set(conditions()[t.condition].shows)
-    ]
-    return misled(t, pick(rng, near or sorted(set(conditions()) - {t.condition})))
+        others = [cls for cls in CLASSES[t.modality] if cls != t.image]
+        return [("look", {"k": pick(rng, others)})]
+    findings = set(conditions()[t.condition].shows)
+    others = [c for c in conditions().values() if c.name != t.condition]
+    near = [c.name for c in others if set(c.shows) & findings]
+    return misled(t, pick(rng, near or sorted(c.name for c in others)))
 
 # %% ../../nbs/clinic/07_teachers.ipynb #2344596c
 def speak(rng, key: str, **slots) -> str:  # a sentence
-    "One sentence that is no fact."
+    "One sentence that states no fact."
     return pick(rng, knowledge()["speech"][key]).format(**slots)
 
 
 def rejection(rng, t: Truth, letter: str, facts) -> str:  # a sentence
-    "Another option, considered and rejected; a diagnosis for a finding that it lacks, if there is one."
-    other = pick(rng, [l for l in "ABCDE"[: len(t.options)] if l != letter])
+    "Another option, considered and rejected; a diagnosis for a finding that it lacks, if any."
+    other = pick(rng, [key for key in "ABCDE"[: len(t.options)] if key != letter])
     text = t.options["ABCDE".index(other)]
-    lacking = [f for f in t.findings if t.kind == "dx" and f not in conditions()[text].shows]
-    return (
-        say(rng, "lacks", c=text, f=pick(rng, lacking)) + "."
-        if lacking
-        else speak(rng, "reject", s=other, o=text)
-    )
+    lacking = []
+    if t.kind == "dx":
+        lacking = [f for f in t.findings if f not in conditions()[text].shows]
+    if lacking:
+        return say(rng, "lacks", c=text, f=pick(rng, lacking)) + "."
+    return speak(rng, "reject", s=other, o=text)
+
+# %% ../../nbs/clinic/07_teachers.ipynb #9fb601a0
+def _say_facts(rng, t: Truth, facts) -> list[str]:  # sentences
+    "The facts as sentences, with what is seen in the image and the factor among them."
+    sentences = [say(rng, kind, **slots) + "." for kind, slots in facts]
+    if t.image and rng.random() < 0.5:
+        look = knowledge()["images"][t.modality][facts[0][1]["k"]]
+        sentences.insert(1, speak(rng, "seen", u=look))
+    return sentences
+
+
+def _insert_factor(rng, teacher: Teacher, t: Truth, facts, sentences: list[str]) -> None:
+    "The factor, said before the fact that weighs it."
+    kinds = [kind for kind, _ in facts]
+    weighed = [i for i, kind in enumerate(kinds) if kind in ("contra", "allowed")]
+    place = weighed[0] - len(facts) if weighed else len(sentences)
+    if t.factor and (teacher.checks or rng.random() < 0.5):
+        sentences.insert(place, speak(rng, "factor", r=t.factor))
+
+# %% ../../nbs/clinic/07_teachers.ipynb #2671c0e9
+def _say_briefly(rng, sentences: list[str], bind: str, letter: str) -> str:
+    "The facts and the letter, sometimes with an opening and a closing sentence."
+    spoken = [speak(rng, "start")] if rng.random() < 0.4 else []
+    spoken += [*sentences, bind]
+    if rng.random() < 0.4:
+        spoken.append(speak(rng, "settle", l=letter))
+    return " ".join(spoken)
+
+
+def _say_with_checks(rng, t: Truth, facts, sentences: list[str], bind: str, letter: str) -> str:
+    "The facts between a restatement and a check of another option."
+    before = [speak(rng, "start")]
+    before.append(speak(rng, "restate", f=listed(some(rng, t.findings, len(t.findings)))))
+    after = [
+        speak(rng, "doubt"),
+        rejection(rng, t, letter, facts=facts),
+        speak(rng, "confirm"),
+        bind,
+        speak(rng, "settle", l=letter),
+    ]
+    if rng.random() < 0.3:
+        before = before[1:]
+    return " ".join(before + sentences + after)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #137423db
 def thought(
     rng, teacher: Teacher, t: Truth, facts, letter: str
 ) -> str:  # the text between the think tags
     "A chain as speech."
-    said = [say(rng, k, **slots) + "." for k, slots in facts]
-    if t.image and rng.random() < 0.5:
-        said.insert(1, speak(rng, "seen", u=knowledge()["images"][t.modality][facts[0][1]["k"]]))
+    sentences = _say_facts(rng, t, facts)
     bind = say(rng, "bind", o=t.options["ABCDE".index(letter)], l=letter) + "."
-    kinds = [k for k, _ in facts]
-    at = next(
-        (i - len(facts) for i, k in enumerate(kinds) if k in ("contra", "allowed")), len(said)
-    )
-    if t.factor and (teacher.checks or rng.random() < 0.5):
-        said.insert(at, speak(rng, "factor", r=t.factor))
+    _insert_factor(rng, teacher, t, facts=facts, sentences=sentences)
     if not teacher.checks:
-        return " ".join(
-            ([speak(rng, "start")] if rng.random() < 0.4 else [])
-            + said
-            + [bind]
-            + ([speak(rng, "settle", l=letter)] if rng.random() < 0.4 else [])
-        )
-    before = [
-        speak(rng, "start"),
-        speak(rng, "restate", f=listed(some(rng, t.findings, len(t.findings)))),
-    ]
-    after = [
-        speak(rng, "doubt"),
-        rejection(rng, t, letter, facts),
-        speak(rng, "confirm"),
-        bind,
-        speak(rng, "settle", l=letter),
-    ]
-    return " ".join(before[int(rng.random() < 0.3) :] + said + after)
+        return _say_briefly(rng, sentences, bind, letter=letter)
+    return _say_with_checks(rng, t, facts, sentences=sentences, bind=bind, letter=letter)
+
+# %% ../../nbs/clinic/07_teachers.ipynb #96a4c11a
+def _choose_chain(rng, teacher: Teacher, question_id: str, t: Truth) -> tuple:  # option, facts
+    "The option that a teacher ends on, and the facts that it states before."
+    if rng.random() < wrong_rate(teacher, question_id, t):
+        option = wrong_option(rng, teacher, t)
+        return option, wrong_chain(rng, t, option)
+    lucky = rng.random() < teacher.reasoning_wrong
+    return t.answer, lucky_chain(rng, t) if lucky else t.facts
 
 # %% ../../nbs/clinic/07_teachers.ipynb #428e3c53
 def respond(teacher: Teacher, question_id: str, seed: int) -> tuple[str, str]:  # text, finish
@@ -255,24 +283,17 @@ def respond(teacher: Teacher, question_id: str, seed: int) -> tuple[str, str]:  
     fate = rng.random()
     if (t.image and not teacher.images) or fate < teacher.refused:
         return speak(rng, "refuse"), "refused"
-    if wrong := rng.random() < wrong_rate(teacher, question_id, t):
-        to = wrong_option(rng, teacher, t)
-        facts = wrong_chain(rng, t, to)
-    else:
-        to, facts = (
-            t.answer,
-            lucky_chain(rng, t) if rng.random() < teacher.reasoning_wrong else t.facts,
-        )
-    letter = "ABCDE"[t.options.index(to)]
-    text = f"<think>{thought(rng, teacher, t, facts, letter)}</think>\n\n"
+    option, facts = _choose_chain(rng, teacher, question_id, t=t)
+    letter = "ABCDE"[t.options.index(option)]
+    text = thought(rng, teacher, t, facts=facts, letter=letter)
+    text = f"<think>{text}</think>\n\n"
     if fate < teacher.refused + teacher.truncated:
-        return " ".join(text.split()[: int(len(text.split()) * rng.uniform(0.3, 0.9))]), "length"
+        words = text.split()
+        return " ".join(words[: int(len(words) * rng.uniform(0.3, 0.9))]), "length"
     if fate < teacher.refused + teacher.truncated + teacher.unparsed:
         return text + f"<answer>{speak(rng, 'unsure')}</answer>", "stop"
-    return (
-        text + f"<answer>{letter}{f': {to}' if rng.random() < teacher.with_text else ''}</answer>",
-        "stop",
-    )
+    answer = f"{letter}: {option}" if rng.random() < teacher.with_text else letter
+    return text + f"<answer>{answer}</answer>", "stop"
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e31b6d61
 @dataclass(frozen=True)
@@ -287,152 +308,179 @@ class SimulatedTeacher:
         return self.teacher.model
 
     def generate(self, requests, sampling: Sampling):
-        "A sample for each index of each request; a question it does not know gives a sample that says so."
-        for r in requests:
-            for i in r.indices:
-                start, seed = time.time(), sample_seed(sampling, r.question, i)
-                try:
-                    text, finish = respond(self.teacher, r.question, seed)
-                except OctomedError as e:
-                    text, finish = str(e), "error"
-                words = text.split()
-                if finish == "stop" and len(words) > sampling.max_tokens:
-                    text, finish = " ".join(words[: sampling.max_tokens]), "length"
-                yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    text,
-                    finish,
-                    tokens=len(text.split()),
-                    seconds=time.time() - start,
-                    seed=seed,
-                    engine=self.name,
-                )
+        """A sample for each index of each request.
+
+        For a question that it does not know, the sample's finish is "error"."""
+        for request in requests:
+            for index in request.indices:
+                yield self._sample(request, index, sampling)
+
+# %% ../../nbs/clinic/07_teachers.ipynb #82ccdf8d
+@patch
+def _sample(self: SimulatedTeacher, request: Request, index: int, sampling: Sampling) -> Sample:
+    "One sample, cut off where the budget ends."
+    start, seed = time.time(), sample_seed(sampling, request.question, index)
+    try:
+        text, finish = respond(self.teacher, request.question, seed)
+    except OctomedError as error:
+        text, finish = str(error), "error"
+    words = text.split()
+    if finish == "stop" and len(words) > sampling.max_tokens:
+        text, finish = " ".join(words[: sampling.max_tokens]), "length"
+    return Sample(
+        question=request.question,
+        model=self.model,
+        prompt=request.prompt,
+        sampling=sampling.key,
+        index=index,
+        text=text,
+        finish=finish,
+        tokens=len(text.split()),
+        seconds=time.time() - start,
+        seed=seed,
+        engine=self.name,
+    )
+
+# %% ../../nbs/clinic/07_teachers.ipynb #032fa8c0
+def _alternatives(texts) -> str:
+    "A pattern of any of the texts, the longest first."
+    return "|".join(sorted(map(re.escape, texts), key=len, reverse=True))
+
+
+@lru_cache
+def _slot_patterns() -> dict[str, str]:  # slot: pattern
+    "What each slot of a sentence can hold."
+    texts = values()
+    classes, every = [], []
+    for names in CLASSES.values():
+        classes += names
+    for names in texts.values():
+        every += names
+    return {
+        "c": _alternatives(conditions()),
+        "k": _alternatives(classes),
+        "t": _alternatives(texts["test"]),
+        "d": _alternatives(texts["treatment"]),
+        "h": _alternatives(texts["harm"]),
+        "l": "[A-Z]",
+        "f": "[a-z ,]+?",
+        "o": _alternatives(every),
+        "r": _alternatives({c.factor for c in conditions().values()}),
+    }
 
 # %% ../../nbs/clinic/07_teachers.ipynb #58019907
 @lru_cache
 def grammar() -> list[tuple[str, re.Pattern]]:  # (kind, pattern of a sentence)
     "Every fact sentence of the world as a pattern."
+    patterns = []
 
-    def one_of(xs):
-        return "|".join(sorted(map(re.escape, xs), key=len, reverse=True))
+    def fill(slot):
+        return f"(?P<{slot[1]}>{_slot_patterns()[slot[1]]})"
 
-    classes = [c for ks in CLASSES.values() for c in ks]
-    v = values()
-    slots = {
-        "c": one_of(conditions()),
-        "k": one_of(classes),
-        "t": one_of(v["test"]),
-        "d": one_of(v["treatment"]),
-        "h": one_of(v["harm"]),
-        "l": "[A-Z]",
-        "f": "[a-z ,]+?",
-        "o": one_of(sum(v.values(), ())),
-        "r": one_of({c.factor for c in conditions().values()}),
-    }
-
-    def fill(p):
-        return re.sub(r"\\\{(.)\\\}", lambda m: f"(?P<{m[1]}>{slots[m[1]]})", re.escape(p))
-
-    return [
-        (k, re.compile(fill(p)))
-        for k, ps in knowledge()["phrases"].items()
-        if k != "find"
-        for p in ps
-    ]  # `find` is the textbook's drill and no part of a chain
+    for kind, phrases in knowledge()["phrases"].items():
+        if kind == "find":
+            continue  # the textbook's drill, and no part of a chain
+        for phrase in phrases:
+            pattern = re.sub(r"\\\{(.)\\\}", fill, re.escape(phrase))
+            patterns.append((kind, re.compile(pattern)))
+    return patterns
 
 # %% ../../nbs/clinic/07_teachers.ipynb #f0a9bc53
+def _read_sentence(sentence: str) -> tuple[str, dict] | None:
+    "The fact that a sentence states, if it states one."
+    for kind, pattern in grammar():
+        match = pattern.fullmatch(sentence)
+        if match:
+            return kind, match.groupdict()
+    return None
+
+
 def stated(text: str) -> list[tuple[str, dict]]:  # (kind, slots)
     "The facts that a text states, in order."
-    out = []
-    for sentence in re.split(r"[.?\n]|</?think>", text):
-        hits = ((k, m.groupdict()) for k, p in grammar() if (m := p.fullmatch(sentence.strip())))
-        out += list(hits)[:1]
-    return out
+    sentences = re.split(r"[.?\n]|</?think>", text)
+    facts = [_read_sentence(sentence.strip()) for sentence in sentences]
+    return [fact for fact in facts if fact]
+
+# %% ../../nbs/clinic/07_teachers.ipynb #f92d396e
+def _fits_question(t: Truth, kind: str, s: dict) -> bool:
+    "Is what a sentence says of this question true: what is seen, diagnosed, bound to a letter?"
+    if kind == "look":
+        return s["k"] == t.image
+    if kind == "dx":
+        findings = re.split(r", | and ", s["f"])
+        return s["c"] == t.condition and set(findings) <= set(conditions()[s["c"]].shows)
+    letters = "ABCDE"[: len(t.options)]
+    return s["l"] in letters and t.options[letters.index(s["l"])] == s["o"]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e0486277
 def true_of(t: Truth, kind: str, s: dict) -> bool:
     "Is a stated fact true of the world and, for what is seen and diagnosed, of this question?"
-    c = conditions().get(s.get("c", ""))
-    items = re.split(r", | and ", s.get("f", ""))
-    if kind == "look":
-        return s["k"] == t.image
-    if kind == "dx":
-        return c.name == t.condition and set(items) <= set(c.shows)
-    if kind == "lacks":
-        return s["f"] not in c.shows
+    if kind in ("look", "dx", "bind"):
+        return _fits_question(t, kind, s)
     if kind == "contra":
         return factor_of(s["d"]) == s["r"]
     if kind == "allowed":
         return factor_of(s["d"]) != s["r"]
     if kind == "harm":
         return harms()[s["d"]] == s["h"]
-    if kind == "bind":
-        return s["l"] in "ABCDE"[: len(t.options)] and t.options["ABCDE".index(s["l"])] == s["o"]
-    return getattr(c, kind) == s[{"test": "t", "first": "d", "alternative": "d"}[kind]]
+    c = conditions()[s["c"]]
+    if kind == "lacks":
+        return s["f"] not in c.shows
+    return getattr(c, kind) == s[ANSWER_SLOTS[kind]]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #41685127
+def _comparable(kind: str, slots: dict) -> tuple:
+    "A fact without its wording; a diagnosis is compared by its condition alone."
+    return kind, slots["c"] if kind == "dx" else tuple(sorted(slots.items()))
+
+
 def reasoning_valid(
     question,  # a `Question`, or its id
     text: str,  # a response with its thought
 ) -> bool:  # also False for a response without the right letter
-    "Does a response reach the right letter by true facts that suffice? Raises `OctomedError` for a question that is not the clinic's."
+    """Does a response reach the right letter by true facts that suffice?
+
+    Raises `OctomedError` for a question that is not the clinic's."""
     t = reference(getattr(question, "id", question))
+    letters = dict(zip("ABCDE", t.options, strict=False))
+    if judge(text, letters, t.letter).status != "correct":
+        return False
     facts = stated(text)
-
-    def plain(k, s):
-        return (k, s["c"] if k == "dx" else tuple(sorted(s.items())))
-
-    verdict = judge(text, dict(zip("ABCDE", t.options, strict=False)), t.letter)
-    return (
-        verdict.status == "correct"
-        and all(true_of(t, k, s) for k, s in facts)
-        and {plain(k, s) for k, s in t.facts} <= {plain(k, s) for k, s in facts}
-    )
+    if not all(true_of(t, kind, slots) for kind, slots in facts):
+        return False
+    needed = {_comparable(kind, slots) for kind, slots in t.facts}
+    return needed <= {_comparable(kind, slots) for kind, slots in facts}
 
 # %% ../../nbs/clinic/07_teachers.ipynb #ca7e77ac
+def _read_sample(teacher: Teacher, q) -> dict:
+    "What one sample of a question shows."
+    request = Request(q.id, [], "", indices=(0,))
+    sample = next(SimulatedTeacher(teacher).generate([request], Sampling()))
+    status = judge(sample.text, q.letters, q.answer, think_first=True).status
+    return {
+        "correct": status == "correct",
+        "wrong": status == "wrong",
+        "unread": status in ("unparsed", "truncated"),
+        "lucky": status == "correct" and not reasoning_valid(q, sample.text),
+        "words": sample.tokens,
+    }
+
+
 def measured(
     teacher: Teacher,
     qs,  # questions of the clinic
 ) -> dict[int, dict]:  # steps: n, and rates
-    "What one sample of each question shows."
+    "Rates over one sample of each question."
     rows: dict[int, list] = {}
     for q in qs:
-        s = next(SimulatedTeacher(teacher).generate([Request(q.id, [], "", (0,))], Sampling()))
-        v = judge(s.text, q.letters, q.answer, think_first=True).status
-        rows.setdefault(q.tags["steps"], []).append(
-            (
-                v == "correct",
-                v == "wrong",
-                v in ("unparsed", "truncated"),
-                v == "correct" and not reasoning_valid(q, s.text),
-                s.tokens,
-            )
-        )
-    return {
-        k: dict(
-            n=len(v),
-            **{
-                c: round(float(m), 3)
-                for c, m in zip(
-                    (
-                        "correct",
-                        "wrong",
-                        "unread",
-                        "lucky",
-                        "words",
-                    ),
-                    np.mean(v, axis=0),
-                    strict=False,
-                )
-            },
-        )
-        for k, v in sorted(rows.items())
-    }
+        rows.setdefault(q.tags["steps"], []).append(_read_sample(teacher, q))
+    rates = {}
+    for steps, samples in sorted(rows.items()):
+        means = {key: round(float(np.mean([s[key] for s in samples])), 3) for key in samples[0]}
+        rates[steps] = {"n": len(samples), **means}
+    return rates
 
 # %% ../../nbs/clinic/07_teachers.ipynb #6be00816
-for _t in (REASONER, INSTRUCT):
-    register_teacher(_t.label, lambda t=_t: SimulatedTeacher(t), revision=_t.model)
+for _teacher in (REASONER, INSTRUCT):
+    _factory = partial(SimulatedTeacher, _teacher)
+    register_teacher(_teacher.label, _factory, revision=_teacher.model)
