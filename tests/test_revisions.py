@@ -13,11 +13,10 @@ import pytest
 
 from octomed.clinic.drawings import CLASSES, draw
 from octomed.clinic.graders import Grader, SimulatedGrader
-from octomed.clinic.manners import MANNERS, chat
+from octomed.clinic.manners import MANNERS, chat, wordings
 from octomed.clinic.questions import SIZES, questions
 from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher
 from octomed.clinic.textbook import atlas, textbook
-from octomed.clinic.wordings import wordings
 from octomed.data.images import pixel_hash
 from octomed.generate.engines import Request, Sampling
 from octomed.paper.calibration import OneLength

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+# %% ../../nbs/clinic/08_graders.ipynb #25c32350
 from .questions import reference, world_identity
 from .world import Truth, conditions, pick
 from ..core.identity import digest, seed_for
@@ -23,7 +24,8 @@ from ..generate.engines import Sample, Sampling, register_teacher, sample_seed
 from ..generate.graders import tag
 
 # %% ../../nbs/clinic/08_graders.ipynb #d1cd1917
-GRADING_REVISION = "b8e5c66646d49c84"  # declared: a change of how a grade is made needs a new one
+# Declared by hand: a change of how a grade is made needs a new one.
+GRADING_REVISION = "b8e5c66646d49c84"
 
 # %% ../../nbs/clinic/08_graders.ipynb #044843fb
 @dataclass(frozen=True)
@@ -64,24 +66,45 @@ def true_tags(t: Truth) -> dict:
 
 # %% ../../nbs/clinic/08_graders.ipynb #6d780655
 def means(t: Truth, response: str) -> bool:
-    "Does a response's final answer hold the right option's text or letter, and no other option's text?"
+    "Does the final answer hold the right option's text or letter, and no other option's text?"
     final = response.rpartition(END_OF_THINK)[2]
     verdict = judge(final, dict(zip("ABCDE", t.options, strict=False)), t.letter)
     if verdict.letter:
         return verdict.status == "correct"
-    return [o for o in t.options if re.search(rf"\b{re.escape(o)}\b", final, re.I)] == [t.answer]
+    named = [o for o in t.options if re.search(rf"\b{re.escape(o)}\b", final, re.IGNORECASE)]
+    return named == [t.answer]
 
 # %% ../../nbs/clinic/08_graders.ipynb #f5d9ba57
 def shown(text: str, name: str) -> str:
     "What a rubric shows between two markers."
-    found = re.search(rf"<{name}>\n?(.*?)\n?</{name}>", text, re.S)
-    return found[1] if found else ""
+    match = re.search(rf"<{name}>\n?(.*?)\n?</{name}>", text, re.DOTALL)
+    return match[1] if match else ""
 
 
 def rated(rng, g, t: Truth) -> int:
-    "A rating: the stated one of its steps, or one beside it."
-    stated = g.rating[min(t.steps, len(g.rating)) - 1]
-    return int(np.clip(stated + (pick(rng, (-1, 1)) if rng.random() < g.off else 0), 1, 10))
+    "The stated rating of its steps, or a rating one beside it."
+    rating = g.rating[min(t.steps, len(g.rating)) - 1]
+    if rng.random() < g.off:
+        rating += pick(rng, (-1, 1))
+    return int(np.clip(rating, 1, 10))
+
+# %% ../../nbs/clinic/08_graders.ipynb #7493aaf3
+@lru_cache
+def _images() -> tuple[Truth, ...]:
+    "One truth for each condition that shows an image: a wrong tag is taken from them."
+    with_image = [c for c in conditions().values() if c.image]
+    return tuple(Truth("look", 1, c.name, findings=(), modality=c.modality) for c in with_image)
+
+
+def _tagged(rng, g, t: Truth) -> str:
+    "Modality and region in tags; some of them are wrong."
+    grade = ""
+    for name, value in true_tags(t).items():
+        others = sorted({true_tags(other)[name] for other in _images()} - {value})
+        if rng.random() < g.tag_wrong:
+            value = pick(rng, others)
+        grade += f"<{name}>{value}</{name}>"
+    return grade
 
 # %% ../../nbs/clinic/08_graders.ipynb #381d715e
 def grade(
@@ -98,22 +121,11 @@ def grade(
     if "<rating>" in text:
         return f"<rating>{rated(rng, g, t)}</rating>"
     if "<verdict>" in text:
-        return f"<verdict>{'yes' if means(t, shown(text, 'response')) != (rng.random() < g.verdict_wrong) else 'no'}</verdict>"
-    others = {
-        k: sorted({true_tags(o)[k] for o in _images()} - {v}) for k, v in true_tags(t).items()
-    }
-    return "".join(
-        f"<{k}>{pick(rng, others[k]) if rng.random() < g.tag_wrong else v}</{k}>"
-        for k, v in true_tags(t).items()
-    )
-
-# %% ../../nbs/clinic/08_graders.ipynb #7493aaf3
-@lru_cache
-def _images() -> tuple[Truth, ...]:
-    "One truth for each condition that shows an image: what a wrong tag is taken from."
-    return tuple(
-        Truth("look", 1, c.name, (), modality=c.modality) for c in conditions().values() if c.image
-    )
+        right = means(t, shown(text, "response"))
+        if rng.random() < g.verdict_wrong:
+            right = not right
+        return f"<verdict>{'yes' if right else 'no'}</verdict>"
+    return _tagged(rng, g, t)
 
 # %% ../../nbs/clinic/08_graders.ipynb #61baad29
 @dataclass(frozen=True)
@@ -128,30 +140,42 @@ class SimulatedGrader:
         return self.grader.model
 
     def generate(self, requests, sampling: Sampling):
-        "A grade for each index of each request; a question that it does not know gives a sample that says so."
-        for r in requests:
-            asked = "".join(
-                part["text"] for m in r.messages for part in m["content"] if part["type"] == "text"
-            )
-            for i in r.indices:
-                start, seed = time.time(), sample_seed(sampling, r.question, i)
-                try:
-                    text, finish = grade(self.grader, r.question, asked, seed), "stop"
-                except OctomedError as e:
-                    text, finish = str(e), "error"
-                yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    text,
-                    finish,
-                    tokens=len(text.split()),
-                    seconds=time.time() - start,
-                    seed=seed,
-                    engine=self.name,
-                )
+        """A grade for each index of each request.
+
+        For a question that it does not know, the sample's finish is "error"."""
+        for request in requests:
+            rubric = _text_of(request.messages)
+            for index in request.indices:
+                yield _sample(self, request, rubric=rubric, index=index, sampling=sampling)
+
+# %% ../../nbs/clinic/08_graders.ipynb #957dcd2a
+def _text_of(messages: list[dict]) -> str:
+    "All text of a chat, without its images."
+    texts = []
+    for message in messages:
+        texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+    return "".join(texts)
+
+
+def _sample(engine: SimulatedGrader, request, rubric: str, index: int, sampling) -> Sample:
+    start, seed = time.time(), sample_seed(sampling, request.question, index)
+    try:
+        text, finish = grade(engine.grader, request.question, rubric, seed=seed), "stop"
+    except OctomedError as error:
+        text, finish = str(error), "error"
+    return Sample(
+        question=request.question,
+        model=engine.model,
+        prompt=request.prompt,
+        sampling=sampling.key,
+        index=index,
+        text=text,
+        finish=finish,
+        tokens=len(text.split()),
+        seconds=time.time() - start,
+        seed=seed,
+        engine=engine.name,
+    )
 
 # %% ../../nbs/clinic/08_graders.ipynb #ba5e88cc
 register_teacher(Grader().label, SimulatedGrader, revision=Grader().model)
