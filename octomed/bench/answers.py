@@ -85,7 +85,7 @@ EXPRESSIONS = {
 
 # %% ../../nbs/bench/05_answers.ipynb #e8444379
 def _read_with_judge(think_first: bool, text: str) -> str | None:
-    return judge(text, _TISSUE, "B", think_first).letter
+    return judge(text, _TISSUE, "B", think_first=think_first).letter
 
 
 def _repeat(read: Callable, text: str, times: int) -> None:

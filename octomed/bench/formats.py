@@ -75,7 +75,8 @@ def _write_files(folder: Path, rows: int) -> None:
 # %% ../../nbs/bench/04_formats.ipynb #8d52806e
 def _read_once(code: str, path: Path) -> list[float]:  # rows, seconds, bytes
     "One reader in a process of its own."
-    result = timed([sys.executable, "-c", COUNT, *(code, path)])
+    script = [sys.executable, "-c", COUNT]
+    result = timed([*script, code, path])
     return [float(number) for number in result.out.split()]
 
 
