@@ -43,7 +43,7 @@ def _chat(text: str, *images: str) -> list[dict]:
     content.append({"type": "text", "text": text})
     return [{"role": "user", "content": content}]
 
-
+# %% ../../nbs/bench/06_engines.ipynb #be0cbab9
 def _write_chats(path: Path) -> None:
     "Chats for a tiny student, for the script that vLLM's own Python runs."
     words = "which is it ? one two three fever rash the option is user assistant : - ."
@@ -149,7 +149,7 @@ async def _ask_all(url: str, samples: int) -> None:
     async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
         await asyncio.gather(*(worker(client) for _ in range(32)))
 
-
+# %% ../../nbs/bench/06_engines.ipynb #59930bf9
 def _official(url: str, samples: int) -> None:
     "The official client alone, in a thread, since a notebook has an event loop of its own."
     with ThreadPoolExecutor(1) as pool:

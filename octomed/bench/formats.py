@@ -79,7 +79,7 @@ def _read_once(code: str, path: Path) -> list[float]:  # rows, seconds, bytes
     result = timed([*script, code, path])
     return [float(number) for number in result.out.split()]
 
-
+# %% ../../nbs/bench/04_formats.ipynb #515887e7
 def _reader_rows(name: str, who: str, runs: list, rows: int) -> list[dict]:
     "Rows per second and memory of one reader. Raises `OctomedError` if it loses rows."
     counts, seconds, grown = zip(*runs, strict=True)

@@ -113,12 +113,12 @@ def _intake(paths: list[Path], workers: int) -> float:
     ):
         return took(lambda: intake_all(paths, workers=workers))
 
-
+# %% ../../nbs/bench/03_images.ipynb #08a345e8
 def _save_all(paths, sizes, folder: str) -> None:
     for k, (path, size) in enumerate(zip(paths, sizes, strict=True)):
         _pil_alone(path, size).save(f"{folder}/{k}.png", compress_level=1)
 
-
+# %% ../../nbs/bench/03_images.ipynb #7773c600
 def _saved_by_pil(paths, sizes) -> float:
     with TemporaryDirectory() as folder:
         return took(_save_all, paths, sizes, folder)
@@ -150,12 +150,12 @@ def _read(path) -> None:
         while file.readinto(buffer):
             pass
 
-
+# %% ../../nbs/bench/03_images.ipynb #b6c1a3d3
 def _read_all(paths, workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         _all(pool, _read, paths)
 
-
+# %% ../../nbs/bench/03_images.ipynb #6f182f4f
 def _hash_all(paths, workers: int) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         file_hashes(paths, workers)
@@ -174,7 +174,7 @@ def _rate(f: Callable, paths: list[Path], workers: int, megabytes: int, cold: bo
         drop_from_memory(paths)
     return megabytes / took(f, paths, workers)
 
-
+# %% ../../nbs/bench/03_images.ipynb #2d71e4ba
 def _hash_rows(paths: list[Path], what: str, rounds: int, **conditions) -> list[dict]:
     "Reading and hashing the same files, in turns, and their ratio."
     ways = {

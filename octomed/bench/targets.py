@@ -42,7 +42,7 @@ class Target:
 def _for_octomed(bench: str, what: str, unit: str, words: str, **bound) -> Target:
     return Target(bench, "octomed", what, unit=unit, words=words, **bound)
 
-
+# %% ../../nbs/bench/10_targets.ipynb #e062ec53
 _CORPUS = "≤ 60 s and ≤ 2 GB"
 _KEYS = "10 million keys ≤ 30 s and ≤ 2 GB"
 _LENGTHS = "8 million lengths ≤ 60 s, ≥ 99.5 %"
@@ -132,7 +132,7 @@ def _files(folder: Path | None) -> list[Path]:
             return files
     return []
 
-
+# %% ../../nbs/bench/10_targets.ipynb #651c7e6f
 def table_of(
     folder: Path | None = None,  # by default `outputs/bench`, else `outputs/reference/bench`
 ) -> list[dict]:  # rows with `target` and `met`

@@ -71,7 +71,7 @@ def _resampled_medians(values, n: int, rng) -> np.ndarray:
     picks = rng.integers(len(values), size=(n, len(values)))
     return np.median(np.asarray(values, float)[picks], axis=1)
 
-
+# %% ../../nbs/bench/01_timing.ipynb #76724a22
 def ratio(
     a: list[float],  # repeats of one measurement
     b: list[float],  # of the other
@@ -107,7 +107,7 @@ def in_turns(
             numbers[who].append(ways[who]())
     return numbers
 
-
+# %% ../../nbs/bench/01_timing.ipynb #ae7d582b
 def over(a: list[float], b: list[float]) -> list[float]:
     "The ratio of each turn."
     return [x / y for x, y in zip(a, b, strict=True)]
@@ -150,7 +150,7 @@ def _measure(name: str, small: bool) -> dict:
         write_json(outputs_dir() / "bench" / f"{name}.json", result)
     return result
 
-
+# %% ../../nbs/bench/01_timing.ipynb #f5afaa69
 def measured(
     names=(),  # by default all
     small: bool = False,  # the small size, of which nothing is kept
@@ -215,7 +215,7 @@ def last_line(text: str, otherwise: str = "it said nothing") -> str:
     lines = text.strip().splitlines()
     return lines[-1] if lines else otherwise
 
-
+# %% ../../nbs/bench/01_timing.ipynb #c7a2440b
 def _watch(process: subprocess.Popen, reader: threading.Thread) -> tuple[int, float]:
     "Most bytes at once, and processor seconds, of a running command and all that it started."
     peak, cpu = 0, {}
@@ -235,7 +235,7 @@ def _children_seconds() -> float:
     "Processor seconds of the children that this process has waited for."
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
-
+# %% ../../nbs/bench/01_timing.ipynb #e6752d5d
 def timed(command: list, **kw) -> Timed:
     "Run a command on two cores. Raises `OctomedError` with its last line if it fails."
     start, before = time.perf_counter(), _children_seconds()
@@ -266,7 +266,7 @@ def _find_uv() -> str:
         raise OctomedError("uv is not there: install it with `pip install uv`")
     return uv
 
-
+# %% ../../nbs/bench/01_timing.ipynb #7d3c9c4e
 def _install(name: str, folder: Path, requirements: tuple[str, ...]) -> None:
     "Make a peer's environment."
     uv, python = _find_uv(), folder / "bin" / "python"
@@ -304,13 +304,13 @@ def small_arm(
     pools = [(pool.replace(":train", ":test"), questions) for pool in common.train]
     return Arm(tuple(pools)), common
 
-
+# %% ../../nbs/bench/01_timing.ipynb #ae8d48b7
 def small_student() -> Path:
     "The folder of that student."
     _, common = small_arm(0)
     return run(base_student(common))
 
-
+# %% ../../nbs/bench/01_timing.ipynb #46b766d1
 def small_rows(questions: int) -> list[Row]:
     "That arm's traces as the student learns them."
     arm, common = small_arm(questions)

@@ -71,7 +71,7 @@ def _row_loss(model, processor, r: Row, pixels: Pixels):
     logits = model(**batch, use_cache=False).logits[0, r.prompt - 1 : -1]
     return cross_entropy(logits, batch["input_ids"][0, r.prompt :], reduction="sum")
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #ba167b31
 def defined_gradient(
     model,
     processor,
@@ -364,7 +364,7 @@ def _as_our_row(t: Trainer, rows: list[Row], ids: list[int], prompt: int) -> Row
             return Row(ids, prompt, r.images)
     raise OctomedError(f"{t.name} reads other tokens than octomed: look at the export")
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #ece372d8
 def peer_gradient(
     python: Path,
     t: Trainer,
@@ -443,7 +443,7 @@ def _peer_gradients(definition: _Definition, t: Trainer, python: Path, folder: P
     measures += definition.compare(t.name, how, parts, b=right(groups, means=True), than=means)
     return measures
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #c435e5b7
 def gradients(folder: Path, rows: list[Row], pythons: dict[str, Path]) -> list[dict]:
     "The first step of each trainer, with all rows in one micro-batch and in several."
     model, processor = load_student(folder / "student")
@@ -466,7 +466,7 @@ def _wait_for_lap(process: subprocess.Popen, errors) -> float:
     errors.seek(0)
     raise OctomedError(f"a trainer ended: {last_line(errors.read())}")
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #af6968ec
 @contextlib.contextmanager
 def in_laps(command: list, folder: Path):
     """A trainer that runs and waits; its start and first lap are over.
@@ -514,7 +514,7 @@ class _Entry:
         command += [json.dumps(self.settings), steps]
         return command
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #974c8c74
 def _our_entry(**other) -> _Entry:
     "Our loop, as it comes but for some settings."
     _, common = small_arm(0)
@@ -552,7 +552,7 @@ def _lap_rates(
             laps[way] = running.enter_context(in_laps(entry.command(n_rows), folder))
         return in_turns(laps, rounds)
 
-
+# %% ../../nbs/bench/09_trainers.ipynb #e33f648b
 def speeds(folder: Path, rows: list[Row], pythons: dict[str, Path], rounds: int) -> list[dict]:
     "Useful tokens a second, in turns, and our speed over that of the others."
     mean = np.mean([len(r.input_ids) for r in rows])

@@ -85,7 +85,7 @@ def _vocabulary(texts, marks: list[str]) -> dict[str, int]:
     tokens += pieces([*texts, shared, *"ABCDEFGHIJ"])
     return {token: number for number, token in enumerate(tokens)}
 
-
+# %% ../../nbs/clinic/10_students.ipynb #fc190ef9
 def build_tokenizer(texts, markers: Markers = QWEN):
     "A word-level tokenizer that knows the pieces of the texts, with a family's markers."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -152,7 +152,7 @@ class _Parts:
     images: object  # image processor
     more: dict  # further arguments of the processor
 
-
+# %% ../../nbs/clinic/10_students.ipynb #5b4f929c
 def _rotary(size: Size, share: tuple[int, int]) -> dict:
     "Rotary positions in three parts; height and width get a share of half a head each."
     half = size.hidden // size.heads // 2
@@ -350,7 +350,7 @@ def _captioned_row(processor, image: str, caption: str, max_pixels: int) -> Row:
     ids = prompt + tokenizer(caption)["input_ids"] + [tokenizer.eos_token_id]
     return Row(ids, len(prompt), [image])
 
-
+# %% ../../nbs/clinic/10_students.ipynb #e18b027b
 def textbook_rows(processor, paragraphs: list[str], atlas: list, max_pixels: int) -> list[Row]:
     "Paragraphs and captioned images (pixel hash, caption) as rows; all but the images is trained."
     tokenizer = processor.tokenizer

@@ -130,7 +130,7 @@ def _choose_factor(rng, c: Condition, pool) -> tuple[str, bool]:  # factor, does
     others = sorted({d.factor for d in pool} - {c.factor, "pregnancy"})
     return pick(rng, others), False
 
-
+# %% ../../nbs/clinic/03_vignettes.ipynb #1e0a6e0b
 def vignette(
     rng: np.random.Generator,
     kind: str,  # a key of STEPS other than "look"
