@@ -279,7 +279,7 @@ def test_teachers_err_as_stated(who, ward):
 def test_the_instruct_teacher_misreads_images_as_stated():
     for i in range(600):
         stem, truth, _ = clinic.plan("clinic_reading", "train", i)
-        clinic.asked("clinic_reading", "train", i, stem=stem, t=truth, image=f"name:{i}")
+        clinic.asked("clinic_reading", "train", i, stem=stem, truth=truth, image=f"name:{i}")
     looks = [(key, t) for key, t in clinic.TRUTHS.items() if t.kind == "look"][-600:]
     read = []
     for key, t in looks:

@@ -59,20 +59,20 @@ REGION_OF = {
 }  # of a drawing without a condition
 
 
-def true_tags(t: Truth) -> dict:
+def true_tags(truth: Truth) -> dict:
     "Modality and region of a question's image, in the graders' vocabularies."
-    region = conditions()[t.condition].region if t.condition else REGION_OF[t.modality]
-    return {"modality": tag("modality", t.modality), "region": tag("region", region)}
+    region = conditions()[truth.condition].region if truth.condition else REGION_OF[truth.modality]
+    return {"modality": tag("modality", truth.modality), "region": tag("region", region)}
 
 # %% ../../nbs/clinic/08_graders.ipynb #6d780655
-def means(t: Truth, response: str) -> bool:
+def means(truth: Truth, response: str) -> bool:
     "Does the final answer hold the right option's text or letter, and no other option's text?"
     final = response.rpartition(END_OF_THINK)[2]
-    verdict = judge(final, dict(zip("ABCDE", t.options, strict=False)), t.letter)
+    verdict = judge(final, dict(zip("ABCDE", truth.options, strict=False)), truth.letter)
     if verdict.letter:
         return verdict.status == "correct"
-    named = [o for o in t.options if re.search(rf"\b{re.escape(o)}\b", final, re.IGNORECASE)]
-    return named == [t.answer]
+    named = [o for o in truth.options if re.search(rf"\b{re.escape(o)}\b", final, re.IGNORECASE)]
+    return named == [truth.answer]
 
 # %% ../../nbs/clinic/08_graders.ipynb #f5d9ba57
 def shown(text: str, name: str) -> str:
@@ -81,9 +81,9 @@ def shown(text: str, name: str) -> str:
     return match[1] if match else ""
 
 
-def rated(rng, g, t: Truth) -> int:
+def rated(rng, g, truth: Truth) -> int:
     "The stated rating of its steps, or a rating one beside it."
-    rating = g.rating[min(t.steps, len(g.rating)) - 1]
+    rating = g.rating[min(truth.steps, len(g.rating)) - 1]
     if rng.random() < g.off:
         rating += pick(rng, (-1, 1))
     return int(np.clip(rating, 1, 10))
@@ -96,10 +96,10 @@ def _images() -> tuple[Truth, ...]:
     return tuple(Truth("look", 1, c.name, findings=(), modality=c.modality) for c in with_image)
 
 # %% ../../nbs/clinic/08_graders.ipynb #f9a9a647
-def _tagged(rng, g, t: Truth) -> str:
+def _tagged(rng, g, truth: Truth) -> str:
     "Modality and region in tags; some of them are wrong."
     grade = ""
-    for name, value in true_tags(t).items():
+    for name, value in true_tags(truth).items():
         others = sorted({true_tags(other)[name] for other in _images()} - {value})
         if rng.random() < g.tag_wrong:
             value = pick(rng, others)
@@ -114,18 +114,18 @@ def grade(
     seed: int,
 ) -> str:  # the response
     "One grade. Raises `OctomedError` for a question that is not the clinic's."
-    t = reference(question_id)
+    truth = reference(question_id)
     rng = np.random.default_rng(seed_for(g.model, question_id, digest(text), seed))
     if rng.random() < g.unparsed:
         return pick(rng, ("That depends on who is asked.", "It is hard to say."))
     if "<rating>" in text:
-        return f"<rating>{rated(rng, g, t)}</rating>"
+        return f"<rating>{rated(rng, g, truth)}</rating>"
     if "<verdict>" in text:
-        right = means(t, shown(text, "response"))
+        right = means(truth, shown(text, "response"))
         if rng.random() < g.verdict_wrong:
             right = not right
         return f"<verdict>{'yes' if right else 'no'}</verdict>"
-    return _tagged(rng, g, t)
+    return _tagged(rng, g, truth)
 
 # %% ../../nbs/clinic/08_graders.ipynb #61baad29
 @dataclass(frozen=True)

@@ -34,16 +34,16 @@ WORDINGS_REVISION = "2d93499ea71f1fbf"
 # %% ../../nbs/clinic/09_manners.ipynb #96c53495
 def wordings(q: Question, n: int = WORDINGS) -> list[Question]:
     "A question of the clinic in `n` wordings, itself first."
-    t = reference(q.id)
+    truth = reference(q.id)
     family = {q.id: q}
     attempt = 0
     while len(family) < n:
         attempt += 1
         rng = np.random.default_rng(seed_for("near", WORLD_REVISION, q.id, attempt))
-        wording = replace(q, stem=stem_of(rng, t, "ward"), origin=f"{q.origin}/{attempt}")
+        wording = replace(q, stem=stem_of(rng, truth, "ward"), origin=f"{q.origin}/{attempt}")
         if not for_test(wording.id):
             family.setdefault(wording.id, wording)
-            TRUTHS[wording.id] = t
+            TRUTHS[wording.id] = truth
     return [
         replace(wording, source="clinic_near", tags={**wording.tags, "like": q.id})
         for wording in family.values()
@@ -102,38 +102,39 @@ MANNERS_REVISION = "c67d06832c57423d"
 POOLS = ("clinic_rounds", "clinic_reading")
 
 # %% ../../nbs/clinic/09_manners.ipynb #6a55f393
-def _request(rng, kind: str, t: Truth) -> str:
-    return pick(rng, knowledge()["stems"]["ward"][kind]).format(m=t.modality)
+def _request(rng, kind: str, truth: Truth) -> str:
+    return pick(rng, knowledge()["stems"]["ward"][kind]).format(m=truth.modality)
 
 # %% ../../nbs/clinic/09_manners.ipynb #0c7aeaef
 def _sentence(rng, kind: str, **slots) -> str:
     return say(rng, kind, **slots) + "."
 
 # %% ../../nbs/clinic/09_manners.ipynb #29522c2b
-def _look_of(t: Truth) -> str:
-    return f"the look of {t.image} on {t.modality} is {knowledge()['images'][t.modality][t.image]}."
+def _look_of(truth: Truth) -> str:
+    look = knowledge()["images"][truth.modality][truth.image]
+    return f"the look of {truth.image} on {truth.modality} is {look}."
 
 # %% ../../nbs/clinic/09_manners.ipynb #308f4e0a
-def _last_fact(t: Truth) -> tuple[str, dict]:
+def _last_fact(truth: Truth) -> tuple[str, dict]:
     "The fact that holds the answer."
-    return next(fact for fact in t.facts[::-1] if fact[0] not in ("allowed", "contra"))
+    return next(fact for fact in truth.facts[::-1] if fact[0] not in ("allowed", "contra"))
 
 # %% ../../nbs/clinic/09_manners.ipynb #dc87f648
-def _conversation(rng, t: Truth) -> list[tuple[str, str]]:
+def _conversation(rng, truth: Truth) -> list[tuple[str, str]]:
     "What the image shows; then condition, test and treatment, or how the image looks."
-    request = _request(rng, "look", t)
-    turns = [(request, _sentence(rng, "look", k=t.image))]
-    if not t.condition:
-        turns.append((_request(rng, "look", t), _look_of(t)))
+    request = _request(rng, "look", truth)
+    turns = [(request, _sentence(rng, "look", k=truth.image))]
+    if not truth.condition:
+        turns.append((_request(rng, "look", truth), _look_of(truth)))
         return turns
-    c = conditions()[t.condition]
+    c = conditions()[truth.condition]
     facts = {
-        "dx": {"f": f"{t.image} on {t.modality}", "c": c.name},
+        "dx": {"f": f"{truth.image} on {truth.modality}", "c": c.name},
         "test": {"c": c.name, "t": c.test},
         "first": {"c": c.name, "d": c.first},
     }
     for kind, slots in facts.items():
-        request = _request(rng, kind, t)
+        request = _request(rng, kind, truth)
         turns.append((request, _sentence(rng, kind, **slots)))
     return turns
 
@@ -143,17 +144,17 @@ def said(
     manner: str,  # a key of MANNERS
 ) -> list[tuple[str, str]]:  # requests and answers
     "A case of the clinic in another manner."
-    t = reference(q.id)
+    truth = reference(q.id)
     rng = np.random.default_rng(seed_for("others", WORLD_REVISION, manner, q.id))
     if manner == "bare":
         return [(question_text(q), q.answer_text)]
     if manner == "alignment":
-        request = _request(rng, "look", t)
-        return [(request, f"{_sentence(rng, 'look', k=t.image)} {_look_of(t)}")]
+        request = _request(rng, "look", truth)
+        return [(request, f"{_sentence(rng, 'look', k=truth.image)} {_look_of(truth)}")]
     if manner == "instruct":
-        kind, slots = _last_fact(t)
+        kind, slots = _last_fact(truth)
         return [(q.stem, _sentence(rng, kind, **slots))]
-    return _conversation(rng, t)
+    return _conversation(rng, truth)
 
 # %% ../../nbs/clinic/09_manners.ipynb #c3b63886
 def chat(q: Question, manner: str) -> dict:  # as `octomed.data.sources.read_chats` gives it

@@ -175,10 +175,10 @@ def looking(source: str, split: str, i: int) -> tuple[str, Truth, tuple]:  # ste
     for modality, names in CLASSES.items():
         classes += [(modality, name) for name in names]
     modality, cls = classes[order[i] % 16]
-    t = Truth("look", 1, "", findings=(), modality=modality, image=cls, answer=cls)
-    stem = stem_of(rng, t, "ward")
-    t = placed(rng, t, [other for other in CLASSES[modality] if other != cls])
-    return stem, t, picture_key(pool, modality, cls, k=int(order[i]) // 16)
+    truth = Truth("look", 1, "", findings=(), modality=modality, image=cls, answer=cls)
+    stem = stem_of(rng, truth, "ward")
+    truth = placed(rng, truth, [other for other in CLASSES[modality] if other != cls])
+    return stem, truth, picture_key(pool, modality, cls, k=int(order[i]) // 16)
 
 # %% ../../nbs/clinic/04_questions.ipynb #eef2813a
 def _kind(rng, source: str) -> str:
@@ -200,7 +200,7 @@ def reasoning(
         if c.held == out_of_distribution and (c.image or not with_image)
     ]
     kind = _kind(rng, source)
-    stem, t = vignette(
+    stem, truth = vignette(
         rng,
         kind,
         pick(rng, pool),
@@ -210,8 +210,8 @@ def reasoning(
         held=out_of_distribution,
     )
     if not with_image:
-        return stem, t, None
-    return stem, t, picture_key(split, t.modality, t.image, k=int(rng.integers(10**6)))
+        return stem, truth, None
+    return stem, truth, picture_key(split, truth.modality, truth.image, k=int(rng.integers(10**6)))
 
 # %% ../../nbs/clinic/04_questions.ipynb #c0583179
 def plan(
@@ -231,19 +231,19 @@ def for_test(question_id: str) -> bool:
     return int(question_id, 16) % 8 == 0
 
 # %% ../../nbs/clinic/04_questions.ipynb #c56172cf
-def asked(source: str, split: str, i: int, stem: str, t: Truth, image: str | None) -> Question:
+def asked(source: str, split: str, i: int, stem: str, truth: Truth, image: str | None) -> Question:
     "A `Question` of the registry; its truth is kept here, in TRUTHS."
     tags = {
-        "steps": t.steps,
-        "kind": t.kind,
-        "condition": t.condition,
-        "modality": t.modality or "text",
-        "region": conditions()[t.condition].region if t.condition else t.modality,
+        "steps": truth.steps,
+        "kind": truth.kind,
+        "condition": truth.condition,
+        "modality": truth.modality or "text",
+        "region": conditions()[truth.condition].region if truth.condition else truth.modality,
     }
     q = Question(
         stem=stem,
-        options=t.options,
-        answer=t.letter,
+        options=truth.options,
+        answer=truth.letter,
         source=source,
         split=split,
         category=CATEGORY[source],
@@ -251,7 +251,7 @@ def asked(source: str, split: str, i: int, stem: str, t: Truth, image: str | Non
         tags=tags,
         origin=f"{source}/{split}/{i}",
     )
-    TRUTHS[q.id] = t
+    TRUTHS[q.id] = truth
     return q
 
 # %% ../../nbs/clinic/04_questions.ipynb #cb75cae5
@@ -261,11 +261,11 @@ def _text_plans(source: str, split: str) -> dict[int, tuple]:
     for i in count():
         if len(accepted) == SIZES[source, split]:
             break
-        stem, t, _ = plan(source, split, i)
-        question_id = asked(source, split, i, stem=stem, t=t, image=None).id
+        stem, truth, _ = plan(source, split, i)
+        question_id = asked(source, split, i, stem=stem, truth=truth, image=None).id
         in_split = source == "clinic_boards" or for_test(question_id) == (split == "test")
         if in_split and question_id not in ids:
-            accepted[i] = (stem, t, None)
+            accepted[i] = (stem, truth, None)
             ids.add(question_id)
     return accepted
 
@@ -280,11 +280,11 @@ def plans(out, source, split, knowledge):
     else:
         questions_of = {i: plan(source, split, i) for i in range(SIZES[source, split])}
     rows = []
-    for i, (stem, t, key) in questions_of.items():
+    for i, (stem, truth, key) in questions_of.items():
         row = (
             i,
             stem,
-            asdict(t),
+            asdict(truth),
             key,
         )
         rows.append(row)
@@ -327,8 +327,8 @@ def questions(
     images = pictures([key for *_, key in rows if key], max_pixels) or [None] * len(rows)
     built = []
     for row, image in zip(rows, images, strict=True):
-        i, stem, t, _ = row
-        built.append(asked(source, split, i, stem=stem, t=t, image=image))
+        i, stem, truth, _ = row
+        built.append(asked(source, split, i, stem=stem, truth=truth, image=image))
     return built
 
 # %% ../../nbs/clinic/04_questions.ipynb #8fc20b15
@@ -347,9 +347,9 @@ def _recall_images(
     "Build the questions whose picture the store holds, which fills TRUTHS."
     hashes = drawn()
     for source, split in SIZES:
-        for i, stem, t, key in planned(source, split, store_dir()):
+        for i, stem, truth, key in planned(source, split, store_dir()):
             if key and key_name(key) in hashes:
-                asked(source, split, i, stem=stem, t=t, image=hashes[key_name(key)])
+                asked(source, split, i, stem=stem, truth=truth, image=hashes[key_name(key)])
 
 # %% ../../nbs/clinic/04_questions.ipynb #94bb1d90
 def reference(

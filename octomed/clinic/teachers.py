@@ -110,89 +110,91 @@ def is_hard(question_id: str, share: float) -> bool:
     return np.random.default_rng(seed_for("hard", question_id)).random() < share
 
 
-def wrong_rate(teacher: Teacher, question_id: str, t: Truth) -> float:
+def wrong_rate(teacher: Teacher, question_id: str, truth: Truth) -> float:
     "The rate of wrong answers on one question; its mean over questions is the stated rate."
-    stated = teacher.look_wrong if t.kind == "look" else teacher.answer_wrong[t.steps - 1]
+    stated = teacher.look_wrong if truth.kind == "look" else teacher.answer_wrong[truth.steps - 1]
     if is_hard(question_id, teacher.hard):
         return min(1.0, stated * teacher.harder)
     rest = (1 - teacher.hard * teacher.harder) / (1 - teacher.hard)
     return min(1.0, stated * rest)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #de0080dd
-def _drug_without_factor(t: Truth) -> str:
+def _drug_without_factor(truth: Truth) -> str:
     "The treatment of somebody who gets the factor wrong."
-    c = conditions()[t.condition]
-    return c.first if t.forbidden else c.alternative
+    c = conditions()[truth.condition]
+    return c.first if truth.forbidden else c.alternative
 
 # %% ../../nbs/clinic/07_teachers.ipynb #ca34f975
-def wrong_option(rng, teacher: Teacher, t: Truth) -> str:  # text of an option
+def wrong_option(rng, teacher: Teacher, truth: Truth) -> str:  # text of an option
     "A wrong option: often the shortcut, where there is one."
-    wrong = [option for option in t.options if option != t.answer]
-    if t.kind in ("treat", "harm") and rng.random() < teacher.shortcut:
-        drug = _drug_without_factor(t)
-        shortcut = harms()[drug] if t.kind == "harm" else drug
+    wrong = [option for option in truth.options if option != truth.answer]
+    if truth.kind in ("treat", "harm") and rng.random() < teacher.shortcut:
+        drug = _drug_without_factor(truth)
+        shortcut = harms()[drug] if truth.kind == "harm" else drug
         if shortcut in wrong:
             return shortcut
     return pick(rng, wrong)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #c8f6c630
-def misled(t: Truth, condition: str) -> list:  # facts
+def misled(truth: Truth, condition: str) -> list:  # facts
     "The chain from another condition; if that one shows another image, the image is misread."
     c = conditions()[condition]
-    facts = list(chain(t, condition))
-    if not t.image:
+    facts = list(chain(truth, condition))
+    if not truth.image:
         return facts
-    image = c.image if c.modality == t.modality else t.image
-    findings = listed((*t.findings, f"{image} on {t.modality}"))
+    image = c.image if c.modality == truth.modality else truth.image
+    findings = listed((*truth.findings, f"{image} on {truth.modality}"))
     return [("look", {"k": image}), ("dx", {"f": findings, "c": condition}), *facts[2:]]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #5941e2cb
-def false_last(t: Truth, to: str) -> list:  # facts
+def false_last(truth: Truth, to: str) -> list:  # facts
     "The right chain, but its last fact is false and ends on `to`."
-    facts = list(chain(t))
-    if t.kind == "treat" and not t.forbidden:
+    facts = list(chain(truth))
+    if truth.kind == "treat" and not truth.forbidden:
         facts = facts[:-1]  # it ends on the first-line treatment, before the factor
     kind, slots = facts[-1]
     return [*facts[:-1], (kind, {**slots, ANSWER_SLOTS[kind]: to})]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #addb7b2c
-def skipped(t: Truth) -> list:  # facts
+def skipped(truth: Truth) -> list:  # facts
     "The chain that gets the factor wrong: allowed where it is forbidden, and the reverse."
-    c = conditions()[t.condition]
-    drug = _drug_without_factor(t)
-    facts = list(chain(t))
+    c = conditions()[truth.condition]
+    drug = _drug_without_factor(truth)
+    facts = list(chain(truth))
     kinds = [kind for kind, _ in facts]
     facts = facts[: kinds.index("first") + 1]
-    facts.append(("allowed" if t.forbidden else "contra", {"d": c.first, "r": t.factor}))
-    if not t.forbidden:
+    facts.append(("allowed" if truth.forbidden else "contra", {"d": c.first, "r": truth.factor}))
+    if not truth.forbidden:
         facts.append(("alternative", {"c": c.name, "d": drug}))
-    if t.kind == "harm":
+    if truth.kind == "harm":
         facts.append(("harm", {"d": drug, "h": harms()[drug]}))
     return facts
 
 # %% ../../nbs/clinic/07_teachers.ipynb #494188c5
-def wrong_chain(rng, t: Truth, to: str) -> list:  # facts
+def wrong_chain(rng, truth: Truth, to: str) -> list:  # facts
     "A chain that ends on the wrong option `to`, by one of the errors that can lead there."
-    ways = [false_last(t, to)]
-    if t.kind != "look":
+    ways = [false_last(truth, to)]
+    if truth.kind != "look":
         others = [
-            name for name in conditions() if name != t.condition and result(chain(t, name)) == to
+            name
+            for name in conditions()
+            if name != truth.condition and result(chain(truth, name)) == to
         ]
-        ways += [misled(t, name) for name in others[:2]]
-    if t.kind in ("treat", "harm") and result(skipped(t)) == to:
-        return skipped(t)
+        ways += [misled(truth, name) for name in others[:2]]
+    if truth.kind in ("treat", "harm") and result(skipped(truth)) == to:
+        return skipped(truth)
     return pick(rng, ways)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #66079d9e
-def lucky_chain(rng, t: Truth) -> list:  # facts
+def lucky_chain(rng, truth: Truth) -> list:  # facts
     "A wrong chain that comes before a right letter."
-    if t.kind == "look":
-        others = [cls for cls in CLASSES[t.modality] if cls != t.image]
+    if truth.kind == "look":
+        others = [cls for cls in CLASSES[truth.modality] if cls != truth.image]
         return [("look", {"k": pick(rng, others)})]
-    findings = set(conditions()[t.condition].shows)
-    others = [c for c in conditions().values() if c.name != t.condition]
+    findings = set(conditions()[truth.condition].shows)
+    others = [c for c in conditions().values() if c.name != truth.condition]
     near = [c.name for c in others if set(c.shows) & findings]
-    return misled(t, pick(rng, near or sorted(c.name for c in others)))
+    return misled(truth, pick(rng, near or sorted(c.name for c in others)))
 
 # %% ../../nbs/clinic/07_teachers.ipynb #2344596c
 def speak(rng, key: str, **slots) -> str:  # a sentence
@@ -200,34 +202,34 @@ def speak(rng, key: str, **slots) -> str:  # a sentence
     return pick(rng, knowledge()["speech"][key]).format(**slots)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e7ddffa3
-def rejection(rng, t: Truth, letter: str, facts) -> str:  # a sentence
+def rejection(rng, truth: Truth, letter: str, facts) -> str:  # a sentence
     "Another option, considered and rejected; a diagnosis for a finding that it lacks, if any."
-    other = pick(rng, [key for key in "ABCDE"[: len(t.options)] if key != letter])
-    text = t.options["ABCDE".index(other)]
+    other = pick(rng, [key for key in "ABCDE"[: len(truth.options)] if key != letter])
+    text = truth.options["ABCDE".index(other)]
     lacking = []
-    if t.kind == "dx":
-        lacking = [f for f in t.findings if f not in conditions()[text].shows]
+    if truth.kind == "dx":
+        lacking = [f for f in truth.findings if f not in conditions()[text].shows]
     if lacking:
         return say(rng, "lacks", c=text, f=pick(rng, lacking)) + "."
     return speak(rng, "reject", s=other, o=text)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #9fb601a0
-def _say_facts(rng, t: Truth, facts) -> list[str]:  # sentences
+def _say_facts(rng, truth: Truth, facts) -> list[str]:  # sentences
     "The facts as sentences, with what is seen in the image and the factor among them."
     sentences = [say(rng, kind, **slots) + "." for kind, slots in facts]
-    if t.image and rng.random() < 0.5:
-        look = knowledge()["images"][t.modality][facts[0][1]["k"]]
+    if truth.image and rng.random() < 0.5:
+        look = knowledge()["images"][truth.modality][facts[0][1]["k"]]
         sentences.insert(1, speak(rng, "seen", u=look))
     return sentences
 
 # %% ../../nbs/clinic/07_teachers.ipynb #68d4922d
-def _insert_factor(rng, teacher: Teacher, t: Truth, facts, sentences: list[str]) -> None:
+def _insert_factor(rng, teacher: Teacher, truth: Truth, facts, sentences: list[str]) -> None:
     "The factor, said before the fact that weighs it."
     kinds = [kind for kind, _ in facts]
     weighed = [i for i, kind in enumerate(kinds) if kind in ("contra", "allowed")]
     place = weighed[0] - len(facts) if weighed else len(sentences)
-    if t.factor and (teacher.checks or rng.random() < 0.5):
-        sentences.insert(place, speak(rng, "factor", r=t.factor))
+    if truth.factor and (teacher.checks or rng.random() < 0.5):
+        sentences.insert(place, speak(rng, "factor", r=truth.factor))
 
 # %% ../../nbs/clinic/07_teachers.ipynb #2671c0e9
 def _say_briefly(rng, sentences: list[str], bind: str, letter: str) -> str:
@@ -239,13 +241,13 @@ def _say_briefly(rng, sentences: list[str], bind: str, letter: str) -> str:
     return " ".join(spoken)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #811208a8
-def _say_with_checks(rng, t: Truth, facts, sentences: list[str], bind: str, letter: str) -> str:
+def _say_with_checks(rng, truth: Truth, facts, sentences: list[str], bind: str, letter: str) -> str:
     "The facts between a restatement and a check of another option."
     before = [speak(rng, "start")]
-    before.append(speak(rng, "restate", f=listed(some(rng, t.findings, len(t.findings)))))
+    before.append(speak(rng, "restate", f=listed(some(rng, truth.findings, len(truth.findings)))))
     after = [
         speak(rng, "doubt"),
-        rejection(rng, t, letter, facts=facts),
+        rejection(rng, truth, letter, facts=facts),
         speak(rng, "confirm"),
         bind,
         speak(rng, "settle", l=letter),
@@ -256,36 +258,36 @@ def _say_with_checks(rng, t: Truth, facts, sentences: list[str], bind: str, lett
 
 # %% ../../nbs/clinic/07_teachers.ipynb #137423db
 def thought(
-    rng, teacher: Teacher, t: Truth, facts, letter: str
+    rng, teacher: Teacher, truth: Truth, facts, letter: str
 ) -> str:  # the text between the think tags
     "A chain as speech."
-    sentences = _say_facts(rng, t, facts)
-    bind = say(rng, "bind", o=t.options["ABCDE".index(letter)], l=letter) + "."
-    _insert_factor(rng, teacher, t, facts=facts, sentences=sentences)
+    sentences = _say_facts(rng, truth, facts)
+    bind = say(rng, "bind", o=truth.options["ABCDE".index(letter)], l=letter) + "."
+    _insert_factor(rng, teacher, truth, facts=facts, sentences=sentences)
     if not teacher.checks:
         return _say_briefly(rng, sentences, bind, letter=letter)
-    return _say_with_checks(rng, t, facts, sentences=sentences, bind=bind, letter=letter)
+    return _say_with_checks(rng, truth, facts, sentences=sentences, bind=bind, letter=letter)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #96a4c11a
-def _choose_chain(rng, teacher: Teacher, question_id: str, t: Truth) -> tuple:  # option, facts
+def _choose_chain(rng, teacher: Teacher, question_id: str, truth: Truth) -> tuple:  # option, facts
     "The option that a teacher ends on, and the facts that it states before."
-    if rng.random() < wrong_rate(teacher, question_id, t):
-        option = wrong_option(rng, teacher, t)
-        return option, wrong_chain(rng, t, option)
+    if rng.random() < wrong_rate(teacher, question_id, truth):
+        option = wrong_option(rng, teacher, truth)
+        return option, wrong_chain(rng, truth, option)
     lucky = rng.random() < teacher.reasoning_wrong
-    return t.answer, lucky_chain(rng, t) if lucky else t.facts
+    return truth.answer, lucky_chain(rng, truth) if lucky else truth.facts
 
 # %% ../../nbs/clinic/07_teachers.ipynb #428e3c53
 def respond(teacher: Teacher, question_id: str, seed: int) -> tuple[str, str]:  # text, finish
     "One response. Raises `OctomedError` for a question that is not the clinic's."
-    t = reference(question_id)
+    truth = reference(question_id)
     rng = np.random.default_rng(seed_for(teacher.model, question_id, seed))
     fate = rng.random()
-    if (t.image and not teacher.images) or fate < teacher.refused:
+    if (truth.image and not teacher.images) or fate < teacher.refused:
         return speak(rng, "refuse"), "refused"
-    option, facts = _choose_chain(rng, teacher, question_id, t=t)
-    letter = "ABCDE"[t.options.index(option)]
-    text = thought(rng, teacher, t, facts=facts, letter=letter)
+    option, facts = _choose_chain(rng, teacher, question_id, truth=truth)
+    letter = "ABCDE"[truth.options.index(option)]
+    text = thought(rng, teacher, truth, facts=facts, letter=letter)
     text = f"<think>{text}</think>\n\n"
     if fate < teacher.refused + teacher.truncated:
         words = text.split()
@@ -402,21 +404,21 @@ def stated(text: str) -> list[tuple[str, dict]]:  # (kind, slots)
     return [fact for fact in facts if fact]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #f92d396e
-def _fits_question(t: Truth, kind: str, s: dict) -> bool:
+def _fits_question(truth: Truth, kind: str, s: dict) -> bool:
     "Is what a sentence says of this question true: what is seen, diagnosed, bound to a letter?"
     if kind == "look":
-        return s["k"] == t.image
+        return s["k"] == truth.image
     if kind == "dx":
         findings = re.split(r", | and ", s["f"])
-        return s["c"] == t.condition and set(findings) <= set(conditions()[s["c"]].shows)
-    letters = "ABCDE"[: len(t.options)]
-    return s["l"] in letters and t.options[letters.index(s["l"])] == s["o"]
+        return s["c"] == truth.condition and set(findings) <= set(conditions()[s["c"]].shows)
+    letters = "ABCDE"[: len(truth.options)]
+    return s["l"] in letters and truth.options[letters.index(s["l"])] == s["o"]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e0486277
-def true_of(t: Truth, kind: str, s: dict) -> bool:
+def true_of(truth: Truth, kind: str, s: dict) -> bool:
     "Is a stated fact true of the world and, for what is seen and diagnosed, of this question?"
     if kind in ("look", "dx", "bind"):
-        return _fits_question(t, kind, s)
+        return _fits_question(truth, kind, s)
     if kind == "contra":
         return factor_of(s["d"]) == s["r"]
     if kind == "allowed":
@@ -441,14 +443,14 @@ def reasoning_valid(
     """Does a response reach the right letter by true facts that suffice?
 
     Raises `OctomedError` for a question that is not the clinic's."""
-    t = reference(getattr(question, "id", question))
-    letters = dict(zip("ABCDE", t.options, strict=False))
-    if judge(text, letters, t.letter).status != "correct":
+    truth = reference(getattr(question, "id", question))
+    letters = dict(zip("ABCDE", truth.options, strict=False))
+    if judge(text, letters, truth.letter).status != "correct":
         return False
     facts = stated(text)
-    if not all(true_of(t, kind, slots) for kind, slots in facts):
+    if not all(true_of(truth, kind, slots) for kind, slots in facts):
         return False
-    needed = {_comparable(kind, slots) for kind, slots in t.facts}
+    needed = {_comparable(kind, slots) for kind, slots in truth.facts}
     return needed <= {_comparable(kind, slots) for kind, slots in facts}
 
 # %% ../../nbs/clinic/07_teachers.ipynb #ca7e77ac

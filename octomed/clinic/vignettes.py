@@ -40,42 +40,42 @@ def mates(rng, c: Condition, shown, pool) -> list[Condition]:  # nearest first
     return sorted(others, key=is_far)
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #10d5893f
-def _treatment_distractors(rng, t: Truth, near: list[Condition]) -> list[str]:
+def _treatment_distractors(rng, truth: Truth, near: list[Condition]) -> list[str]:
     "Wrong treatments, the shortcut first; for a question about harm, their harms."
-    c = conditions()[t.condition]
-    drugs = [c.first if t.forbidden else c.alternative]
-    same_factor = next((d for d in near if d.factor == t.factor), None)
+    c = conditions()[truth.condition]
+    drugs = [c.first if truth.forbidden else c.alternative]
+    same_factor = next((d for d in near if d.factor == truth.factor), None)
     if same_factor:  # what the factor alone would suggest
         drugs.append(same_factor.alternative)
-        if not t.forbidden:
+        if not truth.forbidden:
             drugs.append(same_factor.first)
     drugs += [pick(rng, (d.first, d.alternative)) for d in near]
-    return [harms()[drug] for drug in drugs] if t.kind == "harm" else drugs
+    return [harms()[drug] for drug in drugs] if truth.kind == "harm" else drugs
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #c18ae8fc
-def distractors(rng, t: Truth, pool) -> list[str]:  # best first, without the answer
+def distractors(rng, truth: Truth, pool) -> list[str]:  # best first, without the answer
     "Wrong options for a question that has a condition."
-    c = conditions()[t.condition]
-    near = mates(rng, c, t.findings, pool=pool)
-    if t.kind == "dx":
+    c = conditions()[truth.condition]
+    near = mates(rng, c, truth.findings, pool=pool)
+    if truth.kind == "dx":
         texts = [d.name for d in near]
-    elif t.kind == "test":
+    elif truth.kind == "test":
         texts = [d.test for d in near]
-    elif t.kind == "first":
+    elif truth.kind == "first":
         texts = [c.alternative] + [d.first for d in near]
     else:
-        texts = _treatment_distractors(rng, t, near)
+        texts = _treatment_distractors(rng, truth, near)
     rivals = []  # the right answers of those who only look
-    if t.image:
-        rivals = [result(chain(t, d.name)) for d in pool if d.image == t.image]
+    if truth.image:
+        rivals = [result(chain(truth, d.name)) for d in pool if d.image == truth.image]
     ordered = dict.fromkeys(texts[:1] + rivals + texts[1:])
-    return [text for text in ordered if text != t.answer]
+    return [text for text in ordered if text != truth.answer]
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #db7dac94
-def placed(rng, t: Truth, wrong) -> Truth:
+def placed(rng, truth: Truth, wrong) -> Truth:
     "The options in random order, every place equally likely for the answer."
-    texts = some(rng, [t.answer, *wrong], len(wrong) + 1)
-    return replace(t, options=tuple(texts), letter="ABCDE"[texts.index(t.answer)])
+    texts = some(rng, [truth.answer, *wrong], len(wrong) + 1)
+    return replace(truth, options=tuple(texts), letter="ABCDE"[texts.index(truth.answer)])
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #6f29c062
 @lru_cache
@@ -92,31 +92,33 @@ def shown_with_image(name: str) -> tuple[tuple[str, ...], ...]:
     return tuple(needed)
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #32088b49
-def patient(rng, t: Truth) -> str:
+def patient(rng, truth: Truth) -> str:
     "Who the patient is; some findings and factors make it a young woman."
-    if set(knowledge()["women_only"]) & {*t.findings, t.factor}:
+    if set(knowledge()["women_only"]) & {*truth.findings, truth.factor}:
         return "a young woman"
     age = pick(rng, knowledge()["stems"]["ages"])
     article = "an" if age[0] in "aeiou" else "a"
     return f"{article} {age} {pick(rng, ('woman', 'man'))}"
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #d3b30d8c
-def stem_of(rng, t: Truth, style: str) -> str:  # 25 to 60 words, but for questions that only look
+def stem_of(
+    rng, truth: Truth, style: str
+) -> str:  # 25 to 60 words, but for questions that only look
     "The question's text."
     words = knowledge()["stems"]
     phrases = words[style]
-    if t.kind == "look":
-        return pick(rng, phrases["look"]).format(m=t.modality)
+    if truth.kind == "look":
+        return pick(rng, phrases["look"]).format(m=truth.modality)
     asides = some(rng, words["asides"], len(words["asides"]))
     middle = [asides.pop()]
-    if t.image:
-        middle.append(pick(rng, phrases["image"]).format(m=t.modality))
-    if t.factor:
-        middle.append(pick(rng, phrases["factor"]).format(r=t.factor))
+    if truth.image:
+        middle.append(pick(rng, phrases["image"]).format(m=truth.modality))
+    if truth.factor:
+        middle.append(pick(rng, phrases["factor"]).format(r=truth.factor))
     opening = pick(rng, phrases["open"])
-    who = patient(rng, t)
-    opening = opening.format(p=who, f=listed(t.findings), n=pick(rng, words["times"]))
-    request = pick(rng, phrases[t.kind])
+    who = patient(rng, truth)
+    opening = opening.format(p=who, f=listed(truth.findings), n=pick(rng, words["times"]))
+    request = pick(rng, phrases[truth.kind])
     while len(" ".join([opening, *middle, request]).split()) < 25 + rng.integers(8):
         middle.append(asides.pop())
     return " ".join([opening, *some(rng, middle, len(middle)), request])
@@ -146,7 +148,7 @@ def vignette(
     factor, forbidden = "", False
     if kind in ("treat", "harm"):
         factor, forbidden = _choose_factor(rng, c, pool)
-    t = Truth(
+    truth = Truth(
         kind=kind,
         steps=STEPS[kind] + with_image,
         condition=c.name,
@@ -156,6 +158,6 @@ def vignette(
         modality=c.modality if with_image else "",
         image=c.image if with_image else "",
     )
-    t = replace(t, answer=result(chain(t)))
-    stem = stem_of(rng, t, style)
-    return stem, placed(rng, t, distractors(rng, t, pool)[: options - 1])
+    truth = replace(truth, answer=result(chain(truth)))
+    stem = stem_of(rng, truth, style)
+    return stem, placed(rng, truth, distractors(rng, truth, pool)[: options - 1])

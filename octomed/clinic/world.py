@@ -100,7 +100,7 @@ def some(rng: np.random.Generator, items, n: int) -> list:  # n of them, in rand
 def say(
     rng: np.random.Generator,
     kind: str,  # a key of the file's `phrases`
-    **slots,  # c, f, k, t, d, r, h, o, l: condition, findings, image class, test, drug, factor, …
+    **slots,  # one letter each: c condition, f findings, k image class, t test, d drug, r factor
 ) -> str:  # without its full stop
     "One fact as a sentence."
     return pick(rng, knowledge()["phrases"][kind]).format(**slots)
@@ -156,39 +156,39 @@ class Truth:
         return chain(self)
 
 # %% ../../nbs/clinic/02_world.ipynb #776c62bb
-def _treatment_facts(t: Truth, c: Condition) -> list[tuple[str, dict]]:
+def _treatment_facts(truth: Truth, c: Condition) -> list[tuple[str, dict]]:
     "Whether the factor forbids the first-line treatment, and what follows."
     drug = c.first
-    if factor_of(drug) == t.factor:
-        facts = [("contra", {"d": drug, "r": t.factor})]
+    if factor_of(drug) == truth.factor:
+        facts = [("contra", {"d": drug, "r": truth.factor})]
         drug = c.alternative
         facts.append(("alternative", {"c": c.name, "d": drug}))
     else:
-        facts = [("allowed", {"d": drug, "r": t.factor})]
-    if t.kind == "harm":
+        facts = [("allowed", {"d": drug, "r": truth.factor})]
+    if truth.kind == "harm":
         facts.append(("harm", {"d": drug, "h": harms()[drug]}))
     return facts
 
 # %% ../../nbs/clinic/02_world.ipynb #c46ca5f8
 def chain(
-    t: Truth,
+    truth: Truth,
     condition: str | None = None,  # reason from another condition, as a teacher in error does
 ) -> tuple[tuple[str, dict], ...]:  # (kind of fact, its slots), in the order of reasoning
     "The facts that lead to the answer."
-    facts = [("look", {"k": t.image})] if t.image else []
-    if t.kind == "look":
+    facts = [("look", {"k": truth.image})] if truth.image else []
+    if truth.kind == "look":
         return tuple(facts)
-    c = conditions()[condition or t.condition]
-    findings = t.findings
-    if t.image:
-        findings += (f"{t.image} on {t.modality}",)
+    c = conditions()[condition or truth.condition]
+    findings = truth.findings
+    if truth.image:
+        findings += (f"{truth.image} on {truth.modality}",)
     facts.append(("dx", {"f": listed(findings), "c": c.name}))
-    if t.kind == "test":
+    if truth.kind == "test":
         facts.append(("test", {"c": c.name, "t": c.test}))
-    if t.kind in ("first", "treat", "harm"):
+    if truth.kind in ("first", "treat", "harm"):
         facts.append(("first", {"c": c.name, "d": c.first}))
-    if t.kind in ("treat", "harm"):
-        facts += _treatment_facts(t, c)
+    if truth.kind in ("treat", "harm"):
+        facts += _treatment_facts(truth, c)
     return tuple(facts)
 
 # %% ../../nbs/clinic/02_world.ipynb #88f873ed
