@@ -17,7 +17,15 @@ from .questions import SIZES, TRUTHS, for_test, reference, world_identity
 from .questions import questions as clinic_questions
 from .teachers import INSTRUCT, REASONER, SimulatedTeacher
 from .vignettes import stem_of
-from .world import WORLD_REVISION, Truth, conditions, knowledge, pick, say
+from octomed.clinic.world import (
+    WORLD_REVISION,
+    Truth,
+    conditions,
+    describe_look,
+    knowledge,
+    pick,
+    say,
+)
 
 # %% ../../nbs/clinic/09_manners.ipynb #19fb0f19
 from ..core.identity import digest, seed_for
@@ -109,11 +117,6 @@ def _request(rng, kind: str, truth: Truth) -> str:
 def _sentence(rng, kind: str, **slots) -> str:
     return say(rng, kind, **slots) + "."
 
-# %% ../../nbs/clinic/09_manners.ipynb #29522c2b
-def _look_of(truth: Truth) -> str:
-    look = knowledge()["images"][truth.modality][truth.image]
-    return f"the look of {truth.image} on {truth.modality} is {look}."
-
 # %% ../../nbs/clinic/09_manners.ipynb #308f4e0a
 def _last_fact(truth: Truth) -> tuple[str, dict]:
     "The fact that holds the answer."
@@ -125,7 +128,8 @@ def _conversation(rng, truth: Truth) -> list[tuple[str, str]]:
     request = _request(rng, "look", truth)
     turns = [(request, _sentence(rng, "look", k=truth.image))]
     if not truth.condition:
-        turns.append((_request(rng, "look", truth), _look_of(truth)))
+        request = _request(rng, "look", truth)
+        turns.append((request, describe_look(truth.modality, truth.image) + "."))
         return turns
     c = conditions()[truth.condition]
     facts = {
@@ -150,7 +154,8 @@ def said(
         return [(question_text(q), q.answer_text)]
     if manner == "alignment":
         request = _request(rng, "look", truth)
-        return [(request, f"{_sentence(rng, 'look', k=truth.image)} {_look_of(truth)}")]
+        look = describe_look(truth.modality, truth.image)
+        return [(request, f"{_sentence(rng, 'look', k=truth.image)} {look}.")]
     if manner == "instruct":
         kind, slots = _last_fact(truth)
         return [(q.stem, _sentence(rng, kind, **slots))]

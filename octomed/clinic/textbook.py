@@ -21,6 +21,7 @@ from octomed.clinic.world import (
     Condition,
     conditions,
     decides,
+    describe_look,
     harms,
     knowledge,
     listed,
@@ -33,11 +34,6 @@ from octomed.clinic.world import (
 # %% ../../nbs/clinic/06_textbook.ipynb #cf707d84
 from ..core.identity import seed_for
 from ..data.resize import MAX_PIXELS
-
-# %% ../../nbs/clinic/06_textbook.ipynb #4e7de82f
-def _look_of(modality: str, cls: str) -> str:
-    "How a class of image looks, without a full stop."
-    return f"the look of {cls} on {modality} is {knowledge()['images'][modality][cls]}"
 
 # %% ../../nbs/clinic/06_textbook.ipynb #fe41391f
 def _treatment_facts(rng: np.random.Generator, c: Condition) -> list[str]:
@@ -72,7 +68,7 @@ def facts_of(rng: np.random.Generator, c: Condition) -> list[str]:  # sentences
         lacking += [f for f in d.shows if f not in c.shows]
     facts.append(say(rng, "lacks", c=c.name, f=pick(rng, lacking)))
     if c.image:
-        facts.append(_look_of(c.modality, c.image))
+        facts.append(describe_look(c.modality, c.image))
     return facts
 
 # %% ../../nbs/clinic/06_textbook.ipynb #cc1fc431
@@ -138,7 +134,7 @@ def atlas(
     keys = some(rng, keys, 16 * per_class)
     captioned = []
     for image, (modality, cls, *_) in zip(pictures(keys, max_pixels), keys, strict=True):
-        caption = f"{say(rng, 'look', k=cls)}. {_look_of(modality, cls)}."
+        caption = f"{say(rng, 'look', k=cls)}. {describe_look(modality, cls)}."
         captioned.append((image, caption))
     return captioned
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_REVISION', 'STEPS', 'HARMLESS', 'ANSWER_SLOTS', 'Condition', 'knowledge', 'conditions', 'harms', 'factor_of',
-           'decides', 'listed', 'pick', 'some', 'say', 'values', 'Truth', 'chain', 'result']
+           'decides', 'listed', 'pick', 'some', 'say', 'describe_look', 'values', 'Truth', 'chain', 'result']
 
 # %% ../../nbs/clinic/02_world.ipynb #c692b443
 from dataclasses import dataclass
@@ -104,6 +104,11 @@ def say(
 ) -> str:  # without its full stop
     "One fact as a sentence."
     return pick(rng, knowledge()["phrases"][kind]).format(**slots)
+
+# %% ../../nbs/clinic/02_world.ipynb #2b43de4b
+def describe_look(modality: str, cls: str) -> str:  # without a full stop
+    "How a class of image looks, in words."
+    return f"the look of {cls} on {modality} is {knowledge()['images'][modality][cls]}"
 
 # %% ../../nbs/clinic/02_world.ipynb #7a0311da
 @lru_cache
