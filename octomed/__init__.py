@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is loa
     from octomed.data.questions import Question as Question
     from octomed.data.resize import smart_resize as smart_resize
     from octomed.evaluate.arms import Arm as Arm
-    from octomed.evaluate.arms import run_arms as run_arms
     from octomed.evaluate.claims import Claim as Claim
+    from octomed.evaluate.results import run_arms
     from octomed.evaluate.stats import paired_bootstrap as paired_bootstrap
     from octomed.generate.answers import judge as judge
     from octomed.generate.answers import majority_vote as majority_vote

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from octomed.core.recipe import load_recipe
-from octomed.evaluate.arms import Results, evaluated, evaluations, seeded, stages
+from octomed.evaluate.arms import evaluated, stages
+from octomed.evaluate.results import Results, evaluations, seeded
 from octomed.evaluate.stats import verdict
 from octomed.generate.engines import Request, Sampling, teacher_revision
 from octomed.paper import calibration, formatting

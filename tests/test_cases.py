@@ -8,7 +8,7 @@ import pytest
 
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import load_recipe
-from octomed.evaluate.arms import evaluations, seeded
+from octomed.evaluate.results import evaluations, seeded
 from octomed.generate.answers import judge
 from octomed.generate.engines import Sample
 from octomed.paper import cases, formatting

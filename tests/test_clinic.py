@@ -3,16 +3,18 @@
 import math
 import re
 from collections import Counter
-from itertools import combinations
+from itertools import chain, combinations, product
 
 import numpy as np
 import pytest
 
-from octomed.clinic import drawings, teachers, world
-from octomed.clinic.oracles import full_oracle, one_fact_oracle
+from octomed.clinic import drawings, teachers
+from octomed.clinic import questions as clinic
+from octomed.clinic.oracles import full_oracle, one_fact_oracle, oracle_table
 from octomed.clinic.questions import SIZES, questions, reference
 from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher, reasoning_valid, respond
-from octomed.clinic.world import conditions
+from octomed.clinic.textbook import atlas, textbook, vocabulary
+from octomed.clinic.world import conditions, decides
 from octomed.core.identity import canonical
 from octomed.core.paths import OctomedError
 from octomed.data.sources import SOURCES, load
@@ -51,8 +53,8 @@ def test_conditions_are_decided_by_three_findings_and_not_by_one():
     assert len(cs) == 28 and sum(bool(c.image) for c in cs) >= 8
     for c in cs:
         assert len(c.shows) == 4
-        assert all(world.decides(three) for three in combinations(c.shows, 3)), c.name
-        assert any(not world.decides((f,)) for f in c.shows), c.name
+        assert all(decides(three) for three in combinations(c.shows, 3)), c.name
+        assert any(not decides((f,)) for f in c.shows), c.name
 
 
 def test_a_factor_does_not_give_the_alternative_away():
@@ -61,41 +63,40 @@ def test_a_factor_does_not_give_the_alternative_away():
         assert len(alternatives) > 1 and len(set(alternatives)) == len(alternatives), factor
 
 
+def sentences_of(response: str) -> list[str]:
+    "A response without its tags, line by line."
+    for mark in ("<think>", "</think>", "<answer>", "</answer>"):
+        response = response.replace(mark, " ")
+    return response.split("\n")
+
+
 def test_vocabulary_is_small_and_holds_every_word(texts, seen):
-    words = world.vocabulary()
+    words = vocabulary()
     assert len(words) <= 700
-    said = [
-        respond(t, q.id, s)[0]
-        for t in (REASONER, INSTRUCT)
-        for q in texts[::4] + seen[::4]
-        for s in (0, 1)
-    ]
-    said = [
-        w
-        for x in said
-        for w in x.replace("<think>", " ")
-        .replace("</think>", " ")
-        .replace("<answer>", " ")
-        .replace("</answer>", " ")
-        .split("\n")
-    ]
-    lines = (
-        said
-        + [q.stem for q in texts + seen]
-        + [o for q in texts + seen for o in q.options]
-        + world.textbook(5, 300, 100, 50)
-        + [c for _, c in world.atlas(1, per_class=1)]
-    )
-    assert {w for x in lines for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", x)} <= set(words)
+    lines = textbook(5, 300, 100, words=50) + [caption for _, caption in atlas(1, per_class=1)]
+    for q in texts + seen:
+        lines += [q.stem, *q.options]
+    for who, q, seed in product((REASONER, INSTRUCT), texts[::4] + seen[::4], (0, 1)):
+        lines += sentences_of(respond(who, q.id, seed)[0])
+    occurring = set()
+    for line in lines:
+        occurring.update(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", line))
+    assert occurring <= set(words)
+
+
+def median_words(who, questions) -> float:
+    return np.median([len(respond(who, q.id, 0)[0].split()) for q in questions])
 
 
 def test_stems_and_traces_have_the_stated_length(texts):
     assert all(25 <= len(q.stem.split()) <= 60 for q in texts)
-    reasoner, instruct = (
-        np.median([len(respond(t, q.id, 0)[0].split()) for q in texts])
-        for t in (REASONER, INSTRUCT)
-    )
-    assert 45 <= reasoner <= 90 and 20 <= instruct < reasoner
+    reasoner, instruct = median_words(REASONER, texts), median_words(INSTRUCT, texts)
+    assert 45 <= reasoner <= 90
+    assert 20 <= instruct < reasoner
+
+
+def images_of(questions) -> set[str]:
+    return set().union(*(q.images for q in questions))
 
 
 def test_splits_share_no_question(ward, texts, seen):
@@ -106,26 +107,24 @@ def test_splits_share_no_question(ward, texts, seen):
     )
     test = texts + seen + questions("clinic_scanner", "test", limit=32)
     assert not {q.id for q in train} & {q.id for q in test}
-    assert not {i for q in train for i in q.images} & {i for q in test for i in q.images}
+    assert not images_of(train) & images_of(test)
     assert len({q.id for q in train + test}) == len(train) + len(test)
 
 
 def test_picture_pools_are_disjoint_and_no_two_drawings_are_equal():
-    keys = [
-        world.picture_key(p, "mri", "dural mass", k)
-        for p, n in world.PICTURES.items()
-        for k in range(n)
-    ]
+    keys = []
+    for pool, n in clinic.PICTURES.items():
+        keys += [clinic.picture_key(pool, "mri", "dural mass", k=k) for k in range(n)]
     assert len(set(keys)) == len(keys)
-    assert len(set(world.pictures(keys[:30]))) == 30
+    assert len(set(clinic.pictures(keys[:30]))) == 30
 
 
 def test_held_out_conditions_stay_out_of_training(ward):
     held = {c.name for c in conditions().values() if c.held}
     assert len(held) == 6
-    rounds = [world.plan("clinic_rounds", "train", i)[1] for i in range(500)]
+    rounds = [clinic.plan("clinic_rounds", "train", i)[1] for i in range(500)]
     assert not held & ({q.tags["condition"] for q in ward} | {t.condition for t in rounds})
-    assert not held & {o for q in ward for o in q.options}
+    assert not held & set().union(*(q.options for q in ward))
     assert {q.tags["condition"] for q in questions("clinic_boards", "test")} == held
 
 
@@ -140,16 +139,15 @@ def test_held_out_conditions_stay_out_of_training(ward):
 )
 def test_positions_of_the_answer_are_uniform(source, split):
     n = SIZES[source, split] if source == "clinic_boards" else 2400
-    letters = (
-        Counter(q.answer for q in questions(source, split, n))
-        if source in ("clinic_ward", "clinic_boards")
-        else Counter(world.plan(source, split, i)[1].letter for i in range(n))
-    )
-    k = 5 if source == "clinic_boards" else 4
-    chi2 = sum((c - n / k) ** 2 / (n / k) for c in letters.values())
-    assert (
-        len(letters) == k and chi2 < {4: 16.27, 5: 18.47}[k]
-    )  # 0.1 % of a fair world is beyond it
+    if source in ("clinic_ward", "clinic_boards"):
+        letters = Counter(q.answer for q in questions(source, split, n))
+    else:
+        letters = Counter(clinic.plan(source, split, i)[1].letter for i in range(n))
+    places, limit = (5, 18.47) if source == "clinic_boards" else (4, 16.27)
+    expected = n / places
+    chi2 = sum((count - expected) ** 2 / expected for count in letters.values())
+    assert len(letters) == places
+    assert chi2 < limit  # of fair worlds, 0.1 % are beyond it
 
 
 def test_full_oracle_is_always_right(ward, texts, seen):
@@ -159,25 +157,26 @@ def test_full_oracle_is_always_right(ward, texts, seen):
 
 def test_one_fact_oracle_solves_one_step_and_no_more(texts):
     for source in ("clinic_ward", "clinic_boards"):
-        table = world.oracle_table([q for q in texts if q.source == source])
+        table = oracle_table([q for q in texts if q.source == source])
         chance = 0.25 if source == "clinic_ward" else 0.2
         assert table[1]["one_fact"] > 0.9
         assert table[3]["one_fact"] < 0.05  # it takes the shortcut
-        for k in (2, 4):
-            assert table[k]["one_fact"] < chance + 3.1 * math.sqrt(
-                chance * (1 - chance) / table[k]["n"]
-            )
+        for steps in (2, 4):
+            error = math.sqrt(chance * (1 - chance) / table[steps]["n"])
+            assert table[steps]["one_fact"] < chance + 3.1 * error
 
 
 def test_the_factor_does_not_give_the_answer_away(ward):
-    ts = [t for q in ward if (t := reference(q.id)).kind == "treat"]
-    known, new = ts[::2], ts[1::2]
-    heart = Counter((t.factor, t.answer) for t in known)
-    assert (
-        len(new) > 250
-        and np.mean([t.answer == max(t.options, key=lambda o: heart[t.factor, o]) for t in new])
-        < 0.45
-    )
+    truths = [reference(q.id) for q in ward]
+    treatments = [t for t in truths if t.kind == "treat"]
+    known, new = treatments[::2], treatments[1::2]
+    times = Counter((t.factor, t.answer) for t in known)
+    right = []
+    for t in new:
+        remembered = {option: times[t.factor, option] for option in t.options}
+        right.append(t.answer == max(remembered, key=remembered.get))
+    assert len(new) > 250
+    assert np.mean(right) < 0.45
 
 
 def test_questions_with_images_need_the_image(seen):
@@ -201,16 +200,16 @@ def test_a_question_is_the_same_every_time(ward):
     again = questions("clinic_ward", "train", limit=50)
     assert [canonical(q.to_json()) for q in again] == [canonical(q.to_json()) for q in ward[:50]]
     assert (
-        world.textbook(3, 50, 50, 5) == world.textbook(3, 50, 50, 5) != world.textbook(4, 50, 50, 5)
+        textbook(3, 50, 50, words=5) == textbook(3, 50, 50, words=5) != textbook(4, 50, 50, words=5)
     )
 
 
 def test_reference_is_rebuilt_from_an_id(texts, seen):
     for q in (texts[7], seen[-1]):
         truth = reference(q.id)
-        world.TRUTHS.pop(q.id)
-        world._recall_text.cache_clear()
-        world._recall_images.cache_clear()
+        clinic.TRUTHS.pop(q.id)
+        clinic._recall_text.cache_clear()
+        clinic._recall_images.cache_clear()
         assert reference(q.id) == truth and truth.letter == q.answer
 
 
@@ -222,33 +221,26 @@ def test_sources_are_registered():
 
 @pytest.mark.parametrize("modality", list(drawings.CLASSES))
 def test_every_class_of_drawing_is_visible(modality):
-    means = {
-        c: np.mean(
-            [
-                np.asarray(drawings.draw(modality, c, k), float)
-                .reshape(14, 8, 14, 8, 3)
-                .mean((1, 3))
-                for k in range(10)
-            ],
-            0,
-        )
-        for c in drawings.CLASSES[modality]
-    }
-    normal, *others = means.values()
+    means = []
+    for cls in drawings.CLASSES[modality]:
+        pictures = [np.asarray(drawings.draw(modality, cls, k), float) for k in range(10)]
+        small = [picture.reshape(14, 8, 14, 8, 3).mean((1, 3)) for picture in pictures]
+        means.append(np.mean(small, 0))
+    normal, *others = means
     noise = np.asarray(drawings.GRAIN["a"]) / math.sqrt(64 * 10)
-    for o in others:
-        assert np.abs(o - normal).max() > 20 * noise  # somewhere the mean picture differs
+    for other in others:
+        assert np.abs(other - normal).max() > 20 * noise  # somewhere the mean picture differs
     assert drawings.nearest_mean(modality, n=10) > 0.35
 
 
+def contrast(scanner: str) -> float:
+    "Standard deviation of a normal chest, on average."
+    pictures = [drawings.draw("xray", "normal chest", k, scanner=scanner) for k in range(6)]
+    return np.mean([np.asarray(picture, float).std() for picture in pictures])
+
+
 def test_scanner_b_is_another_machine():
-    a, b = (
-        np.mean(
-            [np.asarray(drawings.draw("xray", "normal chest", k, s), float).std() for k in range(6)]
-        )
-        for s in "ab"
-    )
-    assert b < 0.9 * a
+    assert contrast("b") < 0.9 * contrast("a")
     with pytest.raises(OctomedError):
         drawings.draw("xray", "ring lesion", 0)
 
@@ -270,36 +262,31 @@ def test_teachers_err_as_stated(who, ward):
     rows = {}
     for q in ward[:2400]:
         text, finish = respond(who, q.id, 11)
-        v = judge(text, q.letters, q.answer, think_first=True).status
-        rows.setdefault(q.tags["steps"], []).append(
-            (finish, v, v == "correct" and not reasoning_valid(q, text))
-        )
-    everything = [x for r in rows.values() for x in r]
-    assert within(sum(f == "refused" for f, *_ in everything), len(everything), who.refused)
-    assert within(sum(f == "length" for f, *_ in everything), len(everything), who.truncated)
-    for steps, r in rows.items():
-        read = [v for f, v, _ in r if v in ("correct", "wrong")]
+        status = judge(text, q.letters, q.answer, think_first=True).status
+        lucky = status == "correct" and not reasoning_valid(q, text)
+        rows.setdefault(q.tags["steps"], []).append((finish, status, lucky))
+    everything = list(chain.from_iterable(rows.values()))
+    finishes = [finish for finish, *_ in everything]
+    assert within(finishes.count("refused"), len(everything), who.refused)
+    assert within(finishes.count("length"), len(everything), who.truncated)
+    for steps, samples in rows.items():
+        read = [status for _, status, _ in samples if status in ("correct", "wrong")]
         assert within(read.count("wrong"), len(read), who.answer_wrong[steps - 1]), steps
-    right = [lucky for _, v, lucky in everything if v == "correct"]
-    assert within(sum(right), len(right), who.reasoning_wrong)
+    lucky = [lucky for _, status, lucky in everything if status == "correct"]
+    assert within(sum(lucky), len(lucky), who.reasoning_wrong)
 
 
 def test_the_instruct_teacher_misreads_images_as_stated():
     for i in range(600):
-        world.asked(
-            "clinic_reading", "train", i, *world.plan("clinic_reading", "train", i)[:2], f"name:{i}"
-        )
-    ids = [(k, t) for k, t in world.TRUTHS.items() if t.kind == "look"][-600:]
-    out = [
-        judge(
-            respond(INSTRUCT, k, 5)[0],
-            dict(zip("ABCD", t.options, strict=False)),
-            t.letter,
-            think_first=True,
-        ).status
-        for k, t in ids
-    ]
-    read = [v for v in out if v in ("correct", "wrong")]
+        stem, truth, _ = clinic.plan("clinic_reading", "train", i)
+        clinic.asked("clinic_reading", "train", i, stem=stem, truth=truth, image=f"name:{i}")
+    looks = [(key, t) for key, t in clinic.TRUTHS.items() if t.kind == "look"][-600:]
+    read = []
+    for key, t in looks:
+        letters = dict(zip("ABCD", t.options, strict=True))
+        verdict = judge(respond(INSTRUCT, key, 5)[0], letters, t.letter, think_first=True)
+        if verdict.status in ("correct", "wrong"):
+            read.append(verdict.status)
     assert within(read.count("wrong"), len(read), INSTRUCT.look_wrong)
 
 
@@ -309,69 +296,55 @@ def test_the_reasoner_refuses_images(seen):
 
 def test_right_chains_are_valid_and_wrong_ones_are_not(texts, seen):
     rng = np.random.default_rng(0)
+
+    def response(who, t, facts):
+        thought = teachers.thought(rng, who, t, facts=facts, letter=t.letter)
+        return f"<think>{thought}</think>\n\n<answer>{t.letter}</answer>"
+
     for q in texts[::5] + seen[::5]:
         t = reference(q.id)
         for who in (INSTRUCT,) if q.images else (REASONER, INSTRUCT):
-            good = teachers.thought(rng, who, t, t.facts, t.letter)
-            bad = teachers.thought(rng, who, t, teachers.lucky_chain(rng, t), t.letter)
-            assert reasoning_valid(q, f"<think>{good}</think>\n\n<answer>{t.letter}</answer>"), good
-            assert not reasoning_valid(q, f"<think>{bad}</think>\n\n<answer>{t.letter}</answer>"), (
-                bad
-            )
+            good = response(who, t, t.facts)
+            bad = response(who, t, teachers.lucky_chain(rng, t))
+            assert reasoning_valid(q, good), good
+            assert not reasoning_valid(q, bad), bad
         assert not reasoning_valid(q, f"<think>so.</think>\n\n<answer>{t.letter}</answer>")
+
+
+def sample(engine, question_id, indices=(0,), sampling=None):
+    request = Request(question_id, [], "demo", indices=indices)
+    return list(engine.generate([request], sampling or Sampling()))
 
 
 def test_a_request_never_carries_the_answer(texts):
     q = texts[3]
-    plain = Request(
-        q.id, [{"role": "user", "content": [{"type": "text", "text": q.stem}]}], "demo", (0, 1)
-    )
-    assert "answer" not in set(plain.__dataclass_fields__)
+    messages = [{"role": "user", "content": [{"type": "text", "text": q.stem}]}]
+    request = Request(q.id, messages, "demo", indices=(0, 1))
+    assert "answer" not in set(request.__dataclass_fields__)
     engine = teacher("clinic/reasoner")
-
-    def texts_of(r):
-        return [s.text for s in engine.generate([r], Sampling())]
-
-    assert texts_of(plain) == texts_of(
-        Request(q.id, [], "demo", (0, 1))
-    )  # it looks its own world up by the id
+    asked = [s.text for s in engine.generate([request], Sampling())]
+    # It looks the question up by the id, so an empty request gives the same.
+    assert asked == [s.text for s in sample(engine, q.id, indices=(0, 1))]
 
 
 def test_an_unknown_question_is_an_error_sample():
-    s = list(
-        teacher("clinic/instruct").generate([Request("f" * 16, [], "demo", (0, 1))], Sampling())
-    )
-    assert [x.finish for x in s] == ["error"] * 2 and "does not know" in s[0].text
+    samples = sample(teacher("clinic/instruct"), "f" * 16, indices=(0, 1))
+    assert [s.finish for s in samples] == ["error"] * 2
+    assert "does not know" in samples[0].text
 
 
 def test_fault_13_sixteen_samples_are_distinct_and_seeded(texts):
+    engine = SimulatedTeacher(REASONER)
     for q in texts[:10]:
-        s = list(
-            SimulatedTeacher(REASONER).generate(
-                [Request(q.id, [], "demo", tuple(range(16)))], Sampling()
-            )
-        )
-        assert len({x.text for x in s}) >= 14 and len({x.seed for x in s}) == 16
-        assert [
-            x.text
-            for x in SimulatedTeacher(REASONER).generate(
-                [Request(q.id, [], "demo", (5,))], Sampling()
-            )
-        ] == [s[5].text]
-        assert (
-            s[0].text
-            != next(
-                SimulatedTeacher(REASONER).generate(
-                    [Request(q.id, [], "demo", (0,))], Sampling(seed=1)
-                )
-            ).text
-        )
+        samples = sample(engine, q.id, indices=tuple(range(16)))
+        assert len({s.text for s in samples}) >= 14
+        assert len({s.seed for s in samples}) == 16
+        assert [s.text for s in sample(engine, q.id, indices=(5,))] == [samples[5].text]
+        (other,) = sample(engine, q.id, sampling=Sampling(seed=1))
+        assert samples[0].text != other.text
 
 
 def test_a_budget_cuts_a_response_off(texts):
-    s = next(
-        SimulatedTeacher(REASONER).generate(
-            [Request(texts[0].id, [], "demo")], Sampling(max_tokens=10)
-        )
-    )
-    assert s.tokens <= 10 and s.finish in ("length", "refused")
+    (cut,) = sample(SimulatedTeacher(REASONER), texts[0].id, sampling=Sampling(max_tokens=10))
+    assert cut.tokens <= 10
+    assert cut.finish in ("length", "refused")

@@ -217,9 +217,9 @@ def test_frames_show_every_row_and_leave_out_what_no_row_has():
 
 
 def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
+    from octomed.clinic.manners import families
     from octomed.clinic.oracles import full_oracle
     from octomed.clinic.questions import for_test
-    from octomed.clinic.wordings import families
 
     for family in families()[:5]:
         assert len({q.id for q in family}) == 16

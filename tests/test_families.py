@@ -19,7 +19,8 @@ from octomed.data.images import image_path, intake, load_image, stored
 from octomed.data.resize import family_of, image_grid, processor_arguments, visual_tokens
 from octomed.data.sources import load
 from octomed.distill.sampling import on_grid
-from octomed.evaluate.arms import Results, stages
+from octomed.evaluate.arms import stages
+from octomed.evaluate.results import Results
 from octomed.evaluate.tables import table
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engines import Request, Sampling

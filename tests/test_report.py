@@ -336,7 +336,8 @@ def test_a_recipe_with_other_seeds_is_compared_with_the_first(places):
 
 def test_other_seeds_move_every_seed_and_nothing_else():
     import octomed.clinic.students  # noqa: F401 - registers the students
-    from octomed.evaluate.arms import Arm, evaluated, seeded
+    from octomed.evaluate.arms import Arm, evaluated
+    from octomed.evaluate.results import seeded
 
     a, b = load_recipe("smoke"), load_recipe("smoke@3")
     assert b.name == "smoke@3"

@@ -12,9 +12,10 @@ import octomed.clinic.students
 import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 from octomed.core.recipe import CATEGORIES, Common
 from octomed.data.sources import source_of
-from octomed.evaluate.arms import Results, stages
+from octomed.evaluate.arms import stages
 from octomed.evaluate.claims import finding
 from octomed.evaluate.figures import VERDICT_COLOURS
+from octomed.evaluate.results import Results
 from octomed.evaluate.section_run import benchmark_rows
 from octomed.evaluate.stats import paper_number
 from octomed.evaluate.tables import table

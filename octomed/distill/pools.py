@@ -107,5 +107,5 @@ def questions(out, sources, against, seed, max_pixels):
 
 # %% ../../nbs/distill/02_pools.ipynb #c606dfec
 def read_questions(folder: Path) -> list[Question]:
-    "The questions that the stage `questions` wrote."
+    "The questions that the stage `reworded` wrote."
     return [Question.from_json(row) for row in read_jsonl(folder / "questions.jsonl")]

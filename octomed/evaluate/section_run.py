@@ -23,11 +23,13 @@ from ..data.sources import source_of
 from ..distill.pools import read_questions
 from ..distill.rejection import judged
 from ..distill.sampling import requests, route
-from .arms import Arm, Results, stages
+from .arms import Arm, stages
 from .claims import Claim
 from .figures import save
+from .results import Results
+from .results_file import write_results
 from .stats import Interval, detectable, paired_bootstrap, paired_sd, verdict
-from .tables import above_chance, write_results
+from .tables import above_chance
 from ..generate.answers import judge
 from ..generate.engines import Sampling, teacher
 from ..generate.ledger import Ledger, draw

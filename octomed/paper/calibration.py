@@ -24,8 +24,9 @@ from ..core.files import read_jsonl
 from ..core.identity import digest, seed_for
 from ..core.recipe import Recipe
 from ..distill.pools import read_questions
-from ..evaluate.arms import Arm, Results, stages
+from ..evaluate.arms import Arm, stages
 from ..evaluate.claims import Claim, finding
+from ..evaluate.results import Results
 from ..evaluate.section_run import finding_of
 from ..evaluate.stats import Interval, bootstrap
 from ..generate.engines import register_teacher
@@ -87,7 +88,7 @@ BOARDS, GRAND, SCANNER = OUT = "clinic_boards:test", "clinic_grand:test", "clini
 # %% ../../nbs/paper/52_calibration.ipynb #eb51324a
 @dataclass(frozen=True)
 class Measured(Claim):
-    "A claim about lengths; `benchmark` names one benchmark or several, with commas between."
+    "A claim about lengths; `timing` names one benchmark or several, with commas between."
 
     measure: str = "accuracy"
 

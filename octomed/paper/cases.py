@@ -25,8 +25,9 @@ from ..data.questions import Question
 from ..data.sources import load
 from ..distill.pools import subset
 from ..distill.sampling import identity, requests
-from ..evaluate.arms import Arm, evaluated, seeded
+from ..evaluate.arms import Arm, evaluated
 from ..evaluate.claims import Claim
+from ..evaluate.results import seeded
 from ..evaluate.section_run import ask_teachers, finding_of, judge_sample
 from ..evaluate.stats import Interval
 from ..generate.answers import Verdict

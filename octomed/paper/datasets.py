@@ -19,8 +19,9 @@ from ..data.questions import Question
 from ..data.sources import load, source_of
 from ..distill.pools import subset
 from ..distill.sampling import identity, requests
-from ..evaluate.arms import Arm, Results, category_of, first_of_each
+from ..evaluate.arms import Arm
 from ..evaluate.claims import Claim
+from ..evaluate.results import Results, category_of, first_of_each
 from ..evaluate.section_run import overall_rows
 from ..generate.graders import open_ended
 from ..generate.ledger import Ledger, sample_key

@@ -13,8 +13,9 @@ from itertools import product
 
 from ..core.recipe import CATEGORIES, Recipe
 from ..core.workers import run_all
-from ..evaluate.arms import Arm, Results, category_of, schedule_of, stages, warm_up
+from ..evaluate.arms import Arm, schedule_of, stages, warm_up
 from ..evaluate.claims import Claim, finding
+from ..evaluate.results import Results, category_of
 from ..evaluate.section_run import measure_gain
 
 # %% ../../nbs/paper/54_families.ipynb #3049f3a8

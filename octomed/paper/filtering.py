@@ -16,8 +16,9 @@ from ..core.files import read_jsonl
 from ..core.recipe import Recipe
 from ..distill.filters import FILTERS
 from ..distill.pools import read_questions
-from ..evaluate.arms import Arm, schedule_of, scoped, stages, warm_up
+from ..evaluate.arms import Arm, schedule_of, stages, warm_up
 from ..evaluate.claims import Claim
+from ..evaluate.results import scoped
 from ..evaluate.section_run import list_pools
 
 # %% ../../nbs/paper/43_filtering.ipynb #775bb73b

@@ -13,8 +13,9 @@ from math import log2
 
 import octomed.clinic.wordings  # noqa: F401 - registers the wordings
 from ..core.recipe import Recipe
-from ..evaluate.arms import Arm, schedule_of, scoped, warm_up
+from ..evaluate.arms import Arm, schedule_of, warm_up
 from ..evaluate.claims import Claim
+from ..evaluate.results import scoped
 
 # %% ../../nbs/paper/44_samples.ipynb #5969face
 KS, EPOCHS = (1, 4, 16), (1, 2, 3)

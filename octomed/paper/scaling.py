@@ -24,9 +24,10 @@ from scipy.special import expit
 from ..core.recipe import CATEGORIES, Recipe
 from ..data.sources import load, source_of
 from ..distill.pools import subset
-from ..evaluate.arms import Arm, Results, first_of_each, schedule_of, scoped, warm_up
+from ..evaluate.arms import Arm, schedule_of, warm_up
 from ..evaluate.claims import Claim, finding
 from ..evaluate.evaluate import sampling_of
+from ..evaluate.results import Results, first_of_each, scoped
 from ..evaluate.section_run import ask_teachers, finding_of, overall_rows
 from ..evaluate.stats import Interval, paper_number, paper_table, per_question
 from ..generate.answers import majority_vote

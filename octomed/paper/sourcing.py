@@ -12,16 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
 
 from ..core.recipe import CATEGORIES, Recipe
-from octomed.evaluate.arms import (
-    Arm,
-    Results,
-    category_of,
-    first_of_each,
-    schedule_of,
-    scoped,
-    warm_up,
-)
+from ..evaluate.arms import Arm, schedule_of, warm_up
 from ..evaluate.claims import Claim
+from ..evaluate.results import Results, category_of, first_of_each, scoped
 from ..evaluate.section_run import list_pools, measure_gain
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295

@@ -12,8 +12,9 @@ from dataclasses import replace
 from ..core.recipe import Recipe
 from ..core.store import run
 from ..data.sources import source_of
-from ..evaluate.arms import Arm, schedule_of, scoped, stages, warm_up
+from ..evaluate.arms import Arm, schedule_of, stages, warm_up
 from ..evaluate.claims import Claim
+from ..evaluate.results import scoped
 from ..evaluate.section_run import list_pools, read_judged
 from ..generate.answers import score
 

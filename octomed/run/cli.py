@@ -585,8 +585,8 @@ def declare_evaluations(student: str, benchmarks: tuple[str, ...], common, optio
 def tabulate_evaluations(student: str, stages: dict, common) -> list[dict]:
     "Make the evaluations, and give the rows of their table beside the paper's numbers."
     from octomed.core.store import run as run_stage
-    from octomed.evaluate.arms import Results
     from octomed.evaluate.evaluate import contender, paper_of
+    from octomed.evaluate.results import Results
     from octomed.evaluate.tables import table
 
     responses = {name: [read_jsonl(run_stage(s) / "rows.jsonl")] for name, s in stages.items()}

@@ -165,7 +165,7 @@ def grouped(
 # %% ../../nbs/run/14_cluster.ipynb #be110738
 def _evaluations_left(recipe: Recipe, only, notebooks) -> dict[str, list[Stage]]:
     "The evaluations of each section whose notebook is not done."
-    from octomed.evaluate.arms import evaluations
+    from octomed.evaluate.results import evaluations
     from octomed.run.runner import notebook_stage
 
     needs = {}

@@ -167,7 +167,7 @@ def plan_section(
     "What a section's arms ask for in all, and how much of it is done. Nothing is run."
     from itertools import chain
 
-    from octomed.evaluate.arms import evaluations
+    from octomed.evaluate.results import evaluations
 
     demand, parts, wanted = Demand(), [], {}
     by_arm = evaluations(arms, recipe, seeds=seeds, benchmarks=benchmarks)

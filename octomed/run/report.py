@@ -508,7 +508,7 @@ def _as_output(bundle: dict, section: str) -> dict:
 # %% ../../nbs/run/17_report.ipynb #c7a7e025
 def show_in_notebook(section: Section, recipe: str):
     "Put the reference run's findings and figures under the notebook's `show_reference` cell."
-    from octomed.evaluate.tables import reference_view
+    from octomed.evaluate.results_file import reference_view
 
     if recipe != "course":
         return

@@ -381,7 +381,7 @@ def _choose_arm(asked: dict[str, SectionArms], name: str) -> dict[str, SectionAr
 
 def _run_arm(todo: list[Section], recipe: Recipe, name: str) -> dict:
     "Make the stages of one arm, in every section that has it."
-    from octomed.evaluate.arms import run_arms
+    from octomed.evaluate.results import run_arms
 
     log = Log(folder_of(recipe) / "run.log")
     asked = {section.name: arms_of(section, recipe) for section in todo}

@@ -1,0 +1,173 @@
+"""What the clinic's declared revisions stand for, as digests.
+
+The clinic states what it is by constants: WORLD_IDENTITY, SPEECH_REVISION, GRADING_REVISION and
+their like. They are part of model names, seeds and stage keys, so the code that they stand for
+must not change under them. Each pin below is a digest of what the clinic gave when its revision
+was declared. If a test here fails, either the change was not meant, or the behaviour is new: then
+declare a new revision in the notebook first, and set new pins afterwards."""
+
+import hashlib
+import json
+
+import pytest
+
+from octomed.clinic.drawings import CLASSES, draw
+from octomed.clinic.graders import Grader, SimulatedGrader
+from octomed.clinic.manners import MANNERS, chat, wordings
+from octomed.clinic.questions import SIZES, questions
+from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher
+from octomed.clinic.textbook import atlas, textbook
+from octomed.data.images import pixel_hash
+from octomed.generate.engines import Request, Sampling
+from octomed.paper.calibration import OneLength
+
+QUESTIONS = {
+    "clinic_ward:train": "b386fb6baaa8f721",
+    "clinic_ward:test": "97438adfbccf62f6",
+    "clinic_boards:test": "b6b4da209b0785bd",
+    "clinic_reading:train": "17c11d1c28329633",
+    "clinic_reading:test": "36d9067d78be4da1",
+    "clinic_scanner:test": "0053062ee4c252ca",
+    "clinic_rounds:train": "f5d82267d0d042d9",
+    "clinic_rounds:test": "50c316071d5439ac",
+    "clinic_grand:test": "c48de4b8ac814246",
+}
+DRAWINGS = {
+    "fundus a": "d325b30996fe0be3",
+    "fundus b": "9e27fcbe4293328c",
+    "mri a": "15d4a9123be30cd5",
+    "mri b": "3b20be101ebef6da",
+    "xray a": "bfea8a338d37d2a5",
+    "xray b": "3c35dd0ec5b74177",
+    "histology a": "640ba6f4a14d9027",
+    "histology b": "c2eaf54d474439fc",
+}
+RUBRICS = {
+    "Answer with <rating> and </rating>.": "bc4455918c1c811a",
+    "<response>\n{response}\n</response> Answer with <verdict> and </verdict>.": "50a6745025e7ab86",
+    "Answer with <modality> and <region>.": "b659e7bb6ed9a589",
+}
+TEXTBOOK = "4a045627326a64eb"
+ATLAS = "1b428ddd30e7bb77"
+TEACHERS = {"clinic/reasoner": "58a46d9734366c23", "clinic/instruct": "9e22e2137e8c23d0"}
+WORDINGS = "b739167ed3b5d658"
+CHATS = {
+    "alignment": "055f442ca8adceab",
+    "instruct": "f0e414c2f6b7f480",
+    "turns": "36c2be779e0f3ad1",
+    "bare": "d645f2e51974b65b",
+}
+MODELS = [
+    "clinic/reasoner@e38b5a03",
+    "clinic/instruct@f036bf21",
+    "clinic/grader@ac098b5d",
+    "clinic/one-length@96bb72ae",
+]
+
+
+def pin(value) -> str:
+    "A short digest of a value that JSON can hold."
+    text = json.dumps(value, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def first_questions(name: str, limit: int) -> list:
+    "The first questions of a split, whose pictures may have any size in the store."
+    source, split = name.split(":")
+    return questions(source, split, limit=limit, max_pixels=None)
+
+
+def chats_of(manner: str) -> list[dict]:
+    cases = first_questions("clinic_rounds:train", 10) + first_questions("clinic_reading:train", 10)
+    return [chat(case, manner) for case in cases]
+
+
+def grades_of(rubric: str) -> list[list]:
+    "Thirty questions, graded twice each; what is graded is right for every other one."
+    engine = SimulatedGrader()
+    cases = first_questions("clinic_ward:test", 15) + first_questions("clinic_rounds:test", 15)
+    grades = []
+    for number, question in enumerate(cases):
+        response = question.options[0] if number % 2 else question.answer_text
+        text = rubric.replace("{response}", response)
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        request = Request(question.id, messages, "rubric", (0, 1))
+        for sample in engine.generate([request], Sampling()):
+            grades.append([sample.text, sample.finish, sample.tokens, sample.seed])
+    return grades
+
+
+def test_every_split_and_every_class_is_pinned():
+    assert set(QUESTIONS) == {f"{source}:{split}" for source, split in SIZES}
+    assert set(DRAWINGS) == {f"{modality} {scanner}" for modality in CLASSES for scanner in "ab"}
+    assert set(CHATS) == set(MANNERS)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_questions_are_those_of_the_declared_world(name):
+    rows = [[q.id, q.stem, q.options, q.answer, q.tags] for q in first_questions(name, 200)]
+    assert len(rows) == 200
+    assert pin(rows) == QUESTIONS[name]
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_the_drawings_are_those_of_their_revision(name):
+    modality, scanner = name.split()
+    hashes = []
+    for cls in CLASSES[modality]:
+        for seed in (0, 1, 2, 100_007, 300_011):
+            hashes.append(pixel_hash(draw(modality, cls, seed, scanner)))
+    assert pin(hashes) == DRAWINGS[name]
+
+
+def test_the_textbook_is_that_of_the_declared_world():
+    assert pin(textbook(0)) == TEXTBOOK
+
+
+def test_the_atlas_is_that_of_the_declared_world():
+    assert pin(atlas(0, per_class=2)) == ATLAS
+
+
+@pytest.mark.parametrize("teacher", [REASONER, INSTRUCT], ids=lambda teacher: teacher.label)
+def test_the_teachers_speak_as_their_revision_says(teacher):
+    names = (
+        "clinic_ward:train",
+        "clinic_boards:test",
+        "clinic_rounds:train",
+        "clinic_reading:test",
+    )
+    engine = SimulatedTeacher(teacher)
+    samples = []
+    for name in names:
+        requests = [
+            Request(question.id, [], "pinned", (0, 1, 5, 15, 40))
+            for question in first_questions(name, 10)
+        ]
+        for sample in engine.generate(requests, Sampling()):
+            samples.append([sample.text, sample.finish, sample.tokens, sample.seed])
+    assert len(samples) == 200
+    assert pin(samples) == TEACHERS[teacher.label]
+
+
+@pytest.mark.parametrize("rubric", RUBRICS)
+def test_the_grader_grades_as_its_revision_says(rubric):
+    grades = grades_of(rubric)
+    assert len(grades) == 60
+    assert pin(grades) == RUBRICS[rubric]
+
+
+def test_the_wordings_are_those_of_their_revision():
+    families = [wordings(question) for question in first_questions("clinic_ward:train", 20)]
+    rows = [[q.id, q.stem, q.options, q.answer, q.tags] for family in families for q in family]
+    assert pin(rows) == WORDINGS
+
+
+@pytest.mark.parametrize("manner", CHATS)
+def test_the_chats_are_those_of_their_revision(manner):
+    chats = chats_of(manner)
+    assert len(chats) == 20
+    assert pin(chats) == CHATS[manner]
+
+
+def test_the_models_keep_their_names():
+    assert [m.model for m in (REASONER, INSTRUCT, Grader(), OneLength())] == MODELS
