@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is loa
     from octomed.data.resize import smart_resize as smart_resize
     from octomed.evaluate.arms import Arm as Arm
     from octomed.evaluate.claims import Claim as Claim
-    from octomed.evaluate.results import run_arms
+    from octomed.evaluate.results import run_arms as run_arms
     from octomed.evaluate.stats import paired_bootstrap as paired_bootstrap
     from octomed.generate.answers import judge as judge
     from octomed.generate.answers import majority_vote as majority_vote
@@ -35,7 +35,7 @@ FRONT_DOOR = {
     "load_recipe": "octomed.core.recipe",
     "Arm": "octomed.evaluate.arms",
     "Claim": "octomed.evaluate.claims",
-    "run_arms": "octomed.evaluate.arms",
+    "run_arms": "octomed.evaluate.results",
 }
 
 

@@ -1,4 +1,4 @@
-"""Whether the notebooks are clean and exported: `nbdev_clean` and `nbdev_export` must leave no difference."""
+"""Whether notebooks are clean and exported: cleaning and exporting must leave no difference."""
 
 import hashlib
 import subprocess

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import product
 from math import log2
 
-import octomed.clinic.wordings  # noqa: F401 - registers the wordings
+import octomed.clinic.manners  # noqa: F401 - registers the wordings
 from ..core.recipe import Recipe
 from ..evaluate.arms import Arm, schedule_of, warm_up
 from ..evaluate.claims import Claim
