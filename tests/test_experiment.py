@@ -7,8 +7,8 @@ from itertools import chain, product
 import pytest
 
 import octomed.clinic.graders  # registers the grader
-import octomed.clinic.students  # registers the students
-import octomed.clinic.manners  # noqa: F401 - registers the wordings
+import octomed.clinic.manners  # registers the wordings
+import octomed.clinic.students  # noqa: F401 - registers the students
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS
