@@ -61,7 +61,7 @@ smoke: install
 
 # Results, figures and cards of a complete run on a clean tree, kept in the repository; ONLY=54_families keeps those of one section.
 reference: install
-	$(BIN)/python -c "from octomed.run.report import reference; print(reference('$(RECIPE)', only='$(ONLY)' or None))"
+	$(BIN)/python -c "from octomed.run.report import keep_reference; print(keep_reference('$(RECIPE)', only='$(ONLY)' or None))"
 
 # Beside its peers, alone on the machine; rows and cards go to outputs/bench/.
 bench: install

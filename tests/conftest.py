@@ -42,6 +42,6 @@ def picture():
     "The pixel hash of a stored picture."
     from PIL import Image
 
-    from octomed.data.images import intake
+    from octomed.data.images import store_image
 
-    return intake(Image.effect_noise((120, 100), 60).convert("RGB"), max_pixels=12_544)
+    return store_image(Image.effect_noise((120, 100), 60).convert("RGB"), max_pixels=12_544)

@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
-from octomed.generate.engine_openai import on_loopback
+from octomed.generate.engine_openai import serve_locally
 
 USAGE = {"completion_tokens": 7, "prompt_tokens": 11}
 
@@ -248,5 +248,5 @@ def out_of_resources(h, body):
 def serving():
     "(what it does, its address) of a server on a free port."
     fake = Fake()
-    with on_loopback(type("FakeHandler", (Handler,), {"fake": fake})) as url:
+    with serve_locally(type("FakeHandler", (Handler,), {"fake": fake})) as url:
         yield fake, url

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from octomed.train import students
-from octomed.train.launch import accelerator_of
+from octomed.train.launch import build_accelerator
 
 
 def sharded_accelerator(how):
     "accelerate's handle as FSDP2's configuration gives it on accelerators."
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    accelerator = accelerator_of(how)
+    accelerator = build_accelerator(how)
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -20,11 +20,11 @@ from octomed.generate.answers import (
     STATUSES,
     Verdict,
     _lower,
-    agreement,
     judge,
-    lettered,
+    letter_options,
+    load_published_answers,
     majority_vote,
-    published,
+    measure_extraction_agreement,
     score,
     tally,
 )
@@ -442,7 +442,7 @@ def test_fault_23_answers_and_options_that_cannot_be():
     assert judge(r"\boxed{Same}", ["Same", "same"]).status == "unparsed"
     assert judge("B", TISSUE, "").status == "parsed"
     assert judge(None, TISSUE, "B") == Verdict(None, "unparsed")
-    assert list(lettered(["x"] * 26))[-1] == "Z"
+    assert list(letter_options(["x"] * 26))[-1] == "Z"
 
 
 def test_fault_42_ties_are_broken_the_same_way_and_fairly():
@@ -465,7 +465,7 @@ def test_agreement_names_what_differs_and_why():
         ("Not A. The answer is B.", TISSUE, "A"),
         ("The answer is B.", TISSUE, "A"),
     ]
-    n, differ = agreement(rows)
+    n, differ = measure_extraction_agreement(rows)
     assert n == {
         "same": 2,
         "guessed": 2,
@@ -481,7 +481,7 @@ def test_agreement_names_what_differs_and_why():
         "different",
         "guessed",
     ]
-    assert agreement(rows[:1], forms=("boxed",))[0]["only theirs"] == 1
+    assert measure_extraction_agreement(rows[:1], forms=("boxed",))[0]["only theirs"] == 1
 
 
 REAL = Path(os.environ.get("OCTOMED_DATA") or "none")
@@ -492,7 +492,10 @@ REAL = Path(os.environ.get("OCTOMED_DATA") or "none")
     reason="OCTOMED_DATA does not hold mmlu_pro_health and mmmu_pro",
 )
 def test_real_answers_agree_with_their_publishers_extraction():
-    n = {model: (len(rows), agreement(rows)[0]) for model, rows in published(REAL).items()}
+    n = {
+        model: (len(rows), measure_extraction_agreement(rows)[0])
+        for model, rows in load_published_answers(REAL).items()
+    }
     assert len(n) == 16 and all(sum(kinds.values()) == total for total, kinds in n.values())
     text = {m: x for m, x in n.items() if not m.startswith("gpt-4o")}
     assert all(

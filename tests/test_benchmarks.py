@@ -15,39 +15,44 @@ import pytest
 from octomed.bench import ledger as bench_ledger_module
 from octomed.bench import timing as bench_timing
 from octomed.bench import trainers as bench_trainers_module
-from octomed.bench.answers import bench_answers, traces
-from octomed.bench.decontaminate import bench_decontaminate, compared, lengths, made_up
+from octomed.bench.answers import bench_answers, write_traces
+from octomed.bench.decontaminate import (
+    bench_decontaminate,
+    compare_contestants,
+    draw_lengths,
+    make_up_questions,
+)
 from octomed.bench.engines import bench_engines
 from octomed.bench.formats import READERS, bench_formats
 from octomed.bench.ledger import LOOK_UP, bench_ledger_index
-from octomed.bench.packing import first_fit, recipe_lengths
-from octomed.bench.targets import TARGETS, judged, table_of
+from octomed.bench.packing import draw_recipe_lengths, pack_first_fit
+from octomed.bench.targets import TARGETS, check_target, tabulate_rows
 from octomed.bench.timing import (
     TIMINGS,
-    in_turns,
-    measured,
-    over,
-    peer,
-    ratio,
-    repeated,
-    row,
-    timed,
+    compute_ratio,
+    divide_turns,
+    install_peer,
+    make_repeated_row,
+    make_timing_row,
+    run_in_turns,
+    run_timings,
+    time_call,
+    time_command,
     timing,
-    took,
 )
 from octomed.bench.trainers import (
     TRAINERS,
-    beside,
-    defined_gradient,
-    exported,
-    fitted_gradient,
-    in_laps,
-    peer_gradient,
+    compare_gradients,
+    compute_defined_gradient,
+    compute_fitted_gradient,
+    compute_peer_gradient,
+    export_arm,
+    run_in_laps,
 )
 from octomed.core.paths import OctomedError, UsageError, root
 from octomed.data.decontaminate import decontaminate
-from octomed.generate.render import Pixels
-from octomed.generate.render import row as row_of
+from octomed.generate.render import PixelCache
+from octomed.generate.render import render_row as row_of
 from octomed.run.cli import main
 from octomed.train.students import load_student
 
@@ -84,7 +89,7 @@ def places(tmp_path, monkeypatch):
 def toy():
     @timing(size=1000)
     def bench_toy(size=3):
-        return [row("toy", "octomed", "steps", value=float(size), unit="s")]
+        return [make_timing_row("toy", "octomed", "steps", value=float(size), unit="s")]
 
     yield
     del TIMINGS["toy"]
@@ -96,14 +101,16 @@ def no_uv(monkeypatch):
 
 
 def test_the_ratio_and_its_interval():
-    r = ratio([10.0, 20.0], [5.0, 5.0])
+    r = compute_ratio([10.0, 20.0], [5.0, 5.0])
     assert (r.estimate, r.low, r.high) == (3, 2, 4)
-    assert ratio([1.0], [2.0]).interval == (0.5, 0.5)
+    assert compute_ratio([1.0], [2.0]).interval == (0.5, 0.5)
 
 
 def test_a_repeated_measure_is_its_median_from_the_least_to_the_most():
-    measure = repeated("toy", "octomed", "steps", values=[5.0, 1.0, 3.0], unit="s")
-    assert measure == row("toy", "octomed", "steps", value=3.0, unit="s", interval=[1.0, 5.0])
+    measure = make_repeated_row("toy", "octomed", "steps", values=[5.0, 1.0, 3.0], unit="s")
+    assert measure == make_timing_row(
+        "toy", "octomed", "steps", value=3.0, unit="s", interval=[1.0, 5.0]
+    )
 
 
 def test_turns_alternate_and_a_call_is_timed_by_the_clock_given():
@@ -113,40 +120,42 @@ def test_turns_alternate_and_a_call_is_timed_by_the_clock_given():
         order.append(who)
         return len(order)
 
-    numbers = in_turns({who: functools.partial(count, who) for who in "abc"}, 3)
+    numbers = run_in_turns({who: functools.partial(count, who) for who in "abc"}, 3)
     assert "".join(order) == "cbaabccba"
     assert numbers == {"a": [3, 4, 9], "b": [2, 5, 8], "c": [1, 6, 7]}
-    assert over([6, 1], [3, 2]) == [2, 0.5]
-    assert took(time.sleep, 0.05) >= 0.05 > took(time.sleep, 0.05, clock=time.process_time)
+    assert divide_turns([6, 1], [3, 2]) == [2, 0.5]
+    assert (
+        time_call(time.sleep, 0.05) >= 0.05 > time_call(time.sleep, 0.05, clock=time.process_time)
+    )
 
 
 def test_full_size_is_kept_with_a_card_and_small_size_is_not(places, toy):
-    assert measured(["toy"], small=True)[0]["rows"][0]["value"] == 3
+    assert run_timings(["toy"], small=True)[0]["rows"][0]["value"] == 3
     assert not (places / "bench").exists()
-    (result,) = measured(["toy"])
+    (result,) = run_timings(["toy"])
     kept = json.loads((places / "bench" / "toy.json").read_text())
     assert kept == json.loads(json.dumps(result))
-    assert kept["rows"] == [row("toy", "octomed", "steps", value=1000.0, unit="s")]
+    assert kept["rows"] == [make_timing_row("toy", "octomed", "steps", value=1000.0, unit="s")]
     assert kept["card"]["sizes"] == {"size": 1000}
     assert {"versions", "hardware", "commit", "minutes"} <= set(kept["card"])
 
 
 def test_the_command(places, toy, capsys):
     assert main(["bench", "toy", "--small", "--json"]) == 0
-    steps = row("toy", "octomed", "steps", value=3.0, unit="s")
+    steps = make_timing_row("toy", "octomed", "steps", value=3.0, unit="s")
     assert json.loads(capsys.readouterr().out) == [steps]
     assert main(["bench", "toy", "nonsense"]) == 2
     assert "there is no measurement nonsense: choose from" in capsys.readouterr().err
     with pytest.raises(UsageError):
-        measured(["nonsense"])
+        run_timings(["nonsense"])
 
 
 def test_made_up_questions_are_seeded_and_as_long_as_real_ones():
-    questions = list(made_up(3000, STEMS, 1))
-    assert questions == list(made_up(3000, STEMS, 1))
-    assert questions != list(made_up(3000, STEMS, 2))
+    questions = list(make_up_questions(3000, STEMS, 1))
+    assert questions == list(make_up_questions(3000, STEMS, 1))
+    assert questions != list(make_up_questions(3000, STEMS, 2))
     assert list(questions[0]) == ["question", "options", "answer"]
-    n = lengths(200_000, np.random.default_rng(0))
+    n = draw_lengths(200_000, np.random.default_rng(0))
     assert 8 <= np.median(n) <= 10
     assert 17 < n.mean() < 21
     assert n.max() > 200
@@ -170,7 +179,7 @@ print(7)
 
 
 def test_memory_and_processor_time_of_children_are_counted():
-    result = timed([sys.executable, "-c", PARENT])
+    result = time_command([sys.executable, "-c", PARENT])
     assert result.out == "7\n"
     assert result.cpu > 0.1
     assert result.seconds > 0.5
@@ -179,19 +188,19 @@ def test_memory_and_processor_time_of_children_are_counted():
 
 def test_a_failed_command_says_its_last_words():
     with pytest.raises(OctomedError, match="failed: ValueError: no such thing"):
-        timed([sys.executable, "-c", "raise ValueError('no such thing')"])
+        time_command([sys.executable, "-c", "raise ValueError('no such thing')"])
 
 
 def test_a_peer_that_cannot_be_made_is_a_row_with_a_reason(places, no_uv):
     with pytest.raises(OctomedError, match="uv is not there"):
-        peer("datatrove", "datatrove==0.10.1")
+        install_peer("datatrove", "datatrove==0.10.1")
 
     def absent(folder):
-        return peer("datatrove", "datatrove==0.10.1")
+        return install_peer("datatrove", "datatrove==0.10.1")
 
     what = "10 of them: not measured, uv is not there: install it with `pip install uv`"
-    rows = compared({"datatrove": absent}, "10 of them", 1)
-    assert rows == [row("decontaminate", "datatrove", what, value=None, unit="s")]
+    rows = compare_contestants({"datatrove": absent}, "10 of them", 1)
+    assert rows == [make_timing_row("decontaminate", "datatrove", what, value=None, unit="s")]
 
 
 def test_a_peer_is_made_once_and_again_after_a_failure(places, monkeypatch):
@@ -211,13 +220,13 @@ def test_a_peer_is_made_once_and_again_after_a_failure(places, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda *a, **k: "uv")
     monkeypatch.setattr(bench_timing.subprocess, "run", run)
     with pytest.raises(OctomedError, match="no route to the index"):
-        peer("thing", "thing==1")
+        install_peer("thing", "thing==1")
     code = 0
     folder = bench_timing.store_dir() / "peers" / f"thing-{bench_timing.digest(('thing==1',))}"
     folder.mkdir(parents=True)
-    assert peer("thing", "thing==1") == folder / "bin" / "python"
+    assert install_peer("thing", "thing==1") == folder / "bin" / "python"
     assert len(calls) == 3
-    peer("thing", "thing==1")
+    install_peer("thing", "thing==1")
     assert len(calls) == 3
 
 
@@ -238,7 +247,7 @@ def test_decontamination_agrees_with_plain_python_on_its_own_corpus(places, file
 @functools.cache
 def measured_rows(name):
     "The rows of a measurement at its small size, taken once for all tests."
-    return measured([name], small=True)[0]["rows"]
+    return run_timings([name], small=True)[0]["rows"]
 
 
 def check_form(r):
@@ -285,7 +294,9 @@ def write_python(folder, script):
 
 
 def engine_row(bench, what):
-    return row(bench, "VLLMEngine", what, value=3.0, unit="µs a sample", interval=[2.0, 4.0])
+    return make_timing_row(
+        bench, "VLLMEngine", what, value=3.0, unit="µs a sample", interval=[2.0, 4.0]
+    )
 
 
 def test_vllm_is_measured_in_its_own_environment_or_a_row_says_why(tmp_path, monkeypatch):
@@ -310,7 +321,7 @@ def test_expressions_that_read_wrongly_say_so_and_the_parser_reads_every_form():
         what[r["who"], form] = r["what"]
     assert "reads" in what["MMLU-Pro's expressions", " no answer"]
     assert not any("reads" in text for (who, _), text in what.items() if who == "octomed")
-    assert {len(text) for text, _ in traces(2000).values()} == {2000}
+    assert {len(text) for text, _ in write_traces(2000).values()} == {2000}
 
 
 def test_a_reader_that_loses_rows_is_no_result(monkeypatch):
@@ -328,27 +339,27 @@ def test_a_ledger_that_finds_wrong_keys_is_no_result(monkeypatch):
 
 
 def test_the_lengths_that_are_packed():
-    n = recipe_lengths(50_000)
+    n = draw_recipe_lengths(50_000)
     assert len(n) == 50_000
     assert n.min() >= 1
     assert n.max() <= 8192
     assert 800 < n.mean() < 900
-    assert first_fit([6, 5, 3, 2], 8) == [8, 8]
-    assert first_fit([8, 8], 8) == [8, 8]
+    assert pack_first_fit([6, 5, 3, 2], 8) == [8, 8]
+    assert pack_first_fit([8, 8], 8) == [8, 8]
 
 
 def octomed_row(bench, what, value, unit):
-    return row(bench, "octomed", what, value=value, unit=unit)
+    return make_timing_row(bench, "octomed", what, value=value, unit=unit)
 
 
 def test_targets_hold_for_lines_of_the_full_size_only():
     def packed(n, value, unit):
         what = f"{n:,} lengths, mean 840, bins of 8,192"
-        return judged(octomed_row("packing", what, value=value, unit=unit))["met"]
+        return check_target(octomed_row("packing", what, value=value, unit=unit))["met"]
 
     def read(form):
         what = f"{form}, 4096 characters"
-        return judged(octomed_row("answers", what, value=50_000.0, unit="traces/s/core"))
+        return check_target(octomed_row("answers", what, value=50_000.0, unit="traces/s/core"))
 
     assert packed(8_000_000, 60.0, "s") is True
     assert packed(8_000_000, 61.0, "s") is False
@@ -359,7 +370,7 @@ def test_targets_hold_for_lines_of_the_full_size_only():
     assert first["met"] is False
     assert first["target"] == "≥ 100,000 traces/s"
     full = "appends, not measured, the disk is full"
-    assert judged(octomed_row("ledger", full, value=None, unit="samples/s"))["met"] is False
+    assert check_target(octomed_row("ledger", full, value=None, unit="samples/s"))["met"] is False
 
 
 FULL_SIZE = {
@@ -381,13 +392,15 @@ def test_every_target_is_a_line_that_its_measurement_gives(name):
 
 
 def test_the_table_of_everything_measured(tmp_path, places):
-    assert table_of(tmp_path / "nowhere") == []
+    assert tabulate_rows(tmp_path / "nowhere") == []
     (places / "bench").mkdir()
     lengths = "8,000,000 lengths, mean 840, bins of 8,192"
     lines = {
-        "packing": row("packing", "octomed", lengths, value=21.0, unit="s", interval=[20.0, 22.0]),
+        "packing": make_timing_row(
+            "packing", "octomed", lengths, value=21.0, unit="s", interval=[20.0, 22.0]
+        ),
         "images": octomed_row("images", "counting, processes", value=1.9, unit="× with 2 workers"),
-        "another": row("another", "somebody", "something", value=1.0, unit="s"),
+        "another": make_timing_row("another", "somebody", "something", value=1.0, unit="s"),
     }
     for name, r in lines.items():
         text = json.dumps({"bench": name, "rows": [r], "card": {}})
@@ -397,8 +410,8 @@ def test_the_table_of_everything_measured(tmp_path, places):
         {**lines["packing"], "target": "8 million lengths ≤ 60 s, ≥ 99.5 %", "met": True},
         {**lines["another"], "target": None, "met": None},
     ]
-    assert table_of() == expected
-    assert table_of(places / "bench") == expected
+    assert tabulate_rows() == expected
+    assert tabulate_rows(places / "bench") == expected
 
 
 def imported_names(path):
@@ -444,33 +457,33 @@ def uneven(student, picture):
 
 def test_fault_27_the_gradient_by_definition_and_the_mean_of_means(uneven):
     model, processor, rows = uneven
-    pixels, each = Pixels(processor, 12_544), [[r] for r in rows]
+    pixels, each = PixelCache(processor, 12_544), [[r] for r in rows]
 
     def gradient(groups, means=False):
-        return defined_gradient(model, processor, groups, pixels=pixels, means=means)
+        return compute_defined_gradient(model, processor, groups, pixels=pixels, means=means)
 
     right, of_means = gradient([rows]), gradient(each, means=True)
-    assert beside(gradient(each), right)[0] < 1e-5
-    assert beside(gradient([rows], means=True), right)[0] < 1e-5
-    far, size = beside(of_means, right)
+    assert compare_gradients(gradient(each), right)[0] < 1e-5
+    assert compare_gradients(gradient([rows], means=True), right)[0] < 1e-5
+    far, size = compare_gradients(of_means, right)
     assert far > 0.05
     assert size != 1
     alone = [gradient([group]) for group in each]
     mean = {}
     for name, value in right.items():
         mean[name] = sum(g[name] if name in g else 0 * value for g in alone) / 3
-    assert beside(mean, of_means)[0] < 1e-5
+    assert compare_gradients(mean, of_means)[0] < 1e-5
     with pytest.raises(OctomedError, match="look at what is frozen"):
-        beside(alone[0], right)  # a row without an image trains no vision tower
+        compare_gradients(alone[0], right)  # a row without an image trains no vision tower
 
 
 def test_fault_27_our_loop_hands_the_defined_gradient_to_the_optimiser(uneven):
     model, processor, rows = uneven
-    right = defined_gradient(model, processor, [rows], pixels=Pixels(processor, 12_544))
+    right = compute_defined_gradient(model, processor, [rows], pixels=PixelCache(processor, 12_544))
     before = [p.detach().clone() for p in model.parameters()]
     for budget in (10_000, max(len(r.input_ids) for r in rows)):
-        fitted = fitted_gradient(model, processor, rows, budget=budget, max_pixels=12_544)
-        assert beside(fitted, right)[0] < 1e-4
+        fitted = compute_fitted_gradient(model, processor, rows, budget=budget, max_pixels=12_544)
+        assert compare_gradients(fitted, right)[0] < 1e-4
     assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -488,19 +501,19 @@ print("out of rows", file=sys.stderr)
 
 def test_a_trainer_runs_lap_by_lap_and_its_last_words_are_heard(tmp_path):
     (tmp_path / "file").write_text("2")
-    with in_laps([sys.executable, "-c", LAPS], tmp_path) as lap:
+    with run_in_laps([sys.executable, "-c", LAPS], tmp_path) as lap:
         assert [lap(), lap()] == [100, 150]
         with pytest.raises(OctomedError, match="a trainer ended: out of rows"):
             lap()
     with (
         pytest.raises(OctomedError, match="a trainer ended: it said nothing"),
-        in_laps([sys.executable, "-c", ""], tmp_path),
+        run_in_laps([sys.executable, "-c", ""], tmp_path),
     ):
         pass
 
 
 def test_trainers_that_cannot_be_made_are_rows_with_a_reason(places, no_uv, monkeypatch):
-    for name in ("exported", "gradients", "speeds"):
+    for name in ("export_arm", "measure_gradients", "measure_speeds"):
         monkeypatch.setattr(bench_trainers_module, name, lambda *a, **k: [])
     rows = bench_trainers_module.bench_trainers(peers=True)
     for r in rows:
@@ -521,10 +534,10 @@ def test_fault_27_a_peer_in_one_micro_batch_agrees_with_the_definition(t, tmp_pa
     if not (folder / "ready").exists():
         pytest.skip(f"the environment of {t.name} is not there: `octomed bench trainers` makes it")
     few = tmp_path / "few"
-    rows = exported(few, 1)
+    rows = export_arm(few, 1)
     python = folder / "bin" / "python"
-    gradient, groups = peer_gradient(python, t, few, rows=rows, micro=len(rows))
+    gradient, groups = compute_peer_gradient(python, t, few, rows=rows, micro=len(rows))
     model, processor = load_student(few / "student")
-    right = defined_gradient(model, processor, groups, pixels=Pixels(processor, 12_544))
+    right = compute_defined_gradient(model, processor, groups, pixels=PixelCache(processor, 12_544))
     assert len(groups) == 1
-    assert beside(gradient, right)[0] < 1e-4
+    assert compare_gradients(gradient, right)[0] < 1e-4

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from octomed.core.recipe import load_recipe
-from octomed.evaluate.arms import evaluated, stages
-from octomed.evaluate.results import Results, evaluations, seeded
-from octomed.evaluate.stats import verdict
-from octomed.generate.engines import Request, Sampling, teacher_revision
+from octomed.evaluate.arms import declare_evaluation, declare_stages
+from octomed.evaluate.results import Results, declare_evaluations, give_seeds
+from octomed.evaluate.stats import judge_difference
+from octomed.generate.engines import Request, Sampling, find_teacher_revision
 from octomed.paper import calibration, formatting
 
 
@@ -24,16 +24,16 @@ ONCE = np.ones((1, 4))
 @pytest.mark.parametrize("recipe", ("smoke", "course"))
 def test_the_first_student_is_the_one_that_42_trains(recipe):
     r = load_recipe(recipe)
-    n = r.of("52_calibration")["seeds"]
-    assert n <= r.of("42_formatting")["seeds"]
+    n = r.scalars("52_calibration")["seeds"]
+    assert n <= r.scalars("42_formatting")["seeds"]
     mine, theirs = calibration.arms(r)[calibration.ROUTED], formatting.arms(r)["cot"]
 
     def evaluation_keys(arm):
-        by_benchmark = evaluations({"a": arm}, r, n)["a"]
+        by_benchmark = declare_evaluations({"a": arm}, r, n)["a"]
         return {b: [stage.key for stage in made] for b, made in by_benchmark.items()}
 
     def stage_keys(arm):
-        return {stage.key for stage in stages(arm, r.common).values()}
+        return {stage.key for stage in declare_stages(arm, r.common).values()}
 
     assert evaluation_keys(mine) == evaluation_keys(theirs)
     assert stage_keys(mine) == stage_keys(theirs)
@@ -45,18 +45,19 @@ def test_the_other_students_differ_in_their_teacher_alone():
     for arm in others:
         assert replace(arm, teacher=first.teacher) == first
         assert arm.teacher != first.teacher
-        other, own = stages(arm, r.common), stages(first, r.common)
+        other, own = declare_stages(arm, r.common), declare_stages(first, r.common)
         assert other["data"].key == own["data"].key
         assert other["student"].key != own["student"].key
 
 
 def test_a_repeated_reading_asks_the_same_student_under_the_same_sampling():
     r = load_recipe("course")
-    arm = seeded(calibration.arms(r)[calibration.ROUTED], 1, r.common)[0]
+    arm = give_seeds(calibration.arms(r)[calibration.ROUTED], 1, r.common)[0]
     one, more = (
-        evaluated(arm, calibration.WARD, x.common).params for x in (r, calibration.again(r))
+        declare_evaluation(arm, calibration.WARD, x.common).params
+        for x in (r, calibration.ask_again(r))
     )
-    assert more["seeds"] == r.of("52_calibration")["samples"] > one["seeds"]
+    assert more["seeds"] == r.scalars("52_calibration")["samples"] > one["seeds"]
     assert one["student"].key == more["student"].key
     assert one["sampling"] == more["sampling"]
     assert one["limit"] == more["limit"]
@@ -67,11 +68,11 @@ def words_of_thought(text):
 
 
 def test_the_teacher_of_one_length_says_the_same_at_one_length():
-    from octomed.clinic.questions import questions
-    from octomed.clinic.teachers import INSTRUCT, SimulatedTeacher, stated
+    from octomed.clinic.questions import load_questions
+    from octomed.clinic.teachers import INSTRUCT, SimulatedTeacher, read_facts
     from octomed.generate.answers import judge
 
-    qs = questions("clinic_ward", "train", limit=40)
+    qs = load_questions("clinic_ward", "train", limit=40)
     asked = [Request(q.id, [], "", (0, 1)) for q in qs]
     plain, full = (
         list(t.generate(asked, Sampling(max_tokens=128)))
@@ -84,7 +85,7 @@ def test_the_teacher_of_one_length_says_the_same_at_one_length():
             judge(sample.text, q.letters, q.answer, think_first=True) for sample in (a, b)
         )
         assert before == after
-        assert stated(a.text) == stated(b.text)
+        assert read_facts(a.text) == read_facts(b.text)
         assert (a.seed, a.finish) == (b.seed, b.finish)
         assert b.tokens == len(b.text.split())
         assert b.model != a.model
@@ -103,24 +104,24 @@ def test_the_teacher_of_one_length_says_the_same_at_one_length():
 
 def test_what_ends_without_a_thought_is_not_filled():
     for text in ("i cannot help with this.", "<think>a. b"):
-        assert calibration.filled(text, 60, 0) == text
+        assert calibration.fill_thought(text, 60, 0) == text
     long = "<think>" + "word " * 70 + "end.</think>\n\n<answer>A</answer>"
-    assert calibration.filled(long, 60, 0) == long
+    assert calibration.fill_thought(long, 60, 0) == long
 
 
 def test_filling_uses_only_words_that_the_student_reads():
     import re
 
-    from octomed.clinic.textbook import vocabulary
-    from octomed.clinic.world import knowledge
+    from octomed.clinic.textbook import list_vocabulary
+    from octomed.clinic.world import load_knowledge
 
-    speech = knowledge()["speech"]
+    speech = load_knowledge()["speech"]
     words = re.findall(r"[A-Za-z]+", " ".join(speech["doubt"] + speech["confirm"]))
-    assert set(words) <= set(vocabulary())
+    assert set(words) <= set(list_vocabulary())
 
 
 def test_the_teacher_is_registered_with_what_it_rests_on():
-    revision = teacher_revision(calibration.OneLength.label)
+    revision = find_teacher_revision(calibration.OneLength.label)
     assert revision == calibration.OneLength().model
     assert revision != calibration.OneLength(61).model
 
@@ -150,18 +151,20 @@ def test_a_resample_counts_a_question_as_often_as_it_was_drawn():
 
 
 def test_risk_and_what_a_signal_saves_by_hand():
-    coverage, risk = calibration.risk(ONCE, np.array([4.0, 1, 2, 3]), np.array([1.0, 0, 0, 1]))
+    coverage, risk = calibration.compute_risk(
+        ONCE, np.array([4.0, 1, 2, 3]), np.array([1.0, 0, 0, 1])
+    )
     assert coverage.tolist() == [[0.25, 0.5, 0.75, 1]]
     assert risk[0] == pytest.approx([0, 0, 1 / 3, 0.5])
-    saved = calibration.saved(ONCE, column(4, 1, 2, 3), column(1, 0, 0, 1))[0]
+    saved = calibration.measure_saving(ONCE, column(4, 1, 2, 3), column(1, 0, 0, 1))[0]
     assert saved == pytest.approx(0.5 - (0 + 0 + 1 / 3 + 0.5) / 4)
-    assert calibration.saved(ONCE, column(1, 4, 3, 2), column(1, 0, 0, 1))[0] < 0
+    assert calibration.measure_saving(ONCE, column(1, 4, 3, 2), column(1, 0, 0, 1))[0] < 0
 
 
 def test_places_are_within_a_benchmark():
-    assert calibration.placed(column(30, 10, 20)).ravel().tolist() == [1, 0, 0.5]
-    assert calibration.placed(column(5, 5, 5)).ravel().tolist() == [0.5] * 3
-    assert calibration.placed(column(7)).tolist() == [[0]]
+    assert calibration.rank_places(column(30, 10, 20)).ravel().tolist() == [1, 0, 0.5]
+    assert calibration.rank_places(column(5, 5, 5)).ravel().tolist() == [0.5] * 3
+    assert calibration.rank_places(column(7)).tolist() == [[0]]
 
 
 def made(longer: float, seeds: int = 2, n: int = 60, flat: bool = False):
@@ -209,8 +212,10 @@ def made(longer: float, seeds: int = 2, n: int = 60, flat: bool = False):
 
 def test_findings_see_what_was_put_in():
     results, repeated = made(longer=10)
-    measured = calibration.cells(results, repeated)
-    findings = [calibration.judged(claim, results, measured) for claim in calibration.claims()]
+    measured = calibration.collect_cells(results, repeated)
+    findings = [
+        calibration.state_finding(claim, results, measured) for claim in calibration.claims()
+    ]
     outcomes = {f["measure"]: f["outcome"] for f in findings if f["a"] == calibration.ROUTED}
     for measure in (
         "error",
@@ -228,42 +233,45 @@ def test_findings_see_what_was_put_in():
     for f in findings:
         assert f["interval"][0] <= f["interval"][1]
         assert len(f["by_seed"]) == f["training_seeds"] == 2
-        assert f["outcome"] == verdict(f["kind"], f["interval"], f["margin"])
+        assert f["outcome"] == judge_difference(f["kind"], f["interval"], f["margin"])
 
 
 def test_findings_see_nothing_where_nothing_is():
     results, repeated = made(longer=0)
-    measured = calibration.cells(results, repeated)
+    measured = calibration.collect_cells(results, repeated)
     for claim in calibration.claims():
         if claim.measure in ("error", "escalation within a benchmark"):
-            assert abs(calibration.judged(claim, results, measured)["difference"]) < 0.2
+            assert abs(calibration.state_finding(claim, results, measured)["difference"]) < 0.2
 
 
 def test_a_finding_is_the_same_twice_and_a_flat_student_gives_numbers():
     results, repeated = made(longer=10)
-    measured = calibration.cells(results, repeated)
+    measured = calibration.collect_cells(results, repeated)
 
     def intervals():
-        return [calibration.judged(c, results, measured)["interval"] for c in calibration.claims()]
+        return [
+            calibration.state_finding(c, results, measured)["interval"]
+            for c in calibration.claims()
+        ]
 
     assert intervals() == intervals()
     for by_benchmark in results.rows.values():
         for row in chain.from_iterable(chain(*by_benchmark.values())):
             row["statuses"] = ["wrong"]
     error = next(claim for claim in calibration.claims() if claim.measure == "error")
-    f = calibration.judged(error, results, calibration.cells(results, repeated))
+    f = calibration.state_finding(error, results, calibration.collect_cells(results, repeated))
     assert f["difference"] == 0
     assert f["outcome"] == "undecided"
 
 
 def test_the_figures_show_every_arm_and_signal():
     results, repeated = made(longer=10)
-    seen = calibration.cells(results, repeated)
-    fig = calibration.figure({"lengths": calibration.mean_lengths(seen, 100, 0)})
+    seen = calibration.collect_cells(results, repeated)
+    fig = calibration.figure({"lengths": calibration.average_lengths(seen, 100, 0)})
     labels = [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
     arms = {calibration.ROUTED, calibration.ONE_TEACHER, calibration.ONE_LENGTH}
     assert set(labels[:3]) == arms
-    curves = calibration.curves(seen)
+    curves = calibration.compute_curves(seen)
     best, chance = dict(curves["the errors (best)"]), dict(curves["by lot"])
     assert all(best[share] <= chance[share] + 1e-9 for share in chance)
     for points in curves.values():

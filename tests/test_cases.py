@@ -8,7 +8,7 @@ import pytest
 
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import load_recipe
-from octomed.evaluate.results import evaluations, seeded
+from octomed.evaluate.results import declare_evaluations, give_seeds
 from octomed.generate.answers import judge
 from octomed.generate.engines import Sample
 from octomed.paper import cases, formatting
@@ -17,12 +17,12 @@ from octomed.paper import cases, formatting
 @pytest.fixture(scope="module")
 def clinic():
     "Text-only questions, each with a response of the reasoning teacher in a student's place."
-    from octomed.clinic.questions import questions
+    from octomed.clinic.questions import load_questions
     from octomed.clinic.teachers import REASONER, respond
 
     made = []
     for b in ("clinic_ward", "clinic_boards"):
-        for q in questions(b, "test", limit=60):
+        for q in load_questions(b, "test", limit=60):
             text, finish = respond(REASONER, q.id, 3)
             sample = Sample(
                 question=q.id,
@@ -46,18 +46,18 @@ def test_the_student_is_the_one_that_42_trains(recipe):
     mine, theirs = cases.arms(r)[cases.STUDENT], formatting.arms(r)["cot"]
 
     def keys(arm):
-        return {b: stages[0].key for b, stages in evaluations({"a": arm}, r)["a"].items()}
+        return {b: stages[0].key for b, stages in declare_evaluations({"a": arm}, r)["a"].items()}
 
     assert keys(mine) == keys(theirs)
-    assert seeded(mine, 1, r.common)[0].seed == seeded(theirs, 3, r.common)[0].seed
+    assert give_seeds(mine, 1, r.common)[0].seed == give_seeds(theirs, 3, r.common)[0].seed
 
 
 def test_the_choice_is_a_rule(clinic):
     def ids(places):
         return {why: case and case.question.id for why, case in places}
 
-    places = cases.chosen(clinic, 0)
-    assert ids(places) == ids(cases.chosen(clinic[::-1], 0))
+    places = cases.choose_cases(clinic, 0)
+    assert ids(places) == ids(cases.choose_cases(clinic[::-1], 0))
     by_name = dict(places)
     assert by_name["text only, no image: right"].right
     assert not by_name["text only, no image: wrong"].right
@@ -65,55 +65,55 @@ def test_the_choice_is_a_rule(clinic):
     assert by_name["the shortest that is right"].sample.tokens == min(lengths)
     assert by_name["the longest that is right"].sample.tokens == max(lengths)
     assert by_name["out of distribution, clinic_boards"].benchmark == "clinic_boards:test"
-    other_order = ids(cases.chosen(clinic, 1))
+    other_order = ids(cases.choose_cases(clinic, 1))
     assert set(other_order.values()) - set(ids(places).values())
 
 
 def test_a_place_that_nobody_fills_says_so(clinic):
     wrong = [x for x in clinic if not x.right]
-    places = dict(cases.chosen(wrong, 0))
+    places = dict(cases.choose_cases(wrong, 0))
     assert places["text only, no image: right"] is None
     assert places["the longest that is right"] is None
-    nobody = cases.told("here", None, 4)
+    nobody = cases.describe_case("here", None, 4)
     assert nobody == {"number": 4, "place": "here"}
-    assert cases.in_words(nobody).endswith("none")
+    assert cases.write_case(nobody).endswith("none")
 
 
 def test_a_case_is_told_in_full(clinic):
     x = next(x for x in clinic if x.right)
     y = replace(x, taught=((x.sample, x.verdict),))
-    d = cases.told("here", y, 1)
-    text = cases.in_words(d)
+    d = cases.describe_case("here", y, 1)
+    text = cases.write_case(d)
     for part in (x.question.stem, *x.question.options, "**correct**", "accepted"):
         assert part in text
     assert "<think>" not in text
     assert d["trace"] == x.sample.text
-    assert d["valid"] is cases.valid(x, x.sample)
-    assert "no accepted trace" in cases.in_words(cases.told("here", x, 1))
+    assert d["valid"] is cases.is_valid(x, x.sample)
+    assert "no accepted trace" in cases.write_case(cases.describe_case("here", x, 1))
 
 
 def test_every_failure_has_a_place_where_it_breaks(clinic):
-    bad = [x for x in clinic if not cases.valid(x, x.sample)]
+    bad = [x for x in clinic if not cases.is_valid(x, x.sample)]
     assert bad
-    assert {cases.breaks(x).split(":")[0] for x in bad} <= {
+    assert {cases.find_break(x).split(":")[0] for x in bad} <= {
         "false",
         "no fact at all",
         "true, but something needed is unsaid",
         "true and complete",
     }
-    sound = next(x for x in clinic if x.right and cases.valid(x, x.sample))
+    sound = next(x for x in clinic if x.right and cases.is_valid(x, x.sample))
     condition = sound.question.tags["condition"]
     other = "migraine" if condition != "migraine" else "gout"
     text = sound.sample.text.replace(condition, other)
     broken = replace(sound, sample=replace(sound.sample, text=text))
-    assert not cases.valid(broken, broken.sample)
-    assert cases.breaks(broken) != "true and complete: the answer does not follow it"
+    assert not cases.is_valid(broken, broken.sample)
+    assert cases.find_break(broken) != "true and complete: the answer does not follow it"
 
 
 def test_a_question_that_is_not_the_clinics_has_no_verdict_on_its_reasoning(clinic):
     x = replace(clinic[0], benchmark="medqa:test")
-    assert cases.valid(x, x.sample) is None
-    assert cases.told("here", x, 1)["breaks"] is None
+    assert cases.is_valid(x, x.sample) is None
+    assert cases.describe_case("here", x, 1)["breaks"] is None
 
 
 def test_findings_by_hand():
@@ -127,7 +127,7 @@ def test_findings_by_hand():
 
     n = {b: counts(right=40, valid=36) for b in cases.IN}
     n |= {b: counts(right=4, valid=0) for b in cases.OUT}
-    findings = [cases.found_of(claim, n, resamples=500, seed=0) for claim in cases.claims()]
+    findings = [cases.state_finding(claim, n, resamples=500, seed=0) for claim in cases.claims()]
     assert [round(f["difference"], 6) for f in findings] == [0.4, 0.4, 0.4, 0.15, 0.9]
     as_teacher = "undecided" if findings[3]["interval"][0] <= 0.1 else "disagrees"
     assert [f["outcome"] for f in findings] == [*["agrees"] * 3, as_teacher, "agrees"]
@@ -138,7 +138,7 @@ def test_nobody_right_is_no_error():
     columns = product((cases.STUDENT, cases.TEACHER), ("right", "valid"))
     nothing = dict.fromkeys(columns, np.zeros(5))
     n = dict.fromkeys((*cases.IN, *cases.OUT), nothing)
-    findings = [cases.found_of(claim, n, resamples=50, seed=0) for claim in cases.claims()]
+    findings = [cases.state_finding(claim, n, resamples=50, seed=0) for claim in cases.claims()]
     assert [(f["difference"], f["interval"]) for f in findings] == [(0, [-1, 1])] * 5
     assert {f["outcome"] for f in findings} == {"undecided"}
 
@@ -146,7 +146,7 @@ def test_nobody_right_is_no_error():
 def test_the_teacher_beside_a_case_is_the_one_of_its_kind(clinic):
     r = load_recipe("smoke")
     qs = [x.question for x in clinic[:6]]
-    answers = cases.taught(r, qs, 3)
+    answers = cases.ask_own_teacher(r, qs, 3)
     for q in qs:
         assert len(answers[q.id]) == 3
         first, _ = answers[q.id][0]
@@ -159,4 +159,4 @@ def test_a_response_that_is_not_in_the_ledger_is_said_to_be_missing(monkeypatch,
     monkeypatch.setattr(cases, "run", lambda s: tmp_path / "student")
     monkeypatch.setattr(cases, "identity", lambda s: "nobody")
     with pytest.raises(OctomedError, match="--fresh"):
-        cases.answered(r, seeded(cases.arms(r)[cases.STUDENT], 1, r.common)[0], cases.WARD)
+        cases.read_answers(r, give_seeds(cases.arms(r)[cases.STUDENT], 1, r.common)[0], cases.WARD)

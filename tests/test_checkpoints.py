@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from octomed.core.paths import OctomedError
-from octomed.core.store import Outside
-from octomed.core.store import run as make
-from octomed.generate.render import row, save_rows
+from octomed.core.store import ExternalInput
+from octomed.core.store import run_stage as make
+from octomed.generate.render import render_row, save_rows
 from octomed.train import loop
 from octomed.train.checkpoints import (
-    checkpoints,
-    random_states,
+    collect_random_states,
+    list_checkpoints,
     read_checkpoint,
-    restore_random,
+    restore_random_states,
     write_checkpoint,
 )
 from octomed.train.launch import Execution
-from octomed.train.loop import Keeper, Loop, fit
-from octomed.train.schedule import Schedule, batches
+from octomed.train.loop import CheckpointKeeper, Loop, fit
+from octomed.train.schedule import Schedule, draw_batches
 from octomed.train.students import save_student, sft
 
 PIXELS = 12_544
@@ -48,7 +48,7 @@ def chat(text, *images):
 def rows(student, picture):
     _, processor = student
     return [
-        row(
+        render_row(
             processor,
             chat("which is it ?", *([picture] if n % 3 == 0 else [])),
             "one " * n + f"\\boxed{{{'AB'[n % 2]}}}",
@@ -114,7 +114,7 @@ def without_times(log):
 def test_fault_34_a_resumed_run_is_the_run_that_was_not_stopped(student, rows, tmp_path, s):
     whole, log = run(student, rows, s)
     run_and_die(student, rows, s, tmp_path, die_at=5)
-    assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert [c.name for c in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
     again, log_again = run(student, rows, s, tmp_path)
     assert equal_weights(whole, again)
     assert without_times(log) == without_times(log_again)
@@ -131,7 +131,7 @@ def test_fault_34_optimiser_and_random_states_are_those_of_the_moment(student, r
         "nothing is drawn: the random state would not matter"
     )
     run_and_die(noisy, rows, s, tmp_path, die_at=4, how=how)
-    tensors, _ = read_checkpoint(checkpoints(tmp_path)[-1])
+    tensors, _ = read_checkpoint(list_checkpoints(tmp_path)[-1])
     kinds = {k.partition("/")[0] for k in tensors}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq", "step", "random"}
     again, _ = run(noisy, rows, s, tmp_path, how=how)
@@ -169,10 +169,13 @@ def test_fault_35_a_partial_checkpoint_is_skipped(student, rows, tmp_path, harm)
         (last / "state.json").write_text((last / "state.json").read_text()[:100])
     else:
         last.rename(tmp_path / ".step-00000004")  # as a kill during the write leaves it
-    assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002"]
+    assert [c.name for c in list_checkpoints(tmp_path)] == ["step-00000002"]
     again, _ = run(student, rows, s, tmp_path)
     assert equal_weights(whole, again)
-    assert len(checkpoints(tmp_path)) == 2 and checkpoints(tmp_path)[-1].name == "step-00000006"
+    assert (
+        len(list_checkpoints(tmp_path)) == 2
+        and list_checkpoints(tmp_path)[-1].name == "step-00000006"
+    )
 
 
 def test_fault_36_a_checkpoint_holds_no_pickle(student, rows, tmp_path, monkeypatch):
@@ -200,7 +203,7 @@ def test_fault_33_no_number_stops_the_run_names_its_rows_and_keeps_the_last_chec
 
     monkeypatch.setattr(Loop, "loss", spoilt)
     s = Schedule(batch=3, lr=1e-2)
-    order = list(batches(len(rows), s, seed=3, steps=7))
+    order = list(draw_batches(len(rows), s, seed=3, steps=7))
     with pytest.raises(OctomedError, match="no longer a number at step 3") as error:
         fit_example(model, processor, rows, s, folder=tmp_path)
     message = str(error.value)
@@ -225,7 +228,7 @@ def test_a_job_that_is_asked_to_stop_keeps_its_state(student, rows, tmp_path):
     ):
         patch.setattr(Loop, "step", step_after_signal)
         run(student, rows, s, tmp_path, how=how)
-    assert signal.getsignal(signal.SIGTERM) == before and len(checkpoints(tmp_path)) == 1
+    assert signal.getsignal(signal.SIGTERM) == before and len(list_checkpoints(tmp_path)) == 1
     again, _ = run(student, rows, s, tmp_path, how=how)
     assert equal_weights(whole, again)
 
@@ -249,21 +252,21 @@ def test_a_short_run_writes_nothing_and_a_long_one_by_the_clock(
         tmp_path,
         how=Execution(pack=False, checkpoint_minutes=5),
     )
-    assert 1 <= len(checkpoints(tmp_path)) <= 2
+    assert 1 <= len(list_checkpoints(tmp_path)) <= 2
 
 
 def test_two_are_kept_and_a_stage_leaves_none(student, tmp_path):
     for n in range(1, 5):
-        write_checkpoint(tmp_path, n, random_states(), {})
-    assert [c.name for c in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+        write_checkpoint(tmp_path, n, collect_random_states(), {})
+    assert [c.name for c in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     with pytest.raises(OctomedError, match="written by 1 processes, and 2 are here"):
         read_checkpoint(tmp_path / "step-00000004", ranks=2)
 
 
 def test_generators_go_on_where_they_were():
-    states = random_states()
+    states = collect_random_states()
     drawn = torch.rand(5)
-    restore_random(states)
+    restore_random_states(states)
     assert torch.equal(drawn, torch.rand(5))
 
 
@@ -275,15 +278,15 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(student, rows, tmp_path, mon
 
     def declared(seed):
         return sft(
-            base=Outside(tmp_path / "base"),
-            rendered=Outside(tmp_path / "rows"),
+            base=ExternalInput(tmp_path / "base"),
+            rendered=ExternalInput(tmp_path / "rows"),
             schedule=Schedule(epochs=2, batch=3, lr=1e-2),
             seed=seed,
             max_pixels=PIXELS,
         )
 
     monkeypatch.setenv("OCTOMED_TRAIN", "checkpoint_every=2")
-    step, resume, kept, began = Loop.step, Keeper.resume, [], []
+    step, resume, kept, began = Loop.step, CheckpointKeeper.resume, [], []
 
     def dying(self, chosen, lr, note):
         if kept:
@@ -300,7 +303,7 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(student, rows, tmp_path, mon
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Loop, "step", dying)
         make(declared(1))
-    monkeypatch.setattr(Keeper, "resume", watched_resume)
+    monkeypatch.setattr(CheckpointKeeper, "resume", watched_resume)
     folder = make(declared(1))
     assert began == [2] and len((folder / "log.jsonl").read_text().splitlines()) == 5
     assert not list(folder.rglob("step-*"))

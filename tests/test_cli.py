@@ -600,11 +600,11 @@ def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, result
         and "Not run here, shown from the reference run that the project keeps: 42_b." in out
         and "The code has changed since these results were made" in out
     )
-    from octomed.core.code import section_code
+    from octomed.core.code import section_digest
 
     path = tmp_path / "out" / "reference" / "r" / "results" / "42_b.json"
     path.write_text(
-        path.read_text().replace('"old"', json.dumps(section_code("42_b", tmp_path / "nbs")))
+        path.read_text().replace('"old"', json.dumps(section_digest("42_b", tmp_path / "nbs")))
     )
     assert "The code has changed" not in call(capsys, "report", recipe)[1]
 
@@ -632,7 +632,7 @@ def test_report_page_is_self_contained(capsys, tmp_path, results):
 def test_reference_is_kept_only_of_a_complete_run_on_a_clean_tree(tmp_path, results, monkeypatch):
     recipe = str(results(tmp_path / "out" / "r"))
     with pytest.raises(OctomedError, match=r"the run of r is not complete \(42_b\)"):
-        report.reference(recipe)
+        report.keep_reference(recipe)
     import octomed.run.runner
 
     monkeypatch.setattr(
@@ -640,10 +640,10 @@ def test_reference_is_kept_only_of_a_complete_run_on_a_clean_tree(tmp_path, resu
     )
     monkeypatch.setattr(report, "_dirty", lambda: True)
     with pytest.raises(OctomedError, match="the working tree has changes: commit them"):
-        report.reference(recipe)
+        report.keep_reference(recipe)
     assert not (tmp_path / "out" / "reference").exists()
     monkeypatch.setattr(report, "_dirty", lambda: False)
-    into = report.reference(recipe)
+    into = report.keep_reference(recipe)
     assert sorted(str(p.relative_to(into)) for p in into.rglob("*") if p.is_file()) == [
         "figures/42_b.png",
         "figures/42_b.svg",

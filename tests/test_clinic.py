@@ -10,16 +10,22 @@ import pytest
 
 from octomed.clinic import drawings, teachers
 from octomed.clinic import questions as clinic
-from octomed.clinic.oracles import full_oracle, one_fact_oracle, oracle_table
-from octomed.clinic.questions import SIZES, questions, reference
-from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher, reasoning_valid, respond
-from octomed.clinic.textbook import atlas, textbook, vocabulary
-from octomed.clinic.world import conditions, decides
-from octomed.core.identity import canonical
+from octomed.clinic.oracles import answer_by_composition, answer_by_one_fact, tabulate_oracles
+from octomed.clinic.questions import SIZES, load_questions, look_up_truth
+from octomed.clinic.teachers import (
+    INSTRUCT,
+    REASONER,
+    SimulatedTeacher,
+    is_reasoning_valid,
+    respond,
+)
+from octomed.clinic.textbook import draw_atlas, list_vocabulary, write_textbook
+from octomed.clinic.world import is_decisive, load_conditions
+from octomed.core.identity import canonicalize
 from octomed.core.paths import OctomedError
 from octomed.data.sources import SOURCES, load
 from octomed.generate.answers import judge
-from octomed.generate.engines import Request, Sampling, teacher
+from octomed.generate.engines import Request, Sampling, load_teacher
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,35 +37,35 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ward():
-    return questions("clinic_ward", "train", limit=3000)
+    return load_questions("clinic_ward", "train", limit=3000)
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return questions("clinic_ward", "test") + questions("clinic_boards", "test")
+    return load_questions("clinic_ward", "test") + load_questions("clinic_boards", "test")
 
 
 @pytest.fixture(scope="module")
 def seen():
     return (
-        questions("clinic_reading", "test", limit=160)
-        + questions("clinic_rounds", "test", limit=200)
-        + questions("clinic_grand", "test", limit=120)
+        load_questions("clinic_reading", "test", limit=160)
+        + load_questions("clinic_rounds", "test", limit=200)
+        + load_questions("clinic_grand", "test", limit=120)
     )
 
 
 def test_conditions_are_decided_by_three_findings_and_not_by_one():
-    cs = conditions().values()
+    cs = load_conditions().values()
     assert len(cs) == 28 and sum(bool(c.image) for c in cs) >= 8
     for c in cs:
         assert len(c.shows) == 4
-        assert all(decides(three) for three in combinations(c.shows, 3)), c.name
-        assert any(not decides((f,)) for f in c.shows), c.name
+        assert all(is_decisive(three) for three in combinations(c.shows, 3)), c.name
+        assert any(not is_decisive((f,)) for f in c.shows), c.name
 
 
 def test_a_factor_does_not_give_the_alternative_away():
-    for factor in {c.factor for c in conditions().values()}:
-        alternatives = [c.alternative for c in conditions().values() if c.factor == factor]
+    for factor in {c.factor for c in load_conditions().values()}:
+        alternatives = [c.alternative for c in load_conditions().values() if c.factor == factor]
         assert len(alternatives) > 1 and len(set(alternatives)) == len(alternatives), factor
 
 
@@ -71,9 +77,11 @@ def sentences_of(response: str) -> list[str]:
 
 
 def test_vocabulary_is_small_and_holds_every_word(texts, seen):
-    words = vocabulary()
+    words = list_vocabulary()
     assert len(words) <= 700
-    lines = textbook(5, 300, 100, words=50) + [caption for _, caption in atlas(1, per_class=1)]
+    lines = write_textbook(5, 300, 100, words=50) + [
+        caption for _, caption in draw_atlas(1, per_class=1)
+    ]
     for q in texts + seen:
         lines += [q.stem, *q.options]
     for who, q, seed in product((REASONER, INSTRUCT), texts[::4] + seen[::4], (0, 1)):
@@ -102,10 +110,10 @@ def images_of(questions) -> set[str]:
 def test_splits_share_no_question(ward, texts, seen):
     train = (
         ward
-        + questions("clinic_reading", "train", limit=60)
-        + questions("clinic_rounds", "train", limit=60)
+        + load_questions("clinic_reading", "train", limit=60)
+        + load_questions("clinic_rounds", "train", limit=60)
     )
-    test = texts + seen + questions("clinic_scanner", "test", limit=32)
+    test = texts + seen + load_questions("clinic_scanner", "test", limit=32)
     assert not {q.id for q in train} & {q.id for q in test}
     assert not images_of(train) & images_of(test)
     assert len({q.id for q in train + test}) == len(train) + len(test)
@@ -114,18 +122,18 @@ def test_splits_share_no_question(ward, texts, seen):
 def test_picture_pools_are_disjoint_and_no_two_drawings_are_equal():
     keys = []
     for pool, n in clinic.PICTURES.items():
-        keys += [clinic.picture_key(pool, "mri", "dural mass", k=k) for k in range(n)]
+        keys += [clinic.choose_picture(pool, "mri", "dural mass", k=k) for k in range(n)]
     assert len(set(keys)) == len(keys)
-    assert len(set(clinic.pictures(keys[:30]))) == 30
+    assert len(set(clinic.draw_pictures(keys[:30]))) == 30
 
 
 def test_held_out_conditions_stay_out_of_training(ward):
-    held = {c.name for c in conditions().values() if c.held}
+    held = {c.name for c in load_conditions().values() if c.held}
     assert len(held) == 6
-    rounds = [clinic.plan("clinic_rounds", "train", i)[1] for i in range(500)]
+    rounds = [clinic.draft_question("clinic_rounds", "train", i)[1] for i in range(500)]
     assert not held & ({q.tags["condition"] for q in ward} | {t.condition for t in rounds})
     assert not held & set().union(*(q.options for q in ward))
-    assert {q.tags["condition"] for q in questions("clinic_boards", "test")} == held
+    assert {q.tags["condition"] for q in load_questions("clinic_boards", "test")} == held
 
 
 @pytest.mark.parametrize(
@@ -140,9 +148,9 @@ def test_held_out_conditions_stay_out_of_training(ward):
 def test_positions_of_the_answer_are_uniform(source, split):
     n = SIZES[source, split] if source == "clinic_boards" else 2400
     if source in ("clinic_ward", "clinic_boards"):
-        letters = Counter(q.answer for q in questions(source, split, n))
+        letters = Counter(q.answer for q in load_questions(source, split, n))
     else:
-        letters = Counter(clinic.plan(source, split, i)[1].letter for i in range(n))
+        letters = Counter(clinic.draft_question(source, split, i)[1].letter for i in range(n))
     places, limit = (5, 18.47) if source == "clinic_boards" else (4, 16.27)
     expected = n / places
     chi2 = sum((count - expected) ** 2 / expected for count in letters.values())
@@ -152,12 +160,12 @@ def test_positions_of_the_answer_are_uniform(source, split):
 
 def test_full_oracle_is_always_right(ward, texts, seen):
     for q in ward[:600] + texts + seen:
-        assert full_oracle(q, reference(q.id).image) == q.answer, q
+        assert answer_by_composition(q, look_up_truth(q.id).image) == q.answer, q
 
 
 def test_one_fact_oracle_solves_one_step_and_no_more(texts):
     for source in ("clinic_ward", "clinic_boards"):
-        table = oracle_table([q for q in texts if q.source == source])
+        table = tabulate_oracles([q for q in texts if q.source == source])
         chance = 0.25 if source == "clinic_ward" else 0.2
         assert table[1]["one_fact"] > 0.9
         assert table[3]["one_fact"] < 0.05  # it takes the shortcut
@@ -167,7 +175,7 @@ def test_one_fact_oracle_solves_one_step_and_no_more(texts):
 
 
 def test_the_factor_does_not_give_the_answer_away(ward):
-    truths = [reference(q.id) for q in ward]
+    truths = [look_up_truth(q.id) for q in ward]
     treatments = [t for t in truths if t.kind == "treat"]
     known, new = treatments[::2], treatments[1::2]
     times = Counter((t.factor, t.answer) for t in known)
@@ -182,35 +190,39 @@ def test_the_factor_does_not_give_the_answer_away(ward):
 def test_questions_with_images_need_the_image(seen):
     rounds = [q for q in seen if q.source == "clinic_rounds"]
     for q in rounds:
-        t = reference(q.id)
+        t = look_up_truth(q.id)
         with pytest.raises(OctomedError):
-            full_oracle(q)  # without it the condition is open
-        assert t.image == conditions()[t.condition].image
-    assert np.mean([one_fact_oracle(q) == q.answer for q in rounds]) < 0.5
+            answer_by_composition(q)  # without it the condition is open
+        assert t.image == load_conditions()[t.condition].image
+    assert np.mean([answer_by_one_fact(q) == q.answer for q in rounds]) < 0.5
 
 
 def test_the_shortcut_is_among_the_options(ward):
     for q in ward[:1000]:
-        t, c = reference(q.id), conditions()[q.tags["condition"]]
+        t, c = look_up_truth(q.id), load_conditions()[q.tags["condition"]]
         if t.kind == "treat":
             assert {c.first, c.alternative} <= set(q.options)
 
 
 def test_a_question_is_the_same_every_time(ward):
-    again = questions("clinic_ward", "train", limit=50)
-    assert [canonical(q.to_json()) for q in again] == [canonical(q.to_json()) for q in ward[:50]]
+    again = load_questions("clinic_ward", "train", limit=50)
+    assert [canonicalize(q.to_json()) for q in again] == [
+        canonicalize(q.to_json()) for q in ward[:50]
+    ]
     assert (
-        textbook(3, 50, 50, words=5) == textbook(3, 50, 50, words=5) != textbook(4, 50, 50, words=5)
+        write_textbook(3, 50, 50, words=5)
+        == write_textbook(3, 50, 50, words=5)
+        != write_textbook(4, 50, 50, words=5)
     )
 
 
 def test_reference_is_rebuilt_from_an_id(texts, seen):
     for q in (texts[7], seen[-1]):
-        truth = reference(q.id)
+        truth = look_up_truth(q.id)
         clinic.TRUTHS.pop(q.id)
         clinic._recall_text.cache_clear()
         clinic._recall_images.cache_clear()
-        assert reference(q.id) == truth and truth.letter == q.answer
+        assert look_up_truth(q.id) == truth and truth.letter == q.answer
 
 
 def test_sources_are_registered():
@@ -230,7 +242,7 @@ def test_every_class_of_drawing_is_visible(modality):
     noise = np.asarray(drawings.GRAIN["a"]) / math.sqrt(64 * 10)
     for other in others:
         assert np.abs(other - normal).max() > 20 * noise  # somewhere the mean picture differs
-    assert drawings.nearest_mean(modality, n=10) > 0.35
+    assert drawings.measure_nearest_mean(modality, n=10) > 0.35
 
 
 def contrast(scanner: str) -> float:
@@ -263,7 +275,7 @@ def test_teachers_err_as_stated(who, ward):
     for q in ward[:2400]:
         text, finish = respond(who, q.id, 11)
         status = judge(text, q.letters, q.answer, think_first=True).status
-        lucky = status == "correct" and not reasoning_valid(q, text)
+        lucky = status == "correct" and not is_reasoning_valid(q, text)
         rows.setdefault(q.tags["steps"], []).append((finish, status, lucky))
     everything = list(chain.from_iterable(rows.values()))
     finishes = [finish for finish, *_ in everything]
@@ -278,8 +290,10 @@ def test_teachers_err_as_stated(who, ward):
 
 def test_the_instruct_teacher_misreads_images_as_stated():
     for i in range(600):
-        stem, truth, _ = clinic.plan("clinic_reading", "train", i)
-        clinic.asked("clinic_reading", "train", i, stem=stem, truth=truth, image=f"name:{i}")
+        stem, truth, _ = clinic.draft_question("clinic_reading", "train", i)
+        clinic.build_question(
+            "clinic_reading", "train", i, stem=stem, truth=truth, image=f"name:{i}"
+        )
     looks = [(key, t) for key, t in clinic.TRUTHS.items() if t.kind == "look"][-600:]
     read = []
     for key, t in looks:
@@ -298,17 +312,17 @@ def test_right_chains_are_valid_and_wrong_ones_are_not(texts, seen):
     rng = np.random.default_rng(0)
 
     def response(who, t, facts):
-        thought = teachers.thought(rng, who, t, facts=facts, letter=t.letter)
+        thought = teachers.speak_thought(rng, who, t, facts=facts, letter=t.letter)
         return f"<think>{thought}</think>\n\n<answer>{t.letter}</answer>"
 
     for q in texts[::5] + seen[::5]:
-        t = reference(q.id)
+        t = look_up_truth(q.id)
         for who in (INSTRUCT,) if q.images else (REASONER, INSTRUCT):
             good = response(who, t, t.facts)
-            bad = response(who, t, teachers.lucky_chain(rng, t))
-            assert reasoning_valid(q, good), good
-            assert not reasoning_valid(q, bad), bad
-        assert not reasoning_valid(q, f"<think>so.</think>\n\n<answer>{t.letter}</answer>")
+            bad = response(who, t, teachers.choose_lucky_chain(rng, t))
+            assert is_reasoning_valid(q, good), good
+            assert not is_reasoning_valid(q, bad), bad
+        assert not is_reasoning_valid(q, f"<think>so.</think>\n\n<answer>{t.letter}</answer>")
 
 
 def sample(engine, question_id, indices=(0,), sampling=None):
@@ -321,14 +335,14 @@ def test_a_request_never_carries_the_answer(texts):
     messages = [{"role": "user", "content": [{"type": "text", "text": q.stem}]}]
     request = Request(q.id, messages, "demo", indices=(0, 1))
     assert "answer" not in set(request.__dataclass_fields__)
-    engine = teacher("clinic/reasoner")
+    engine = load_teacher("clinic/reasoner")
     asked = [s.text for s in engine.generate([request], Sampling())]
     # It looks the question up by the id, so an empty request gives the same.
     assert asked == [s.text for s in sample(engine, q.id, indices=(0, 1))]
 
 
 def test_an_unknown_question_is_an_error_sample():
-    samples = sample(teacher("clinic/instruct"), "f" * 16, indices=(0, 1))
+    samples = sample(load_teacher("clinic/instruct"), "f" * 16, indices=(0, 1))
     assert [s.finish for s in samples] == ["error"] * 2
     assert "does not know" in samples[0].text
 

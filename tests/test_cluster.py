@@ -13,18 +13,18 @@ import yaml
 
 from octomed.core.paths import OctomedError, UsageError, outputs_dir, root
 from octomed.core.recipe import Recipe, load_recipe
-from octomed.core.store import run, stage
+from octomed.core.store import run_stage, stage
 from octomed.run import cluster
 from octomed.run.cluster import (
     Job,
-    asks,
-    grouped,
-    jobs_of,
-    queued,
-    resources,
+    find_queued,
+    find_unfinished,
+    group_stages,
+    list_jobs,
+    prepare_work,
+    read_resources,
+    resources_for,
     submit,
-    unfinished,
-    work_of,
 )
 
 submitit = pytest.importorskip("submitit")
@@ -71,7 +71,7 @@ def readings(n, seeds=(0, 1), benchmarks=("a", "b")):
 @pytest.fixture(scope="module")
 def course():
     recipe = load_recipe("smoke")
-    return recipe, jobs_of(recipe)
+    return recipe, list_jobs(recipe)
 
 
 def test_a_job_comes_after_all_that_it_waits_for(course):
@@ -106,14 +106,14 @@ def test_the_notebooks_are_last_and_wait_for_their_own_stages(course):
 
 
 def test_chains_and_readings_of_one_student_share_a_job_and_students_do_not():
-    assert [[s.name for s in j.stages] for j in grouped(readings(1), ASKS)] == [
+    assert [[s.name for s in j.stages] for j in group_stages(readings(1), ASKS)] == [
         ["pool", "traces"],
         ["teach"],
         ["evaluation"] * 2,
         ["teach"],
         ["evaluation"] * 2,
     ]
-    alike = grouped(readings(1, benchmarks=("a",)), {"default": {}, "stages": {}})
+    alike = group_stages(readings(1, benchmarks=("a",)), {"default": {}, "stages": {}})
     assert [[s.name for s in j.stages] for j in alike] == [
         ["pool", "traces"],
         ["teach", "evaluation"],
@@ -123,33 +123,33 @@ def test_chains_and_readings_of_one_student_share_a_job_and_students_do_not():
 
 def test_fault_8_what_is_made_needs_no_job():
     wanted = readings(2)
-    run(wanted[0])
-    assert {s.key for s in unfinished(wanted).values()} == {
+    run_stage(wanted[0])
+    assert {s.key for s in find_unfinished(wanted).values()} == {
         wanted[1].key,
         wanted[2].key,
         wanted[3].key,
         wanted[2].params["student"].key,
     }
     for s in wanted:
-        run(s)
-    assert grouped(wanted, ASKS) == []
+        run_stage(s)
+    assert group_stages(wanted, ASKS) == []
 
 
 def test_resources_are_the_recipes_file_or_the_default_and_submitits_own_names(tmp_path):
-    assert asks("sft", resources("paper"))["gpus_per_node"] == 8
-    assert "gpus_per_node" not in asks("sft", resources("course"))
+    assert resources_for("sft", read_resources("paper"))["gpus_per_node"] == 8
+    assert "gpus_per_node" not in resources_for("sft", read_resources("course"))
     executor = submitit.AutoExecutor(tmp_path, cluster="local")
     for f in (root() / "nbs" / "recipes" / "cluster").glob("*.yaml"):
-        wanted = resources("x", f)
+        wanted = read_resources("x", f)
         for name in ("any", *wanted["stages"]):
             executor.update_parameters(
-                **asks(name, wanted)
+                **resources_for(name, wanted)
             )  # raises for a name that submitit does not know
     (tmp_path / "bad.yaml").write_text("partition: x")
     with pytest.raises(UsageError, match="unknown key partition"):
-        resources("x", tmp_path / "bad.yaml")
+        read_resources("x", tmp_path / "bad.yaml")
     with pytest.raises(UsageError, match=r"no file none\.yaml"):
-        resources("x", tmp_path / "none.yaml")
+        read_resources("x", tmp_path / "none.yaml")
     for text, message in (
         ("- a", "holds no keys"),
         ("stages: [sft]", "where a mapping belongs"),
@@ -158,14 +158,14 @@ def test_resources_are_the_recipes_file_or_the_default_and_submitits_own_names(t
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UsageError, match=message):
-            resources("x", tmp_path / "bad.yaml")
+            read_resources("x", tmp_path / "bad.yaml")
     (tmp_path / "ok.yaml").write_text("default:\nstages: {sft: }")
-    assert asks("sft", resources("x", tmp_path / "ok.yaml")) == {}
+    assert resources_for("sft", read_resources("x", tmp_path / "ok.yaml")) == {}
 
 
 def test_fault_6_a_job_whose_code_has_moved_on_refuses():
-    job = grouped(readings(3), ASKS)[0]
-    work = work_of(job, Recipe("r"), "r")
+    job = group_stages(readings(3), ASKS)[0]
+    work = prepare_work(job, Recipe("r"), "r")
     with pytest.raises(OctomedError, match="submit it again"):
         replace(work, code={**work.code, "pool": "older"})()
     assert not job.stages[0].done
@@ -176,7 +176,7 @@ def test_fault_6_a_job_whose_code_has_moved_on_refuses():
 def test_fault_17_a_failing_job_shows_no_key(monkeypatch, capfd):
     monkeypatch.setenv("MY_API_KEY", "canary-12345")
     with pytest.raises(OctomedError) as e:
-        work_of(Job("broken", (broken(why=1),)), Recipe("r"), "r")()
+        prepare_work(Job("broken", (broken(why=1),)), Recipe("r"), "r")()
     shown = capfd.readouterr()
     assert "[MY_API_KEY]" in str(e.value)
     assert "ValueError" in shown.err
@@ -184,7 +184,7 @@ def test_fault_17_a_failing_job_shows_no_key(monkeypatch, capfd):
 
 
 def test_a_killed_job_goes_into_the_queue_as_it_was():
-    work = work_of(grouped(readings(4), ASKS)[0], Recipe("r"), "r")
+    work = prepare_work(group_stages(readings(4), ASKS)[0], Recipe("r"), "r")
     again = work.checkpoint()
     assert again.function is work
     assert not again.args
@@ -200,7 +200,7 @@ def test_a_stage_survives_the_trip_to_another_process(tmp_path):
     import octomed.clinic.questions  # noqa: F401 - registers the sources
     from octomed.distill.pools import questions
 
-    work = work_of(
+    work = prepare_work(
         Job(
             "q",
             (
@@ -233,7 +233,7 @@ def tiny(tmp_path, monkeypatch):
     "A recipe of one section with one arm and one evaluation, whose stages do next to nothing."
     wanted = readings(str(tmp_path), seeds=(0,), benchmarks=("a",))
     monkeypatch.setattr(cluster, "load_recipe", lambda name: Recipe("tiny"))
-    monkeypatch.setattr(cluster, "jobs_of", lambda *args, **options: grouped(wanted, ASKS))
+    monkeypatch.setattr(cluster, "list_jobs", lambda *args, **options: group_stages(wanted, ASKS))
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "outputs"))
     return wanted
 
@@ -330,7 +330,7 @@ def test_jobs_still_in_the_queue_are_not_submitted_twice(tiny, tmp_path, monkeyp
         "default: {timeout_min: 7}\nstages: {teach: {gpus_per_node: 1}}"
     )
     rows = submit("tiny", file=tmp_path / "a.yaml")
-    assert queued(outputs_dir() / "tiny" / "slurm") == ["2"]
+    assert find_queued(outputs_dir() / "tiny" / "slurm") == ["2"]
     assert len(rows) == 3
     with pytest.raises(OctomedError, match="scancel 2"):
         submit("tiny", file=tmp_path / "a.yaml")
@@ -356,7 +356,7 @@ def test_the_command_hands_over_and_says_where_jobs_stand(tiny, tmp_path, monkey
     assert main(["run", "tiny", "--on", "slurm", "--cluster", str(tmp_path / "a.yaml")]) == 0
     assert "3 jobs submitted" in capsys.readouterr().out
     monkeypatch.setattr("octomed.run.runner.status", lambda name: [])
-    run(tiny[0].params["student"].params["rows"])
+    run_stage(tiny[0].params["student"].params["rows"])
     assert main(["status", "tiny", "--jobs", "--json"]) == 0
     assert [(j["id"], j["state"]) for j in json.loads(capsys.readouterr().out)] == [
         ("1", "done"),
@@ -386,7 +386,7 @@ def test_what_dies_of_a_preemption_is_requeued_and_what_is_cancelled_is_not(
     monkeypatch.setattr("octomed.run.cluster.time.sleep", lambda s: None)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(OctomedError, match="a child of it died"):
-        work_of(Job("preempted", (preempted(why=state),)), Recipe("r"), "r")()
+        prepare_work(Job("preempted", (preempted(why=state),)), Recipe("r"), "r")()
     assert (tmp_path / "asked").exists() == again
     assert not again or (tmp_path / "asked").read_text() == "requeue 77\n"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -399,10 +399,10 @@ def test_a_failure_of_its_own_is_not_requeued(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("MY_API_KEY", "canary-12345")
     with pytest.raises(OctomedError, match="here"):
-        work_of(Job("broken", (broken(why=2),)), Recipe("r"), "r")()
+        prepare_work(Job("broken", (broken(why=2),)), Recipe("r"), "r")()
     assert not (tmp_path / "asked").exists()
 
 
 def test_a_notebook_that_fails_fails_its_job():
     with pytest.raises(OctomedError, match="42_formatting did not run to its end"):
-        work_of(Job("n", (), section="42_formatting"), Recipe("r"), "no such recipe.yaml")()
+        prepare_work(Job("n", (), section="42_formatting"), Recipe("r"), "no such recipe.yaml")()

@@ -15,24 +15,24 @@ from octomed.data import decontaminate_files as files_module
 from octomed.data.decontaminate import (
     RULES,
     Index,
-    by_ratio,
-    compare,
+    compare_rules,
     decontaminate,
-    normalised,
-    words,
+    flag_by_ratio,
+    normalise,
+    split_words,
 )
 from octomed.data.decontaminate_files import (
-    as_pairs,
-    file_rows,
-    lines_of,
-    pieces,
-    reports,
+    count_pairs,
+    cut_pieces,
+    decontaminate_sets,
+    parse_rows,
+    split_lines,
 )
-from octomed.data.decontaminate_report import as_html, drops, funnel, page
+from octomed.data.decontaminate_report import count_drops, list_drops, render_page, write_page
 from octomed.data.images import open_image, pixel_hash
 from octomed.data.questions import Question
 from octomed.data.sources import load
-from octomed.data.twins import file_twins, question_twins, twins
+from octomed.data.twins import find_file_twins, find_question_twins, find_twins
 
 DATA = os.environ.get("OCTOMED_DATA")
 real = pytest.mark.skipif(not DATA, reason="OCTOMED_DATA is not set")
@@ -78,8 +78,8 @@ def test_equals_the_plain_rule_on_planted_overlaps(n):
     assert report.flagged == expected and 0 < len(expected) < 67
     for m in report.matches:
         assert (
-            m.text in " ".join(words(train[m.train]))
-            and m.text in " ".join(words(bench[m.bench]))
+            m.text in " ".join(split_words(train[m.train]))
+            and m.text in " ".join(split_words(bench[m.bench]))
             and len(m.text.split()) >= n
         )
         assert n / len(bench[m.bench].split()) <= m.share <= 1
@@ -96,7 +96,7 @@ def test_equals_the_plain_rule_for_any_n(train, bench, n):
     seen = set().union(*map(grams, bench))
     assert r.flagged == [i for i, t in enumerate(train) if grams(t) & seen]
     assert sorted(r.exact) == [
-        i for i, t in enumerate(train) if normalised(t) in map(normalised, bench)
+        i for i, t in enumerate(train) if normalise(t) in map(normalise, bench)
     ]
     assert (r.blind, r.blind_train) == (
         [i for i, b in enumerate(bench) if len(b.split()) < n],
@@ -176,16 +176,16 @@ def test_fault_24_the_exact_rule_is_equality_of_normal_forms_whatever_the_letter
         " ".join(variants.get(w, w) if data.draw(st.booleans()) else w for w in i) for i in items
     ] + bench
     r = decontaminate(rows(*train), rows(*bench), n)
-    keys = [normalised(b) for b in bench]
+    keys = [normalise(b) for b in bench]
     assert r.exact == {
-        i: keys.index(normalised(t)) for i, t in enumerate(train) if normalised(t) in keys
+        i: keys.index(normalise(t)) for i, t in enumerate(train) if normalise(t) in keys
     }
     assert r.flagged == [
         i
         for i, t in enumerate(train)
         if any(
-            set(zip(*(words(t)[k:] for k in range(n)), strict=False))
-            & set(zip(*(words(b)[k:] for k in range(n)), strict=False))
+            set(zip(*(split_words(t)[k:] for k in range(n)), strict=False))
+            & set(zip(*(split_words(b)[k:] for k in range(n)), strict=False))
             for b in bench
         )
     ]
@@ -262,7 +262,9 @@ def test_the_same_stem_under_another_picture_is_another_question():
 
     train, test = [q("p1", "train"), q("p2", "train")], [q("p2", "test")]
     assert list(decontaminate(train, test).exact) == [1]
-    assert question_twins(train, test).train == (1,) and question_twins(train, test).test == (0,)
+    assert find_question_twins(train, test).train == (1,) and find_question_twins(
+        train, test
+    ).test == (0,)
 
 
 def test_fault_25_rows_are_conserved_and_the_order_is_kept():
@@ -297,8 +299,8 @@ def test_pairs_reads_files_and_sources(tmp_path):
         + json.dumps({"question": "Other?"})
         + "\n"
     )
-    by_pair = reports([str(f)], ["medmcqa:dev"], folder=shipped("examples"))
-    (row,) = as_pairs(by_pair)["pairs"]
+    by_pair = decontaminate_sets([str(f)], ["medmcqa:dev"], folder=shipped("examples"))
+    (row,) = count_pairs(by_pair)["pairs"]
     assert row == {
         "train": str(f),
         "bench": "medmcqa:dev",
@@ -320,10 +322,10 @@ def test_reports_say_what_is_wrong(tmp_path):
     ):
         f.write_bytes(bad)
         with pytest.raises(OctomedError, match=message):
-            reports([str(f)], [str(f)])
+            decontaminate_sets([str(f)], [str(f)])
     f.write_text('{"question": "a"}')
     with pytest.raises(OctomedError, match="neither a JSONL file nor a registered source"):
-        reports(["nowhere.jsonl"], [str(f)])
+        decontaminate_sets(["nowhere.jsonl"], [str(f)])
 
 
 def test_a_gz_that_is_cut_short_or_none_is_named(tmp_path):
@@ -331,7 +333,7 @@ def test_a_gz_that_is_cut_short_or_none_is_named(tmp_path):
     for data in (whole[:-6], whole[:20] + bytes(30), b"plain text"):
         (tmp_path / "t.jsonl.gz").write_bytes(data)
         with pytest.raises(OctomedError, match=r"t\.jsonl\.gz is no whole gzip file"):
-            reports([str(tmp_path / "t.jsonl.gz")], [str(tmp_path / "t.jsonl.gz")])
+            decontaminate_sets([str(tmp_path / "t.jsonl.gz")], [str(tmp_path / "t.jsonl.gz")])
 
 
 def jsonl(path, items, packed=False):
@@ -370,10 +372,10 @@ def test_files_in_pieces_and_processes_equal_memory(tmp_path, monkeypatch, packe
     )
     expected = decontaminate(train, bench, 8)
     monkeypatch.setattr(files_module, "LARGE", 1)
-    monkeypatch.setattr(files_module.pieces, "__defaults__", (700,))
-    assert len(list(pieces(Path(t)))) > 20
+    monkeypatch.setattr(files_module.cut_pieces, "__defaults__", (700,))
+    assert len(list(cut_pieces(Path(t)))) > 20
     for workers in (1, 2):
-        assert reports([t], [b], 8, workers=workers)[t, b] == expected
+        assert decontaminate_sets([t], [b], 8, workers=workers)[t, b] == expected
     assert len(expected.flagged) > 40 and len(expected.exact) >= 8
 
 
@@ -384,13 +386,15 @@ def test_pieces_hold_whole_lines_and_count_them(tmp_path, size):
         b'{"question": "three"}'
     )
     (tmp_path / "x.jsonl").write_bytes(data)
-    results = list(pieces(tmp_path / "x.jsonl", size))
+    results = list(cut_pieces(tmp_path / "x.jsonl", size))
     assert b"".join(p for _, p, _ in results) == data[3:] and results[-1][2] == len(data)
     assert [first for first, _, _ in results] == [
         1 + b"".join(p for _, p, _ in results[:i]).count(b"\n") for i in range(len(results))
     ]
     read = [
-        (n, r["question"]) for first, p, _ in results for n, r in file_rows(lines_of(first, p), "x")
+        (n, r["question"])
+        for first, p, _ in results
+        for n, r in parse_rows(split_lines(first, p), "x")
     ]
     assert read == [(0, "one"), (2, "tüwo"), (4, "three")]
 
@@ -398,7 +402,7 @@ def test_pieces_hold_whole_lines_and_count_them(tmp_path, size):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(files_module, "LARGE", 1)
-    monkeypatch.setattr(files_module.pieces, "__defaults__", (900,))
+    monkeypatch.setattr(files_module.cut_pieces, "__defaults__", (900,))
     train, bench = corpus(200)
     b, t = jsonl(tmp_path / "b.jsonl", bench), tmp_path / "t.jsonl"
     lines = [json.dumps(r).encode() for r in train]
@@ -412,21 +416,23 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, monkeypatch, worker
     ):
         t.write_bytes(b"\n".join([*lines[:150], bad, *lines[150:180], b"worse"]))
         with pytest.raises(OctomedError, match=message):
-            reports([str(t)], [b], workers=workers)
+            decontaminate_sets([str(t)], [b], workers=workers)
 
 
 def test_what_only_the_standard_parser_reads_is_read(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"question": "is it \\ud800 here", "x": NaN}\n')
-    r = reports([str(tmp_path / "t.jsonl")], [jsonl(tmp_path / "b.jsonl", rows("no"))], 2)
+    r = decontaminate_sets(
+        [str(tmp_path / "t.jsonl")], [jsonl(tmp_path / "b.jsonl", rows("no"))], 2
+    )
     assert [x.rows for x in r.values()] == [1]
-    same = reports([str(tmp_path / "t.jsonl")], [str(tmp_path / "t.jsonl")], 2)
-    assert as_html(same, tmp_path / "x.html").read_text().count("is it ? here") == 2
+    same = decontaminate_sets([str(tmp_path / "t.jsonl")], [str(tmp_path / "t.jsonl")], 2)
+    assert write_page(same, tmp_path / "x.html").read_text().count("is it ? here") == 2
 
 
 def test_fault_25_a_lost_or_doubled_row_is_refused(tmp_path, monkeypatch):
     train, bench = corpus(60)
     t, b = jsonl(tmp_path / "t.jsonl", train), jsonl(tmp_path / "b.jsonl", bench)
-    honest = module.part_of
+    honest = module.look_up_rows
 
     def losing(index, pairs):
         part = honest(index, pairs)
@@ -441,10 +447,10 @@ def test_fault_25_a_lost_or_doubled_row_is_refused(tmp_path, monkeypatch):
         return part
 
     for broken in (losing, doubling):
-        monkeypatch.setattr(module, "part_of", broken)
+        monkeypatch.setattr(module, "look_up_rows", broken)
         monkeypatch.setattr(files_module, "part_of", broken)
         with pytest.raises(OctomedError, match="lost or doubled"):
-            reports([t], [b], 8)
+            decontaminate_sets([t], [b], 8)
     with pytest.raises(OctomedError, match="lost or doubled"):
         decontaminate(train, bench, 8)
 
@@ -456,8 +462,8 @@ def test_fault_25_the_funnel_adds_up_and_gives_one_reason_a_row(tmp_path):
         jsonl(tmp_path / "b.jsonl", bench[:30]),
         jsonl(tmp_path / "c.jsonl", bench[20:]),
     )
-    by_pair = reports([t], [b, c], 8)
-    f = funnel(by_pair.values())
+    by_pair = decontaminate_sets([t], [b, c], 8)
+    f = count_drops(by_pair.values())
     assert f["rows"] == 400 == sum(v for k, v in f.items() if k != "rows") and f[
         "kept"
     ] == 400 - len(set().union(*(r.drop for r in by_pair.values())))
@@ -467,14 +473,15 @@ def test_fault_25_the_funnel_adds_up_and_gives_one_reason_a_row(tmp_path):
         "same stem as a benchmark item",
         "shares 8 words in a row with a benchmark item",
     }
-    listed = list(drops(by_pair))
+    listed = list(list_drops(by_pair))
     assert (
         len(listed) == sum(len(r.drop) for r in by_pair.values())
         and len({d["line"] for d in listed}) == 400 - f["kept"]
     )
     for d in listed:
         assert (
-            d["text"] in " ".join(words(train[d["line"] - 1]["question"])) and 0 < d["share"] <= 1
+            d["text"] in " ".join(split_words(train[d["line"] - 1]["question"]))
+            and 0 < d["share"] <= 1
         )
 
 
@@ -488,7 +495,7 @@ def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
         f"<script>alert(1)</script> & more. {stock}", bench[2]["question"], "SHORT one?", "innocent"
     )
     by_pair = {("train.jsonl", "bench.jsonl"): decontaminate(train, bench, 8)}
-    html = as_html(by_pair, tmp_path / "x.html").read_text()
+    html = write_page(by_pair, tmp_path / "x.html").read_text()
     assert (
         "<script>alert" not in html
         and "&lt;script&gt;" in html
@@ -511,9 +518,9 @@ def test_the_page_shows_each_drop_and_runs_nothing(tmp_path):
         "4",
         "1",
     ]
-    cut = page(by_pair, most=1)
+    cut = render_page(by_pair, most=1)
     assert cut.count("<tr class=leak>") == 1 and "The first 1 of 3" in cut
-    assert "Nothing is dropped" in page({("a", "b"): decontaminate(rows("x"), rows("y"))})
+    assert "Nothing is dropped" in render_page({("a", "b"): decontaminate(rows("x"), rows("y"))})
 
 
 def test_rules_of_other_projects_are_compared_with_ours():
@@ -527,8 +534,10 @@ def test_rules_of_other_projects_are_compared_with_ours():
         item[:-5] + "now?",
         "something else entirely",
     )
-    assert by_ratio(train, rows(item)) == [0, 1, 2] and by_ratio(train, rows(item), 100) == [0]
-    table = {r["rule"]: r for r in compare(train, rows(item))}
+    assert flag_by_ratio(train, rows(item)) == [0, 1, 2] and flag_by_ratio(
+        train, rows(item), 100
+    ) == [0]
+    table = {r["rule"]: r for r in compare_rules(train, rows(item))}
     assert list(table) == list(RULES) and table["16 words"] == {
         "rule": "16 words",
         "flagged": 2,
@@ -596,7 +605,7 @@ def test_the_command_writes_page_and_drops(tmp_path, capsys):
 def test_an_index_serves_several_benchmarks_at_once():
     train, bench = corpus()
     index = Index({"first": bench[:25], "second": bench[25:]}, 8)
-    both = module.reports_of(index, [module.part_of(index, enumerate(train))])
+    both = module.report_parts(index, [module.look_up_rows(index, enumerate(train))])
     assert both == {
         "first": decontaminate(train, bench[:25], 8),
         "second": decontaminate(train, bench[25:], 8),
@@ -609,11 +618,11 @@ def test_fault_21_twins_by_pixels_see_through_the_encoding(tmp_path):
     img = Image.effect_noise((20, 30), 50).convert("RGB")
     img.save(tmp_path / "a.png")
     img.save(tmp_path / "b.bmp")
-    assert file_twins([tmp_path / "a.png"], [tmp_path / "b.bmp"]).train == ()
-    assert file_twins(
+    assert find_file_twins([tmp_path / "a.png"], [tmp_path / "b.bmp"]).train == ()
+    assert find_file_twins(
         [tmp_path / "a.png"], [tmp_path / "b.bmp"], key=lambda p: pixel_hash(open_image(p))
     ).train == (0,)
-    assert twins("abca", "xca").train == (0, 2, 3) and twins("abca", "xca").test == (1, 2)
+    assert find_twins("abca", "xca").train == (0, 2, 3) and find_twins("abca", "xca").test == (1, 2)
 
 
 TRAIN, BENCH = (
@@ -632,7 +641,7 @@ def test_real_text_sets_equal_the_plain_rule(n):
         0,
     )
     for t, stems in train.items():
-        results = module.reports_of(index, [module.part_of(index, enumerate(rows(*stems)))])
+        results = module.report_parts(index, [module.look_up_rows(index, enumerate(rows(*stems)))])
         grams = [grams_of(s, n) for s in stems]
         for b in BENCH:
             assert results[b].flagged == [
@@ -647,7 +656,7 @@ def test_real_brain_tumor_twins():
     files = [
         sorted((Path(DATA) / "brain_tumor" / f).glob("*/*.jpg")) for f in ("Training", "Testing")
     ]
-    both = file_twins(*files)
+    both = find_file_twins(*files)
     assert (len(files[0]), len(files[1]), len(both.train), len(both.test)) == (2_870, 394, 83, 88)
 
 
@@ -657,6 +666,6 @@ def test_real_brain_tumor_twins_by_pixels(tmp_path, monkeypatch):
     files = [
         sorted((Path(DATA) / "brain_tumor" / f).glob("*/*.jpg")) for f in ("Training", "Testing")
     ]
-    both = file_twins(*files, key=lambda p: pixel_hash(open_image(p)))
+    both = find_file_twins(*files, key=lambda p: pixel_hash(open_image(p)))
     assert (len(both.train), len(both.test)) == (244, 251)
     assert sum(files[1][i].parent.name == "no_tumor" for i in both.test) == 105

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octomed.core import devices, workers
-from octomed.core.identity import hardware
+from octomed.core.identity import describe_hardware
 
 # What a process meets on macOS: no binding to cores, no advice about files, no /proc.
 MACOS = """
@@ -134,11 +134,11 @@ def test_a_system_that_does_not_tell_its_memory_has_a_worker_a_core(monkeypatch)
     monkeypatch.setattr(workers, "usable_cores", lambda: 6)
     monkeypatch.setattr(devices.os, "sysconf", unknown)
     assert devices.total_memory() is None
-    assert workers.workers_here() == 6
+    assert workers.count_workers() == 6
     monkeypatch.setattr(workers, "total_memory", lambda: 9 * 2**30)
-    assert workers.workers_here() == 2
+    assert workers.count_workers() == 2
     monkeypatch.setattr(workers, "total_memory", lambda: 2**30)
-    assert workers.workers_here() == 1
+    assert workers.count_workers() == 1
 
 
 @pytest.fixture
@@ -156,10 +156,10 @@ def reported(monkeypatch):
         names = {"get_device_name": lambda index: name} if name else {}
         monkeypatch.setattr(torch, "get_device_module", lambda of: SimpleNamespace(**names))
         monkeypatch.delenv("OCTOMED_WORKERS", raising=False)
-        hardware.cache_clear()
+        describe_hardware.cache_clear()
 
     yield report
-    hardware.cache_clear()
+    describe_hardware.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_an_accelerator_of_any_kind_is_used_named_and_given_one_stage(
     assert devices.has_accelerator()
     assert devices.device() == torch.device(kind)
     assert devices.accelerator_name() == words
-    assert hardware().endswith(f", {words}")
-    assert workers.workers_here() == 1
+    assert describe_hardware().endswith(f", {words}")
+    assert workers.count_workers() == 1
 
 
 def test_without_an_accelerator_the_processor_computes(reported):
@@ -186,7 +186,7 @@ def test_without_an_accelerator_the_processor_computes(reported):
     assert not devices.has_accelerator()
     assert devices.device() == torch.device("cpu")
     assert devices.accelerator_name() is None
-    assert "×" not in hardware()
+    assert "×" not in describe_hardware()
 
 
 def test_torch_is_imported_only_where_something_hints_at_an_accelerator():

@@ -10,17 +10,23 @@ from hypothesis import strategies as st
 
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError
-from octomed.core.store import run
+from octomed.core.store import run_stage
 from octomed.data.questions import Question
 from octomed.data.sources import Source, register
-from octomed.distill.cost import Budget, budget, money, prices
-from octomed.distill.filters import FILTERS, filtered, measure, ranks, rated
-from octomed.distill.pools import questions, read_questions, subset
-from octomed.distill.rejection import accept, accepted, boxed_as, judged
+from octomed.distill.cost import Budget, compute_price, load_prices, read_budget
+from octomed.distill.filters import FILTERS, filtered, measure, rank_values, rated
+from octomed.distill.pools import questions, read_questions, take_subset
+from octomed.distill.rejection import accept, accepted, judge_samples, write_in_box
 from octomed.distill.sampling import read_samples, samples
-from octomed.distill.statistics import cost, distinct, duplicates, failed_by_all, statistics
+from octomed.distill.statistics import (
+    add_up_cost,
+    count_duplicates,
+    find_failed_by_all,
+    measure_distinct,
+    summarise_samples,
+)
 from octomed.generate.answers import Verdict
-from octomed.generate.engines import Sample, Sampling, register_teacher, sample_seed
+from octomed.generate.engines import Sample, Sampling, derive_sample_seed, register_teacher
 
 QUESTIONS = [
     Question(
@@ -69,7 +75,7 @@ class Toy:
                     text=text,
                     finish=finish,
                     tokens=7,
-                    seed=sample_seed(sampling, r.question, i),
+                    seed=derive_sample_seed(sampling, r.question, i),
                 )
 
 
@@ -110,8 +116,8 @@ def declare(teacher="toy/teacher", n=16, k=4, keep="correct", answer="letter"):
 
 def test_fault_15_a_question_with_none_of_16_accepted_is_counted_and_left_out():
     _, _drawn, kept = declare()
-    rows = read_jsonl(run(kept) / "traces.jsonl")
-    funnel = json.loads((run(kept) / "funnel.json").read_text())
+    rows = read_jsonl(run_stage(kept) / "traces.jsonl")
+    funnel = json.loads((run_stage(kept) / "funnel.json").read_text())
     assert funnel["questions_without"] == 1
     assert QUESTIONS[0].id not in {r["question"] for r in rows}
     assert funnel["pass_count"] == {"0": 1, "8": 3}
@@ -121,22 +127,22 @@ def test_fault_15_a_question_with_none_of_16_accepted_is_counted_and_left_out():
 def test_fault_15_no_trace_at_all_is_an_error_and_leaves_no_artifact():
     *_, kept = declare("toy/hopeless")
     with pytest.raises(OctomedError, match="no sample was accepted"):
-        run(kept)
+        run_stage(kept)
     assert not kept.folder.exists()
 
 
 def test_the_funnel_conserves_samples_and_keeps_every_outcome():
     _, drawn, kept = declare()
-    funnel = json.loads((run(kept) / "funnel.json").read_text())
+    funnel = json.loads((run_stage(kept) / "funnel.json").read_text())
     assert funnel["samples"] == 4 * 16 == sum(funnel["outcomes"].values())
     assert funnel["outcomes"] == {"correct": 24, "wrong": 32, "refused": 4, "truncated": 4}
     assert funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["correct"]
-    assert all(len(ss) == 16 for ss in read_samples(run(drawn)).values())
+    assert all(len(ss) == 16 for ss in read_samples(run_stage(drawn)).values())
 
 
 def test_accepted_sets_are_nested_in_k_and_a_later_run_tops_up():
-    few = read_jsonl(run(declare(n=8, k=2)[2]) / "traces.jsonl")
-    many = read_jsonl(run(declare(n=16, k=4)[2]) / "traces.jsonl")
+    few = read_jsonl(run_stage(declare(n=8, k=2)[2]) / "traces.jsonl")
+    many = read_jsonl(run_stage(declare(n=16, k=4)[2]) / "traces.jsonl")
 
     def index(rows, q):
         return [r["index"] for r in rows if r["question"] == q]
@@ -147,18 +153,18 @@ def test_accepted_sets_are_nested_in_k_and_a_later_run_tops_up():
 
 
 def test_the_box_holds_the_letter_or_the_text():
-    assert (boxed_as(QUESTIONS[0], "letter"), boxed_as(QUESTIONS[0], "text")) == ("B", "no")
+    assert (write_in_box(QUESTIONS[0], "letter"), write_in_box(QUESTIONS[0], "text")) == ("B", "no")
     with pytest.raises(OctomedError, match="choose letter or text"):
-        boxed_as(QUESTIONS[0], "colour")
+        write_in_box(QUESTIONS[0], "colour")
 
 
 def test_subsets_are_nested_and_do_not_depend_on_the_order_of_rows():
-    assert subset(QUESTIONS, 2) == subset(QUESTIONS[::-1], 3)[:2]
-    assert subset(QUESTIONS, None, seed=1) != subset(QUESTIONS, None, seed=2)
+    assert take_subset(QUESTIONS, 2) == take_subset(QUESTIONS[::-1], 3)[:2]
+    assert take_subset(QUESTIONS, None, seed=1) != take_subset(QUESTIONS, None, seed=2)
     assert (
-        subset(QUESTIONS, 3) + subset(QUESTIONS, -1)
-        == subset(QUESTIONS, None)
-        == subset(QUESTIONS, 0 or None)
+        take_subset(QUESTIONS, 3) + take_subset(QUESTIONS, -1)
+        == take_subset(QUESTIONS, None)
+        == take_subset(QUESTIONS, 0 or None)
     )
 
 
@@ -180,7 +186,7 @@ def test_a_rule_that_does_not_exist_is_refused():
 
 def test_a_rejected_trace_ends_on_its_own_wrong_answer():
     rows = {
-        keep: read_jsonl(run(declare(k=1, keep=keep)[2]) / "traces.jsonl")
+        keep: read_jsonl(run_stage(declare(k=1, keep=keep)[2]) / "traces.jsonl")
         for keep in ("wrong", "all", "correct")
     }
     assert {r["response"][-9:] for r in rows["wrong"]} == {r"\boxed{A}"}
@@ -188,13 +194,13 @@ def test_a_rejected_trace_ends_on_its_own_wrong_answer():
     assert [r["index"] for r in rows["all"]] == [0] * len(QUESTIONS)
     assert {r["response"][-9:] for r in rows["correct"]} == {r"\boxed{B}"}
     assert len(rows["correct"]) == len(QUESTIONS) - 1
-    assert read_jsonl(run(declare(k=1, keep="wrong", answer="text")[2]) / "traces.jsonl")[0][
+    assert read_jsonl(run_stage(declare(k=1, keep="wrong", answer="text")[2]) / "traces.jsonl")[0][
         "response"
     ].endswith(r"\boxed{yes}")
 
 
 def test_fault_15_rejected_traces_only_counts_the_questions_that_have_none():
-    funnel = json.loads((run(declare(keep="wrong")[2]) / "funnel.json").read_text())
+    funnel = json.loads((run_stage(declare(keep="wrong")[2]) / "funnel.json").read_text())
     assert funnel["questions_without"] == 0
     assert funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["wrong"]
 
@@ -233,10 +239,10 @@ def declare_filter(name, low, high, teacher="toy/half", n=16):
 
 def test_the_pass_count_filter_keeps_2_to_14_of_16_and_conserves_questions():
     f = declare_filter("teacher", *FILTERS["teacher"])
-    funnel = json.loads((run(f) / "funnel.json").read_text())
-    assert [q.id for q in read_questions(run(f))] == [
+    funnel = json.loads((run_stage(f) / "funnel.json").read_text())
+    assert [q.id for q in read_questions(run_stage(f))] == [
         q.id
-        for q in read_questions(run(f.params["questions"]))
+        for q in read_questions(run_stage(f.params["questions"]))
         if q.id in {QUESTIONS[2].id, QUESTIONS[3].id}
     ]
     assert funnel == {"in": 4, "teacher below 0.125": 1, "teacher above 0.875": 1, "kept": 2}
@@ -244,7 +250,7 @@ def test_the_pass_count_filter_keeps_2_to_14_of_16_and_conserves_questions():
 
 def test_a_filter_counts_shares_so_that_fewer_samples_mean_the_same():
     assert {
-        q.id for q in read_questions(run(declare_filter("teacher", *FILTERS["teacher"], n=4)))
+        q.id for q in read_questions(run_stage(declare_filter("teacher", *FILTERS["teacher"], n=4)))
     } == {
         QUESTIONS[2].id,
         QUESTIONS[3].id,
@@ -253,16 +259,16 @@ def test_a_filter_counts_shares_so_that_fewer_samples_mean_the_same():
 
 def test_length_and_dissent_need_no_known_answer():
     data, drawn, _ = declare("toy/half")
-    qs = read_questions(run(data))
+    qs = read_questions(run_stage(data))
     blind = [replace(q, answer=None) for q in qs]
     place = {QUESTIONS[n].id: n for n in range(4)}
-    assert {place[q]: v for q, v in measure("length", blind, [run(drawn)]).items()} == {
+    assert {place[q]: v for q, v in measure("length", blind, [run_stage(drawn)]).items()} == {
         0: 0,
         1: 1 / 3,
         2: 2 / 3,
         3: 1,
     }
-    dissent = {place[q]: v for q, v in measure("dissent", blind, [run(drawn)]).items()}
+    dissent = {place[q]: v for q, v in measure("dissent", blind, [run_stage(drawn)]).items()}
     assert dissent[1] == 0
     assert dissent[2] == dissent[3] == 0.5
 
@@ -271,17 +277,17 @@ def test_disagreement_between_teachers():
     data, half, _ = declare("toy/half")
     _, other, _ = declare("toy/stubborn")
     _, mute, _ = declare("toy/mute")
-    qs = read_questions(run(data))
-    differ = measure("teachers", qs, [run(half), run(other)])
+    qs = read_questions(run_stage(data))
+    differ = measure("teachers", qs, [run_stage(half), run_stage(other)])
     assert differ[QUESTIONS[1].id] == 1.0
     assert differ[QUESTIONS[0].id] == 0.0  # B against A; A and A
-    assert set(measure("teachers", qs, [run(half), run(mute)]).values()) == {None}
+    assert set(measure("teachers", qs, [run_stage(half), run_stage(mute)]).values()) == {None}
 
 
 def test_a_filter_that_leaves_nothing_is_an_error_and_no_artifact():
     f = declare_filter("teacher", 0.99, 0.999)
     with pytest.raises(OctomedError, match="leaves no question"):
-        run(f)
+        run_stage(f)
     assert not f.folder.exists()
     with pytest.raises(UsageError, match="choose from student"):
         measure("taste", [], [])
@@ -290,7 +296,7 @@ def test_a_filter_that_leaves_nothing_is_an_error_and_no_artifact():
 def test_a_question_without_evidence_is_dropped_with_that_reason():
     f = declare_filter("dissent", 0, 1, teacher="toy/mute")
     with pytest.raises(OctomedError, match="leaves no question"):
-        run(f)
+        run_stage(f)
 
 
 class Mute(Toy):
@@ -339,8 +345,8 @@ def test_the_difficulty_filter_keeps_3_to_6_and_says_what_was_not_rated():
         low=3,
         high=6,
     )
-    assert {q.id for q in read_questions(run(f))} == {QUESTIONS[1].id, QUESTIONS[2].id}
-    assert json.loads((run(f) / "funnel.json").read_text()) == {
+    assert {q.id for q in read_questions(run_stage(f))} == {QUESTIONS[1].id, QUESTIONS[2].id}
+    assert json.loads((run_stage(f) / "funnel.json").read_text()) == {
         "in": 4,
         "difficulty below 3": 1,
         "not measured": 1,
@@ -357,7 +363,7 @@ def test_the_accepted_set_of_filtered_questions_is_part_of_the_whole():
         answer="letter",
     )
     few, all_ = (
-        {(r["question"], r["index"]) for r in read_jsonl(run(a) / "traces.jsonl")}
+        {(r["question"], r["index"]) for r in read_jsonl(run_stage(a) / "traces.jsonl")}
         for a in (part, whole)
     )
     assert few < all_
@@ -366,7 +372,7 @@ def test_the_accepted_set_of_filtered_questions_is_part_of_the_whole():
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 5), min_size=1, max_size=20))
 def test_ranks_lie_between_0_and_1_and_keep_the_order(values):
-    r = ranks(values)
+    r = rank_values(values)
     assert all(0 <= x <= 1 for x in r.values())
     for a in values:
         for b in values:
@@ -379,15 +385,15 @@ def test_rewordings_stand_together_in_the_place_of_their_question():
         for q, n in product(QUESTIONS, range(3))
     ]
     for amount in (1, 2, 3):
-        assert {q.tags["like"] for q in subset(like[::-1], 3 * amount)} == {
-            q.id for q in subset(QUESTIONS, amount)
+        assert {q.tags["like"] for q in take_subset(like[::-1], 3 * amount)} == {
+            q.id for q in take_subset(QUESTIONS, amount)
         }
 
 
 def test_statistics_by_source_and_teacher():
     data, drawn, _ = declare("toy/half")
-    qs = read_questions(run(data))
-    (row,) = statistics(qs, judged(qs, run(drawn)))
+    qs = read_questions(run_stage(data))
+    (row,) = summarise_samples(qs, judge_samples(qs, run_stage(drawn)))
     assert (row["source"], row["teacher"], row["questions"], row["samples"]) == (
         "toy",
         "half",
@@ -401,11 +407,11 @@ def test_statistics_by_source_and_teacher():
 
 
 def test_diversity_and_duplicates():
-    assert distinct(["a b a b"]) == 2 / 3
-    assert distinct([]) == 0
-    assert distinct(["one"]) == 0
-    assert duplicates([]) == 0
-    assert duplicates(["x", "x ", " x"]) == 2
+    assert measure_distinct(["a b a b"]) == 2 / 3
+    assert measure_distinct([]) == 0
+    assert measure_distinct(["one"]) == 0
+    assert count_duplicates([]) == 0
+    assert count_duplicates(["x", "x ", " x"]) == 2
 
 
 def test_teacher_errors_are_counted_where_all_were_asked():
@@ -414,9 +420,9 @@ def test_teacher_errors_are_counted_where_all_were_asked():
 
     one = {"q1": [v("wrong"), v("correct")], "q2": [v("wrong")], "q3": [v("wrong")]}
     other = {"q1": [v("wrong")], "q2": [v("truncated")]}
-    assert failed_by_all([one, other]) == ["q2"]
-    assert failed_by_all([one]) == ["q2", "q3"]
-    assert failed_by_all([one], at_most=0.5) == ["q1", "q2", "q3"]
+    assert find_failed_by_all([one, other]) == ["q2"]
+    assert find_failed_by_all([one]) == ["q2", "q3"]
+    assert find_failed_by_all([one], at_most=0.5) == ["q1", "q2", "q3"]
 
 
 def test_prices_name_their_source_and_simulated_teachers_stand_for_real_ones(tmp_path):
@@ -429,24 +435,24 @@ def test_prices_name_their_source_and_simulated_teachers_stand_for_real_ones(tmp
         r.get("as") in table or (r["source"].startswith("https://") and r["date"])
         for r in table.values()
     )
-    assert prices()["clinic/reasoner"] == prices()["deepseek-reasoner"]
-    assert money("mine@3", 1, 1) is None
+    assert load_prices()["clinic/reasoner"] == load_prices()["deepseek-reasoner"]
+    assert compute_price("mine@3", 1, 1) is None
     (tmp_path / "p.yaml").write_text(
         "models: {mine: {input: 1, output: 2}, later: {input: null, output: null}}"
     )
-    mine = prices(tmp_path / "p.yaml")
+    mine = load_prices(tmp_path / "p.yaml")
     assert mine == {"mine": (1e-6, 2e-6)}
-    assert money("mine@3", 10, 5, table=mine) == pytest.approx(2e-5)
+    assert compute_price("mine@3", 10, 5, table=mine) == pytest.approx(2e-5)
 
 
 def test_cost_per_sample_and_per_correct_trace():
     data, drawn, _ = declare("toy/half")
-    (row,) = cost(read_questions(run(data)), run(drawn), {"half": (1e-6, 1e-5)})
+    (row,) = add_up_cost(read_questions(run_stage(data)), run_stage(drawn), {"half": (1e-6, 1e-5)})
     assert (row["samples"], row["correct"], row["tokens"]) == (64, 32, 16 * (0 + 10 + 20 + 30))
     assert row["money"] == pytest.approx(1e-6 * row["prompt_tokens"] + 1e-5 * row["tokens"])
     assert row["prompt_tokens"] > 64 * 10
     assert row["per_correct_trace"]["money"] == pytest.approx(2 * row["per_sample"]["money"])
-    (unpriced,) = cost(read_questions(run(data)), run(drawn), {})
+    (unpriced,) = add_up_cost(read_questions(run_stage(data)), run_stage(drawn), {})
     assert unpriced["money"] is None
     assert unpriced["per_sample"]["tokens"] == row["per_sample"]["tokens"]
 
@@ -463,7 +469,7 @@ def test_a_budget_says_when_it_is_spent(monkeypatch):
         tokens=1000,
         seconds=2.0,
     )
-    spend = Budget(money=3.0 * money("deepseek-reasoner", 100, 1000))
+    spend = Budget(money=3.0 * compute_price("deepseek-reasoner", 100, 1000))
     assert [spend(s, 100) is None for _ in range(3)] == [True, True, False]
     assert "seconds" in Budget(seconds=1)(s)
     assert Budget(seconds=3)(s) is None
@@ -480,13 +486,13 @@ def test_a_budget_says_when_it_is_spent(monkeypatch):
             )
         )
     monkeypatch.delenv("OCTOMED_BUDGET", raising=False)
-    assert budget() is None
+    assert read_budget() is None
     monkeypatch.setenv("OCTOMED_BUDGET", "tokens=10, seconds=5")
-    assert (budget().tokens, budget().seconds, budget()) == (10, 5, budget())
+    assert (read_budget().tokens, read_budget().seconds, read_budget()) == (10, 5, read_budget())
     for bad in ("5", "euros=3", "money=-1", "money=x"):
         monkeypatch.setenv("OCTOMED_BUDGET", bad)
         with pytest.raises(UsageError, match="write money=5"):
-            budget()
+            read_budget()
 
 
 def test_a_budget_stops_cleanly_and_a_later_run_goes_on(monkeypatch):
@@ -506,16 +512,16 @@ def test_a_budget_stops_cleanly_and_a_later_run_goes_on(monkeypatch):
     _, drawn, _ = declare("toy/slow")
     monkeypatch.setenv("OCTOMED_BUDGET", "tokens=70")
     with pytest.raises(Stopped, match=r"budget of 70 tokens is spent.*10 of 64 samples are kept"):
-        run(drawn)
+        run_stage(drawn)
     assert not drawn.folder.exists()
     assert len(drawn_now) == 10
     monkeypatch.delenv("OCTOMED_BUDGET")
-    assert sum(map(len, read_samples(run(drawn)).values())) == 64
+    assert sum(map(len, read_samples(run_stage(drawn)).values())) == 64
     assert len(drawn_now) == len(set(drawn_now)) == 64
 
 
 def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
-    from octomed.distill.rejection import judged_open
+    from octomed.distill.rejection import judge_open_samples
     from octomed.generate.answers import score
 
     class Judge(Toy):
@@ -548,7 +554,7 @@ def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
             finish="stop",
         )
 
-    judged_samples = judged_open(
+    judged_samples = judge_open_samples(
         [(QUESTIONS[0], "high temperature")],
         {
             QUESTIONS[0].id: [

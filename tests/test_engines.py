@@ -16,9 +16,9 @@ from octomed.generate.engines import (
     FORCED,
     Request,
     Sampling,
-    sample_seed,
-    teacher,
-    teacher_revision,
+    derive_sample_seed,
+    find_teacher_revision,
+    load_teacher,
 )
 from octomed.train.students import save_student
 
@@ -117,8 +117,8 @@ def test_samples_come_as_they_finish_and_answer_to_their_own_seed(stand_in):
         (q, i) for q in ("q1", "q2") for i in range(16)
     }
     assert all(
-        s.text == f"seed {sample_seed(DRAWN, s.question, s.index)}"
-        and s.seed == sample_seed(DRAWN, s.question, s.index)
+        s.text == f"seed {derive_sample_seed(DRAWN, s.question, s.index)}"
+        and s.seed == derive_sample_seed(DRAWN, s.question, s.index)
         for s in samples
     )
     assert [s.index for s in samples if s.question == "q1"] != list(range(16)), (
@@ -129,7 +129,7 @@ def test_samples_come_as_they_finish_and_answer_to_their_own_seed(stand_in):
 
 def test_fault_12_what_vllm_refuses_is_an_error_sample_and_the_others_go_on(stand_in):
     stand_in.core.refuse = lambda prompt, p: (
-        "vLLM will not" if p.seed == sample_seed(DRAWN, "q2", 1) else None
+        "vLLM will not" if p.seed == derive_sample_seed(DRAWN, "q2", 1) else None
     )
     samples = {
         (s.question, s.index): s
@@ -215,7 +215,7 @@ def test_what_vllm_is_told(stand_in):
 
 
 def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, picture):
-    from octomed.generate.render import chat_text
+    from octomed.generate.render import write_chat
 
     other = TransformersEngine(folder, "tiny@1", max_pixels=12_544)
     chat = [
@@ -231,7 +231,7 @@ def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, pict
     for messages in (chat, [*chat[:1], {"role": "user", "content": chat[1]["content"][1:]}]):
         _text, images, size = stand_in._prompt(messages)
         assert size == len(
-            other.processor.tokenizer(chat_text(other.processor, messages, 12_544))["input_ids"]
+            other.processor.tokenizer(write_chat(other.processor, messages, 12_544))["input_ids"]
         )
         assert images == [
             p["image"] for m in messages for p in m["content"] if p["type"] == "image"
@@ -258,7 +258,7 @@ def test_a_recipe_names_its_teachers(monkeypatch):
         calls.append((args, kw))
 
     monkeypatch.setattr("octomed.generate.engine_vllm.VLLMEngine", make)
-    teacher("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898", max_pixels=12_544)
+    load_teacher("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898", max_pixels=12_544)
     assert calls == [
         (
             ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct@cc594898", 12_544),
@@ -266,11 +266,11 @@ def test_a_recipe_names_its_teachers(monkeypatch):
         )
     ]
     assert (
-        teacher_revision("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898") == "cc594898"
-        and teacher_revision("openai:gpt-4o@AZURE") == ""
+        find_teacher_revision("vllm:Qwen/Qwen2.5-VL-7B-Instruct@cc594898") == "cc594898"
+        and find_teacher_revision("openai:gpt-4o@AZURE") == ""
     )
     monkeypatch.setitem(engines.TEACHERS, "mine", (lambda: "an engine", "r1"))
-    assert teacher("mine") == "an engine" and teacher_revision("mine") == "r1"
+    assert load_teacher("mine") == "an engine" and find_teacher_revision("mine") == "r1"
 
 
 @pytest.mark.parametrize(
@@ -285,9 +285,9 @@ def test_a_recipe_names_its_teachers(monkeypatch):
 )
 def test_a_name_that_is_no_teacher_says_how_to_write_one(name, says):
     with pytest.raises(OctomedError, match=says):
-        teacher(name)
+        load_teacher(name)
     with pytest.raises(OctomedError, match=says):
-        teacher_revision(name)
+        find_teacher_revision(name)
 
 
 def test_without_vllm_the_engine_says_what_to_install(monkeypatch):

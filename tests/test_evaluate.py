@@ -11,31 +11,37 @@ import octomed.evaluate.evaluate as module
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError
 from octomed.core.recipe import Common
-from octomed.core.store import Outside, run
+from octomed.core.store import ExternalInput, run_stage
 from octomed.data.questions import Question
 from octomed.data.sources import Source, register
-from octomed.evaluate.arms import Arm, evaluated
+from octomed.evaluate.arms import Arm, declare_evaluation
 from octomed.evaluate.evaluate import (
     Respondent,
-    contender,
+    compute_rates,
     engine_of,
     evaluation,
-    paper_of,
-    rates,
-    regraded,
-    respondent,
+    find_contender,
+    find_paper_accuracies,
+    find_respondent,
     sampling_of,
-    scores,
-    shuffled,
+    score_runs,
+    score_votes,
+    score_with_grader,
+    shuffle_options,
     student_of,
-    voted,
 )
 from octomed.evaluate.results import Results
-from octomed.evaluate.stats import paper_table
-from octomed.evaluate.tables import table
+from octomed.evaluate.stats import load_paper_table
+from octomed.evaluate.tables import tabulate_scores
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engines import Request, Sample, Sampling, register_teacher
-from octomed.generate.prompts import contenders, load_template, prompt_key, render, templates
+from octomed.generate.prompts import (
+    list_templates,
+    load_contenders,
+    load_template,
+    make_prompt_key,
+    write_messages,
+)
 
 QS = [
     Question(
@@ -73,12 +79,12 @@ def test_fault_44_shuffling_keeps_the_options_and_moves_the_right_one(options, d
         split="test",
         category="text_only",
     )
-    s = shuffled(q, seed)
+    s = shuffle_options(q, seed)
     assert sorted(s.options) == sorted(q.options)
     assert s.answer_text == q.answer_text
     assert s.stem == q.stem
     assert len(options) == 1 or (s.answer != q.answer and s.id != q.id)
-    assert shuffled(q, seed) == s
+    assert shuffle_options(q, seed) == s
 
 
 class Knows:
@@ -139,19 +145,20 @@ def read_with(engine, monkeypatch, control=0, seeds=2, **more):
         **more,
     )
     return sorted(
-        read_jsonl(run(s) / "rows.jsonl"), key=lambda r: [q.id for q in QS].index(r["question"])
+        read_jsonl(run_stage(s) / "rows.jsonl"),
+        key=lambda r: [q.id for q in QS].index(r["question"]),
     )
 
 
 def test_fault_44_the_control_is_reported_beside_the_score(monkeypatch):
-    r = rates(read_with(Knows, monkeypatch, 8))
+    r = compute_rates(read_with(Knows, monkeypatch, 8))
     assert (r["in_order"], r["shuffled"], r["moved"]) == (1, 1, 0)
 
 
 def test_fault_44_a_student_that_answers_by_place_is_unmasked(monkeypatch):
     rows = read_with(FirstPlace, monkeypatch, 8)
-    r = rates(rows)
-    assert scores(rows).mean() == 0.25
+    r = compute_rates(rows)
+    assert score_runs(rows).mean() == 0.25
     assert r["in_order"] == 0.25
     assert r["moved"] > 0.5
     assert r["shuffled"] < 0.6
@@ -159,9 +166,9 @@ def test_fault_44_a_student_that_answers_by_place_is_unmasked(monkeypatch):
 
 def test_fault_44_the_control_leaves_the_score_alone_and_asks_only_what_it_says(monkeypatch):
     with_, without = read_with(FirstPlace, monkeypatch, 3), read_with(FirstPlace, monkeypatch, 0)
-    assert scores(with_).tolist() == scores(without).tolist()
+    assert score_runs(with_).tolist() == score_runs(without).tolist()
     assert sum("shuffled" in r for r in with_) == 3
-    assert "shuffled" not in rates(without)
+    assert "shuffled" not in compute_rates(without)
 
 
 def row(**changed):
@@ -177,16 +184,16 @@ def row(**changed):
 
 
 def test_fault_40_a_forced_exit_is_counted():
-    assert rates([row(), row(forced=[True])])["forced_exit"] == 0.5
+    assert compute_rates([row(), row(forced=[True])])["forced_exit"] == 0.5
 
 
 def request(q, template, indices=(0,)):
     "What an engine is asked about a question."
-    messages = render(template, q)
+    messages = write_messages(template, q)
     return Request(
         question=q.id,
         messages=messages,
-        prompt=prompt_key(messages, template),
+        prompt=make_prompt_key(messages, template),
         indices=indices,
     )
 
@@ -203,7 +210,7 @@ def test_fault_39_evaluation_reads_the_prompt_that_training_read(
 ):
     import torch
 
-    from octomed.generate.render import Pixels, collate, row
+    from octomed.generate.render import PixelCache, collate, render_row
 
     q = replace(QS[0], images=(picture,)) if pictured else QS[0]
     t = load_template("cot")
@@ -212,15 +219,15 @@ def test_fault_39_evaluation_reads_the_prompt_that_training_read(
     generate = engine.net.generate
     engine.net.generate = lambda **kw: seen.append(kw) or generate(**kw)
     list(engine.generate([request(q, t)], Sampling(max_tokens=2)))
-    trained = row(
+    trained = render_row(
         engine.processor,
-        render(t, q),
+        write_messages(t, q),
         "<think>one</think>\n\n\\boxed{one}",
         max_pixels=12_544,
     )
     assert seen[0]["input_ids"].tolist() == [trained.input_ids[: trained.prompt]]
     assert seen[0]["attention_mask"].all()
-    pixels = Pixels(engine.processor, 12_544)
+    pixels = PixelCache(engine.processor, 12_544)
     batch = collate(engine.processor, [trained.input_ids], [trained.images], pixels=pixels)
     assert ("pixel_values" in batch) == pictured
     for key in ("pixel_values", "image_grid_thw") if pictured else ():
@@ -241,7 +248,7 @@ def test_fault_40_a_forced_exit_never_passes_its_budget(student, tmp_path):
 
 
 def test_fault_41_the_same_runs_give_the_same_rates(monkeypatch):
-    assert rates(read_with(FirstPlace, monkeypatch, 8)) == rates(
+    assert compute_rates(read_with(FirstPlace, monkeypatch, 8)) == compute_rates(
         read_with(FirstPlace, monkeypatch, 8)
     )
 
@@ -253,7 +260,7 @@ def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(
     for n, seeds in enumerate((5, 5, 2)):
         monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / str(n)))
         s = evaluation(
-            student=Outside(folder),
+            student=ExternalInput(folder),
             benchmark="toybench:test",
             limit=None,
             form="cot",
@@ -262,9 +269,9 @@ def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(
             max_pixels=12_544,
             data="1",
         )
-        runs.append(read_jsonl(run(s) / "rows.jsonl"))
+        runs.append(read_jsonl(run_stage(s) / "rows.jsonl"))
     assert runs[0] == runs[1]
-    assert rates(runs[0]) == rates(runs[1])
+    assert compute_rates(runs[0]) == compute_rates(runs[1])
     assert len({tuple(r["tokens"]) for r in runs[0]}) > 1
     assert [r["letters"][:2] for r in runs[0]] == [r["letters"] for r in runs[2]], (
         "a later seed only adds"
@@ -284,19 +291,23 @@ def test_a_vote_begins_with_the_runs_and_stands_beside_them(monkeypatch):
     rows = read_with(Wavers, monkeypatch, seeds=5, vote=10)
     assert [{k: v for k, v in r.items() if k != "vote"} for r in rows] == plain
     assert all(len(r["vote"]) == 10 and r["vote"][:5] == r["letters"] for r in rows)
-    assert voted(rows).shape == (8, 1)
-    assert voted(rows).mean() == 1
-    assert scores(rows).mean() == pytest.approx(
+    assert score_votes(rows).shape == (8, 1)
+    assert score_votes(rows).mean() == 1
+    assert score_runs(rows).mean() == pytest.approx(
         0.7
     )  # three of five, and all of the two questions where `one` is right
-    assert voted(plain).ravel().tolist() == scores(plain).mean(1).tolist()
+    assert score_votes(plain).ravel().tolist() == score_runs(plain).mean(1).tolist()
 
 
 def test_fault_42_a_tied_vote_is_broken_by_the_seed_alone(monkeypatch):
     rows = [row(question=str(n), answer="A", vote=["A"] * 5 + ["B"] * 5) for n in range(400)]
-    assert rates(rows)["ties"] == 1
-    assert voted(rows, 1).tolist() == voted(rows, 1).tolist() != voted(rows, 2).tolist()
-    assert 0.4 < voted(rows).mean() < 0.6
+    assert compute_rates(rows)["ties"] == 1
+    assert (
+        score_votes(rows, 1).tolist()
+        == score_votes(rows, 1).tolist()
+        != score_votes(rows, 2).tolist()
+    )
+    assert 0.4 < score_votes(rows).mean() < 0.6
 
 
 def test_both_overalls_stand_in_the_table():
@@ -322,7 +333,7 @@ def test_both_overalls_stand_in_the_table():
             revision="1",
         )
     )
-    rows = table(
+    rows = tabulate_scores(
         Results(
             Common(bootstrap=200),
             {"m": {"toybench:test": [run_of(True)], "otherbench:test": [run_of(False)]}},
@@ -366,7 +377,7 @@ def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
         "length",
         "stop",
     ]
-    assert scores(rows).ravel().tolist() == [
+    assert score_runs(rows).ravel().tolist() == [
         1,
         0,
         0,
@@ -376,7 +387,7 @@ def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
         0,
         0,
     ]  # question 5 has its right option elsewhere
-    r = rates(rows)
+    r = compute_rates(rows)
     assert (r["failed"], r["truncated"], r["unparsed"]) == (4 / 8, 1 / 8, 1 / 8), (
         "a refusal and an error are neither cut nor unreadable"
     )
@@ -409,13 +420,13 @@ def test_a_grader_reads_what_is_unparsed_and_its_number_stands_beside(monkeypatc
     assert len(Reads.asked) == 1
     assert "it is the first" in Reads.asked[0]
     assert "A: one" in Reads.asked[0]  # no refusal, no error, nothing cut
-    assert scores(rows).sum() == 1
-    assert regraded(rows).sum() == 2
+    assert score_runs(rows).sum() == 1
+    assert score_with_grader(rows).sum() == 2
     assert rows[4]["statuses"] == ["unparsed"]
     assert rows[4]["graded"] == ["correct"]
     shown = next(
         r
-        for r in table(Results(Common(bootstrap=100), {"m": {"toybench:test": [rows]}}))
+        for r in tabulate_scores(Results(Common(bootstrap=100), {"m": {"toybench:test": [rows]}}))
         if r["benchmark"] == "toybench:test"
     )
     assert shown["accuracy"] == 1 / 8
@@ -432,16 +443,16 @@ def test_an_arm_says_where_it_is_voted_on_and_graded():
     )
     arm = Arm((("clinic_ward:train", 5),))
     asks = replace(arm, votes=(("clinic_ward:test", 10),), graded=True)
-    assert [evaluated(asks, b, common).params["vote"] for b in common.benchmarks] == [
+    assert [declare_evaluation(asks, b, common).params["vote"] for b in common.benchmarks] == [
         10,
         0,
     ]
-    assert evaluated(asks, "clinic_ward:test", common).params["grader"] == "clinic/grader"
+    assert declare_evaluation(asks, "clinic_ward:test", common).params["grader"] == "clinic/grader"
     assert (
-        evaluated(asks, "clinic_ward:test", common).params["student"]
-        == evaluated(arm, "clinic_ward:test", common).params["student"]
+        declare_evaluation(asks, "clinic_ward:test", common).params["student"]
+        == declare_evaluation(arm, "clinic_ward:test", common).params["student"]
     )
-    assert evaluated(arm, "clinic_ward:test", common) == evaluated(
+    assert declare_evaluation(arm, "clinic_ward:test", common) == declare_evaluation(
         replace(arm, votes=(("clinic_boards:test", 10),)), "clinic_ward:test", common
     )
 
@@ -450,23 +461,26 @@ def test_an_arm_says_where_it_is_voted_on_and_graded():
 
 
 def test_every_model_of_table_2_is_found_and_has_its_template():
-    columns = [k for k in paper_table(2)[0] if k not in ("category", "task")]
-    assert set(contenders()) == set(columns)
-    for c in contenders().values():
+    columns = [k for k in load_paper_table(2)[0] if k not in ("category", "task")]
+    assert set(load_contenders()) == set(columns)
+    for c in load_contenders().values():
         at = "1f2e" if c.hub else "HOUSE"
-        asked, form = respondent(f"{c.name}@{at}")
+        asked, form = find_respondent(f"{c.name}@{at}")
         assert form == c.template
-        assert form in templates()
+        assert form in list_templates()
         assert asked.path == (f"transformers:{c.hub}@1f2e" if c.hub else f"openai:{c.api}@HOUSE")
-        assert all(contender(n) == c for n in (c.name, c.hub, c.api) if n)
+        assert all(find_contender(n) == c for n in (c.name, c.hub, c.api) if n)
         if c.hub:
             assert (
-                respondent(f"{c.hub}@1f2e") == (asked, form)
-                or respondent(f"{c.hub}@1f2e")[0].path == asked.path
+                find_respondent(f"{c.hub}@1f2e") == (asked, form)
+                or find_respondent(f"{c.hub}@1f2e")[0].path == asked.path
             )
-        assert paper_of(c.name, ["pmc_vqa:test"]) or c.name == "DeepSeek-R1"
-    assert respondent("openai:DeepSeek-R1@DEEPSEEK")[0].path == "openai:deepseek-reasoner@DEEPSEEK"
-    assert respondent("openai:OctoMed-7B@HOUSE")[0].path == "openai:OctoMed/OctoMed-7B@HOUSE"
+        assert find_paper_accuracies(c.name, ["pmc_vqa:test"]) or c.name == "DeepSeek-R1"
+    assert (
+        find_respondent("openai:DeepSeek-R1@DEEPSEEK")[0].path
+        == "openai:deepseek-reasoner@DEEPSEEK"
+    )
+    assert find_respondent("openai:OctoMed-7B@HOUSE")[0].path == "openai:OctoMed/OctoMed-7B@HOUSE"
 
 
 @pytest.mark.parametrize(
@@ -507,7 +521,7 @@ def test_how_a_model_is_run_is_in_no_key(monkeypatch):
     before = key("org/model@1f2e")
     monkeypatch.setenv("OCTOMED_ENGINE", "vllm")
     assert key("org/model@1f2e") == before
-    assert respondent("OctoMed-7B@1f2e")[0].path == "vllm:OctoMed/OctoMed-7B@1f2e"
+    assert find_respondent("OctoMed-7B@1f2e")[0].path == "vllm:OctoMed/OctoMed-7B@1f2e"
     monkeypatch.setenv("OCTOMED_ENGINE", "vlm")
     with pytest.raises(UsageError, match="OCTOMED_ENGINE=vlm is no engine"):
         engine_of("org/model@1", 12_544)
@@ -526,7 +540,7 @@ def test_a_registered_teacher_is_evaluated_under_its_own_identity(monkeypatch):
         data="1",
     )
     assert s.params["student"].key == "Knows@1"
-    assert scores(read_jsonl(run(s) / "rows.jsonl")).tolist() == [[1]] * 3
+    assert score_runs(read_jsonl(run_stage(s) / "rows.jsonl")).tolist() == [[1]] * 3
 
 
 def test_a_model_that_is_nowhere_is_one_sentence():
@@ -544,7 +558,9 @@ def test_a_forced_exit_can_be_left_out():
 
 def test_the_papers_overall_stands_beside_ours_only_where_all_its_rows_do():
     every = [b for b in module.TASKS if b != "nejm:test"]
-    assert {"text_only", "multimodal_classification"} == set(paper_of("LingShu-7B", every)) & {
+    assert {"text_only", "multimodal_classification"} == set(
+        find_paper_accuracies("LingShu-7B", every)
+    ) & {
         "text_only",
         "multimodal_reasoning",
         "multimodal_classification",
@@ -552,15 +568,15 @@ def test_the_papers_overall_stands_beside_ours_only_where_all_its_rows_do():
 
 
 def test_a_student_is_named_by_its_key_or_content_and_never_by_a_path(tmp_path):
-    from octomed.distill.sampling import identity
+    from octomed.distill.sampling import student_identity
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "weights").write_text("1")
-    first = identity(tmp_path / "mine")
+    first = student_identity(tmp_path / "mine")
     (tmp_path / "mine" / "weights").write_text("22")
     assert first.startswith("mine@")
     assert str(tmp_path) not in first
-    assert identity(tmp_path / "mine") != first
-    assert identity("org/model") == "org/model"
+    assert student_identity(tmp_path / "mine") != first
+    assert student_identity("org/model") == "org/model"
     (tmp_path / "mine" / "card.json").write_text('{"key": "abc"}')
-    assert identity(tmp_path / "mine") == "abc"
+    assert student_identity(tmp_path / "mine") == "abc"

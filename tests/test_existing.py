@@ -12,16 +12,16 @@ from declarations import RECIPES, declared
 import octomed.clinic.graders
 import octomed.clinic.students  # noqa: F401 - registers the students
 from octomed.clinic import manners
-from octomed.clinic.questions import questions as clinic_questions
-from octomed.clinic.questions import reference
-from octomed.clinic.textbook import vocabulary
+from octomed.clinic.questions import load_questions as clinic_questions
+from octomed.clinic.questions import look_up_truth
+from octomed.clinic.textbook import list_vocabulary
 from octomed.core.paths import UsageError
 from octomed.core.recipe import CATEGORIES, Common, load_recipe
-from octomed.core.store import run
+from octomed.core.store import run_stage
 from octomed.data.questions import Question
-from octomed.data.sources import SOURCES, Source, identity_of, load, read_chats, register
-from octomed.distill.traces import turns
-from octomed.evaluate.arms import Arm, stages
+from octomed.data.sources import SOURCES, Source, identify_source, load, read_chats, register
+from octomed.distill.traces import split_turns
+from octomed.evaluate.arms import Arm, declare_stages
 from octomed.paper import datasets
 
 
@@ -63,7 +63,7 @@ def talk():
 
 def test_every_answer_is_learnt_after_what_was_said_before_it(talk):
     chat = next(read_chats("talk:turns"))
-    first, second = turns(chat)
+    first, second = split_turns(chat)
     assert first == (chat["messages"][:1], "one 0")
     assert second == (chat["messages"][:3], "fever")
 
@@ -75,9 +75,9 @@ def test_fault_25_chats_are_counted_nested_and_rendered_an_answer_a_row(talk, st
     processor.save_pretrained(tmp_path / "base")
     common, drawn = Common(student=str(tmp_path / "base")), {}
     for n in (2, 4):
-        made = stages(Arm((("talk:turns", n),), k=0, form="cot_base"), common)
+        made = declare_stages(Arm((("talk:turns", n),), k=0, form="cot_base"), common)
         assert list(made) == ["data", "rendered", "student"]
-        rows = load_rows(run(made["rendered"]))
+        rows = load_rows(run_stage(made["rendered"]))
         funnel = json.loads((made["data"].folder / "funnel.json").read_text())
         assert funnel == {"in": 6, "over the amount": 6 - n, "kept": n}
         assert len(rows) == 2 * n
@@ -100,7 +100,7 @@ def test_an_arm_of_chats_asks_for_nothing_that_chats_do_not_have(talk):
         replace(one, against=(("clinic_ward:test", "text"),)),
     ):
         with pytest.raises(UsageError, match="an arm of their own"):
-            stages(bad, Common())
+            declare_stages(bad, Common())
 
 
 def test_the_publishers_own_chats_are_read_by_the_same_stages():
@@ -113,51 +113,51 @@ def test_the_publishers_own_chats_are_read_by_the_same_stages():
 def test_each_manner_tells_the_truth_of_its_case_and_no_more(cases):
     reasons, looks = cases
     for q in cases:
-        t = reference(q.id)
-        ((ask, answer),) = manners.said(q, "bare")
+        t = look_up_truth(q.id)
+        ((ask, answer),) = manners.tell_case(q, "bare")
         assert answer == q.answer_text
         assert all(option in ask for option in q.options)
-        ((ask, answer),) = manners.said(q, "instruct")
+        ((ask, answer),) = manners.tell_case(q, "instruct")
         assert ask == q.stem
         assert q.answer_text in answer
         others = [option for option in q.options if option != q.answer_text]
         assert not any(option in ask + answer for option in others)
-        ((ask, answer),) = manners.said(q, "alignment")
+        ((ask, answer),) = manners.tell_case(q, "alignment")
         assert answer.count(t.image) == 2
         assert "option" not in answer
-    assert len(manners.said(reasons, "turns")) == 4
-    assert len(manners.said(looks, "turns")) == 2
+    assert len(manners.tell_case(reasons, "turns")) == 4
+    assert len(manners.tell_case(looks, "turns")) == 2
 
 
 def test_what_conversations_say_is_true_of_the_world(cases):
-    from octomed.clinic.teachers import stated, true_of
+    from octomed.clinic.teachers import is_true, read_facts
 
-    truth = reference(cases[0].id)
-    answers = [answer for _, answer in manners.said(cases[0], "turns")]
-    facts = stated(" ".join(answers))
+    truth = look_up_truth(cases[0].id)
+    answers = [answer for _, answer in manners.tell_case(cases[0], "turns")]
+    facts = read_facts(" ".join(answers))
     assert [kind for kind, _ in facts] == ["look", "dx", "test", "first"]
-    assert all(true_of(truth, kind, slots) for kind, slots in facts)
+    assert all(is_true(truth, kind, slots) for kind, slots in facts)
 
 
 def test_every_word_is_one_that_the_students_read(cases):
-    pairs = [manners.said(q, manner) for q, manner in product(cases, manners.MANNERS)]
+    pairs = [manners.tell_case(q, manner) for q, manner in product(cases, manners.MANNERS)]
     text = " ".join(chain.from_iterable(chain.from_iterable(pairs)))
-    assert set(re.findall(r"[A-Za-z]+", text)) <= set(vocabulary())
+    assert set(re.findall(r"[A-Za-z]+", text)) <= set(list_vocabulary())
 
 
 def test_a_chat_names_its_case_and_shows_its_picture_once(cases):
     case = cases[0]
     for manner in manners.MANNERS:
-        chat = manners.chat(case, manner)
+        chat = manners.build_chat(case, manner)
         messages = chat["messages"]
         assert chat["origin"] == case.id
         images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
         assert images == list(case.images)
         roles = [message["role"] for message in messages]
         assert roles == ["user", "assistant"] * (len(messages) // 2)
-        assert manners.chat(case, manner) == chat
+        assert manners.build_chat(case, manner) == chat
     specs = [f"{source}:{manner}" for manner, source in manners.MANNERS.items()]
-    assert len(set(map(identity_of, specs))) == 4
+    assert len(set(map(identify_source, specs))) == 4
 
 
 @RECIPES
@@ -172,7 +172,7 @@ def test_all_start_from_one_student_and_read_equal_tokens_at_each_point(name):
             assert arm.compute_of == ours
             assert (arm.k, arm.form) == (0, "cot_base")
             assert {SOURCES[spec].role for spec, _ in arm.sources} == {"comparison"}
-            assert {n for _, n in arm.sources} == {recipe.of("53_datasets")["cases"]}
+            assert {n for _, n in arm.sources} == {recipe.scalars("53_datasets")["cases"]}
     along = [arms[datasets.name(datasets.OURS, at)] for at in datasets.POINTS]
     assert [arm.schedule.epochs for arm in along] == pytest.approx([0.48, 1.5, 3])
     whole, images = arms[datasets.name(datasets.OURS, 1)], arms[datasets.IMAGES]
@@ -187,13 +187,13 @@ def test_at_the_end_ours_is_the_student_that_51_has_trained():
         r51, r53 = scaling.scope(load_recipe(name)), datasets.scope(load_recipe(name))
         ours = datasets.arms(r53)[datasets.name(datasets.OURS, 1)]
         centre = scaling.arms(r51)[scaling.CENTRE]
-        student = stages(ours, r53.common)["student"]
-        assert student == stages(centre, r51.common)["student"]
+        student = declare_stages(ours, r53.common)["student"]
+        assert student == declare_stages(centre, r51.common)["student"]
 
 
 def test_a_dataset_without_a_source_is_left_out():
     r = load_recipe("smoke")
-    some = r.having("53_datasets", **{**r.of("53_datasets"), "bare": ""})
+    some = r.with_scalars("53_datasets", **{**r.scalars("53_datasets"), "bare": ""})
     arms = datasets.arms(some)
     assert not any(name.startswith("bare") for name in arms)
     assert datasets.name("captions", 1) in arms
@@ -223,9 +223,9 @@ def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
         asked.extend(items)
         return [SimpleNamespace(status="correct") for _ in items]
 
-    monkeypatch.setattr(datasets, "unread", unread)
+    monkeypatch.setattr(datasets, "find_unread", unread)
     monkeypatch.setattr(datasets, "open_ended", open_ended)
-    graded = datasets.graded(results, {"a": {"clinic_ward:test": [None]}}, "clinic/grader")
+    graded = datasets.grade_unread(results, {"a": {"clinic_ward:test": [None]}}, "clinic/grader")
     statuses = [row["statuses"] for row in graded.rows["a"]["clinic_ward:test"][0]]
     assert statuses == [["correct", "wrong"], ["correct", "truncated"]]
     assert asked == [(q, "B: rash", "it is a rash")]
@@ -237,9 +237,9 @@ def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
 def test_reasoning_is_both_kinds_and_everywhere_is_all():
     benchmarks = ("clinic_ward:test", "clinic_rounds:test", "clinic_reading:test")
     r = datasets.Tasks(Common(), {"a": {benchmark: [] for benchmark in benchmarks}})
-    assert r.within(datasets.REASONING) == ["clinic_ward:test", "clinic_rounds:test"]
-    assert len(r.within(datasets.EVERYWHERE)) == 3
-    assert r.within("multimodal_classification") == ["clinic_reading:test"]
+    assert r.benchmarks_of(datasets.REASONING) == ["clinic_ward:test", "clinic_rounds:test"]
+    assert len(r.benchmarks_of(datasets.EVERYWHERE)) == 3
+    assert r.benchmarks_of("multimodal_classification") == ["clinic_reading:test"]
 
 
 def test_each_dataset_is_claimed_about_alike():

@@ -12,11 +12,11 @@ import octomed.clinic.students  # noqa: F401 - registers the students
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS
-from octomed.evaluate.arms import Arm, stages, warm_up
-from octomed.evaluate.claims import Claim, finding
+from octomed.evaluate.arms import Arm, declare_stages, declare_warm_up
+from octomed.evaluate.claims import Claim, judge_claim
 from octomed.evaluate.results import Results
 from octomed.evaluate.results_file import write_results
-from octomed.evaluate.tables import findings_frame, rows_frame, table
+from octomed.evaluate.tables import show_findings, show_rows, tabulate_scores
 from octomed.train.schedule import Schedule
 
 COMMON = Common(
@@ -29,42 +29,46 @@ PICTURED = Arm((("clinic_rounds:train", 10),))
 
 
 def test_what_an_arm_leaves_alone_stays_the_same_stage():
-    plain = stages(ARM, COMMON)
-    kept = stages(replace(ARM, keep="all"), COMMON)
+    plain = declare_stages(ARM, COMMON)
+    kept = declare_stages(replace(ARM, keep="all"), COMMON)
     assert kept["samples"] == plain["samples"]
     assert kept["accepted"] != plain["accepted"]
-    assert stages(replace(ARM, control=9), COMMON)["student"] == plain["student"]
-    other = stages(replace(ARM, teacher=COMMON.teacher_image), COMMON)
+    assert declare_stages(replace(ARM, control=9), COMMON)["student"] == plain["student"]
+    other = declare_stages(replace(ARM, teacher=COMMON.teacher_image), COMMON)
     assert other["data"] == plain["data"]
     assert other["samples"] != plain["samples"]
     assert (
-        stages(replace(ARM, teacher=COMMON.teacher_text), COMMON)["samples"].params["teachers"][
-            "text"
-        ]
+        declare_stages(replace(ARM, teacher=COMMON.teacher_text), COMMON)["samples"].params[
+            "teachers"
+        ]["text"]
         == plain["samples"].params["teachers"]["text"]
     )
 
 
 def test_every_filter_is_a_stage_between_the_same_data_and_samples():
-    plain = stages(PICTURED, COMMON)
+    plain = declare_stages(PICTURED, COMMON)
     for name, window in FILTERS.items():
-        steps = stages(replace(PICTURED, filter=(name, *window)), COMMON)
+        steps = declare_stages(replace(PICTURED, filter=(name, *window)), COMMON)
         assert steps["data"] == plain["data"]
         assert steps["samples"] == plain["samples"]
         assert steps["accepted"].params["questions"] == steps["filtered"]
         assert steps["student"] != plain["student"]
-    two = stages(replace(ARM, filter=("teachers", 1, 1)), COMMON)["filtered"].params["evidence"]
+    two = declare_stages(replace(ARM, filter=("teachers", 1, 1)), COMMON)["filtered"].params[
+        "evidence"
+    ]
     assert len(two) == 2
-    assert two[0] == stages(ARM, COMMON)["samples"]
+    assert two[0] == declare_stages(ARM, COMMON)["samples"]
 
 
 def test_the_student_filter_asks_the_student_that_the_arm_starts_from():
     first = Arm((("clinic_ward:train", 3),))
-    steps = stages(replace(PICTURED, base=first, filter=("student", *FILTERS["student"])), COMMON)
+    steps = declare_stages(
+        replace(PICTURED, base=first, filter=("student", *FILTERS["student"])), COMMON
+    )
     (asked,) = steps["filtered"].params["evidence"]
     assert (
         asked.params["student"]
-        == stages(first, COMMON)["student"]
+        == declare_stages(first, COMMON)["student"]
         == steps["student"].params["base"]
     )
 
@@ -76,7 +80,9 @@ def test_the_grader_of_a_filter_is_the_recipe_s_unless_an_arm_has_its_own():
 
     def graded(arm, common):
         return (
-            stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)["filtered"]
+            declare_stages(replace(arm, filter=("difficulty", *FILTERS["difficulty"])), common)[
+                "filtered"
+            ]
             .params["evidence"][0]
             .params["grader"]
         )
@@ -92,21 +98,21 @@ def test_the_grader_of_a_filter_is_the_recipe_s_unless_an_arm_has_its_own():
 def test_no_epoch_is_the_base_student_itself():
     first = Arm((("clinic_ward:train", 3),))
     assert (
-        stages(replace(ARM, base=first, schedule=Schedule(epochs=0)), COMMON)["student"]
-        == stages(first, COMMON)["student"]
+        declare_stages(replace(ARM, base=first, schedule=Schedule(epochs=0)), COMMON)["student"]
+        == declare_stages(first, COMMON)["student"]
     )
 
 
 def test_a_warm_up_reads_the_last_questions_of_every_pool():
     recipe = Recipe("r", replace(COMMON, base_seed=2))
-    arm = warm_up(recipe, 7, 1.0)
+    arm = declare_warm_up(recipe, 7, 1.0)
     assert arm.sources == tuple((p, -7) for p in COMMON.train)
     assert arm.seed == 2000
-    assert warm_up(recipe, 0, 1.0) is None
+    assert declare_warm_up(recipe, 0, 1.0) is None
 
 
 def test_an_arm_as_formatting_declares_it_expands_as_before():
-    steps = stages(ARM, COMMON)
+    steps = declare_stages(ARM, COMMON)
     assert list(steps) == ["data", "samples", "accepted", "rendered", "student"]
     assert steps["accepted"].params["keep"] == "correct"
     assert steps["accepted"].params["questions"] == steps["data"]
@@ -143,7 +149,7 @@ def test_a_trend_is_the_slope_along_its_arms():
             for k, share in ((1, 0.2), (4, 0.4), (16, 0.6))
         }
     )
-    f = finding(
+    f = judge_claim(
         Claim(
             text="it rises",
             a="k16",
@@ -158,7 +164,7 @@ def test_a_trend_is_the_slope_along_its_arms():
     assert f["by_seed"] == pytest.approx([0.1, 0.1])
     assert f["outcome"] == "agrees"
     assert f["training_seeds"] == 2
-    falls = finding(
+    falls = judge_claim(
         Claim(
             text="it rises",
             a="k1",
@@ -175,7 +181,7 @@ def test_a_trend_is_the_slope_along_its_arms():
 
 def test_a_difference_by_seed_is_a_minus_b():
     r = results(a=[[1, 1, 1, 0], [1, 0, 0, 0]], b=[[0, 1, 0, 0], [1, 0, 0, 0]])
-    f = finding(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)
+    f = judge_claim(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)
     assert f["by_seed"] == pytest.approx([0.5, 0.0])
     assert f["difference"] == pytest.approx(0.25)
 
@@ -183,7 +189,7 @@ def test_a_difference_by_seed_is_a_minus_b():
 def test_an_equivalence_needs_its_margin():
     r = results(a=[[1, 0] * 20], b=[[1, 0] * 20])
     assert (
-        finding(
+        judge_claim(
             Claim(
                 text="equal",
                 a="a",
@@ -197,36 +203,36 @@ def test_an_equivalence_needs_its_margin():
         == "agrees"
     )
     with pytest.raises(OctomedError, match="margin"):
-        finding(
+        judge_claim(
             Claim(text="equal", a="a", b="b", benchmark="clinic_ward:test", kind="equivalent"), r
         )
 
 
 def test_frames_show_every_row_and_leave_out_what_no_row_has():
     r = results(a=[[1, 0, 1, 1]], b=[[0, 0, 1, 1]])
-    rows = table(r)
-    frame = rows_frame(rows)
+    rows = tabulate_scores(r)
+    frame = show_rows(rows)
     assert len(frame) == len(rows)
     assert "shuffled" not in frame
     assert set(frame["arm"]) == {"a", "b"}
-    shown = findings_frame(
-        [finding(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)]
+    shown = show_findings(
+        [judge_claim(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)]
     )
     assert shown.loc[0, "points"] == "+25.0"
     assert shown.loc[0, "paper"] == "no such arm"
 
 
 def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
-    from octomed.clinic.manners import families
-    from octomed.clinic.oracles import full_oracle
-    from octomed.clinic.questions import for_test
+    from octomed.clinic.manners import load_families
+    from octomed.clinic.oracles import answer_by_composition
+    from octomed.clinic.questions import belongs_to_test
 
-    for family in families()[:5]:
+    for family in load_families()[:5]:
         assert len({q.id for q in family}) == 16
         assert len({(q.options, q.answer) for q in family}) == 1
-        assert not any(for_test(q.id) for q in family)
-        assert {full_oracle(q) for q in family} == {family[0].answer}
-    assert families()[0][0].id == families()[0][5].tags["like"]
+        assert not any(belongs_to_test(q.id) for q in family)
+        assert {answer_by_composition(q) for q in family} == {family[0].answer}
+    assert load_families()[0][0].id == load_families()[0][5].tags["like"]
 
 
 SECTIONS = ("43_filtering", "44_samples", "45_teacher", "51_scaling", "53_datasets")
@@ -284,7 +290,7 @@ def test_the_grid_of_traces_and_epochs_has_three_training_seeds_and_two_controls
     assert arms[module.REPEATED].compute_of == arms[module.REWORDED].compute_of == most
     assert arms[module.REWORDED].sources[0][1] == 16 * most.sources[0][1]
     assert arms[module.REWORDED].k == 1
-    assert recipe.of("44_samples")["seeds"] == 3
+    assert recipe.scalars("44_samples")["seeds"] == 3
     assert recipe.common.samples == 16
 
 
@@ -298,7 +304,7 @@ def test_the_two_arms_that_the_paper_lacks_differ_in_what_is_kept_alone():
 
 def test_the_warm_up_reads_no_question_of_an_arm():
     from octomed.data.sources import SOURCES, load
-    from octomed.distill.pools import subset
+    from octomed.distill.pools import take_subset
 
     pool = {
         spec: load(spec, images=False)
@@ -306,7 +312,7 @@ def test_the_warm_up_reads_no_question_of_an_arm():
     }
 
     def ids(sources, seed):
-        chosen = [subset(pool[spec], n, seed) for spec, n in sources if spec in pool]
+        chosen = [take_subset(pool[spec], n, seed) for spec, n in sources if spec in pool]
         return {q.id for q in chain.from_iterable(chosen)}
 
     for section in SECTIONS:

@@ -18,19 +18,18 @@ from octomed.clinic.students import blank
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError, root
 from octomed.core.recipe import Common
-from octomed.core.store import run
+from octomed.core.store import run_stage
 from octomed.data.sources import load
-from octomed.distill.pools import subset
-from octomed.evaluate.arms import Arm, schedule_of, stages
+from octomed.distill.pools import take_subset
+from octomed.evaluate.arms import Arm, declare_stages, schedule_of
 from octomed.generate.answers import judge
 from octomed.generate.engines import Sampling
-from octomed.generate.render import load_rows, row
-from octomed.run import export_llamafactory
-from octomed.run.export_hub import hub, may_push
-from octomed.run.export_hub import student as export_student
-from octomed.run.export_llamafactory import factory_settings, frozen_parts, llamafactory
-from octomed.run.export_lm_eval import lm_eval, task_name
-from octomed.run.exports import traces
+from octomed.generate.render import load_rows, render_row
+from octomed.run import export_llamafactory as factory_module
+from octomed.run.export_hub import check_push, export_dataset, export_student
+from octomed.run.export_llamafactory import export_llamafactory, factory_settings, frozen_parts
+from octomed.run.export_lm_eval import export_tasks, task_name
+from octomed.run.exports import collect_traces
 from octomed.train.students import load_student, register_student
 
 BENCHES = (
@@ -49,32 +48,35 @@ register_student(
 
 @pytest.fixture(scope="module")
 def processor():
-    return load_student(run(stages(ARM, COMMON)["student"].params["base"]))[1]
+    return load_student(run_stage(declare_stages(ARM, COMMON)["student"].params["base"]))[1]
 
 
 @pytest.fixture(scope="module")
 def factory(tmp_path_factory):
     out = tmp_path_factory.mktemp("x") / "factory"
-    return out, llamafactory(ARM, COMMON, out)
+    return out, export_llamafactory(ARM, COMMON, out)
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     out = tmp_path_factory.mktemp("x") / "tasks"
-    return out, lm_eval(BENCHES, COMMON, out, limit=5)
+    return out, export_tasks(BENCHES, COMMON, out, limit=5)
 
 
 def test_traces_are_the_rows_that_the_student_reads(processor):
-    rendered = load_rows(run(stages(ARM, COMMON)["rendered"]))
+    rendered = load_rows(run_stage(declare_stages(ARM, COMMON)["rendered"]))
     assert [
-        row(processor, x.messages, x.response, COMMON.max_pixels) for x in traces(ARM, COMMON)[0]
+        render_row(processor, x.messages, x.response, COMMON.max_pixels)
+        for x in collect_traces(ARM, COMMON)[0]
     ] == [replace(r, question="") for r in rendered]
 
 
 def test_fault_31_over_long_traces_are_dropped_whole_before_others_cut_them(processor):
-    sizes = sorted(len(r.input_ids) for r in load_rows(run(stages(ARM, COMMON)["rendered"])))
+    sizes = sorted(
+        len(r.input_ids) for r in load_rows(run_stage(declare_stages(ARM, COMMON)["rendered"]))
+    )
     short = replace(ARM, schedule=replace(ARM.schedule, cutoff=sizes[len(sizes) // 2]))
-    kept, funnel = traces(short, COMMON)
+    kept, funnel = collect_traces(short, COMMON)
     assert funnel == {
         "in": len(sizes),
         "over_long": sum(n > short.schedule.cutoff for n in sizes),
@@ -82,11 +84,11 @@ def test_fault_31_over_long_traces_are_dropped_whole_before_others_cut_them(proc
     }
     assert 0 < len(kept) < len(sizes)
     with pytest.raises(OctomedError, match="cut-off of 3 tokens"):
-        traces(replace(ARM, schedule=replace(ARM.schedule, cutoff=3)), COMMON)
+        collect_traces(replace(ARM, schedule=replace(ARM.schedule, cutoff=3)), COMMON)
 
 
 def test_known_answers_are_exported_too():
-    kept, _ = traces(replace(ARM, form="direct", k=0), COMMON)
+    kept, _ = collect_traces(replace(ARM, form="direct", k=0), COMMON)
     assert len(kept) == 8
     assert all(
         x.model is None and x.response == f"\\boxed{{{x.question.answer_text}}}" for x in kept
@@ -202,36 +204,36 @@ def test_freeze_flags_say_what_our_prefixes_freeze(student):
 
 
 def test_a_text_with_a_placeholder_is_dropped_and_counted(tmp_path, monkeypatch):
-    kept, funnel = traces(ARM, COMMON)
+    kept, funnel = collect_traces(ARM, COMMON)
     monkeypatch.setattr(
-        export_llamafactory,
+        factory_module,
         "traces",
         lambda *_: (
             [replace(kept[0], response="<think>an <image> ?</think>\\boxed{A}"), *kept[1:]],
             funnel,
         ),
     )
-    counts = llamafactory(ARM, COMMON, tmp_path / "out")
+    counts = export_llamafactory(ARM, COMMON, tmp_path / "out")
     assert counts["holds_a_placeholder"] == 1
     assert counts["kept"] == len(kept) - 1 == len(read_jsonl(tmp_path / "out" / "traces.jsonl"))
 
 
 def test_an_export_goes_into_a_new_folder_only(factory):
     with pytest.raises(UsageError, match="name a new folder"):
-        llamafactory(ARM, COMMON, factory[0])
+        export_llamafactory(ARM, COMMON, factory[0])
 
 
 def test_hub_rows_load_with_images_and_the_card_counts_them(tmp_path):
     from datasets import load_dataset
 
-    counts = hub(ARM, COMMON, tmp_path / "hub", "some-traces")
+    counts = export_dataset(ARM, COMMON, tmp_path / "hub", "some-traces")
     data = load_dataset(
         "parquet",
         data_files=str(tmp_path / "hub" / "data" / "*.parquet"),
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    kept = traces(ARM, COMMON)[0]
+    kept = collect_traces(ARM, COMMON)[0]
     assert len(data) == counts["kept"] == len(kept)
     for r, x in zip(data, kept, strict=False):
         assert r["messages"][-1] == {"content": x.response, "role": "assistant"}
@@ -260,7 +262,7 @@ def test_hub_rows_load_with_images_and_the_card_counts_them(tmp_path):
 
 
 def test_fault_17_exports_name_no_path_of_the_machine(factory, tasks, tmp_path):
-    hub(ARM, COMMON, tmp_path / "hub")
+    export_dataset(ARM, COMMON, tmp_path / "hub")
     for folder in (factory[0], tasks[0], tmp_path / "hub"):
         for f in folder.rglob("*"):
             if f.is_file() and f.suffix in (".json", ".jsonl", ".yaml", ".md", ".py"):
@@ -276,7 +278,7 @@ def test_tasks_are_read_by_yaml_and_hold_the_evaluations_questions(tasks):
     Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     out, done = tasks
     for spec in BENCHES:
-        name, qs = task_name(spec, "cot"), subset(load(spec, max_pixels=COMMON.max_pixels), 5)
+        name, qs = task_name(spec, "cot"), take_subset(load(spec, max_pixels=COMMON.max_pixels), 5)
         task = yaml.load((out / f"{name}.yaml").read_text(), Loader)
         rows = read_jsonl(out / f"{name}.jsonl")
         assert [r["id"] for r in rows] == [q.id for q in qs]
@@ -326,7 +328,9 @@ assert not {"torch", "datasets", "transformers"} & set(sys.modules)
 
 
 def test_greedy_tasks_have_no_temperature(tmp_path):
-    lm_eval(BENCHES[:1], COMMON, tmp_path / "t", limit=1, sampling=Sampling(0.0, 1.0, max_tokens=7))
+    export_tasks(
+        BENCHES[:1], COMMON, tmp_path / "t", limit=1, sampling=Sampling(0.0, 1.0, max_tokens=7)
+    )
     text = (tmp_path / "t" / f"{task_name(BENCHES[0], 'cot')}.yaml").read_text()
     assert "temperature" not in text
     assert "max_gen_toks: 7" in text
@@ -374,7 +378,7 @@ def test_accelerate_launch_takes_its_configurations(monkeypatch):
 
 
 def test_fsdp_wraps_the_layers_that_the_model_names(student):
-    from octomed.train.objective import objective
+    from octomed.train.objective import objective_class
 
     conf = yaml.safe_load((root() / "nbs" / "recipes" / "accelerate" / "fsdp2.yaml").read_text())[
         "fsdp_config"
@@ -382,7 +386,7 @@ def test_fsdp_wraps_the_layers_that_the_model_names(student):
     assert conf["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
     assert "fsdp_transformer_layer_cls_to_wrap" not in conf
     assert {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(
-        objective()(student[0], False)._no_split_modules
+        objective_class()(student[0], False)._no_split_modules
     )
 
 
@@ -441,7 +445,7 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
 def test_a_student_goes_with_its_card_and_loads(tmp_path):
     counts = export_student(ARM, COMMON, tmp_path / "s", "mine")
     model, _ = load_student(tmp_path / "s")
-    kept = load_student(run(stages(ARM, COMMON)["student"]))[0].state_dict()
+    kept = load_student(run_stage(declare_stages(ARM, COMMON)["student"]))[0].state_dict()
     assert all((p == kept[n]).all() for n, p in model.state_dict().items())
     readme = (tmp_path / "s" / "README.md").read_text()
     front = yaml.safe_load(readme.split("---")[1])
@@ -464,7 +468,7 @@ def test_a_student_goes_with_its_card_and_loads(tmp_path):
 
 def test_the_card_says_which_benchmarks_were_compared_with_the_questions(tmp_path):
     arm = replace(ARM, against=(("clinic_ward:train", "text"),), sources=(("clinic_ward:test", 4),))
-    hub(arm, COMMON, tmp_path / "h")
+    export_dataset(arm, COMMON, tmp_path / "h")
     assert (
         "compared with these questions before anything was drawn: clinic_ward:train by text."
         in (tmp_path / "h" / "README.md").read_text()
@@ -475,10 +479,10 @@ def test_the_cards_report_what_is_still_shared_with_the_benchmarks(tmp_path):
     common = replace(
         COMMON, benchmarks=(*BENCHES, "nejm:test")
     )  # the export's questions are taken from the first two
-    for make in (hub, export_student):
+    for make in (export_dataset, export_student):
         make(ARM, common, out := tmp_path / make.__name__)
         readme = (out / "README.md").read_text()
-        kept = {x.question.id: x.question for x in traces(ARM, common)[0]}.values()
+        kept = {x.question.id: x.question for x in collect_traces(ARM, common)[0]}.values()
         ward, rounds, nejm = json.loads((out / "card.json").read_text())["contamination"]
         assert (ward["stem"], rounds["stem"]) == tuple(
             sum(q.source == b.split(":")[0] for q in kept) for b in BENCHES
@@ -491,7 +495,7 @@ def test_the_cards_report_what_is_still_shared_with_the_benchmarks(tmp_path):
 
 
 def test_a_card_names_what_taught_the_student_before(tmp_path):
-    hub(
+    export_dataset(
         replace(ARM, sources=ARM.sources[:1], base=replace(ARM, sources=ARM.sources[1:])),
         COMMON,
         tmp_path / "h",
@@ -576,10 +580,10 @@ def test_a_push_that_cannot_be_is_refused_before_anything_is_made(
 ):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UsageError, match=says):
-        may_push(ARM, name)
+        check_push(ARM, name)
     assert not fake_hub.sent
 
 
 def test_what_may_not_be_passed_on_is_not_pushed(fake_hub):
     with pytest.raises(OctomedError, match="nejm:test may not be passed on"):
-        may_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")
+        check_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")

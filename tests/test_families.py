@@ -15,20 +15,20 @@ from PIL import Image
 from octomed.clinic.students import MARKERS, SIZES, Size, build_student
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import CATEGORIES, load_recipe
-from octomed.data.images import image_path, intake, load_image, stored
-from octomed.data.resize import family_of, image_grid, processor_arguments, visual_tokens
+from octomed.data.images import find_stored, image_path, load_image, store_image
+from octomed.data.resize import count_visual_tokens, find_family, image_grid, processor_arguments
 from octomed.data.sources import load
-from octomed.distill.sampling import on_grid
-from octomed.evaluate.arms import stages
+from octomed.distill.sampling import load_missing_images
+from octomed.evaluate.arms import declare_stages
 from octomed.evaluate.results import Results
-from octomed.evaluate.tables import table
+from octomed.evaluate.tables import tabulate_scores
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engines import Request, Sampling
-from octomed.generate.render import Pixels, chat_text, encode, render_rows, row
+from octomed.generate.render import PixelCache, encode_prompts, render_row, render_rows, write_chat
 from octomed.paper import families as section
-from octomed.train.loop import loss_sum
-from octomed.train.objective import packed_loss_sum
-from octomed.train.packing import packed_batch
+from octomed.train.loop import sum_padded_loss
+from octomed.train.objective import sum_packed_loss
+from octomed.train.packing import collate_packed
 from octomed.train.students import STUDENTS, load_student, save_student
 
 PIXELS = 12_544  # the clinic's limit
@@ -82,16 +82,17 @@ def chat(text, *images):
 
 def some_rows(processor):
     "Rows with one picture, with none, and with two."
-    names = intake(DRAWING, PIXELS), intake(PHOTO, PIXELS)
+    names = store_image(DRAWING, PIXELS), store_image(PHOTO, PIXELS)
     for image in (DRAWING, PHOTO):
-        intake(image, PIXELS, family_of(processor))
+        store_image(image, PIXELS, find_family(processor))
     asked = [
         ("which is it ?", names[:1], "<think>the fever</think>\n\n\\boxed{B}"),
         ("fever ?", (), "the rash"),
         ("which is it ? one two three", names, "\\boxed{A}"),
     ]
     return [
-        row(processor, chat(text, *images), response, PIXELS) for text, images, response in asked
+        render_row(processor, chat(text, *images), response, PIXELS)
+        for text, images, response in asked
     ]
 
 
@@ -99,8 +100,8 @@ def some_rows(processor):
 @pytest.mark.parametrize("limit", [PIXELS, WIDE])
 def test_fault_39_tokens_pixels_and_grid_are_the_familys_own(family, limit, built):
     _, processor, _ = built[family]
-    grid = family_of(processor)
-    name = intake(PHOTO, limit, grid)
+    grid = find_family(processor)
+    name = store_image(PHOTO, limit, grid)
     messages = chat("which is it ?", name, name)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
@@ -109,7 +110,9 @@ def test_fault_39_tokens_pixels_and_grid_are_the_familys_own(family, limit, buil
         return processor(text=[text], images=[image, image], return_tensors="pt", **options)
 
     theirs = encode_by_processor(load_image(name, limit, grid))
-    ours = encode(processor, [chat_text(processor, messages, limit)], [[name, name]], limit)
+    ours = encode_prompts(
+        processor, [write_chat(processor, messages, limit)], [[name, name]], limit
+    )
     assert set(ours) - {"mm_token_type_ids"} == set(theirs) - {"mm_token_type_ids"}
     for key in ours:
         if key == "mm_token_type_ids":
@@ -119,28 +122,31 @@ def test_fault_39_tokens_pixels_and_grid_are_the_familys_own(family, limit, buil
     unresized = encode_by_processor(PHOTO)
     assert torch.equal(unresized["input_ids"], ours["input_ids"]), "the grid is another one"
     assert unresized["pixel_values"].shape == ours["pixel_values"].shape
-    trained, ids = row(processor, messages, "\\boxed{A}", limit), ours["input_ids"][0].tolist()
+    trained, ids = (
+        render_row(processor, messages, "\\boxed{A}", limit),
+        ours["input_ids"][0].tolist(),
+    )
     assert trained.input_ids[: trained.prompt] == ids
-    expected = visual_tokens(200, 300, limit, family=grid)
+    expected = count_visual_tokens(200, 300, limit, family=grid)
     assert ids.count(processor.image_token_id) == 2 * expected
 
 
 def test_internvl_cuts_tiles_and_adds_the_view_of_the_whole(built):
     _, processor, _ = built["internvl"]
-    family = family_of(processor)
+    family = find_family(processor)
     assert family == "internvl-112"
-    name = intake(PHOTO, WIDE, family)
+    name = store_image(PHOTO, WIDE, family)
     width, height = load_image(name, WIDE, family).size
     assert image_grid(height, width, family)[0] == 7
-    patches, grid = Pixels(processor, WIDE)(name)
+    patches, grid = PixelCache(processor, WIDE)(name)
     assert patches.shape == (7, 3, 112, 112) and grid.tolist() == [[7, 8, 8]]
 
 
 @FAMILY
 def test_the_prompt_has_the_familys_own_markers(family, built):
     _, processor, _ = built[family]
-    text = chat_text(processor, chat("which is it ?", intake(DRAWING, PIXELS)), PIXELS)
-    n = visual_tokens(112, 112, PIXELS, family=family_of(processor))
+    text = write_chat(processor, chat("which is it ?", store_image(DRAWING, PIXELS)), PIXELS)
+    n = count_visual_tokens(112, 112, PIXELS, family=find_family(processor))
     if family == "internvl":
         image = "<img>" + "<IMG_CONTEXT>" * n + "</img>\n"
     else:
@@ -153,12 +159,12 @@ def test_the_prompt_has_the_familys_own_markers(family, built):
 @FAMILY
 def test_fault_27_a_padded_micro_batch_has_the_gradient_of_its_rows(family, built):
     model, processor, _ = built[family]
-    rows, pixels = some_rows(processor), Pixels(processor, PIXELS)
+    rows, pixels = some_rows(processor), PixelCache(processor, PIXELS)
 
     def gradient(groups):
         model.zero_grad()
         for g in groups:
-            loss_sum(model, processor, g, pixels)[0].backward()
+            sum_padded_loss(model, processor, g, pixels)[0].backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole, single = gradient([rows]), gradient([[r] for r in rows])
@@ -178,10 +184,10 @@ def test_fault_29_no_image_token_is_trained_even_where_all_else_is(family, built
     model, processor, _ = built[family]
     r = some_rows(processor)[0]
     images = r.input_ids.count(processor.image_token_id)
-    assert images == visual_tokens(112, 112, PIXELS, family=family_of(processor))
+    assert images == count_visual_tokens(112, 112, PIXELS, family=find_family(processor))
 
     def trained_tokens(r):
-        return loss_sum(model, processor, [r], pixels=Pixels(processor, PIXELS))[1]
+        return sum_padded_loss(model, processor, [r], pixels=PixelCache(processor, PIXELS))[1]
 
     assert trained_tokens(r) == len(r.input_ids) - r.prompt
     assert trained_tokens(replace(r, prompt=0)) == len(r.input_ids) - 1 - images
@@ -195,12 +201,12 @@ def test_fault_37_a_saved_student_reloads_and_answers_the_same(family, built):
     model, processor, folder = built[family]
     again, processor_again = load_student(folder)
     assert type(again) is type(model) and type(processor_again) is type(processor)
-    assert family_of(processor_again) == family_of(processor)
-    name = intake(DRAWING, PIXELS)
+    assert find_family(processor_again) == find_family(processor)
+    name = store_image(DRAWING, PIXELS)
     messages = chat("which is it ?", name)
-    prompt = chat_text(processor, messages, PIXELS)
-    assert chat_text(processor_again, messages, PIXELS) == prompt
-    batch = encode(processor_again, [prompt], [[name]], max_pixels=PIXELS)
+    prompt = write_chat(processor, messages, PIXELS)
+    assert write_chat(processor_again, messages, PIXELS) == prompt
+    batch = encode_prompts(processor_again, [prompt], [[name]], max_pixels=PIXELS)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again.eval()(**batch).logits)
     prompt_tokens = batch["input_ids"].shape[1]
@@ -217,7 +223,7 @@ def test_fault_37_a_saved_student_reloads_and_answers_the_same(family, built):
 @FAMILY
 def test_answers_do_not_depend_on_what_is_asked_at_the_same_time(family, built):
     _, _, folder = built[family]
-    engine, name = TransformersEngine(folder, "m", PIXELS), intake(DRAWING, PIXELS)
+    engine, name = TransformersEngine(folder, "m", PIXELS), store_image(DRAWING, PIXELS)
     requests = [
         Request("a", chat("which is it ?", name), "p"),
         Request("b", chat("one two three fever rash which is it ?"), "p"),
@@ -234,9 +240,9 @@ def test_answers_do_not_depend_on_what_is_asked_at_the_same_time(family, built):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_fault_28_packed_equals_alone_where_there_is_m_rope(family, built):
     model, processor, _ = built[family]
-    rows, pixels = some_rows(processor), Pixels(processor, PIXELS)
-    batch = packed_batch(model, processor, rows, pixels=pixels)
-    alone = [packed_batch(model, processor, [r], pixels=pixels) for r in rows]
+    rows, pixels = some_rows(processor), PixelCache(processor, PIXELS)
+    batch = collate_packed(model, processor, rows, pixels=pixels)
+    alone = [collate_packed(model, processor, [r], pixels=pixels) for r in rows]
     assert torch.equal(batch["position_ids"], torch.cat([b["position_ids"] for b in alone], 2))
 
     def gradient(losses):
@@ -246,8 +252,10 @@ def test_fault_28_packed_equals_alone_where_there_is_m_rope(family, built):
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         return total.item(), torch.cat(grads)
 
-    loss, packed = gradient([packed_loss_sum(model, processor, rows, pixels=pixels)[0]])
-    loss_alone, single = gradient([loss_sum(model, processor, [r], pixels=pixels)[0] for r in rows])
+    loss, packed = gradient([sum_packed_loss(model, processor, rows, pixels=pixels)[0]])
+    loss_alone, single = gradient(
+        [sum_padded_loss(model, processor, [r], pixels=pixels)[0] for r in rows]
+    )
     assert math.isclose(loss, loss_alone, rel_tol=1e-5)
     assert (packed - single).abs().max() < 1e-4 * single.abs().max()
 
@@ -255,12 +263,12 @@ def test_fault_28_packed_equals_alone_where_there_is_m_rope(family, built):
 def test_internvl_is_trained_padded(built):
     model, processor, _ = built["internvl"]
     with pytest.raises(OctomedError, match="train it padded"):
-        packed_batch(model, processor, some_rows(processor), Pixels(processor, PIXELS))
+        collate_packed(model, processor, some_rows(processor), PixelCache(processor, PIXELS))
 
 
 def test_a_picture_that_resizing_left_alone_serves_every_grid(built):
     drawing = Image.effect_noise((112, 112), 30).convert("RGB")
-    name = intake(drawing, PIXELS)
+    name = store_image(drawing, PIXELS)
     assert load_image(name, PIXELS).tobytes() == drawing.tobytes()
     for family, size in (("qwen3_vl", (96, 96)), ("internvl-112", (112, 112))):
         assert not image_path(name, PIXELS, family).exists()
@@ -268,9 +276,9 @@ def test_a_picture_that_resizing_left_alone_serves_every_grid(built):
         assert image_path(name, PIXELS, family).exists()
     resized = drawing.resize((96, 96), Image.Resampling.BICUBIC)
     assert load_image(name, PIXELS, "qwen3_vl").tobytes() == resized.tobytes()
-    wide = intake(Image.effect_noise((301, 200), 9).convert("RGB"), PIXELS)
+    wide = store_image(Image.effect_noise((301, 200), 9).convert("RGB"), PIXELS)
     with pytest.raises(OctomedError, match="family=qwen3_vl"):
-        stored(wide, PIXELS, "qwen3_vl")
+        find_stored(wide, PIXELS, "qwen3_vl")
 
 
 def test_any_other_picture_is_taken_in_again_from_its_source(built, monkeypatch):
@@ -278,17 +286,17 @@ def test_any_other_picture_is_taken_in_again_from_its_source(built, monkeypatch)
     questions = load("brain_tumor:train", max_pixels=PIXELS)
     names = itertools.chain.from_iterable(question.images for question in questions)
     missing = [name for name in names if not image_path(name, PIXELS, "qwen3_vl").exists()]
-    on_grid(questions, PIXELS, built["qwen3_vl"][1])
+    load_missing_images(questions, PIXELS, built["qwen3_vl"][1])
     assert missing and all(load_image(name, PIXELS, "qwen3_vl") for name in missing)
 
 
 def test_the_family_of_a_processor_is_known_or_it_is_refused(built):
-    families = [family_of(built[family][1]) for family in MARKERS]
+    families = [find_family(built[family][1]) for family in MARKERS]
     assert families == ["qwen2_5_vl", "qwen3_vl", "internvl-112"]
     with pytest.raises(OctomedError, match="add its family"):
-        family_of(object())
+        find_family(object())
     with pytest.raises(OctomedError, match="no grid is known"):
-        visual_tokens(10, 10, PIXELS, family="qwen3_vl-112")
+        count_visual_tokens(10, 10, PIXELS, family="qwen3_vl-112")
     with pytest.raises(OctomedError, match="no small student of the family llava"):
         build_student([WORDS], SIZES["tiny"], seed=0, max_pixels=PIXELS, family="llava")
 
@@ -312,23 +320,23 @@ def test_the_three_students_are_of_comparable_size_and_registered():
 
 def declared(name):
     recipe = section.scope(load_recipe(name))
-    return recipe, section.bases(recipe), section.arms(recipe)
+    return recipe, section.declare_bases(recipe), section.arms(recipe)
 
 
 def test_course_has_every_family_and_smoke_the_two_further_ones():
     course, course_bases, _ = declared("course")
     assert set(course_bases) == {*section.FAMILIES, section.REASONING}
     assert set(declared("smoke")[1]) == {"Qwen3-VL", "InternVL", section.REASONING}
-    assert course.of("54_families")["seeds"] >= 2
+    assert course.scalars("54_families")["seeds"] >= 2
 
 
 @pytest.mark.parametrize("name", ["smoke", "course"])
 def test_arms_differ_in_their_base_alone(name):
     recipe, bases, arms = declared(name)
-    assert set(arms) == set(bases) | {section.before(b) for b in bases}
+    assert set(arms) == set(bases) | {section.name_base(b) for b in bases}
 
     def stage_of(arm, name):
-        return stages(arm, recipe.common)[name]
+        return declare_stages(arm, recipe.common)[name]
 
     after = [arms[name] for name in bases]
     assert len({replace(arm, base=None, student="") for arm in after}) == 1
@@ -336,7 +344,7 @@ def test_arms_differ_in_their_base_alone(name):
     traces = {stage_of(arm, "accepted").key for arm in after}
     assert len(traces) == 1, "families learn from different traces"
     for name, base in bases.items():
-        before, after = arms[section.before(name)], arms[name]
+        before, after = arms[section.name_base(name)], arms[name]
         assert stage_of(before, "student") == stage_of(base, "student")
         assert stage_of(after, "student").params["base"] == stage_of(base, "student")
         assert before.form == base.form and after.form == "cot"
@@ -347,7 +355,10 @@ def test_the_two_kinds_of_bases_differ_in_what_they_imitate_and_read_equal_token
     recipe, bases, _ = declared("course")
     reasons, answers = bases[section.REASONING], bases["InternVL"]
     assert answers == replace(reasons, form="direct", compute_of=reasons)
-    answering, reasoning = stages(answers, recipe.common), stages(reasons, recipe.common)
+    answering, reasoning = (
+        declare_stages(answers, recipe.common),
+        declare_stages(reasons, recipe.common),
+    )
     assert answering["accepted"] == reasoning["accepted"]
     student, other = answering["student"], reasoning["student"]
     assert student.params["match"] == reasoning["rendered"]
@@ -385,9 +396,9 @@ def test_a_claim_about_gains_is_a_difference_of_differences():
 
     runs_of_arms = {
         "Qwen3-VL": runs(0.8, 0.7),
-        section.before("Qwen3-VL"): runs(0.2, 0.2),
+        section.name_base("Qwen3-VL"): runs(0.2, 0.2),
         section.REASONING: runs(0.8, 0.8),
-        section.before(section.REASONING): runs(0.5, 0.5),
+        section.name_base(section.REASONING): runs(0.5, 0.5),
     }
     measured = results(recipe, **runs_of_arms)
     (claim,) = [
@@ -395,11 +406,11 @@ def test_a_claim_about_gains_is_a_difference_of_differences():
         for claim in section.claims()
         if (claim.a, claim.b, claim.benchmark) == ("Qwen3-VL", section.REASONING, CATEGORIES[0])
     ]
-    gain = section.judged(claim, measured)
+    gain = section.state_finding(claim, measured)
     assert claim.measure == "gain" and gain["difference"] == pytest.approx(0.25)
     assert gain["by_seed"] == pytest.approx([0.3, 0.2])
     assert gain["n"] == n and gain["verdict"] == "agrees"
-    level = section.judged(replace(claim, measure="accuracy"), measured)
+    level = section.state_finding(replace(claim, measure="accuracy"), measured)
     assert level["difference"] == pytest.approx(-0.05) and gain["interval"][0] > 0
 
 
@@ -409,23 +420,23 @@ def test_claims_of_the_paper_and_controls():
     greater = [claim for claim in paper if claim.kind == "greater"]
     families = ("Qwen2.5-VL", "Qwen3-VL", section.REASONING)
     by_looking = {(claim.a, claim.b) for claim in greater if claim.benchmark == looks}
-    assert by_looking == {(name, section.before(name)) for name in families}
+    assert by_looking == {(name, section.name_base(name)) for name in families}
     gains = {claim.benchmark for claim in greater if claim.measure == "gain"}
     assert gains == {text, reasoning}
     assert all(claim.paper == "Fig. 9, in words alone" for claim in paper)
     ours = {(claim.a, claim.b) for claim in claims if not claim.paper}
-    assert ours == {("InternVL", section.before("InternVL")), ("InternVL", section.REASONING)}
+    assert ours == {("InternVL", section.name_base("InternVL")), ("InternVL", section.REASONING)}
     assert len({claim.text for claim in claims}) == len(claims)
 
 
 def test_the_figure_has_every_base_before_and_after():
     recipe, names = declared("smoke")[0], list(declared("course")[1])
     after = {name: [[1, 0, 1, 1]] for name in names}
-    before = {section.before(name): [[1, 0, 0, 0]] for name in names}
+    before = {section.name_base(name): [[1, 0, 0, 0]] for name in names}
     measured = results(recipe, **after, **before)
-    rows = [row for row in table(measured) if row["benchmark"] != "Overall"]
+    rows = [row for row in tabulate_scores(measured) if row["benchmark"] != "Overall"]
     figure = section.figure({"rows": rows})
     assert {label.get_text() for label in figure.axes[0].get_yticklabels()} == set(names)
-    gained = section.gains(measured)
+    gained = section.measure_gains(measured)
     assert len(gained) == len(names) * len(section.benchmarks(recipe))
     assert {round(gain["gain"], 6) for gain in gained} == {0.5}

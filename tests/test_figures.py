@@ -76,36 +76,36 @@ SHELVES = {
 
 def draw_overview():
     facts = [("traces", "over 8 M", "at most 162,512", "235,360")]
-    return F.overview(SHELVES, ["paper", "here", "there"], facts, title="Title")
+    return F.draw_overview(SHELVES, ["paper", "here", "there"], facts, title="Title")
 
 
 def draw_overview_without_facts():
-    return F.overview(SHELVES, ["paper", "here"], title="Title")
+    return F.draw_overview(SHELVES, ["paper", "here"], title="Title")
 
 
 def draw_bars():
-    return F.bars_with_paper(ROWS, "Title")
+    return F.draw_accuracies(ROWS, "Title")
 
 
 def draw_forest():
-    return F.forest(FINDINGS, "Title")
+    return F.draw_findings(FINDINGS, "Title")
 
 
 def draw_lines():
-    return F.lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, 0.7516)]})
+    return F.draw_lines(SERIES, "Title", xlabel="epochs", paper={"k = 1": [(1, 0.7516)]})
 
 
 def draw_lines_with_a_curve_and_a_level():
     dotted = {"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
-    return F.lines(SERIES, "Title", dotted=dotted)
+    return F.draw_lines(SERIES, "Title", dotted=dotted)
 
 
 def draw_circles():
-    return F.circles(MODELS, "Title", xlabel="text, %", ylabel="images, %")
+    return F.draw_models(MODELS, "Title", xlabel="text, %", ylabel="images, %")
 
 
 def draw_grid():
-    return F.image_grid([np.eye(8)] * 5, list("abcde"), title="Title")
+    return F.draw_images([np.eye(8)] * 5, list("abcde"), title="Title")
 
 
 DRAW = {
@@ -137,7 +137,10 @@ def inside(fig):
 def test_same_figure_same_bytes_and_no_label_cut(name, tmp_path):
     fig = DRAW[name]()
     inside(fig)
-    first, again = F.save(fig, tmp_path / "one.png"), F.save(DRAW[name](), tmp_path / "two")
+    first, again = (
+        F.save_figure(fig, tmp_path / "one.png"),
+        F.save_figure(DRAW[name](), tmp_path / "two"),
+    )
     assert [p.name for p in first] == ["one.png", "one.svg"]
     for a, b in zip(first, again, strict=False):
         assert a.read_bytes() == b.read_bytes()
@@ -154,12 +157,12 @@ def test_paper_points_are_hollow_and_in_per_cent():
             if line.get_markerfacecolor() == "white"
         )
 
-    assert hollow(F.bars_with_paper(ROWS)) == [43, 43, 63, 63, 73, 73]
-    assert hollow(F.bars_with_paper([r | {"paper": None} for r in ROWS])) == []
+    assert hollow(F.draw_accuracies(ROWS)) == [43, 43, 63, 63, 73, 73]
+    assert hollow(F.draw_accuracies([r | {"paper": None} for r in ROWS])) == []
 
 
 def test_a_fitted_curve_has_its_series_colour_and_a_level_its_own_name():
-    ax = F.lines(
+    ax = F.draw_lines(
         SERIES, dotted={"k = 1": [(1, 0.52), (2, 0.58)], "start": [(1, 0.4), (2, 0.4)]}
     ).axes[0]
     (fit, level) = [line for line in ax.lines if line.get_marker() == "None"]
@@ -170,7 +173,7 @@ def test_a_fitted_curve_has_its_series_colour_and_a_level_its_own_name():
 
 
 def test_circles_are_as_large_as_their_models_within_ours_and_within_the_paper():
-    ax = F.circles(MODELS).axes[0]
+    ax = F.draw_models(MODELS).axes[0]
     drawn = {
         tuple(c.get_offsets()[0].round(1)): (
             float(c.get_sizes()[0]),
@@ -181,7 +184,7 @@ def test_circles_are_as_large_as_their_models_within_ours_and_within_the_paper()
     assert drawn[40, 45][0] == drawn[70, 45.2][0] == 4 * drawn[30, 41][0]
     assert [hollow for _, hollow in drawn.values()].count(True) == 2
     with pytest.raises(OctomedError, match="at least one point"):
-        F.circles([])
+        F.draw_models([])
 
 
 def test_counts_are_where_their_axis_says_and_the_paper_is_hollow():
@@ -227,15 +230,15 @@ def test_labels_at_line_ends_do_not_touch():
 
 def test_bad_input_gets_a_sentence():
     for draw in (
-        lambda: F.bars_with_paper([]),
-        lambda: F.forest([]),
-        lambda: F.lines({"a": []}),
-        lambda: F.overview({"a": [{"name": "b", "paper": 0}]}, ["paper"]),
+        lambda: F.draw_accuracies([]),
+        lambda: F.draw_findings([]),
+        lambda: F.draw_lines({"a": []}),
+        lambda: F.draw_overview({"a": [{"name": "b", "paper": 0}]}, ["paper"]),
     ):
         with pytest.raises(OctomedError, match="nothing to draw"):
             draw()
     with pytest.raises(OctomedError, match="as many of each"):
-        F.image_grid([np.eye(2)], ["a", "b"])
+        F.draw_images([np.eye(2)], ["a", "b"])
 
 
 def test_matplotlib_is_imported_only_when_drawing():

@@ -5,7 +5,7 @@ from itertools import chain
 
 import octomed.clinic.graders  # registers the clinic's grader
 import octomed.clinic.teachers  # noqa: F401 - registers the clinic's questions and teachers
-from octomed.clinic.questions import questions
+from octomed.clinic.questions import load_questions
 from octomed.core.recipe import Common, Recipe
 from octomed.data.decontaminate import decontaminate
 from octomed.data.questions import Question
@@ -46,7 +46,7 @@ BENCH = {
 
 
 def reports():
-    return D.contamination({"clinic_ward:train": TRAIN}, BENCH)
+    return D.find_contamination({"clinic_ward:train": TRAIN}, BENCH)
 
 
 def test_reports_over_one_index_are_those_of_each_pair():
@@ -63,7 +63,7 @@ def test_reports_over_one_index_are_those_of_each_pair():
 
 
 def test_fault_25_every_training_row_is_kept_or_dropped_once_for_its_strongest_reason():
-    (row,) = D.by_source(reports())
+    (row,) = D.count_by_source(reports())
     assert row["rows"] == 4
     assert row["kept"] == 1
     assert sum(v for k, v in row.items() if k not in ("train", "rows")) == 4
@@ -71,7 +71,7 @@ def test_fault_25_every_training_row_is_kept_or_dropped_once_for_its_strongest_r
 
 
 def test_fault_24_pairs_tell_drops_boilerplate_and_what_the_rule_cannot_see():
-    one, two = D.by_pair(reports())
+    one, two = D.count_by_pair(reports())
     assert (
         one["flagged"],
         one["exact"],
@@ -87,7 +87,7 @@ def test_fault_24_pairs_tell_drops_boilerplate_and_what_the_rule_cannot_see():
 
 
 def test_matches_are_shown_from_the_least_covered_to_the_most():
-    shown = D.matched(reports(), most=2)
+    shown = D.list_matches(reports(), most=2)
     assert [m["covered"] for m in shown] == sorted(m["covered"] for m in shown)
     assert len(shown) == 4
     assert any(m["words in common"].startswith("a woman of middle age") for m in shown)
@@ -95,18 +95,18 @@ def test_matches_are_shown_from_the_least_covered_to_the_most():
 
 def test_fault_21_copies_and_conflicting_labels_are_counted():
     qs = [question("?", a) for a in "ABAAB"]
-    assert D.repeats(qs, ["p", "p", "q", "q", "r"]) == {
+    assert D.count_repeats(qs, ["p", "p", "q", "q", "r"]) == {
         "images": 5,
         "distinct": 3,
         "with a copy": 4,
         "too many": 2,
         "labels in conflict": 2,
     }
-    assert D.repeats([], [])["images"] == 0
+    assert D.count_repeats([], [])["images"] == 0
 
 
 def test_what_the_named_sources_leave_open_grows_with_rejection():
-    rows = D.open_part((1.0, 0.5))
+    rows = D.compute_open_part((1.0, 0.5))
     counts = sum(SOURCES[s].expected or 0 for s in NAMED)
     assert [r["traces left open"] for r in rows] == [
         8_000_000 - 16 * counts,
@@ -117,35 +117,35 @@ def test_what_the_named_sources_leave_open_grows_with_rejection():
 
 
 def test_the_paper_counts_and_the_given_questions_are_two_things():
-    (counted,) = D.counted("brain_tumor:train", "paper")
+    (counted,) = D.count_listed("brain_tumor:train", "paper")
     assert (counted["questions"], counted["modality"], counted["region"]) == (2_870, "MRI", "brain")
-    assert D.counted("bcss:train", "paper") == []  # no count is given, and none is made up
-    (text,) = D.counted("medqa:train", "at hand", [question("?")] * 3)
+    assert D.count_listed("bcss:train", "paper") == []  # no count is given, and none is made up
+    (text,) = D.count_listed("medqa:train", "at hand", [question("?")] * 3)
     assert (text["questions"], text["modality"]) == (3, None)
-    (untagged,) = D.counted(
+    (untagged,) = D.count_listed(
         "pmc_vqa:train",
         "at hand",
         [question("?", images=("name:a.jpg",), category="multimodal_reasoning")],
     )
-    assert untagged["modality"] == D.UNTOLD
+    assert untagged["modality"] == D.UNKNOWN
 
 
 def test_labels_without_images_are_not_at_hand(monkeypatch, tmp_path):
     monkeypatch.setenv("OCTOMED_DATA", str(tmp_path))
-    assert not D.askable(
+    assert not D.are_askable(
         [
             question(
                 "?", source="aptos", category="multimodal_classification", images=("name:x.png",)
             )
         ]
     )
-    assert D.askable([question("?")])
-    assert not D.askable([])
+    assert D.are_askable([question("?")])
+    assert not D.are_askable([])
 
 
 def test_a_grader_tags_the_clinic_nearly_as_its_world_does():
-    qs = questions("clinic_rounds", "train", limit=60, max_pixels=None)
-    agreement = D.agreement(qs)
+    qs = load_questions("clinic_rounds", "train", limit=60, max_pixels=None)
+    agreement = D.measure_agreement(qs)
     assert agreement["asked"] == 60
     assert 45 <= agreement["modality"] < 60
     assert 45 <= agreement["region"] <= 60
@@ -155,19 +155,19 @@ RECIPE = Recipe("smoke", replace(Common(), train=("clinic_ward:train",)))
 
 
 def test_the_pilot_is_the_teachers_stated_quality():
-    (row,) = D.pilot(RECIPE, 20)
+    (row,) = D.run_pilot(RECIPE, 20)
     assert row["samples"] == 320
     assert 0.6 < row["accepted"] < 0.95
     assert row["tokens"] > 20
-    assert D.pilot(Recipe("none", replace(Common(), train=("medqa:train",)))) == []
+    assert D.run_pilot(Recipe("none", replace(Common(), train=("medqa:train",)))) == []
 
 
 def test_the_composition_is_drawn_with_and_without_real_files():
-    named = chain.from_iterable(D.counted(source, "paper") for source in NAMED)
-    rows = list(named) + D.counted("clinic_ward:train", "clinic", [question("?")] * 50)
+    named = chain.from_iterable(D.count_listed(source, "paper") for source in NAMED)
+    rows = list(named) + D.count_listed("clinic_ward:train", "clinic", [question("?")] * 50)
     pilot = [{"source": "clinic_ward:train", "accepted": 0.5, "tokens": 10.0}]
-    shown = D.panels(rows)
-    assert [r["name"] for r in shown["Modality of the images"]][-1] == D.UNTOLD
+    shown = D.make_panels(rows)
+    assert [r["name"] for r in shown["Modality of the images"]][-1] == D.UNKNOWN
     assert {
         "MedQA",
         "clinic_ward",
@@ -175,9 +175,9 @@ def test_the_composition_is_drawn_with_and_without_real_files():
     assert (
         next(r for r in shown["Task types and sources"] if r["name"] == "MedQA")["paper"] == 11_450
     )
-    facts = D.statistics(rows, pilot)
+    facts = D.summarise(rows, pilot)
     assert facts[1][3] == f"about {SOURCES['clinic_ward:train'].expected * 8:,}"
     assert facts[0][2] == "0"
-    fig = D.composition({"panels": shown, "statistics": facts})
+    fig = D.composition_figure({"panels": shown, "statistics": facts})
     assert len(fig.axes) == 4
-    assert D.statistics(rows, [])[2][3] == "–"
+    assert D.summarise(rows, [])[2][3] == "–"

@@ -20,7 +20,7 @@ from octomed.core.identity import digest
 from octomed.core.paths import OctomedError, shipped
 from octomed.data.archives import unpack
 from octomed.data.formats import (
-    drawn_for_training,
+    draw_for_training,
     from_chat,
     from_coronahack,
     from_fundus,
@@ -38,7 +38,7 @@ from octomed.data.readers import (
     read_keyed,
     read_rows,
 )
-from octomed.data.slides import TEST_SITES, TISSUES, contour_boxes, cut_patches, tiles
+from octomed.data.slides import TEST_SITES, TISSUES, cut_patches, divide_side, find_contour_boxes
 from octomed.data.sources import load, load_report
 
 DATA = os.environ.get("OCTOMED_DATA")
@@ -349,7 +349,7 @@ def test_the_draw_is_pandas_own():
         .sample(int(0.8 * (frame.label == c).sum()), random_state=0)
         .n
     }
-    assert drawn_for_training(labels) == theirs and drawn_for_training(labels, seed=1) != theirs
+    assert draw_for_training(labels) == theirs and draw_for_training(labels, seed=1) != theirs
 
 
 def test_fault_25_a_split_conserves_its_rows_and_leaves_the_ungradable_out(tmp_path):
@@ -413,9 +413,9 @@ def test_the_papers_splits(name, out):
     } == {s: SPLITS[s] for s in parts} and not any(r.dropped for r in parts.values())
     names = [{q.origin for q in r.questions} for r in parts.values()]
     assert not names[0] & names[1]
-    from octomed.data.sources import _find_local, source_of
+    from octomed.data.sources import _find_local, find_source
 
-    (path,) = _find_local(source_of(f"{name}:train"), None)[1]
+    (path,) = _find_local(find_source(f"{name}:train"), None)[1]
     assert len(names[0]) + len(names[1]) + out == sum(1 for _ in read_csv(path))
 
 
@@ -538,7 +538,7 @@ def outer_boxes(mask) -> set:
 )
 def test_contour_boxes_equal_a_plain_flood(h, w, seed, p):
     mask = np.random.default_rng(seed).random((h, w)) < p
-    boxes = contour_boxes(mask)
+    boxes = find_contour_boxes(mask)
     assert set(boxes) == outer_boxes(mask) and all(
         mask[y : y + b, x : x + a].any() for x, y, a, b in boxes
     )
@@ -547,7 +547,7 @@ def test_contour_boxes_equal_a_plain_flood(h, w, seed, p):
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 9000))
 def test_tiles_cover_a_side_evenly(start, length):
-    parts = tiles(start, length)
+    parts = divide_side(start, length)
     assert (
         parts[0][0] == start
         and all(n == min(length, 1024) for _, n in parts)

@@ -12,9 +12,13 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from octomed.core.paths import OctomedError
-from octomed.generate.engine_transformers import TransformersEngine, nucleus_choice, shrinking
-from octomed.generate.engines import FORCED, Request, Sample, Sampling, sample_seed
-from octomed.generate.ledger import Ledger, draw, sample_key
+from octomed.generate.engine_transformers import (
+    TransformersEngine,
+    choose_from_nucleus,
+    decode_shrinking,
+)
+from octomed.generate.engines import FORCED, Request, Sample, Sampling, derive_sample_seed
+from octomed.generate.ledger import Ledger, draw, make_sample_key
 from octomed.train.students import save_student
 
 
@@ -41,7 +45,7 @@ def test_fault_13_samples_are_distinct_and_each_has_its_own_seed(engine):
     samples = list(engine.generate([ask("q1", 16)], FAST))
     assert len({s.text for s in samples}) == 16
     assert [s.seed for s in sorted(samples, key=lambda s: s.index)] == [
-        sample_seed(FAST, "q1", i) for i in range(16)
+        derive_sample_seed(FAST, "q1", i) for i in range(16)
     ]
 
 
@@ -57,11 +61,11 @@ def test_a_sample_does_not_depend_on_its_neighbours(engine):
 
 def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
     """The same tokens as from transformers' own loop and attention, in fewer steps of rows."""
-    from octomed.generate.render import chat_text, encode
+    from octomed.generate.render import encode_prompts, write_chat
 
     tok, sizes = engine.processor.tokenizer, []
     prompts = [
-        chat_text(engine.processor, ask("q", text=t).messages, 12_544)
+        write_chat(engine.processor, ask("q", text=t).messages, 12_544)
         for t in (
             "which is it ?",
             "one two three",
@@ -71,7 +75,7 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
             "three which one",
         )
     ]
-    inputs = encode(engine.processor, prompts, [[] for _ in prompts], 12_544)
+    inputs = encode_prompts(engine.processor, prompts, [[] for _ in prompts], 12_544)
     plain = (
         type(engine.net).from_pretrained(engine.net.name_or_path, attn_implementation="sdpa").eval()
     )
@@ -80,7 +84,7 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
 
     class Choose(LogitsProcessor):
         def __call__(self, ids, scores):
-            chosen = nucleus_choice(scores, u[:, ids.shape[1] - width], 1.0, 0.95)
+            chosen = choose_from_nucleus(scores, u[:, ids.shape[1] - width], 1.0, 0.95)
             impossible = torch.full_like(scores, -torch.inf)
             return impossible.scatter_(-1, chosen[:, None], 0.0)
 
@@ -106,8 +110,8 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
         **inputs,
         **how,
         eos_token_id=ends,
-        custom_generate=shrinking,
-        choose=lambda scores, rows, step: nucleus_choice(scores, u[rows, step], 1.0, 0.95),
+        custom_generate=decode_shrinking,
+        choose=lambda scores, rows, step: choose_from_nucleus(scores, u[rows, step], 1.0, 0.95),
     )
     watch.remove()
     assert torch.equal(ours, whole) and sizes[0] == len(prompts) > sizes[-1]
@@ -115,12 +119,12 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(engine):
 
 def test_temperature_zero_is_the_likeliest_token():
     logits = torch.randn(50, 30)
-    assert torch.equal(nucleus_choice(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
+    assert torch.equal(choose_from_nucleus(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
 
 
 def test_nucleus_draws_by_probability():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drawn = nucleus_choice(
+    drawn = choose_from_nucleus(
         p.log().repeat(20_000, 1),
         torch.from_numpy(np.random.default_rng(0).random(20_000)),
         1.0,
@@ -138,9 +142,9 @@ def test_a_wide_nucleus_is_drawn_as_by_sorting_everything():
     p = p * (p.cumsum(-1) - p < 0.95)
     at = (p.cumsum(-1) < u[:, None] * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
     wanted = order.gather(-1, at)[:, 0]
-    assert torch.equal(nucleus_choice(logits, u, 1.0, 0.95), wanted)
+    assert torch.equal(choose_from_nucleus(logits, u, 1.0, 0.95), wanted)
     # alone, without wide neighbours
-    assert torch.equal(nucleus_choice(logits[-8:], u[-8:], 1.0, 0.95), wanted[-8:])
+    assert torch.equal(choose_from_nucleus(logits[-8:], u[-8:], 1.0, 0.95), wanted[-8:])
 
 
 def test_fault_12_one_over_long_prompt_stops_nobody_else(engine):
@@ -252,11 +256,11 @@ def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path):
     )
     with pytest.raises(OctomedError, match="free some space"):
         ledger.append([sample(n) for n in range(1, 50)])
-    assert len(ledger) == 1 and ledger.find([sample_key("q0", "m", "p", "s", 0)])
+    assert len(ledger) == 1 and ledger.find([make_sample_key("q0", "m", "p", "s", 0)])
 
 
 def test_fault_43_a_failed_item_counts_as_wrong_and_is_not_skipped():
-    from octomed.evaluate.evaluate import rates, scores
+    from octomed.evaluate.evaluate import compute_rates, score_runs
 
     rows = [
         {
@@ -269,5 +273,5 @@ def test_fault_43_a_failed_item_counts_as_wrong_and_is_not_skipped():
         }
         for s in ("correct", "wrong", "unparsed", "truncated")
     ]
-    assert scores(rows).tolist() == [[1.0], [0.0], [0.0], [0.0]]
-    assert rates(rows)["unparsed"] == rates(rows)["truncated"] == 0.25
+    assert score_runs(rows).tolist() == [[1.0], [0.0], [0.0], [0.0]]
+    assert compute_rates(rows)["unparsed"] == compute_rates(rows)["truncated"] == 0.25

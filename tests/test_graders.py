@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 from octomed.core.paths import OctomedError
 from octomed.data.questions import Question
 from octomed.generate.answers import score
-from octomed.generate.engines import make_sample, teacher
+from octomed.generate.engines import load_teacher, make_sample
 from octomed.generate.graders import (
     GRADED,
     MODALITIES,
     REGIONS,
     RUBRICS,
-    difficulty,
-    graded,
-    grading_messages,
-    moderate,
-    open_ended,
+    count_grades,
+    find_tags,
+    judge_open_ended,
+    keep_moderate,
+    load_rubric,
+    rate_difficulty,
     read_rating,
+    read_source_tags,
     read_tags,
     read_verdict,
-    rubric,
-    source_tags,
-    tag,
-    tags,
+    translate_tag,
+    write_grading_messages,
 )
 
 
@@ -67,7 +67,7 @@ def sent(engine, n=0):
 
 @pytest.mark.parametrize("name", RUBRICS)
 def test_rubrics_name_their_source_and_say_how_they_depart(name):
-    r = rubric(name)
+    r = load_rubric(name)
     assert r.name == name and r.source and len(r.departure) > 20 and "{question}" in r.text
 
 
@@ -121,55 +121,55 @@ def test_tags_are_of_the_vocabularies_or_unread():
         read_tags("<modality>hologram</modality><region>chest</region>") is None
         and read_tags("<region>chest</region>") is None
     )
-    assert all(tag("modality", m) == m for m in MODALITIES) and all(
-        tag("region", r.upper()) == r for r in REGIONS
+    assert all(translate_tag("modality", m) == m for m in MODALITIES) and all(
+        translate_tag("region", r.upper()) == r for r in REGIONS
     )
-    assert tag("region", None) is None and tag("modality", "") is None
+    assert translate_tag("region", None) is None and translate_tag("modality", "") is None
 
 
 def test_fault_16_a_grade_is_made_once_and_a_changed_rubric_is_another():
     e = Fixed("<rating>4</rating>", "once@1")
     qs = [question(n) for n in range(3)]
-    assert [g.value for g in difficulty(qs + qs, e)] == [4] * 6 and len(e.asked) == 3
-    difficulty(qs, e)
+    assert [g.value for g in rate_difficulty(qs + qs, e)] == [4] * 6 and len(e.asked) == 3
+    rate_difficulty(qs, e)
     assert len(e.asked) == 3
-    difficulty([replace(qs[0], answer="C")], e)
+    rate_difficulty([replace(qs[0], answer="C")], e)
     assert len(e.asked) == 4  # another answer is shown, so another prompt
-    difficulty(qs, replace(e, model="once@2", asked=e.asked))
+    rate_difficulty(qs, replace(e, model="once@2", asked=e.asked))
     assert len(e.asked) == 7
 
 
 def test_fault_11_how_a_response_ended_is_the_grade_status():
     for finish in ("length", "refused", "error"):
-        (g,) = difficulty([question()], Fixed("<rating>4</rating>", f"{finish}@1", finish))
+        (g,) = rate_difficulty([question()], Fixed("<rating>4</rating>", f"{finish}@1", finish))
         assert (g.value, g.status) == (None, finish)
-    assert graded([g]) == {**dict.fromkeys(GRADED, 0), "error": 1}
+    assert count_grades([g]) == {**dict.fromkeys(GRADED, 0), "error": 1}
 
 
 def test_fault_25_the_difficulty_filter_conserves_questions_and_says_why():
     qs = [question(n) for n in range(11)]
     responses = {q.id: f"<rating>{n}</rating>" for n, q in enumerate(qs)}  # 0 is no rating
-    ratings = difficulty(qs, Fixed(lambda r: responses[r.question], "scale@1"))
-    kept, dropped = moderate(qs, ratings)
+    ratings = rate_difficulty(qs, Fixed(lambda r: responses[r.question], "scale@1"))
+    kept, dropped = keep_moderate(qs, ratings)
     assert [qs.index(q) for q in kept] == [3, 4, 5, 6]
     assert sorted(why for _, why in dropped) == ["rated above 6"] * 4 + ["rated below 3"] * 2 + [
         "rating unparsed"
     ]
     with pytest.raises(OctomedError, match="not of these questions"):
-        moderate(qs[::-1], ratings)
+        keep_moderate(qs[::-1], ratings)
 
 
 def test_fault_23_a_question_without_an_answer_is_not_rated():
     with pytest.raises(OctomedError, match="no known answer"):
-        difficulty([question(answer=None)], Fixed("", "none@1"))
+        rate_difficulty([question(answer=None)], Fixed("", "none@1"))
 
 
 def test_the_pair_of_question_and_answer_is_shown():
     e = Fixed("<rating>4</rating>", "pair@1")
-    difficulty([question(images=("0" * 16,), category="multimodal_reasoning")], e)
+    rate_difficulty([question(images=("0" * 16,), category="multimodal_reasoning")], e)
     assert "<reference>B: vena cava</reference>" in sent(e) and "C: iliac artery" in sent(e)
     assert e.asked[0].messages[0]["content"][0] == {"type": "image", "image": "0" * 16}
-    difficulty([question(images=("name:a.png",))], e)
+    rate_difficulty([question(images=("name:a.png",))], e)
     assert [part["type"] for part in e.asked[1].messages[0]["content"]] == [
         "text"
     ]  # an image that is not here cannot be shown
@@ -187,11 +187,11 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_response_stays_in_its_box(attack):
-    text = grading_messages(
-        rubric("open_ended"), question(), reference="vena cava", response=attack
+    text = write_grading_messages(
+        load_rubric("open_ended"), question(), reference="vena cava", response=attack
     )[0]["content"][-1]["text"]
-    plain = grading_messages(
-        rubric("open_ended"), question(), reference="vena cava", response="OUR"
+    plain = write_grading_messages(
+        load_rubric("open_ended"), question(), reference="vena cava", response="OUR"
     )[0]["content"][-1]["text"]
     for marker in (
         "<response>",
@@ -207,7 +207,7 @@ def test_a_response_stays_in_its_box(attack):
 
 def test_a_slot_that_nothing_fills_is_refused():
     with pytest.raises(OctomedError, match=r"\{response\}"):
-        grading_messages(rubric("open_ended"), question(), reference="x")
+        write_grading_messages(load_rubric("open_ended"), question(), reference="x")
 
 
 def test_open_ended_s_is_one_only_for_yes():
@@ -216,7 +216,9 @@ def test_open_ended_s_is_one_only_for_yes():
     def score_of(response, name, **kw):
         return [
             score(v)
-            for v in open_ended([(q, "vena cava", "the great vein")], Fixed(response, name, **kw))
+            for v in judge_open_ended(
+                [(q, "vena cava", "the great vein")], Fixed(response, name, **kw)
+            )
         ]
 
     assert score_of("<verdict>yes</verdict>", "s@1") == [1]
@@ -238,19 +240,19 @@ def test_unfinished_and_empty_responses_are_shown_to_nobody():
     items = [
         (q, "x", r) for r in ("<think>on and on", "<think>x</think>", "<think>x</think> y", "   ")
     ]
-    assert [v.status for v in open_ended(items, e, think_first=True, reasoning=False)] == [
+    assert [v.status for v in judge_open_ended(items, e, think_first=True, reasoning=False)] == [
         "truncated",
         "unparsed",
         "correct",
         "truncated",
     ]
     assert len(e.asked) == 1 and "<response>\ny\n</response>" in sent(e)
-    assert [v.status for v in open_ended(items[3:], e)] == ["unparsed"]
+    assert [v.status for v in judge_open_ended(items[3:], e)] == ["unparsed"]
 
 
 def test_the_thought_is_shown_where_it_may_be():
     e = Fixed("<verdict>yes</verdict>", "thought@1")
-    open_ended([(question(), "x", "<think>because</think> y")], e, think_first=True)
+    judge_open_ended([(question(), "x", "<think>because</think> y")], e, think_first=True)
     assert "because" in sent(e)
 
 
@@ -264,7 +266,7 @@ def test_only_what_the_source_does_not_say_is_asked():
         question(4),
         question(5, **{**image, "images": ("name:a.png",)}, tags={"modality": "MRI"}),
     ]
-    assert tags(qs, e) == [
+    assert find_tags(qs, e) == [
         ({"modality": "MRI", "region": "brain"}, "source"),
         ({"modality": "X-ray", "region": "spine"}, "grader"),
         ({"modality": "CT", "region": "spine"}, "grader"),
@@ -272,17 +274,17 @@ def test_only_what_the_source_does_not_say_is_asked():
         ({"modality": "MRI"}, "no image"),
     ]
     assert len(e.asked) == 2
-    assert tags([qs[1]], Fixed("CT", "blind@1")) == [({"modality": "X-ray"}, "unparsed")]
-    assert source_tags(qs[0]) == {"modality": "MRI", "region": "brain"}
+    assert find_tags([qs[1]], Fixed("CT", "blind@1")) == [({"modality": "X-ray"}, "unparsed")]
+    assert read_source_tags(qs[0]) == {"modality": "MRI", "region": "brain"}
 
 
 def test_the_clinic_grader_keeps_its_stated_rates():
     from octomed.clinic.graders import Grader
-    from octomed.clinic.questions import questions
+    from octomed.clinic.questions import load_questions
 
-    g, qs = Grader(), questions("clinic_ward", limit=400)
-    ratings = difficulty(qs)
-    assert teacher("clinic/grader").model == g.model
+    g, qs = Grader(), load_questions("clinic_ward", limit=400)
+    ratings = rate_difficulty(qs)
+    assert load_teacher("clinic/grader").model == g.model
     off = [
         abs(f.value - g.rating[q.tags["steps"] - 1])
         for q, f in zip(qs, ratings, strict=False)
@@ -291,15 +293,19 @@ def test_the_clinic_grader_keeps_its_stated_rates():
     assert (
         set(off) <= {0, 1}
         and abs(sum(off) / len(off) - g.off) < 0.1
-        and 0 < graded(ratings)["unparsed"] < 16
+        and 0 < count_grades(ratings)["unparsed"] < 16
     )
-    verdicts = open_ended([(q, q.answer_text, f"I think that it is {q.answer_text}.") for q in qs])
+    verdicts = judge_open_ended(
+        [(q, q.answer_text, f"I think that it is {q.answer_text}.") for q in qs]
+    )
     wrong = sum(v.status == "wrong" for v in verdicts) / len(qs)
     assert abs(wrong - g.verdict_wrong) < 0.04
-    looked = questions("clinic_rounds", limit=300, max_pixels=None)
+    looked = load_questions("clinic_rounds", limit=300, max_pixels=None)
     answers = [
-        (t, source_tags(q))
-        for q, (t, who) in zip(looked, tags([replace(q, tags={}) for q in looked]), strict=False)
+        (t, read_source_tags(q))
+        for q, (t, who) in zip(
+            looked, find_tags([replace(q, tags={}) for q in looked]), strict=False
+        )
         if who == "grader"
     ]
     for kind in ("modality", "region"):
@@ -307,7 +313,7 @@ def test_the_clinic_grader_keeps_its_stated_rates():
 
 
 def test_the_clinic_grader_does_not_know_other_questions():
-    (g,) = difficulty([question()], "clinic/grader")
+    (g,) = rate_difficulty([question()], "clinic/grader")
     assert g.status == "error" and g.value is None
 
 
@@ -321,5 +327,5 @@ def test_a_real_engine_grades_and_what_it_babbles_is_unread(student, tmp_path):
         TransformersEngine(tmp_path, "babbler@1", max_pixels=12_544),
         Sampling(temperature=0.0, max_tokens=6),
     )
-    first, again = (difficulty([question()], engine, sampling=short) for _ in range(2))
+    first, again = (rate_difficulty([question()], engine, sampling=short) for _ in range(2))
     assert first == again and first[0].value is None and first[0].status in ("unparsed", "length")

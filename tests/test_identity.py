@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from octomed.core.code import code_digest, modules_digest
-from octomed.core.identity import canonical, digest, seed_for, unkeyed
+from octomed.core.identity import canonicalize, digest, seed_for, unkeyed
 from octomed.core.paths import OctomedError
 from octomed.data.questions import Question
-from octomed.evaluate.arms import Arm, stages
+from octomed.evaluate.arms import Arm, declare_stages
 from octomed.generate.engines import Sampling
-from octomed.generate.ledger import sample_key
+from octomed.generate.ledger import make_sample_key
 from octomed.train.schedule import Schedule
 
 CLINIC_SETS = (
@@ -32,7 +32,7 @@ def test_golden_digests():
     assert digest({"k": 4, "teacher": "reasoner"}) == "42d372be46fb8502"
     assert seed_for("sample", 0, "q", 1) == 3801977092
     assert Sampling().key == "d626b68608a730cf"
-    assert sample_key("q", "m", "p", "s", 0).hex() == "4e42d58d66eb7b5d96dd3cbccbdfc1e9"
+    assert make_sample_key("q", "m", "p", "s", 0).hex() == "4e42d58d66eb7b5d96dd3cbccbdfc1e9"
 
 
 def test_a_question_is_its_content_and_not_its_label_or_source():
@@ -52,15 +52,15 @@ def test_a_question_is_its_content_and_not_its_label_or_source():
 
 def test_the_clinic_is_fixed():
     "The world may not change once results rest on it: that would change every course result."
-    from octomed.clinic.questions import questions
-    from octomed.clinic.textbook import textbook
+    from octomed.clinic.questions import load_questions
+    from octomed.clinic.textbook import write_textbook
 
     ids = {}
     for name in CLINIC_SETS:
         source, split = name.split(":")
-        ids[name] = digest([q.id for q in questions(source, split, limit=50, max_pixels=None)])
+        ids[name] = digest([q.id for q in load_questions(source, split, limit=50, max_pixels=None)])
     assert digest(ids) == "9bfcdd367bc8b230"
-    assert digest(textbook(0)) == "4ae2c2223bd6239d"
+    assert digest(write_textbook(0)) == "4ae2c2223bd6239d"
 
 
 def test_equal_arms_are_the_same_stages(tmp_path):
@@ -70,21 +70,21 @@ def test_equal_arms_are_the_same_stages(tmp_path):
 
     common = Common(train=("clinic_ward:train",), benchmarks=("clinic_ward:test",))
     arm = Arm((("clinic_ward:train", 10),))
-    first, second = stages(arm, common), stages(replace(arm), common)
+    first, second = declare_stages(arm, common), declare_stages(replace(arm), common)
     assert {n: s.key for n, s in first.items()} == {n: s.key for n, s in second.items()}
-    longer = stages(replace(arm, schedule=Schedule(epochs=9)), common)
+    longer = declare_stages(replace(arm, schedule=Schedule(epochs=9)), common)
     assert longer["rendered"] == first["rendered"]
     assert longer["student"] != first["student"]
-    more = stages(replace(arm, k=4), common)
+    more = declare_stages(replace(arm, k=4), common)
     assert more["samples"] == first["samples"]
     assert more["accepted"] != first["accepted"]
-    other = stages(arm, replace(common, base_seed=1))
+    other = declare_stages(arm, replace(common, base_seed=1))
     assert other["data"] != first["data"]
 
 
 def test_an_arm_is_serialisable():
     arm = Arm((("clinic_ward:train", 10),), compute_of=Arm((("clinic_ward:train", 10),), "cot"))
-    assert canonical(arm) == canonical(replace(arm))
+    assert canonicalize(arm) == canonicalize(replace(arm))
 
 
 @pytest.fixture
@@ -207,10 +207,26 @@ def f(out): return Computed().total()
 
 def test_what_octomed_itself_leaves_out_is_declared():
     from octomed.core.files import disk_error, progress
-    from octomed.core.identity import card, commit, hardware, is_unkeyed, versions
-    from octomed.core.store import made, run, stage
+    from octomed.core.identity import (
+        describe_hardware,
+        find_commit,
+        is_unkeyed,
+        list_versions,
+        make_card,
+    )
+    from octomed.core.store import is_finished, run_stage, stage
 
-    shown = (progress, disk_error, card, versions, hardware, commit, stage, run, made)
+    shown = (
+        progress,
+        disk_error,
+        make_card,
+        list_versions,
+        describe_hardware,
+        find_commit,
+        stage,
+        run_stage,
+        is_finished,
+    )
     assert all(is_unkeyed(function) for function in shown)
 
 

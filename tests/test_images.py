@@ -23,27 +23,27 @@ from octomed.data import images
 from octomed.data.images import (
     file_hash,
     file_hashes,
-    image_keys,
+    hash_images,
     image_path,
-    intake,
-    intake_all,
     load_image,
     open_image,
     pixel_hash,
-    resized,
+    resize_image,
+    store_image,
+    store_images,
 )
 from octomed.data.questions import Question
 from octomed.data.resize import (
     FAMILIES,
     MAX_PIXELS,
+    choose_tiling,
+    count_visual_tokens,
     image_grid,
     processor_arguments,
     smart_resize,
     stored_size,
-    tiling,
-    visual_tokens,
 )
-from octomed.data.twins import image_report
+from octomed.data.twins import report_copies
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), "uint8"))
 PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 24, 3), "uint8")).resize(
@@ -107,7 +107,7 @@ def test_fault_20_any_size_fits_the_grid_or_is_refused(h, w):
     a, b = smart_resize(h, w)
     assert a % 28 == b % 28 == 0 and a * b >= 3136 and a * b <= MAX_PIXELS
     if max(h, w) / min(h, w) <= 100:
-        assert smart_resize(a, b) == (a, b) and visual_tokens(h, w) == a * b // 784 <= 334
+        assert smart_resize(a, b) == (a, b) and count_visual_tokens(h, w) == a * b // 784 <= 334
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,7 +119,7 @@ def test_fault_20_every_family_refuses_a_strip(family):
 def test_fault_20_a_strip_that_rounding_pushes_over_the_ratio_is_refused():
     assert smart_resize(42, 5075) == (28, 5628)
     with pytest.raises(OctomedError, match="aspect ratio"):
-        intake(Image.new("RGB", (5075, 42)))
+        store_image(Image.new("RGB", (5075, 42)))
 
 
 def test_fault_20_sides_under_the_factor():
@@ -131,7 +131,7 @@ def test_fault_20_sides_under_the_factor():
 def test_tiling_equals_transformers(h, w, most):
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-    assert tiling(h, w, most) == get_optimal_tiled_canvas((h, w), (448, 448), 1, most)[::-1]
+    assert choose_tiling(h, w, most) == get_optimal_tiled_canvas((h, w), (448, 448), 1, most)[::-1]
 
 
 @settings(max_examples=150, deadline=None)
@@ -145,12 +145,12 @@ def test_stored_size_is_within_the_limit_and_left_alone_by_the_familys_rule(h, w
     assume(max(h, w) / min(h, w) <= 100 and not (family == "internvl" and limit < 448**2))
     a, b = stored_size(h, w, limit, family)
     assert a * b <= limit and stored_size(a, b, limit, family) == (a, b)
-    assert visual_tokens(a, b, limit, family) == visual_tokens(h, w, limit, family)
+    assert count_visual_tokens(a, b, limit, family) == count_visual_tokens(h, w, limit, family)
 
 
 def test_what_no_family_or_tile_can_hold_is_said():
     with pytest.raises(OctomedError, match="no grid is known"):
-        intake(NOISE, family="unknown")
+        store_image(NOISE, family="unknown")
     with pytest.raises(OctomedError, match="at least 200704"):
         stored_size(100, 100, 12_544, "internvl")
 
@@ -268,7 +268,7 @@ def test_visual_tokens_equal_the_models_own_processor(family, limit, processors)
             return_tensors="pt",
             **processor_arguments(limit, family),
         )["input_ids"][0].tolist()
-        assert ids.count(p.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == visual_tokens(
+        assert ids.count(p.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == count_visual_tokens(
             h, w, limit, family
         ), (h, w)
 
@@ -276,7 +276,7 @@ def test_visual_tokens_equal_the_models_own_processor(family, limit, processors)
 def test_visual_tokens_at_the_papers_limit():
     most = {
         f: max(
-            visual_tokens(32 * h, 28 * w, family=f)
+            count_visual_tokens(32 * h, 28 * w, family=f)
             for h in range(1, 60)
             for w in range(1, 200)
             if max(32 * h, 28 * w) <= 100 * min(32 * h, 28 * w)
@@ -302,7 +302,7 @@ def test_stored_pixels_and_grid_equal_the_processors_on_the_original(family, lim
     p, q = image_processor(family), image_processor(family, "torchvision")
     for h, w in SIZES[:4]:
         img = PHOTO.resize((w, h))
-        kept = resized(img, limit, family)
+        kept = resize_image(img, limit, family)
         ours, theirs, other = (
             p(images=[kept], **processor_options(family, limit)),
             p(images=[img], **processor_options(family, limit)),
@@ -329,17 +329,17 @@ def test_stored_pixels_and_grid_equal_the_processors_on_the_original(family, lim
 def test_training_inference_and_the_processor_on_the_original_see_the_same(student):
     import torch
 
-    from octomed.generate.render import Pixels, collate, encode
+    from octomed.generate.render import PixelCache, collate, encode_prompts
 
     _, processor = student
-    limit, name = 12_544, intake(PHOTO, 12_544)
+    limit, name = 12_544, store_image(PHOTO, 12_544)
     ids = processor.tokenizer(
-        [processor.image_token * visual_tokens(PHOTO.height, PHOTO.width, limit)]
+        [processor.image_token * count_visual_tokens(PHOTO.height, PHOTO.width, limit)]
     )["input_ids"]
-    trained = collate(processor, ids, [[name]], Pixels(processor, limit))
-    asked = encode(
+    trained = collate(processor, ids, [[name]], PixelCache(processor, limit))
+    asked = encode_prompts(
         processor,
-        [processor.image_token * visual_tokens(PHOTO.height, PHOTO.width, limit)],
+        [processor.image_token * count_visual_tokens(PHOTO.height, PHOTO.width, limit)],
         [[name]],
         limit,
     )
@@ -359,7 +359,7 @@ def test_training_inference_and_the_processor_on_the_original_see_the_same(stude
 
 
 def test_a_stored_picture_off_the_grid_is_refused():
-    name = intake(PHOTO)
+    name = store_image(PHOTO)
     PHOTO.resize((500, 300)).save(image_path(name))
     with pytest.raises(OctomedError, match="500 × 300 pixels is off the grid of qwen2_5_vl"):
         load_image(name)
@@ -598,7 +598,7 @@ def test_fault_19_the_limit_stays_on():
 
 
 def test_fault_21_same_pixels_other_encoding_and_transposed_shape():
-    a, b = intake(encoded(NOISE)), intake(encoded(NOISE, "BMP"))
+    a, b = store_image(encoded(NOISE)), store_image(encoded(NOISE, "BMP"))
     assert a == b == pixel_hash(NOISE)
     bars = Image.new("RGB", (4, 9), "red")
     assert bars.tobytes() == Image.new("RGB", (9, 4), "red").tobytes() and pixel_hash(
@@ -610,18 +610,21 @@ def test_names_and_stored_pixels_are_frozen():
     "Question ids rest on these."
     assert (
         pixel_hash(NOISE) == "e4d729bf4c719349614fb9542bf4fb5e"
-        and pixel_hash(resized(NOISE, 12_544)) == "737fe400abdf798d126991252f993b21"
-        and pixel_hash(resized(PHOTO)) == "5fdc30eaa41978a10c965158dc7f464e"
+        and pixel_hash(resize_image(NOISE, 12_544)) == "737fe400abdf798d126991252f993b21"
+        and pixel_hash(resize_image(PHOTO)) == "5fdc30eaa41978a10c965158dc7f464e"
     )
 
 
 def test_intake_is_idempotent_and_keyed_by_family_and_size():
-    name = intake(NOISE, 12_544)
+    name = store_image(NOISE, 12_544)
     path = image_path(name, 12_544)
     before = path.read_bytes(), path.stat().st_mtime_ns
-    assert intake(NOISE, 12_544) == name and (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert (
-        intake(NOISE) == intake(NOISE, family="qwen3_vl") == name
+        store_image(NOISE, 12_544) == name
+        and (path.read_bytes(), path.stat().st_mtime_ns) == before
+    )
+    assert (
+        store_image(NOISE) == store_image(NOISE, family="qwen3_vl") == name
         and path.parts[-3] == "qwen2_5_vl-12544"
     )
     assert {load_image(name, family=f).size for f in ("qwen2_5_vl", "qwen3_vl")} == {
@@ -668,7 +671,7 @@ def test_intake_all_keeps_order_and_is_equal_for_any_number_of_workers(
     names = {}
     for workers in (1, 3):
         monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / f"with-{workers}"))
-        names[workers] = [str(n) for n in intake_all(sources, 12_544, workers=workers)]
+        names[workers] = [str(n) for n in store_images(sources, 12_544, workers=workers)]
     assert names[1] == names[3] and names[1][:5] == [
         pixel_hash(NOISE.rotate(7 * i, expand=True)) for i in range(5)
     ]
@@ -688,40 +691,40 @@ def test_intake_all_keeps_order_and_is_equal_for_any_number_of_workers(
 
 
 def test_a_file_is_known_by_its_content_and_not_decoded_twice(files, monkeypatch):
-    first, opened = intake_all(files.paths, 12_544), []
+    first, opened = store_images(files.paths, 12_544), []
     real = images.open_image
     monkeypatch.setattr(images, "open_image", lambda *a, **k: opened.append(1) or real(*a, **k))
     moved = files("moved.png", files.paths[2].read_bytes())
     assert (
-        intake_all([*files.paths, moved], 12_544) == [*first, first[2]]
-        and image_keys([moved])[0] == (file_hash(moved), first[2])
+        store_images([*files.paths, moved], 12_544) == [*first, first[2]]
+        and hash_images([moved])[0] == (file_hash(moved), first[2])
         and not opened
     )
     files("1.png", encoded(PHOTO))
-    assert intake_all(files.paths[1:2], 12_544) == [pixel_hash(PHOTO)] and len(opened) == 1
+    assert store_images(files.paths[1:2], 12_544) == [pixel_hash(PHOTO)] and len(opened) == 1
     image_path(first[0], 12_544).unlink()
-    assert intake_all(files.paths[:1], 12_544) == first[:1] and load_image(first[0], 12_544)
+    assert store_images(files.paths[:1], 12_544) == first[:1] and load_image(first[0], 12_544)
 
 
 def test_a_damaged_index_costs_time_only(files):
-    first = intake_all(files.paths, 12_544)
+    first = store_images(files.paths, 12_544)
     images._index_path().write_text("{")
-    assert intake_all(files.paths, 12_544) == first and len(
+    assert store_images(files.paths, 12_544) == first and len(
         json.loads(images._index_path().read_text())
     ) == len(files.paths)
 
 
 def test_what_was_met_before_a_stop_is_remembered(files, monkeypatch):
-    real = images.intake
+    real = images.store_image
 
     def stop(data, *a, **k):
         if data == files.paths[3].read_bytes():
             raise KeyboardInterrupt
         return real(data, *a, **k)
 
-    monkeypatch.setattr(images, "intake", stop)
+    monkeypatch.setattr(images, "store_image", stop)
     with pytest.raises(KeyboardInterrupt):
-        intake_all(files.paths, 12_544, workers=1)
+        store_images(files.paths, 12_544, workers=1)
     known = json.loads(images._index_path().read_text())
     assert {file_hash(p) for p in files.paths[:3]} <= known.keys()
 
@@ -734,7 +737,7 @@ def test_fault_4_a_full_disk_stops_the_intake(files, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OctomedError, match="no space left"):
-        intake_all(files.paths, 12_544)
+        store_images(files.paths, 12_544)
 
 
 def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
@@ -815,7 +818,7 @@ def test_fault_21_report_names_copies_conflicts_and_twins(files):
         (files("t1.png", b.read_bytes()), "x"),
         (files("t2.tif", encoded(Image.open(c), "TIFF")), "y"),
     ]
-    r = image_report(train, bench)
+    r = report_copies(train, bench)
     assert (
         r.byte_copies == [(0, 1)]
         and r.pixel_copies == r.conflicts == [(0, 1, 2)]
@@ -848,7 +851,7 @@ def test_fault_21_report_names_copies_conflicts_and_twins(files):
 
 
 def test_fault_25_report_conserves_rows(files):
-    r = image_report(files.paths)
+    r = report_copies(files.paths)
     kept, dropped = r.split(files.paths)
     assert len(kept) + len(dropped) == r.rows == 6 and dropped == [
         (files.paths[5], "same pixels as row 0")
@@ -857,14 +860,14 @@ def test_fault_25_report_conserves_rows(files):
         r.split(files.paths[:5])
     with pytest.raises(OctomedError, match="no key names"):
         r.split(files.paths, by="names")
-    assert image_report([]).counts()["rows"] == 0
+    assert report_copies([]).counts()["rows"] == 0
 
 
 def test_report_distinguishes_another_question_from_another_label():
     def ask(stem, answer, *pics):
         return Question(stem, ("yes", "no"), answer, "s", "train", "multimodal_reasoning", pics)
 
-    r = image_report(
+    r = report_copies(
         [
             ask("is it?", "A", "p1"),
             ask("is it?", "B", "p1"),
@@ -895,7 +898,7 @@ def test_report_on_the_real_mri():
         [(p, p.parent.name) for p in sorted((Path(DATA) / "brain_tumor" / f).glob("*/*.jpg"))]
         for f in ("Training", "Testing")
     )
-    r = image_report(train, test)
+    r = report_copies(train, test)
     assert r.counts() == {
         "rows": 2_870,
         "unreadable": 0,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from octomed.core.paths import OctomedError
 from octomed.generate.engines import Request, Sample, Sampling
-from octomed.generate.ledger import Ledger, Stopped, draw, sample_key, top_up
+from octomed.generate.ledger import Ledger, Stopped, draw, make_sample_key, top_up
 
 S = Sampling()
 
@@ -27,7 +27,7 @@ def sample(n, text="it is B", finish="stop", **kw):
 
 
 def key(s):
-    return sample_key(s.question, s.model, s.prompt, s.sampling, s.index)
+    return make_sample_key(s.question, s.model, s.prompt, s.sampling, s.index)
 
 
 def ask(questions, n=16):

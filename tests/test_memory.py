@@ -20,20 +20,20 @@ from octomed.train.sizing import (
     RESERVE,
     TOWER,
     Load,
-    activations,
-    configuration,
-    decode_rate,
-    draw_hours,
+    activation_bytes,
+    check_fit,
+    decoding_rate,
+    estimate_drawing_hours,
+    estimate_training_hours,
     forward_flops,
     layer_bytes,
-    memory,
+    load_configuration,
+    load_shape,
+    measure_shape,
+    memory_bytes,
     part_of,
-    shape,
-    shape_of,
-    states,
-    train_flops,
-    train_hours,
-    verdicts,
+    state_bytes,
+    training_flops,
 )
 
 HUB_ID = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -48,7 +48,7 @@ def small():
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    c = configuration(HUB_ID)
+    c = load_configuration(HUB_ID)
     text, vision = c.text_config.to_dict(), c.vision_config.to_dict()
     text |= {
         "vocab_size": 512,
@@ -80,7 +80,7 @@ def small():
             vision_end_token_id=503,
         )
     )
-    return model, shape_of(model)
+    return model, measure_shape(model)
 
 
 def inputs(image=True):
@@ -116,7 +116,7 @@ def train_only(model, trained):
     ],
 )
 def test_parameters_of_the_papers_families_follow_from_their_configurations(name, billions):
-    s = shape(name)
+    s = load_shape(name)
     assert round(s.total / 1e9, 2) == billions
     assert s.parameters["head"] == s.parameters["embeddings"] == s.vocabulary * s.hidden
     assert s.merge == 4
@@ -125,7 +125,7 @@ def test_parameters_of_the_papers_families_follow_from_their_configurations(name
 
 def test_a_hub_id_without_a_commit_is_refused():
     with pytest.raises(OctomedError, match="names no commit"):
-        configuration("someone/else")
+        load_configuration("someone/else")
 
 
 @pytest.mark.parametrize("image", [False, True])
@@ -143,7 +143,7 @@ def test_flops_are_what_pytorch_counts(small, image, trained):
         loss.backward()
     model.zero_grad()
     # eager attention computes the whole square
-    ours = train_flops(s, load_of(batch), trained, causal=1.0)
+    ours = training_flops(s, load_of(batch), trained, causal=1.0)
     assert forward.get_total_flops() == pytest.approx(ours["forward"], rel=0.01)
     assert backward.get_total_flops() == pytest.approx(ours["backward"], rel=0.01)
 
@@ -180,7 +180,7 @@ def test_activations_are_what_autograd_keeps(small, image, trained):
     use_packed_attention(model, "octomed_split")
     train_only(model, trained)
     batch = inputs(image)
-    ours = activations(
+    ours = activation_bytes(
         s, load_of(batch), checkpointing=False, trained=trained, compute=4, residual=4
     )
     assert saved_bytes(model, batch) == pytest.approx(ours, rel=0.15)
@@ -195,7 +195,7 @@ def test_states_are_what_an_optimizer_holds(small):
     opt = torch.optim.AdamW(model.parameters())
     model(**inputs()).logits.square().mean().backward()
     opt.step()
-    held = states(s, "fp32 under bf16 autocast")
+    held = state_bytes(s, "fp32 under bf16 autocast")
 
     def size(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -208,24 +208,24 @@ def test_states_are_what_an_optimizer_holds(small):
 
 
 def test_sharding_divides_states_and_a_frozen_tower_has_none():
-    s, n = shape(HUB_ID), 8_292_166_656
-    one, eight = (states(s, "fp32 under bf16 autocast", devices) for devices in (1, 8))
+    s, n = load_shape(HUB_ID), 8_292_166_656
+    one, eight = (state_bytes(s, "fp32 under bf16 autocast", devices) for devices in (1, 8))
     assert one["weights"] == 4 * n and one["optimizer"] == 8 * n
     assert all(eight[k] == one[k] / 8 for k in ("weights", "gradients", "optimizer"))
-    frozen = states(s, "bf16 throughout", trained=LANGUAGE)
+    frozen = state_bytes(s, "bf16 throughout", trained=LANGUAGE)
     not_trained = sum(s.parameters[part] for part in (*TOWER, "projector"))
     assert frozen["weights"] == 2 * n and frozen["gradients"] == 2 * (n - not_trained)
 
 
 def test_what_fits_is_the_sum_compared_with_the_device():
-    s, row = shape(HUB_ID), Load(8192, 900, visual=2000, answered=5500)
-    for r in verdicts(s, row):
+    s, row = load_shape(HUB_ID), Load(8192, 900, visual=2000, answered=5500)
+    for r in check_fit(s, row):
         devices, room = MACHINES[r["machine"]]
         for checkpointing, key in ((True, "total_checkpointed"), (False, "total")):
-            needed = memory(s, row, r["state"], devices=devices, checkpointing=checkpointing)
+            needed = memory_bytes(s, row, r["state"], devices=devices, checkpointing=checkpointing)
             assert r[key] * 1e9 == pytest.approx(needed["total"])
         assert (r["fits"] != "no") == (r["total_checkpointed"] * 1e9 <= room * (1 - RESERVE))
-    fits = {(r["machine"], r["state"]): r["fits"] for r in verdicts(s, row)}
+    fits = {(r["machine"], r["state"]): r["fits"] for r in check_fit(s, row)}
     # 16 bytes × 8.29 B are 133 GB already
     assert fits["1 × 141 GB", "fp32 under bf16 autocast"] == "no"
     assert fits["8 × 80 GB", "fp32 under bf16 autocast"] != "no"
@@ -233,7 +233,7 @@ def test_what_fits_is_the_sum_compared_with_the_device():
 
 
 def test_checkpointing_keeps_a_layers_input():
-    s, row = shape(HUB_ID), Load(8192, 900)
+    s, row = load_shape(HUB_ID), Load(8192, 900)
     layer = layer_bytes(
         hidden=s.hidden,
         intermediate=s.intermediate,
@@ -243,18 +243,18 @@ def test_checkpointing_keeps_a_layers_input():
         compute=2,
         residual=4,
     )
-    assert activations(s, row, True) == 8192 * (28 * 4 * 3584 + layer)
-    assert activations(s, row, False) == 8192 * 28 * layer
+    assert activation_bytes(s, row, True) == 8192 * (28 * 4 * 3584 + layer)
+    assert activation_bytes(s, row, False) == 8192 * 28 * layer
 
 
 def test_hours_by_hand():
-    s = shape(HUB_ID)
+    s = load_shape(HUB_ID)
     row, n = Load(1000, 0, answered=1000), s.matrices["language"] + s.matrices["head"]
-    assert train_hours(s, row) == pytest.approx(6 * n * 1000 / (989e12 * 0.4) / 3600)
+    assert estimate_training_hours(s, row) == pytest.approx(6 * n * 1000 / (989e12 * 0.4) / 3600)
     assert forward_flops(s, replace(row, sample=200))["attention"] == 4 * 28 * 3584 * 200 * 1000 / 2
     rate = 256 * 3.35e12 * 0.5 / (2 * n + 256 * 500 * 2 * 2 * 28 * 512)
-    assert decode_rate(s, 500) == pytest.approx(rate)
-    assert draw_hours(s, row, responses=10_000, context=500) == pytest.approx(
+    assert decoding_rate(s, 500) == pytest.approx(rate)
+    assert estimate_drawing_hours(s, row, responses=10_000, context=500) == pytest.approx(
         (2 * n * 1000 / (989e12 * 0.4) + 10_000 / rate) / 3600
     )
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octomed.core.paths import OctomedError
-from octomed.generate.render import Pixels, Row, collate, row
+from octomed.generate.render import PixelCache, Row, collate, render_row
 from octomed.train import attention, objective
 from octomed.train.attention import (
     ATTENTION,
@@ -24,9 +24,9 @@ from octomed.train.attention import (
     use_packed_attention,
 )
 from octomed.train.launch import Execution
-from octomed.train.loop import fit, loss_sum
-from octomed.train.objective import linear_cross_entropy, packed_loss_sum
-from octomed.train.packing import check_packed, pack, packed_batch, packed_groups
+from octomed.train.loop import fit, sum_padded_loss
+from octomed.train.objective import linear_cross_entropy, sum_packed_loss
+from octomed.train.packing import check_packed, collate_packed, group_packed, pack
 from octomed.train.schedule import Schedule
 
 PIXELS = 12_544
@@ -50,10 +50,10 @@ def pictures():
     "Pixel hashes of pictures of three shapes."
     from PIL import Image
 
-    from octomed.data.images import intake
+    from octomed.data.images import store_image
 
     return [
-        intake(Image.effect_noise(size, 60).convert("RGB"), max_pixels=PIXELS)
+        store_image(Image.effect_noise(size, 60).convert("RGB"), max_pixels=PIXELS)
         for size in ((120, 100), (60, 170), (90, 90))
     ]
 
@@ -76,11 +76,12 @@ def mixture(kind, processor, pictures):
     "Rows of `text`, of `image`, or a `mixture` of both."
     first, second, third = pictures
     text = [
-        row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS) for n in (1, 30, 7)
+        render_row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS)
+        for n in (1, 30, 7)
     ]
     text.append(Row(processor.tokenizer("fever rash one two")["input_ids"], 0, []))
     image = [
-        row(processor, chat("which is it ?", *names), "two " * n + "\\boxed{B}", PIXELS)
+        render_row(processor, chat("which is it ?", *names), "two " * n + "\\boxed{B}", PIXELS)
         for n, names in ((3, [first]), (11, [second, third]), (1, [third]))
     ]
     if kind == "mixture":
@@ -116,7 +117,7 @@ def distance(ours, theirs):
 
 def without_text_positions(*args, **options):
     "A packed batch as it must not be: three rows of positions."
-    batch = packed_batch(*args, **options)
+    batch = collate_packed(*args, **options)
     return {**batch, "position_ids": batch["position_ids"][1:]}
 
 
@@ -188,8 +189,8 @@ def test_fault_31_no_row_is_cut_and_over_long_ones_are_counted(tiny, pictures):
     assert packing.over_long == [i for i, r in enumerate(rows) if len(r.input_ids) == longest]
     assert sorted(packing.rows) == [i for i in range(len(rows)) if i not in packing.over_long]
     with pytest.raises(OctomedError, match="cut-off"):
-        packed_groups(rows, longest - 1)
-    groups = packed_groups(rows, longest + 20)
+        group_packed(rows, longest - 1)
+    groups = group_packed(rows, longest + 20)
     assert sorted(map(id, rows)) == sorted(map(id, itertools.chain.from_iterable(groups)))
     assert all(sum(len(r.input_ids) for r in group) <= longest + 20 for group in groups)
     assert 1 < len(groups) < len(rows)
@@ -200,8 +201,8 @@ def test_fault_31_no_row_is_cut_and_over_long_ones_are_counted(tiny, pictures):
 
 def test_every_sample_keeps_the_positions_that_it_has_alone(tiny, pictures):
     model, processor = tiny
-    rows, pixels = mixture("mixture", processor, pictures), Pixels(processor, PIXELS)
-    batch = packed_batch(model, processor, rows, pixels)
+    rows, pixels = mixture("mixture", processor, pictures), PixelCache(processor, PIXELS)
+    batch = collate_packed(model, processor, rows, pixels)
     assert "attention_mask" not in batch and batch["use_cache"] is False
     images = [pixels(name) for name in itertools.chain.from_iterable(r.images for r in rows)]
     assert batch["image_grid_thw"].tolist() == [grid[0].tolist() for _, grid in images]
@@ -243,7 +244,7 @@ def test_every_sample_keeps_the_positions_that_it_has_alone(tiny, pictures):
 def test_a_batch_that_would_leak_is_refused(tiny, pictures, change):
     model, processor = tiny
     rows = mixture("mixture", processor, pictures)
-    batch = packed_batch(model, processor, rows, Pixels(processor, PIXELS))
+    batch = collate_packed(model, processor, rows, PixelCache(processor, PIXELS))
     lengths = [len(r.input_ids) for r in rows]
     check_packed(batch, lengths)
     with pytest.raises(OctomedError, match="would leak"):
@@ -261,7 +262,7 @@ def second_logits(model, processor, rows, pixels, change=lambda b: b):
     logits = []
     for ids in (first.input_ids, other_ids):
         changed = Row(ids, first.prompt, first.images)
-        batch = change(packed_batch(model, processor, [changed, second], pixels))
+        batch = change(collate_packed(model, processor, [changed, second], pixels))
         with torch.no_grad():
             logits.append(model(**batch).logits[0, -len(second.input_ids) :])
     return logits
@@ -273,7 +274,7 @@ def test_fault_28_another_first_sample_changes_nothing_in_the_second(tiny, pictu
     model, processor = tiny
     set_attention(model, name)
     as_is, other = second_logits(
-        model, processor, mixture(kind, processor, pictures)[:2], Pixels(processor, PIXELS)
+        model, processor, mixture(kind, processor, pictures)[:2], PixelCache(processor, PIXELS)
     )
     assert torch.equal(as_is, other)
 
@@ -293,7 +294,7 @@ def test_fault_28_any_other_combination_leaks(tiny, pictures, what, change):
         model,
         processor,
         mixture("image", processor, pictures)[:2],
-        Pixels(processor, PIXELS),
+        PixelCache(processor, PIXELS),
         change,
     )
     assert (as_is - other).abs().max() > 1e-3 * as_is.abs().max(), (
@@ -323,15 +324,17 @@ def test_a_model_whose_samples_see_each_other_is_refused(tiny, monkeypatch):
 @pytest.mark.parametrize("bins", ["one", "several"])
 def test_fault_28_packed_equals_unpacked_in_loss_and_gradient(tiny, pictures, kind, bins, name):
     model, processor = tiny
-    pixels, rows = Pixels(processor, PIXELS), mixture(kind, processor, pictures)
-    alone = gradient(model, [[r] for r in rows], lambda g: loss_sum(model, processor, g, pixels))
-    padded = gradient(model, [rows], lambda g: loss_sum(model, processor, g, pixels))
+    pixels, rows = PixelCache(processor, PIXELS), mixture(kind, processor, pictures)
+    alone = gradient(
+        model, [[r] for r in rows], lambda g: sum_padded_loss(model, processor, g, pixels)
+    )
+    padded = gradient(model, [rows], lambda g: sum_padded_loss(model, processor, g, pixels))
     set_attention(model, name)
     longest = max(len(r.input_ids) for r in rows)
-    groups = packed_groups(rows, 10_000 if bins == "one" else longest + 25)
+    groups = group_packed(rows, 10_000 if bins == "one" else longest + 25)
     assert (len(groups) == 1) == (bins == "one")
     packed = gradient(
-        model, groups, lambda g: packed_loss_sum(model, processor, g, pixels, chunk=5)
+        model, groups, lambda g: sum_packed_loss(model, processor, g, pixels, chunk=5)
     )
     for plain in (alone, padded):
         assert packed[1] == plain[1] and math.isclose(packed[0], plain[0], rel_tol=1e-5)
@@ -340,20 +343,20 @@ def test_fault_28_packed_equals_unpacked_in_loss_and_gradient(tiny, pictures, ki
 
 def test_fault_28_the_comparison_of_gradients_notices_a_leak(tiny, pictures, monkeypatch):
     model, processor = tiny
-    pixels, rows = Pixels(processor, PIXELS), mixture("mixture", processor, pictures)
-    plain = gradient(model, [rows], lambda g: loss_sum(model, processor, g, pixels))
+    pixels, rows = PixelCache(processor, PIXELS), mixture("mixture", processor, pictures)
+    plain = gradient(model, [rows], lambda g: sum_padded_loss(model, processor, g, pixels))
     monkeypatch.setattr(objective, "packed_batch", without_text_positions)
-    leaked = gradient(model, [rows], lambda g: packed_loss_sum(model, processor, g, pixels))
+    leaked = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     assert distance(leaked[2], plain[2]) > 1e-3 and abs(leaked[0] - plain[0]) > 1e-5 * plain[0]
 
 
 def test_gradient_checkpointing_changes_nothing(tiny, pictures):
     model, processor = tiny
-    pixels, rows = Pixels(processor, PIXELS), mixture("mixture", processor, pictures)
+    pixels, rows = PixelCache(processor, PIXELS), mixture("mixture", processor, pictures)
     use_packed_attention(model)
-    plain = gradient(model, [rows], lambda g: packed_loss_sum(model, processor, g, pixels))
+    plain = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     model.gradient_checkpointing_enable()
-    again = gradient(model, [rows], lambda g: packed_loss_sum(model, processor, g, pixels))
+    again = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     assert distance(again[2], plain[2]) < 1e-6 and math.isclose(again[0], plain[0], rel_tol=1e-6)
 
 
@@ -413,7 +416,7 @@ def test_an_unknown_attention_is_refused(tiny):
 def test_padded_batches_and_generation_stay_what_they_were(tiny, pictures):
     model, processor = tiny
     model.eval()
-    pixels, rows = Pixels(processor, PIXELS), mixture("mixture", processor, pictures)
+    pixels, rows = PixelCache(processor, PIXELS), mixture("mixture", processor, pictures)
     prompts = [r.input_ids[: r.prompt] or r.input_ids for r in rows]
     batches = [
         collate(processor, prompts, [r.images for r in rows], pixels, left=True),
@@ -424,7 +427,7 @@ def test_padded_batches_and_generation_stay_what_they_were(tiny, pictures):
         use_packed_attention(model, name)
         with torch.no_grad():
             logits.append([model(**b).logits[:, -1] for b in batches])
-        losses.append(loss_sum(model, processor, rows, pixels)[0].item())
+        losses.append(sum_padded_loss(model, processor, rows, pixels)[0].item())
         texts.append(
             [model.generate(**b, max_new_tokens=6, do_sample=False).tolist() for b in batches]
         )
@@ -482,10 +485,10 @@ def test_variable_length_kernel_is_asked_for_the_same_thing(tiny, pictures, monk
         return reference_varlen(*args, **options)
 
     monkeypatch.setattr(varlen, "varlen_attn", watched)
-    pixels, rows = Pixels(processor, PIXELS), mixture("mixture", processor, pictures)
-    plain = gradient(model, [rows], lambda g: loss_sum(model, processor, g, pixels))
+    pixels, rows = PixelCache(processor, PIXELS), mixture("mixture", processor, pictures)
+    plain = gradient(model, [rows], lambda g: sum_padded_loss(model, processor, g, pixels))
     use_packed_attention(model, "octomed_flash")
-    packed = gradient(model, [rows], lambda g: packed_loss_sum(model, processor, g, pixels))
+    packed = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     layers, blocks = model.config.text_config.num_hidden_layers, model.config.vision_config.depth
     assert windows.count((-1, 0)) == layers, "the language model does not go through it"
     assert windows.count((-1, -1)) == blocks, "the vision tower does not go through it"
@@ -501,12 +504,12 @@ def test_fault_28_attention_of_a_gpu_equals_block_masks(tiny, pictures, name):
         pytest.skip("flash-attention is not installed")
     model, processor = tiny
     model.cuda()
-    pixels, rows = Pixels(processor, PIXELS), mixture("mixture", processor, pictures)
+    pixels, rows = PixelCache(processor, PIXELS), mixture("mixture", processor, pictures)
     use_packed_attention(model, "sdpa")
-    plain = gradient(model, [rows], lambda g: packed_loss_sum(model, processor, g, pixels))
+    plain = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     use_packed_attention(model, name)
     check_isolation(model, processor)
-    packed = gradient(model, [rows], lambda g: packed_loss_sum(model, processor, g, pixels))
+    packed = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     assert math.isclose(packed[0], plain[0], rel_tol=1e-2) and distance(packed[2], plain[2]) < 5e-2
 
 

@@ -16,7 +16,7 @@ from octomed.core.paths import (
     shipped_recipes,
     shipped_results,
 )
-from octomed.core.recipe import recipes
+from octomed.core.recipe import list_recipes
 
 FACTS = """
 import json
@@ -128,7 +128,7 @@ def test_this_checkout_has_what_it_ships():
     assert checkout() == root()
     assert (root() / "settings.ini").exists()
     assert shipped("prices.yaml").exists()
-    assert {path.stem for path in shipped_recipes().glob("*.yaml")} == set(recipes())
+    assert {path.stem for path in shipped_recipes().glob("*.yaml")} == set(list_recipes())
     assert shipped_recipes("cluster").is_dir()
     assert list(shipped_notebooks().glob("*.ipynb"))
     assert shipped_results("course").is_dir()

@@ -78,18 +78,25 @@ HUB = "Qwen/Qwen2.5-VL-7B-Instruct@cc594898137f460bfe9f0759e9844b3ce807cfb5"
 
 
 def test_device_hours_of_a_hub_student_by_hand():
-    from octomed.train.sizing import Load, draw_hours, shape, train_hours
+    from octomed.train.sizing import (
+        Load,
+        estimate_drawing_hours,
+        estimate_training_hours,
+        load_shape,
+    )
 
     common = replace(COMMON, student=HUB, eval_seeds=5)
     plan = plan_section(replace(RECIPE, common=common), "none", {"a": replace(ARM, k=4)})
     traces, prompt, response = 30 * 4, RATES["prompt_tokens"]["r1"], RATES["paper_tokens"]
     assert plan["training_tokens"] == traces * (prompt + response) * 2
-    s, tokens = shape(HUB), traces * (prompt + response) * 2
+    s, tokens = load_shape(HUB), traces * (prompt + response) * 2
     assert plan["training_hours"] == pytest.approx(
-        train_hours(s, Load(tokens, prompt + response, answered=traces * response * 2)), rel=0.05
+        estimate_training_hours(s, Load(tokens, prompt + response, answered=traces * response * 2)),
+        rel=0.05,
     )
     assert plan["evaluation_hours"] == pytest.approx(
-        draw_hours(s, Load(10 * prompt, prompt), 50 * response, prompt + response / 2), rel=0.05
+        estimate_drawing_hours(s, Load(10 * prompt, prompt), 50 * response, prompt + response / 2),
+        rel=0.05,
     )
     assert plan["generation_hours"] == 0
     assert plan["minutes"] == round(
@@ -112,12 +119,12 @@ def test_an_unknown_configuration_gives_no_hours(monkeypatch):
 
 
 def test_a_pool_gives_no_more_than_it_has():
-    from octomed.data.sources import source_of
+    from octomed.data.sources import find_source
 
     plan = plan_section(
         RECIPE, "none", {"a": replace(ARM, sources=(("clinic_ward:train", 10**9),))}
     )
-    assert plan["questions"] == source_of("clinic_ward:train").expected
+    assert plan["questions"] == find_source("clinic_ward:train").expected
 
 
 def test_ratings_are_paid_by_question(tmp_path, monkeypatch):

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from octomed.core.identity import digest
 from octomed.core.paths import OctomedError, UsageError, shipped
 from octomed.data.questions import Question
-from octomed.evaluate.stats import paper_table
+from octomed.evaluate.stats import load_paper_table
 from octomed.generate.answers import judge
 from octomed.generate.prompts import (
     FORMS,
     Template,
-    contenders,
-    direct_target,
+    convert_to_boxed,
+    format_question,
+    list_templates,
+    load_contenders,
     load_template,
-    prompt_key,
-    question_text,
-    render,
-    templates,
-    to_boxed,
+    make_direct_target,
+    make_prompt_key,
+    write_messages,
 )
 
 QUESTION = Question(
@@ -37,12 +37,12 @@ QUESTION = Question(
 )
 
 
-@pytest.mark.parametrize("name", templates())
+@pytest.mark.parametrize("name", list_templates())
 def test_every_template_renders_and_names_its_source(name):
     t = load_template(name)
     assert t.name == name and t.source and (t.source != "octomed" or t.departure)
     assert set(t.forms) <= set(FORMS) and len(set(t.forms)) == len(t.forms)
-    *system, user = render(t, QUESTION)
+    *system, user = write_messages(t, QUESTION)
     assert [m["role"] for m in system] == ["system"] * bool(t.system)
     assert user["role"] == "user" and [p["type"] for p in user["content"]] == [
         "image",
@@ -62,7 +62,7 @@ def test_the_students_prompt_is_the_papers():
     text = load_template("cot").fill(QUESTION)
     assert (
         text
-        == question_text(QUESTION)
+        == format_question(QUESTION)
         + "\n\nPlease reason step-by-step, and put your final answer within \\boxed{ }."
     )
     assert (
@@ -100,7 +100,7 @@ def test_fault_16_a_changed_payload_changes_the_key_and_the_same_one_does_not():
     t = load_template("cot")
 
     def key(q, t=t):
-        return prompt_key(render(t, q), t)
+        return make_prompt_key(write_messages(t, q), t)
 
     assert key(QUESTION) == key(replace(QUESTION, answer="A", source="x", split="test"))
     keys = {
@@ -116,7 +116,7 @@ def test_fault_16_a_changed_payload_changes_the_key_and_the_same_one_does_not():
 
 def test_golden_revisions():
     "A change here makes every generation anew: it must be meant."
-    assert {n: load_template(n).revision for n in templates()} == GOLDEN
+    assert {n: load_template(n).revision for n in list_templates()} == GOLDEN
 
 
 GOLDEN = {
@@ -139,7 +139,7 @@ GOLDEN = {
 
 def test_golden_renderings():
     "The words as the model gets them, for the templates that generations are kept under."
-    asked = question_text(QUESTION)
+    asked = format_question(QUESTION)
     boxed = "\n\nPlease reason step-by-step, and put your final answer within \\boxed{ }."
     assert (
         load_template("cot").fill(QUESTION)
@@ -159,11 +159,11 @@ def test_golden_renderings():
 
 
 def test_every_model_of_table_2_can_be_evaluated():
-    models = contenders()
-    assert set(models) == set(paper_table(2)[0]) - {"category", "task"}
+    models = load_contenders()
+    assert set(models) == set(load_paper_table(2)[0]) - {"category", "task"}
     for c in models.values():
         assert c.hub.count("/") == 1 or c.api
-        assert load_template(c.template).fill(QUESTION).count(question_text(QUESTION)) == 1
+        assert load_template(c.template).fill(QUESTION).count(format_question(QUESTION)) == 1
     assert (
         models["OctoMed-7B"].hub == "OctoMed/OctoMed-7B" and models["OctoMed-7B"].template == "cot"
     )
@@ -172,7 +172,7 @@ def test_every_model_of_table_2_can_be_evaluated():
 def test_the_end_of_think_of_a_model_is_in_its_templates_revision():
     t = load_template("medgemma")
     assert t.end_of_think == "<unused95>" and {
-        load_template(n).end_of_think for n in templates() if n != "medgemma"
+        load_template(n).end_of_think for n in list_templates() if n != "medgemma"
     } == {"</think>"}
     assert replace(t, end_of_think="</think>").revision != t.revision
     response = "<unused94>thought\nThe answer is A.<unused95>Answer: B"
@@ -237,7 +237,7 @@ def test_bad_templates_get_a_sentence(tmp_path):
     ],
 )
 def test_the_students_target(text, target):
-    assert to_boxed(text, "B") == target
+    assert convert_to_boxed(text, "B") == target
 
 
 @settings(max_examples=300, deadline=None)
@@ -250,12 +250,12 @@ def test_the_students_target(text, target):
     st.sampled_from("ABCD"),
 )
 def test_a_target_is_read_back_as_its_own_answer(reasoning, piece, tail, letter):
-    target = to_boxed(
+    target = convert_to_boxed(
         f"<think>{reasoning}{piece}</think>{tail}{piece}<answer>{letter}</answer>", letter
     )
     assert judge(target, QUESTION.letters, letter, think_first=True).status == "correct"
     assert target.count("</think>") == 1 and target.startswith("<think>")
-    assert judge(direct_target(letter), QUESTION.letters, letter).status == "correct"
+    assert judge(make_direct_target(letter), QUESTION.letters, letter).status == "correct"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_target_is_read_back_as_its_own_answer(reasoning, piece, tail, letter)
 )
 def test_a_target_takes_linear_time(unit):
     start = time.process_time()
-    assert to_boxed(
+    assert convert_to_boxed(
         f"<think>R</think>{unit * (200_000 // len(unit))}<answer>B</answer>", "B"
     ).endswith(r"\boxed{B}")
     assert time.process_time() - start < 2

@@ -20,20 +20,27 @@ from octomed.data.formats import (
     from_mmlu_pro,
     from_mmmu_pro,
 )
-from octomed.data.questions import SCHEMA, Question, balanced, conserved, dedupe, flaw
+from octomed.data.questions import (
+    SCHEMA,
+    Question,
+    check_conserved,
+    dedupe,
+    draw_balanced,
+    find_flaw,
+)
 from octomed.data.sources import (
     NAMED,
     SOURCES,
     Source,
-    explained,
-    identity_of,
-    image_files,
+    explain_traces,
+    find_image_files,
+    identify_source,
     load,
     load_report,
     read_chats,
     register,
-    sources_table,
     stream,
+    tabulate_sources,
 )
 
 DATA = os.environ.get("OCTOMED_DATA")
@@ -108,12 +115,12 @@ def test_json_round_trip_and_a_changed_row():
     ],
 )
 def test_fault_23_flaws_have_reasons(changed, reason):
-    assert flaw(replace(Q, **changed)) == reason
+    assert find_flaw(replace(Q, **changed)) == reason
 
 
 def test_fault_23_no_flaw_where_there_is_none():
-    assert flaw(Q) is None and flaw(replace(Q, options=("Aa", "aa"))) is None
-    assert flaw(replace(Q, options=tuple(f"o{i}" for i in range(26)), answer="Z")) is None
+    assert find_flaw(Q) is None and find_flaw(replace(Q, options=("Aa", "aa"))) is None
+    assert find_flaw(replace(Q, options=tuple(f"o{i}" for i in range(26)), answer="Z")) is None
 
 
 def write(folder, rows, name="medqa/phrases_no_exclude_test.jsonl"):
@@ -180,7 +187,7 @@ def test_fault_23_25_any_headqa_rows_are_kept_or_dropped(rows):
         module._find_local = lambda s, folder: (s.forms[0], [None])
         r = load_report("fuzz:x")
         assert r.rows == len(rows) == len(r.questions) + len(r.dropped) and all(
-            flaw(q) is None for q in r.questions
+            find_flaw(q) is None for q in r.questions
         )
     finally:
         module._find_local = find_local
@@ -226,9 +233,9 @@ def test_fault_14_25_dedupe_conserves_rows(qs):
 
 
 def test_fault_25_a_lost_row_is_an_error_at_run_time():
-    conserved(3, 2, 1, "x")
+    check_conserved(3, 2, 1, "x")
     with pytest.raises(OctomedError, match="lost or doubled"):
-        conserved(3, 2, 0, "x")
+        check_conserved(3, 2, 0, "x")
     with pytest.raises(OctomedError, match="lost or doubled"):
         module.Loaded("x:y", "", 2, [Q], [])
 
@@ -462,7 +469,9 @@ def test_hub_is_asked_at_the_given_revision_and_counts_from_0(monkeypatch, tmp_p
         and r.questions[0].answer == "A"
         and r.where.endswith("@abc")
     )
-    assert identity_of("medmcqa:dev", revision="abc") != identity_of("medmcqa:dev", revision="abd")
+    assert identify_source("medmcqa:dev", revision="abc") != identify_source(
+        "medmcqa:dev", revision="abd"
+    )
 
 
 PINNED = {
@@ -507,7 +516,7 @@ def test_one_table_of_a_hub_that_holds_several(monkeypatch):
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     (q,) = load("pmc_vqa:test")
     assert q.answer_text == "y" and hub.asked[1]["data_files"] == "test_clean.csv"
-    assert identity_of("pmc_vqa:test") != identity_of("pmc_vqa:train")
+    assert identify_source("pmc_vqa:test") != identify_source("pmc_vqa:train")
 
 
 def test_a_loading_script_says_which_revision_to_give(monkeypatch):
@@ -584,7 +593,7 @@ def test_missing_files_say_how_to_get_them(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="choose from medqa:train"):
         load("medqa:nothing")
     with pytest.raises(OctomedError, match="not at hand"):
-        identity_of("brain_tumor:test", folder=tmp_path)
+        identify_source("brain_tumor:test", folder=tmp_path)
 
 
 def test_malformed_files_name_file_and_line(here):
@@ -621,7 +630,7 @@ def test_malformed_files_name_file_and_line(here):
 
 def test_a_malformed_file_does_not_stop_the_table(here):
     (here / "medqa" / "phrases_no_exclude_test.jsonl").write_text("{broken\n")
-    row = next(r for r in sources_table(here) if (r["source"], r["split"]) == ("medqa", "test"))
+    row = next(r for r in tabulate_sources(here) if (r["source"], r["split"]) == ("medqa", "test"))
     assert row["found"] is None and "line 1 of" in row["where"]
 
 
@@ -674,7 +683,7 @@ def test_a_package_registers_its_own_source():
     try:
         r = load_report("mine:train")
         assert r.questions == [Q] and r.reasons == {"answer outside the options": 1}
-        row = next(r for r in sources_table() if r["source"] == "mine")
+        row = next(r for r in tabulate_sources() if r["source"] == "mine")
         assert row == {
             "source": "mine",
             "split": "train",
@@ -693,13 +702,19 @@ def test_a_package_registers_its_own_source():
 
 
 def test_identity_follows_the_bytes(here):
-    before = identity_of("medqa:test", folder=here), identity_of("brain_tumor:test", folder=here)
-    assert identity_of("medqa:test", folder=EXAMPLES) == before[0]
+    before = (
+        identify_source("medqa:test", folder=here),
+        identify_source("brain_tumor:test", folder=here),
+    )
+    assert identify_source("medqa:test", folder=EXAMPLES) == before[0]
     f = here / "medqa" / "phrases_no_exclude_test.jsonl"
     f.write_text(f.read_text().replace("sailor", "soldier"))
     f = here / "brain_tumor" / "Testing" / "no_tumor" / "image(1).jpg"
     f.write_bytes(f.read_bytes() + b" ")
-    after = identity_of("medqa:test", folder=here), identity_of("brain_tumor:test", folder=here)
+    after = (
+        identify_source("medqa:test", folder=here),
+        identify_source("brain_tumor:test", folder=here),
+    )
     assert after[0] != before[0] and after[1] != before[1]
 
 
@@ -789,27 +804,30 @@ def test_image_files_are_the_publishers(here, monkeypatch):
     monkeypatch.setenv("OCTOMED_DATA", str(here))
     module._open_album.cache_clear()
     q = next(q for s in ("train", "test") for q in load(f"aptos:{s}") if q.at_hand)
-    assert [f.name for f in image_files(q)] == [q.origin + ".png"]
+    assert [f.name for f in find_image_files(q)] == [q.origin + ".png"]
     (q,) = [q for q in load("rexvqa:train", images=False) if q.origin == "q_002"]
-    assert [f.name for f in image_files(q)] == ["1.3.1.png"]
+    assert [f.name for f in find_image_files(q)] == ["1.3.1.png"]
     with pytest.raises(OctomedError, match="load the source with images=False"):
-        image_files(load("rexvqa:train")[0])
-    assert image_files(load("brain_tumor:test")[0])[0].is_file()
+        find_image_files(load("rexvqa:train")[0])
+    assert find_image_files(load("brain_tumor:test")[0])[0].is_file()
 
 
 def test_identity_follows_the_images(here):
-    before = identity_of("pmc_vqa:train", folder=here), identity_of("medqa:test", folder=here)
+    before = (
+        identify_source("pmc_vqa:train", folder=here),
+        identify_source("medqa:test", folder=here),
+    )
     f = here / "pmc_vqa" / "images" / "PMC0000002_f1.jpg"
     f.write_bytes(f.read_bytes() + b" ")
     assert (
-        identity_of("pmc_vqa:train", folder=here) != before[0]
-        and identity_of("medqa:test", folder=here) == before[1]
+        identify_source("pmc_vqa:train", folder=here) != before[0]
+        and identify_source("medqa:test", folder=here) == before[1]
     )
 
 
 def test_the_table_says_which_images_are_missing(here):
     def where():
-        return {f"{r['source']}:{r['split']}": r["where"] for r in sources_table(here)}
+        return {f"{r['source']}:{r['split']}": r["where"] for r in tabulate_sources(here)}
 
     w = where()
     assert (
@@ -871,9 +889,9 @@ def test_chats_are_messages_with_their_images():
     (chat,) = read_chats("llava_med:instruct", folder=EXAMPLES)
     assert [m["role"] for m in chat["messages"]] == ["user", "assistant"] * 2
     assert "<image>" not in json.dumps(chat)
-    from octomed.generate.render import chat_images
+    from octomed.generate.render import list_chat_images
 
-    assert chat_images(i[0]["messages"]) == list(i[0]["images"])
+    assert list_chat_images(i[0]["messages"]) == list(i[0]["images"])
 
 
 def test_chats_are_no_questions_and_questions_no_chats():
@@ -924,23 +942,23 @@ def classes(**sizes):
 
 
 def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_reported():
-    picked, report = balanced(classes(many=50, some=20, few=3), 30)
+    picked, report = draw_balanced(classes(many=50, some=20, few=3), 30)
     assert (
         Counter(q.answer_text for q in picked) == {"many": 14, "some": 13, "few": 3}
         and report["short"] == {"few": 7}
         and report["said"] == "few has 3 of the 10 asked for"
     )
     assert (report["in"], report["picked"], report["left"]) == (73, 30, 43)
-    picked, report = balanced(classes(many=50, some=20, few=3), {"many": 10, "few": 10})
+    picked, report = draw_balanced(classes(many=50, some=20, few=3), {"many": 10, "few": 10})
     assert (
         Counter(q.answer_text for q in picked) == {"many": 10, "few": 3}
         and report["short"] == {"few": 7}
         and report["classes"]["some"] == {"there": 20, "asked": 0, "picked": 0}
     )
-    picked, report = balanced(classes(a=2, b=2), 10)
+    picked, report = draw_balanced(classes(a=2, b=2), 10)
     assert len(picked) == 4 and report["short"] == {"a": 3, "b": 3}
     with pytest.raises(UsageError, match="no class fwe: choose from few, many, some"):
-        balanced(classes(many=5, some=2, few=3), {"fwe": 1})
+        draw_balanced(classes(many=5, some=2, few=3), {"fwe": 1})
 
 
 @settings(max_examples=80, deadline=None)
@@ -951,7 +969,7 @@ def test_fault_26_a_class_smaller_than_its_quota_gives_all_and_is_reported():
 )
 def test_fault_25_26_balanced_sampling_is_even_seeded_and_conserving(sizes, n, seed):
     qs = classes(**sizes)
-    picked, report = balanced(qs, n, seed)
+    picked, report = draw_balanced(qs, n, seed)
     counts = Counter(q.answer_text for q in picked)
     assert (
         len(picked) == min(n, len(qs)) == report["picked"]
@@ -960,16 +978,16 @@ def test_fault_25_26_balanced_sampling_is_even_seeded_and_conserving(sizes, n, s
     )
     full = [counts[c] for c in sizes if counts[c] < sizes[c]]
     assert not full or max(counts.values(), default=0) - min(full) <= 1
-    assert [q.id for q in balanced(qs[::-1], n, seed)[0]] == [q.id for q in picked][::-1]
-    assert {q.id for q in picked} <= {q.id for q in balanced(qs, n + 1, seed)[0]}
+    assert [q.id for q in draw_balanced(qs[::-1], n, seed)[0]] == [q.id for q in picked][::-1]
+    assert {q.id for q in picked} <= {q.id for q in draw_balanced(qs, n + 1, seed)[0]}
 
 
 def test_balanced_by_another_class_and_another_seed():
     qs = [replace(q, tags={"site": "ab"[i % 2]}) for i, q in enumerate(classes(x=40))]
-    picked, _report = balanced(qs, 10, by=lambda q: q.tags["site"])
+    picked, _report = draw_balanced(qs, 10, by=lambda q: q.tags["site"])
     assert Counter(q.tags["site"] for q in picked) == {"a": 5, "b": 5}
     assert {q.id for q in picked} != {
-        q.id for q in balanced(qs, 10, 1, by=lambda q: q.tags["site"])[0]
+        q.id for q in draw_balanced(qs, 10, 1, by=lambda q: q.tags["site"])[0]
     }
 
 
@@ -1026,7 +1044,7 @@ def test_columns_are_those_of_the_example(spec):
 
 
 def test_what_the_named_sets_explain():
-    rows = {r["source"]: r for r in explained()}
+    rows = {r["source"]: r for r in explain_traces()}
     assert rows["medqa:train"]["traces"] == 10_178 * 16 and rows["bcss:train"]["traces"] is None
     assert (
         rows["all of these"]["questions"] == sum(SOURCES[s].expected or 0 for s in NAMED) == 437_772
@@ -1036,14 +1054,14 @@ def test_what_the_named_sets_explain():
         rows["left unexplained"]["traces"] == 995_648
         and abs(rows["left unexplained"]["share"] - 0.124456) < 1e-9
     )
-    assert explained("medqa:train", samples=1, acceptance=0.5, paper=10_178)[-1] == {
+    assert explain_traces("medqa:train", samples=1, acceptance=0.5, paper=10_178)[-1] == {
         "source": "left unexplained",
         "questions": None,
         "traces": 5_089,
         "share": 0.5,
     }
     with pytest.raises(UsageError):
-        explained("nothing:train")
+        explain_traces("nothing:train")
 
 
 # the real files
@@ -1077,9 +1095,9 @@ EXPECTED = {
 
 @real
 def test_real_counts():
-    table = {f"{r['source']}:{r['split']}": (r["expected"], r["found"]) for r in sources_table()}
+    table = {f"{r['source']}:{r['split']}": (r["expected"], r["found"]) for r in tabulate_sources()}
     assert {k: table[k] for k in EXPECTED} == EXPECTED
-    where = {f"{r['source']}:{r['split']}": r["where"] for r in sources_table()}
+    where = {f"{r['source']}:{r['split']}": r["where"] for r in tabulate_sources()}
     assert (
         all(
             "not at hand" in where[s]
@@ -1138,4 +1156,4 @@ def test_real_headqa_pictures_are_not_at_hand():
 
 def test_fault_23_duplicate_options_leave_training_and_stay_in_a_benchmark():
     twice = replace(Q, options=("yes", "yes"))
-    assert (flaw(twice), flaw(twice, benchmark=True)) == ("duplicate options", None)
+    assert (find_flaw(twice), find_flaw(twice, benchmark=True)) == ("duplicate options", None)

@@ -6,33 +6,33 @@ import os
 import pytest
 
 from octomed.core.paths import UsageError
-from octomed.core.recipe import Common, Recipe, load_recipe, recipes
-from octomed.data.sources import NAMED, SOURCES, source_of
-from octomed.generate.engines import KINDS, teacher_revision
-from octomed.run.sections import declared, parameters, sections
+from octomed.core.recipe import Common, Recipe, list_recipes, load_recipe
+from octomed.data.sources import NAMED, SOURCES, find_source
+from octomed.generate.engines import KINDS, find_teacher_revision
+from octomed.run.sections import find_sections, read_defaults, read_parameters
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_gives_what_its_notebooks_declare(name):
     recipe = load_recipe(name)
-    for section in sections(recipe):
+    for section in find_sections(recipe):
         assert section.module.__name__.startswith("octomed.paper.")
-        given = parameters(section, recipe).keys()
-        assert given == declared(section).keys() - {"recipe", "out"}
+        given = read_parameters(section, recipe).keys()
+        assert given == read_defaults(section).keys() - {"recipe", "out"}
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_names_sources_in_their_roles_and_teachers_that_exist(name):
     recipe = load_recipe(name)
     common = recipe.common
     assert common.train
-    assert {source_of(pool).role for pool in common.train} == {"train"}
-    assert {source_of(benchmark).role for benchmark in common.benchmarks} == {"benchmark"}
+    assert {find_source(pool).role for pool in common.train} == {"train"}
+    assert {find_source(benchmark).role for benchmark in common.benchmarks} == {"benchmark"}
     for scalars in recipe.sections.values():
         for key in ("benchmark", "inside", "outside"):
             assert key not in scalars or scalars[key] in SOURCES
     for teacher in (common.teacher_text, common.teacher_image, common.grader):
-        teacher_revision(teacher)
+        find_teacher_revision(teacher)
 
 
 def test_the_paper_recipe_has_the_papers_training_and_evaluation():
@@ -98,8 +98,8 @@ def test_the_gpu_recipe_has_three_training_seeds_an_arm_and_pools_that_are_large
     recipe, course = load_recipe("gpu"), load_recipe("course")
     assert recipe.common.student != course.common.student
     assert set(recipe.sections) == set(course.sections)
-    for section in sections(recipe):
-        assert parameters(section, recipe).get("seeds", 3) >= 3
+    for section in find_sections(recipe):
+        assert read_parameters(section, recipe).get("seeds", 3) >= 3
     for scalars in recipe.sections.values():
         needed = scalars.get("questions", 0) + scalars.get("warm", 0)
         assert all(needed <= SOURCES[pool].expected for pool in recipe.common.train)
@@ -161,11 +161,11 @@ def test_a_rehearsal_has_the_images_at_the_size_that_a_sections_own_student_read
 def test_a_rehearsals_chats_ask_for_no_picture_that_is_not_at_hand(
     tmp_path, monkeypatch, source, has_pictures
 ):
-    from octomed.run.rehearsal import handful
+    from octomed.run.rehearsal import take_handful
 
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
-    rows, where = handful(source, 4, (12_544,))
+    rows, where = take_handful(source, 4, (12_544,))
     assert rows
     assert where == "the examples"
     assert "name:" not in json.dumps(rows)
@@ -183,7 +183,7 @@ def test_a_name_that_another_section_reads_and_no_recipe_gives_is_reported():
         "recipe mine gives 51_scaling no warm_epochs, which another section reads there: add it"
     )
     with pytest.raises(UsageError, match=message):
-        recipe.of("51_scaling")["warm_epochs"]
+        recipe.scalars("51_scaling")["warm_epochs"]
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,19 @@ import pytest
 
 from octomed.core.paths import UsageError, root, shipped
 from octomed.core.recipe import Recipe, load_recipe
-from octomed.run.diagnostics import diagnostics
+from octomed.run.diagnostics import diagnose
 from octomed.run.report import (
-    as_json,
-    as_text,
-    filled,
-    found_of,
-    inconsistencies,
-    other_seeds,
+    compare_seeds,
+    drop_empty_columns,
+    find_inconsistencies,
+    format_report,
+    gather_report,
+    latest_results,
     rate_row,
     score_row,
     show_in_notebook,
 )
-from octomed.run.report_html import as_html, page
+from octomed.run.report_html import render_report, write_report_page
 
 
 def line(arm="x", benchmark="demo:test", accuracy=0.5, **more):
@@ -49,7 +49,7 @@ def line(arm="x", benchmark="demo:test", accuracy=0.5, **more):
 
 
 def signs(rows=(), reads=None, claims=(), **facts):
-    return "\n".join(diagnostics({"rows": list(rows), "claims": list(claims), **facts}, reads))
+    return "\n".join(diagnose({"rows": list(rows), "claims": list(claims), **facts}, reads))
 
 
 def claim(text="one beats two", outcome="agrees", difference=0.1):
@@ -185,7 +185,7 @@ def test_what_was_skipped_is_counted():
 
 
 def test_inconsistencies_are_those_that_a_plain_sum_finds():
-    found = {(r["table"], r["category"], r["column"]): r for r in inconsistencies()}
+    found = {(r["table"], r["category"], r["column"]): r for r in find_inconsistencies()}
     for n in (1, 2):
         rows = list(csv.DictReader(shipped("paper", f"table{n}.csv").open()))
         for o in (r for r in rows if r["task"] == "Overall"):
@@ -275,7 +275,7 @@ def test_outcomes_that_changed_under_other_seeds_are_named(places):
     put(out / "smoke@1", [claim("a"), claim("b", "undecided", 0.02)])
     put(out / "reference" / "smoke@2", [claim("a", "disagrees", -0.3)], code="new")
     put(out / "smoker@1", [claim("a", "disagrees")])
-    found = as_json(str(places / "smoke.yaml"))
+    found = gather_report(str(places / "smoke.yaml"))
     assert found["other_seeds"] == [
         {
             "recipe": "smoke@1",
@@ -287,12 +287,12 @@ def test_outcomes_that_changed_under_other_seeds_are_named(places):
         },
         {"recipe": "smoke@2", "claims": 0, "other_code": ["42_b"], "changed": []},
     ]
-    text = as_text(str(places / "smoke.yaml"))
+    text = format_report(str(places / "smoke.yaml"))
     assert "Run again with other seeds as `smoke@1`: 1 of 2 outcomes changed." in text
     assert "42_b: b: agrees +10.0, as smoke@1 undecided +2.0" in text
     assert "not compared, since their code differs: 42_b" in text
-    assert "undecided +2.0" in page(found)
-    assert "<details open><summary>Outcomes that changed" in page(found)
+    assert "undecided +2.0" in render_report(found)
+    assert "<details open><summary>Outcomes that changed" in render_report(found)
 
 
 def test_values_that_the_recipe_gave_otherwise_are_reported(places):
@@ -307,12 +307,14 @@ def test_values_that_the_recipe_gave_otherwise_are_reported(places):
         )
 
     card()
-    assert not as_json(str(places / "smoke.yaml"))["sections"][0]["values_moved"]
+    assert not gather_report(str(places / "smoke.yaml"))["sections"][0]["values_moved"]
     card(batch=32)
-    assert as_json(str(places / "smoke.yaml"))["sections"][0]["values_moved"] == ["batch 32, now 8"]
+    assert gather_report(str(places / "smoke.yaml"))["sections"][0]["values_moved"] == [
+        "batch 32, now 8"
+    ]
     assert (
         "The recipe gave other values when these results were made: 42_b (batch 32, now 8)."
-        in " ".join(as_text(str(places / "smoke.yaml")).split())
+        in " ".join(format_report(str(places / "smoke.yaml")).split())
     )
 
 
@@ -320,7 +322,7 @@ def test_a_file_of_older_code_has_its_verdicts_read_as_outcomes(places):
     old = claim("a", "undecided", 0.02)
     old["verdict"] = old.pop("outcome")
     put(places / "out" / "smoke", [old])
-    read = as_json(str(places / "smoke.yaml"))["sections"][0]["claims"][0]
+    read = gather_report(str(places / "smoke.yaml"))["sections"][0]["claims"][0]
     assert read["outcome"] == "undecided"
     assert "verdict" not in read
 
@@ -328,16 +330,16 @@ def test_a_file_of_older_code_has_its_verdicts_read_as_outcomes(places):
 def test_a_recipe_with_other_seeds_is_compared_with_the_first(places):
     put(places / "out" / "smoke", [claim("a")])
     put(places / "out" / "smoke@1", [claim("a", "undecided", 0)])
-    there = found_of(Recipe("smoke@1"), "42_b")[2]
-    assert other_seeds(Recipe("smoke@1"), [there])[0]["changed"] == [
+    there = latest_results(Recipe("smoke@1"), "42_b")[2]
+    assert compare_seeds(Recipe("smoke@1"), [there])[0]["changed"] == [
         {"section": "42_b", "claim": "a", "here": "undecided +0.0", "there": "agrees +10.0"}
     ]
 
 
 def test_other_seeds_move_every_seed_and_nothing_else():
     import octomed.clinic.students  # noqa: F401 - registers the students
-    from octomed.evaluate.arms import Arm, evaluated
-    from octomed.evaluate.results import seeded
+    from octomed.evaluate.arms import Arm, declare_evaluation
+    from octomed.evaluate.results import give_seeds
 
     a, b = load_recipe("smoke"), load_recipe("smoke@3")
     assert b.name == "smoke@3"
@@ -345,7 +347,7 @@ def test_other_seeds_move_every_seed_and_nothing_else():
     assert b.sections == a.sections
     one = Arm(((a.common.train[0], 4),))
     first, second = (
-        evaluated(seeded(one, 1, r.common)[0], r.common.benchmarks[0], r.common).params
+        declare_evaluation(give_seeds(one, 1, r.common)[0], r.common.benchmarks[0], r.common).params
         for r in (a, b)
     )
     assert first["sampling"].seed != second["sampling"].seed
@@ -403,7 +405,7 @@ def test_the_page_is_well_formed_and_shows_everything(places):
         correlation=0.4,
         statistics=[["named", "9"]],
     )
-    text = as_html(str(places / "smoke.yaml")).read_text()
+    text = write_report_page(str(places / "smoke.yaml")).read_text()
     p = Page()
     p.feed(text)
     assert not p.open
@@ -453,7 +455,7 @@ def test_the_text_is_read_at_120_columns(places):
             for b in ("medxpertqa_text:test", "Overall")
         ],
     )
-    text = as_text(str(places / "smoke.yaml"))
+    text = format_report(str(places / "smoke.yaml"))
     tables = [row for row in text.splitlines() if re.match(r"(arm|x|claim|a claim) ", row)]
     assert tables
     assert max(map(len, tables)) <= 120
@@ -463,7 +465,7 @@ def test_the_text_is_read_at_120_columns(places):
 
 def test_rows_without_a_vote_have_no_column_for_it():
     rows = [score_row(line()), score_row(line(benchmark="Overall"))]
-    assert list(filled(rows)[0]) == [
+    assert list(drop_empty_columns(rows)[0]) == [
         "arm",
         "benchmark",
         "n",
@@ -485,7 +487,7 @@ def test_a_vote_shows_both_overalls():
 def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "nowhere"))
     kept = sorted((root() / "outputs" / "reference" / "course" / "results").glob("*.json"))
-    text = as_html("course").read_text()
+    text = write_report_page("course").read_text()
     p = Page()
     p.feed(text)
     assert not p.open

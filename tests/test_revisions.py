@@ -13,10 +13,10 @@ import pytest
 
 from octomed.clinic.drawings import CLASSES, draw
 from octomed.clinic.graders import Grader, SimulatedGrader
-from octomed.clinic.manners import MANNERS, chat, wordings
-from octomed.clinic.questions import SIZES, questions
+from octomed.clinic.manners import MANNERS, build_chat, write_wordings
+from octomed.clinic.questions import SIZES, load_questions
 from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher
-from octomed.clinic.textbook import atlas, textbook
+from octomed.clinic.textbook import draw_atlas, write_textbook
 from octomed.data.images import pixel_hash
 from octomed.generate.engines import Request, Sampling
 from octomed.paper.calibration import OneLength
@@ -74,12 +74,12 @@ def pin(value) -> str:
 def first_questions(name: str, limit: int) -> list:
     "The first questions of a split, whose pictures may have any size in the store."
     source, split = name.split(":")
-    return questions(source, split, limit=limit, max_pixels=None)
+    return load_questions(source, split, limit=limit, max_pixels=None)
 
 
 def chats_of(manner: str) -> list[dict]:
     cases = first_questions("clinic_rounds:train", 10) + first_questions("clinic_reading:train", 10)
-    return [chat(case, manner) for case in cases]
+    return [build_chat(case, manner) for case in cases]
 
 
 def grades_of(rubric: str) -> list[list]:
@@ -121,11 +121,11 @@ def test_the_drawings_are_those_of_their_revision(name):
 
 
 def test_the_textbook_is_that_of_the_declared_world():
-    assert pin(textbook(0)) == TEXTBOOK
+    assert pin(write_textbook(0)) == TEXTBOOK
 
 
 def test_the_atlas_is_that_of_the_declared_world():
-    assert pin(atlas(0, per_class=2)) == ATLAS
+    assert pin(draw_atlas(0, per_class=2)) == ATLAS
 
 
 @pytest.mark.parametrize("teacher", [REASONER, INSTRUCT], ids=lambda teacher: teacher.label)
@@ -157,7 +157,7 @@ def test_the_grader_grades_as_its_revision_says(rubric):
 
 
 def test_the_wordings_are_those_of_their_revision():
-    families = [wordings(question) for question in first_questions("clinic_ward:train", 20)]
+    families = [write_wordings(question) for question in first_questions("clinic_ward:train", 20)]
     rows = [[q.id, q.stem, q.options, q.answer, q.tags] for family in families for q in family]
     assert pin(rows) == WORDINGS
 

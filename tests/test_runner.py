@@ -590,7 +590,7 @@ def test_one_arm(world, monkeypatch):
     declare(monkeypatch, arms=lambda recipe: {"cot": 1, "direct": 2})
     asked, fake = [], types.ModuleType("octomed.evaluate.arms")
     fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append(
-        (arms, recipe.of("1_a"), seeds)
+        (arms, recipe.scalars("1_a"), seeds)
     )
     monkeypatch.setitem(sys.modules, "octomed.evaluate.arms", fake)
     world.section("1_a", module="fake")

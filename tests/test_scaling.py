@@ -11,14 +11,14 @@ from scipy.special import expit
 import octomed.clinic.students
 import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 from octomed.core.recipe import CATEGORIES, Common
-from octomed.data.sources import source_of
-from octomed.evaluate.arms import stages
-from octomed.evaluate.claims import finding
-from octomed.evaluate.figures import VERDICT_COLOURS
+from octomed.data.sources import find_source
+from octomed.evaluate.arms import declare_stages
+from octomed.evaluate.claims import judge_claim
+from octomed.evaluate.figures import OUTCOME_COLOURS
 from octomed.evaluate.results import Results
 from octomed.evaluate.section_run import benchmark_rows
-from octomed.evaluate.stats import paper_number
-from octomed.evaluate.tables import table
+from octomed.evaluate.stats import find_paper_number
+from octomed.evaluate.tables import tabulate_scores
 from octomed.paper import scaling
 from octomed.paper.sourcing import Everywhere
 
@@ -38,7 +38,11 @@ def test_three_axes_cross_in_one_student_and_change_nothing_else(name):
     assert smaller.base == replace(centre.base, student=smaller.student)
     assert arms[scaling.REPEATED] == replace(arms[scaling.name(1 / 8)], compute_of=centre)
     assert arms[scaling.FINAL].schedule.epochs == 3
-    assert len({stages(a, recipe.common)["student"].key for a in arms.values()}) == len(arms) == 9
+    assert (
+        len({declare_stages(a, recipe.common)["student"].key for a in arms.values()})
+        == len(arms)
+        == 9
+    )
     assert (centre.filter, centre.form) == ((), "cot")
     assert (centre.keep, centre.teacher) == ("correct", "")
 
@@ -50,14 +54,14 @@ def test_every_part_lies_within_the_next_and_the_smallest_holds_every_pool(name)
     assert all(set(a) == set(recipe.common.train) and min(a.values()) >= 1 for a in amounts)
     for less, more in itertools.pairwise(amounts):
         assert all(less[s] < more[s] for s in less)
-    assert {source_of(s).category for s in amounts[0]} == set(CATEGORIES)
+    assert {find_source(s).category for s in amounts[0]} == set(CATEGORIES)
     for spec, n in arms[scaling.CENTRE].base.sources:
-        assert n < 0 and amounts[-1][spec] - n <= source_of(spec).expected
+        assert n < 0 and amounts[-1][spec] - n <= find_source(spec).expected
 
 
 def test_parts_of_a_pool_are_nested_question_by_question():
-    from octomed.data.questions import Question, balanced
-    from octomed.distill.pools import subset
+    from octomed.data.questions import Question, draw_balanced
+    from octomed.distill.pools import take_subset
 
     made = [
         Question(
@@ -70,7 +74,7 @@ def test_parts_of_a_pool_are_nested_question_by_question():
         )
         for i in range(400)
     ]
-    for part in (lambda n: subset(made, n, 0), lambda n: balanced(made, n, 0)[0]):
+    for part in (lambda n: take_subset(made, n, 0), lambda n: draw_balanced(made, n, 0)[0]):
         parts = [{q.id for q in part(n)} for n in (20, 40, 80, 160)]
         assert [len(ids) for ids in parts] == [20, 40, 80, 160]
         assert all(less < more for less, more in itertools.pairwise(parts))
@@ -82,7 +86,7 @@ def test_claims_are_about_arms_and_what_stands_beside_them(name):
     claims = scaling.claims()
     places = {*CATEGORIES, scaling.EVERYWHERE}
     check_claims(claims, {*arms, *scaling.BESIDE}, places)
-    assert recipe.of("51_scaling")["vote_on"] in scaling.benchmarks(recipe)
+    assert recipe.scalars("51_scaling")["vote_on"] in scaling.benchmarks(recipe)
     ahead = {(c.a, c.b): c.paper for c in claims if scaling.TEACHERS in (c.a, c.b)}
     passes = (scaling.FINAL, scaling.TEACHERS)
     assert list(ahead) == [passes, passes[::-1]]
@@ -127,18 +131,18 @@ def invented(shares=(0.2, 0.3, 0.4, 0.5), seeds=2, n=60, **others):
 def test_a_curve_recovers_the_line_that_made_the_points():
     at = np.log2(scaling.SHARES)
     acc = expit(0.4 * at + 0.3)[None]
-    assert scaling.curve(at, acc, n=10**9, to=at) == pytest.approx(acc)
-    ahead = scaling.curve(at[:3], acc[:, :3], n=10**9, to=at[3:])
+    assert scaling.read_curve(at, acc, n=10**9, to=at) == pytest.approx(acc)
+    ahead = scaling.read_curve(at[:3], acc[:, :3], n=10**9, to=at[3:])
     assert ahead == pytest.approx(acc[:, 3:])
-    assert np.isfinite(scaling.curve(at, np.array([[0.0, 0, 1, 1]]), n=10, to=at)).all()
-    level = scaling.curve(at, np.full((1, 4), 0.3), n=10**9, to=np.array([5.0]))
+    assert np.isfinite(scaling.read_curve(at, np.array([[0.0, 0, 1, 1]]), n=10, to=at)).all()
+    level = scaling.read_curve(at, np.full((1, 4), 0.3), n=10**9, to=np.array([5.0]))
     assert level == pytest.approx(0.3)
 
 
 def test_accuracies_are_means_over_benchmarks_and_resamples_are_shared_by_the_arms():
     r = invented(n=40)
     arms = [scaling.name(share) for share in (1 / 8, 1 / 4, 1 / 8)]
-    measured = scaling.accuracies(r, arms, "text_only")
+    measured = scaling.resample_accuracies(r, arms, "text_only")
     assert measured.shape == (301, 3)
     assert measured[0] == pytest.approx([0.2, 0.3, 0.2])
     assert (measured[:, 0] == measured[:, 2]).all()
@@ -149,8 +153,8 @@ def test_accuracies_are_means_over_benchmarks_and_resamples_are_shared_by_the_ar
 def test_the_check_on_the_whole_can_pass_and_can_fail():
     at = np.log2(scaling.SHARES)
     c = next(c for c in scaling.claims() if c.b == scaling.CURVE)
-    smooth = scaling.judged(c, invented(shares=tuple(expit(0.5 * at)), n=400), None)
-    jump = scaling.judged(c, invented(shares=(0.2, 0.25, 0.3, 0.9), n=400), None)
+    smooth = scaling.state_finding(c, invented(shares=tuple(expit(0.5 * at)), n=400), None)
+    jump = scaling.state_finding(c, invented(shares=(0.2, 0.25, 0.3, 0.9), n=400), None)
     assert smooth["outcome"] == "agrees"
     assert abs(smooth["difference"]) < 0.02
     assert len(smooth["by_seed"]) == smooth["training_seeds"] == 2
@@ -161,7 +165,7 @@ def test_the_check_on_the_whole_can_pass_and_can_fail():
 
 
 def test_a_fit_says_what_it_misses():
-    f = scaling.fit(invented(shares=(0.2, 0.25, 0.3, 0.9), n=200), scaling.EVERYWHERE)
+    f = scaling.fit_curve(invented(shares=(0.2, 0.25, 0.3, 0.9), n=200), scaling.EVERYWHERE)
     assert f["found"] == pytest.approx(0.9)
     assert f["if nothing changed"] == pytest.approx(0.3)
     assert f["foretold"] < 0.5
@@ -191,21 +195,21 @@ def test_a_vote_is_right_where_most_readable_responses_are():
         row(["B", "B", "A"]),
         row([None, None, None]),
     ]
-    votes = scaling.voted(Results(Common(bootstrap=100), {scaling.FINAL: {ward: [run]}}))
+    votes = scaling.take_votes(Results(Common(bootstrap=100), {scaling.FINAL: {ward: [run]}}))
     assert votes.scores(scaling.VOTE, ward)[0].ravel().tolist() == [1, 1, 0, 0]
     single = votes.scores(scaling.SINGLE, ward)[0]
     assert single.mean(1) == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
     c = next(c for c in scaling.claims() if c.a == scaling.VOTE)
-    assert scaling.judged(c, None, votes)["difference"] == pytest.approx(0.5 - 1 / 3)
+    assert scaling.state_finding(c, None, votes)["difference"] == pytest.approx(0.5 - 1 / 3)
 
 
 def test_a_vote_asks_for_the_responses_that_are_there_already():
     recipe, arms = declared(scaling, "course")
-    from octomed.evaluate.arms import evaluated
+    from octomed.evaluate.arms import declare_evaluation
 
     once, often = (
-        evaluated(arms[scaling.FINAL], "clinic_ward:test", r.common).params
-        for r in (recipe, scaling.again(recipe))
+        declare_evaluation(arms[scaling.FINAL], "clinic_ward:test", r.common).params
+        for r in (recipe, scaling.ask_for_vote(recipe))
     )
     assert often["seeds"] == 10
     assert once["sampling"] == often["sampling"]
@@ -215,7 +219,7 @@ def test_a_vote_asks_for_the_responses_that_are_there_already():
 def test_the_teacher_answers_every_question_as_often_as_there_are_students():
     recipe, _ = declared(scaling, "smoke")
     small = replace(recipe, common=replace(recipe.common, benchmark_limit=80))
-    runs = scaling.taught_by(small, "clinic_ward:test", 2)
+    runs = scaling.ask_own_teacher(small, "clinic_ward:test", 2)
     assert [len(run) for run in runs] == [80, 80]
     assert [row["question"] for row in runs[0]] == [row["question"] for row in runs[1]]
     statuses = [row["statuses"] for row in itertools.chain(*runs)]
@@ -228,7 +232,7 @@ def test_the_paper_rows_are_the_overalls_of_the_student_and_its_teachers():
     rows = scaling.paper_rows()
     assert rows[scaling.FINAL, "multimodal_classification"] == pytest.approx(0.6729)
     assert rows[scaling.TEACHERS, "multimodal_classification"] == pytest.approx(0.5396)
-    teacher = paper_number(2, "Overall", "DeepSeek-R1", category="text_only")
+    teacher = find_paper_number(2, "Overall", "DeepSeek-R1", category="text_only")
     assert rows[scaling.TEACHERS, "text_only"] * 100 == pytest.approx(teacher)
     assert scaling.medqa_rows("b") == {(scaling.VOTE, "b"): pytest.approx(0.9081)}
 
@@ -236,14 +240,14 @@ def test_the_paper_rows_are_the_overalls_of_the_student_and_its_teachers():
 def results():
     r, ward = invented(), "clinic_ward:test"
     final = {ward: r.rows[scaling.FINAL][ward]}
-    votes = scaling.voted(Results(r.common, {scaling.FINAL: final}))
+    votes = scaling.take_votes(Results(r.common, {scaling.FINAL: final}))
     sizes = dict.fromkeys(r.rows, 1_400_000)
     del sizes[scaling.TEACHERS]
     return {
-        "rows": table(r, scaling.paper_rows()),
-        "fits": [scaling.fit(r, where) for where in (*CATEGORIES, scaling.EVERYWHERE)],
+        "rows": tabulate_scores(r, scaling.paper_rows()),
+        "fits": [scaling.fit_curve(r, where) for where in (*CATEGORIES, scaling.EVERYWHERE)],
         "sizes": {**sizes, scaling.SMALLER: 400_000},
-        "votes": benchmark_rows(table(votes, scaling.medqa_rows(ward))),
+        "votes": benchmark_rows(tabulate_scores(votes, scaling.medqa_rows(ward))),
     }
 
 
@@ -265,13 +269,13 @@ def test_the_figures_show_every_part_and_the_paper_hollow():
     assert hollow(scaling.progress_figure(r)) == [57.99, 90.81, 93.16]
     assert scaling.epochs_figure(r).axes[0].get_xlabel() == "epochs"
     assert len(scaling.table_figure(r).axes[0].get_yticklabels()) == 3
-    assert set(VERDICT_COLOURS) == {"agrees", "disagrees", "undecided"}
+    assert set(OUTCOME_COLOURS) == {"agrees", "disagrees", "undecided"}
 
 
 def test_findings_see_what_was_put_in():
     r = invented(n=200)
     claims = [c for c in scaling.claims() if c.b != scaling.CURVE and c.a != scaling.VOTE]
-    findings = [finding(c, r) for c in claims]
+    findings = [judge_claim(c, r) for c in claims]
     students = [f for f in findings if scaling.TEACHERS not in (f["a"], f["b"])]
     assert {f["outcome"] for f in students} == {"agrees"}
     (passes,) = (f for f in findings if f["b"] == scaling.TEACHERS)

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from octomed.core.paths import root, shipped_notebooks, shipped_recipes
-from octomed.core.recipe import load_recipe, recipes
-from octomed.run.sections import Section, declared, parameters, sections
+from octomed.core.recipe import list_recipes, load_recipe
+from octomed.run.sections import Section, find_sections, read_defaults, read_parameters
 
 NOTEBOOKS = sorted(shipped_notebooks().glob("*.ipynb"))
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-RECIPES = pytest.mark.parametrize("name", recipes())
+RECIPES = pytest.mark.parametrize("name", list_recipes())
 
 
 def cells(path, kind="code"):
@@ -28,7 +28,7 @@ def tagged(path):
 @EVERY
 def test_exactly_one_parameters_cell_with_recipe_and_out(path):
     assert len(tagged(path)) == 1
-    values = declared(Section(path.stem, path))
+    values = read_defaults(Section(path.stem, path))
     assert values["recipe"] == "smoke"
     assert values.pop("out") is None
     assert all(isinstance(value, int | float | str) for value in values.values()), (
@@ -67,7 +67,7 @@ def test_committed_sections_carry_no_executed_parameters(path):
 
 @EVERY
 def test_smoke_values_are_the_defaults(path):
-    own = declared(Section(path.stem, path))
+    own = read_defaults(Section(path.stem, path))
     del own["recipe"], own["out"]
     assert load_recipe("smoke").sections.get(path.stem) == own
 
@@ -75,14 +75,14 @@ def test_smoke_values_are_the_defaults(path):
 @RECIPES
 def test_recipes_name_only_what_notebooks_declare(name):
     recipe = load_recipe(name)
-    for section in sections(recipe):
-        assert set(recipe.of(section.name)) <= set(parameters(section, recipe))
+    for section in find_sections(recipe):
+        assert set(recipe.scalars(section.name)) <= set(read_parameters(section, recipe))
 
 
 @RECIPES
 def test_recipes_run_in_the_paper_order(name):
     recipe = load_recipe(name)
-    assert [section.name for section in sections(recipe)] == sorted(recipe.sections)
+    assert [section.name for section in find_sections(recipe)] == sorted(recipe.sections)
 
 
 def test_no_executed_copy_lies_under_nbs():
@@ -93,7 +93,7 @@ def test_no_executed_copy_lies_under_nbs():
 
 def test_recipe_values_carry_their_reason_or_size():
     "Every recipe is plain YAML: what it holds is what `load_recipe` gives."
-    for name in recipes():
+    for name in list_recipes():
         raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text())
         assert load_recipe(name).sections == {
             section: values or {} for section, values in raw["sections"].items()

@@ -25,7 +25,7 @@ from misbehaving import (
 from octomed.core.paths import OctomedError
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_openai_batch import OpenAIBatchEngine
-from octomed.generate.engines import FORCED, Request, Sampling, sample_seed, teacher
+from octomed.generate.engines import FORCED, Request, Sampling, derive_sample_seed, load_teacher
 from octomed.generate.ledger import Ledger, draw
 
 CANARY = "sk-canary-5f1d8c"
@@ -178,7 +178,7 @@ def test_fault_12_one_over_long_prompt_neither_aborts_nor_misaligns(fake):
 
 def test_fault_13_every_sample_asks_with_its_own_seed(fake):
     samples = list(engine().generate([ask("q1", 16), ask("q2", 16)], PLAIN))
-    wanted = {(q, sample_seed(PLAIN, q, i)) for q in ("q1", "q2") for i in range(16)}
+    wanted = {(q, derive_sample_seed(PLAIN, q, i)) for q in ("q1", "q2") for i in range(16)}
     assert (
         {(b["messages"][0]["content"][:2], b["seed"]) for b in fake.asked}
         == wanted
@@ -215,9 +215,9 @@ def test_fault_9_a_run_that_is_stopped_asks_only_for_what_is_missing(fake, tmp_p
 
 
 def keys(e, n):
-    from octomed.generate.ledger import sample_key
+    from octomed.generate.ledger import make_sample_key
 
-    return [sample_key("q1", e.model, "prompt of q1", PLAIN.key, i) for i in range(n)]
+    return [make_sample_key("q1", e.model, "prompt of q1", PLAIN.key, i) for i in range(n)]
 
 
 def test_requests_are_under_way_together_up_to_the_limit(fake):
@@ -365,7 +365,7 @@ def test_a_batch_file_is_written_uploaded_looked_after_and_collected(fake):
     samples = list(batches(lines=5).generate([ask("q1", 8), ask("q2", 4)], PLAIN))
     assert len(fake.batches) == 3
     assert {(s.question, s.index, s.text) for s in samples} == {
-        (q, i, f"seed {sample_seed(PLAIN, q, i)}")
+        (q, i, f"seed {derive_sample_seed(PLAIN, q, i)}")
         for q, n in (("q1", 8), ("q2", 4))
         for i in range(n)
     }
@@ -394,12 +394,12 @@ def test_fault_9_a_batch_that_was_paid_for_is_collected_by_the_next_run(fake):
 
 def test_fault_12_a_bad_line_of_a_batch_is_an_outcome_or_asked_again(fake):
     bad = {
-        sample_seed(PLAIN, "lines", 1): {
+        derive_sample_seed(PLAIN, "lines", 1): {
             "status_code": 400,
             "body": {"error": {"message": "too long"}},
         },
-        sample_seed(PLAIN, "lines", 2): {"status_code": 500, "body": {}},
-        sample_seed(PLAIN, "lines", 3): None,
+        derive_sample_seed(PLAIN, "lines", 2): {"status_code": 500, "body": {}},
+        derive_sample_seed(PLAIN, "lines", 3): None,
     }
     fake.complete = lambda body: bad.pop(body["seed"], completion("fine"))
     run, samples = batches().generate([ask("lines", 5)], PLAIN), []
@@ -425,9 +425,9 @@ def test_a_server_without_batch_files_and_a_refused_file_say_so(fake):
 
 
 def test_a_recipe_names_a_server_and_the_environment_says_where_it_is(fake):
-    e = teacher("openai:fake@FAKE", max_pixels=12_544)
+    e = load_teacher("openai:fake@FAKE", max_pixels=12_544)
     assert (e.name, e.model, e.max_pixels) == ("openai", "fake@fake-1", 12_544)
-    assert teacher("openai-batch:fake@FAKE").name == "openai-batch"
+    assert load_teacher("openai-batch:fake@FAKE").name == "openai-batch"
 
 
 def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake, tmp_path, caplog):

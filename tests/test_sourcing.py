@@ -7,20 +7,20 @@ import pytest
 from declarations import PLACES, RECIPES, check_claims, declared
 
 from octomed.core.recipe import CATEGORIES, Common
-from octomed.data.sources import source_of
-from octomed.evaluate.arms import stages
-from octomed.evaluate.claims import Claim, finding
-from octomed.evaluate.stats import detectable, paired_sd
+from octomed.data.sources import find_source
+from octomed.evaluate.arms import declare_stages
+from octomed.evaluate.claims import Claim, judge_claim
+from octomed.evaluate.stats import detectable_difference, paired_sd
 from octomed.paper import sourcing
 
-CONTROLS = {sourcing.matched(a) for a in ("reasoning", "classification", sourcing.ALL)}
+CONTROLS = {sourcing.name_at_equal_tokens(a) for a in ("reasoning", "classification", sourcing.ALL)}
 
 
 @RECIPES
 def test_seven_combinations_hold_the_categories_of_their_names_and_equal_questions_of_each(name):
     recipe, arms = declared(sourcing, name)
     seven = {
-        n: {source_of(spec).category for spec, _ in a.sources}
+        n: {find_source(spec).category for spec, _ in a.sources}
         for n, a in arms.items()
         if a.compute_of is None and n != sourcing.BEFORE
     }
@@ -32,20 +32,24 @@ def test_seven_combinations_hold_the_categories_of_their_names_and_equal_questio
     assert len(seven) == 7
     assert tuple(sourcing.SOURCES.values()) == CATEGORIES
     for arm in arms.values():
-        assert {n for _, n in arm.sources} == {recipe.of("41_sourcing")["questions"]}
+        assert {n for _, n in arm.sources} == {recipe.scalars("41_sourcing")["questions"]}
         assert set(arm.sources) <= set(arms[sourcing.ALL].sources)
 
 
 @RECIPES
 def test_every_student_is_another_one_and_all_start_from_the_same(name):
     recipe, arms = declared(sourcing, name)
-    assert len({stages(a, recipe.common)["student"].key for a in arms.values()}) == len(arms) == 11
+    assert (
+        len({declare_stages(a, recipe.common)["student"].key for a in arms.values()})
+        == len(arms)
+        == 11
+    )
     (first,) = {a.base for a in arms.values()}
-    start = stages(first, recipe.common)["student"].key
-    assert stages(arms[sourcing.BEFORE], recipe.common)["student"].key == start
+    start = declare_stages(first, recipe.common)["student"].key
+    assert declare_stages(arms[sourcing.BEFORE], recipe.common)["student"].key == start
     assert all(n < 0 for _, n in first.sources)
     for spec, n in first.sources:
-        assert dict(arms[sourcing.ALL].sources)[spec] - n <= source_of(spec).expected
+        assert dict(arms[sourcing.ALL].sources)[spec] - n <= find_source(spec).expected
 
 
 @RECIPES
@@ -60,7 +64,7 @@ def test_controls_differ_from_their_arms_in_the_tokens_that_they_read_alone(name
 def test_claims_are_about_arms_and_benchmarks_that_exist(name):
     recipe, arms = declared(sourcing, name)
     claims, benchmarks = sourcing.claims(), sourcing.benchmarks(recipe)
-    categories = {source_of(benchmark).category for benchmark in benchmarks}
+    categories = {find_source(benchmark).category for benchmark in benchmarks}
     assert categories == set(CATEGORIES)
     assert set(benchmarks) <= set(recipe.common.benchmarks)
     check_claims(claims, arms, categories | {sourcing.EVERYWHERE})
@@ -82,11 +86,11 @@ def test_each_category_has_a_claim_that_its_source_is_needed_and_one_that_mixing
 
 def test_the_margin_is_what_the_course_can_see():
     recipe, _ = declared(sourcing, "course")
-    p = recipe.of("41_sourcing")
+    p = recipe.scalars("41_sourcing")
     n = p["limit"] * len(sourcing.benchmarks(recipe)) // 3
     assert n == 200
-    assert detectable(n, paired_sd(0.5, 0.5, p["seeds"])) < sourcing.MARGIN
-    assert detectable(n, paired_sd(0.5, 0.5)) > sourcing.MARGIN
+    assert detectable_difference(n, paired_sd(0.5, 0.5, p["seeds"])) < sourcing.MARGIN
+    assert detectable_difference(n, paired_sd(0.5, 0.5)) > sourcing.MARGIN
 
 
 def invented(**right):
@@ -118,17 +122,19 @@ def invented(**right):
 
 def test_every_category_is_the_mean_over_benchmarks_whatever_their_sizes():
     r = invented(before=(0,) * 6, text=(20, 0, 5, 0, 0, 0))
-    f = finding(Claim(text="it helps", a="text", b="before", benchmark=sourcing.EVERYWHERE), r)
+    f = judge_claim(Claim(text="it helps", a="text", b="before", benchmark=sourcing.EVERYWHERE), r)
     assert f["difference"] == pytest.approx((1 + 0.5) / 6)
     assert f["n"] == 70
-    on_text = finding(Claim(text="it helps", a="text", b="before", benchmark="text_only"), r)
+    on_text = judge_claim(Claim(text="it helps", a="text", b="before", benchmark="text_only"), r)
     assert on_text["difference"] == pytest.approx(0.5)
 
 
 def test_gains_are_differences_to_the_start_by_category():
     r = invented(before=(4, 2, 2, 2, 2, 2), text=(8, 4, 1, 2, 2, 2), reasoning=(4, 2, 6, 2, 2, 2))
-    r.rows[sourcing.matched("reasoning")] = r.rows["reasoning"]
-    gains = {(g["sources"], g["reads"], g["category"]): g["gain"] for g in sourcing.gains(r)}
+    r.rows[sourcing.name_at_equal_tokens("reasoning")] = r.rows["reasoning"]
+    gains = {
+        (g["sources"], g["reads"], g["category"]): g["gain"] for g in sourcing.measure_gains(r)
+    }
     assert len(gains) == 3 * 4
     equal = "equal questions"
     assert gains["text", equal, "text_only"] == pytest.approx(0.2)
@@ -142,7 +148,7 @@ def test_the_figure_has_a_place_for_every_combination_in_every_category():
     gained = []
     for where, sources in product((*CATEGORIES, sourcing.EVERYWHERE), sourcing.COMBINATIONS):
         name = sourcing.name(*sources)
-        with_control = sourcing.matched(name) in CONTROLS
+        with_control = sourcing.name_at_equal_tokens(name) in CONTROLS
         for reads in ("equal questions", "text's tokens")[: 1 + with_control]:
             gain = {
                 "sources": name,

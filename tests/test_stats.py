@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from octomed.core.paths import OctomedError
 from octomed.evaluate.stats import (
     Interval,
+    average_runs,
     bootstrap,
-    detectable,
-    needed_n,
+    bootstrap_trend,
+    detectable_difference,
+    find_odd_overalls,
+    find_paper_number,
+    judge_difference,
+    load_paper_table,
+    needed_questions,
     paired_bootstrap,
     paired_sd,
-    paper_number,
-    paper_overalls,
-    paper_table,
-    per_question,
-    trend,
-    verdict,
 )
 
 
@@ -130,58 +130,58 @@ def test_time_and_memory_of_10000_resamples_of_2000_questions():
 def test_outcomes_follow_from_the_interval(low, width, margin):
     i = Interval(estimate=low + width / 2, low=low, high=low + width, n=10)
     for kind in ("greater", "trend"):
-        v = verdict(kind, i)
+        v = judge_difference(kind, i)
         assert (v == "agrees") == (i.low > 0)
         assert (v == "disagrees") == (i.high < 0)
-    v = verdict("equivalent", i, margin)
+    v = judge_difference("equivalent", i, margin)
     assert (v == "agrees") == (i.low > -margin and i.high < margin)
     assert (v == "disagrees") == (i.low > margin or i.high < -margin)
-    assert verdict("greater", i) == verdict("greater", i.interval)
+    assert judge_difference("greater", i) == judge_difference("greater", i.interval)
 
 
 def test_a_claim_needs_a_known_kind_and_its_margin():
     with pytest.raises(OctomedError, match="choose from"):
-        verdict("smaller", (0, 1))
+        judge_difference("smaller", (0, 1))
     with pytest.raises(OctomedError, match="margin"):
-        verdict("equivalent", (0, 1))
+        judge_difference("equivalent", (0, 1))
 
 
 def test_trend_is_the_least_squares_slope():
     u, x = np.random.default_rng(3).random(300), [0, 1, 3]
     ys = [u < 0.4, u < 0.5, np.stack([u < 0.6, u < 0.7], axis=1)]
-    i = trend(x, ys, n=500)
-    assert i.estimate == pytest.approx(np.polyfit(x, [per_question(y).mean() for y in ys], 1)[0])
-    assert verdict("trend", i) == "agrees"
+    i = bootstrap_trend(x, ys, n=500)
+    assert i.estimate == pytest.approx(np.polyfit(x, [average_runs(y).mean() for y in ys], 1)[0])
+    assert judge_difference("trend", i) == "agrees"
     with pytest.raises(OctomedError, match="two values"):
-        trend([1, 1], ys[:2])
+        bootstrap_trend([1, 1], ys[:2])
     with pytest.raises(OctomedError, match="same questions"):
-        trend([1, 2], [[1, 0], [1]])
+        bootstrap_trend([1, 2], [[1, 0], [1]])
 
 
 def test_detectable_difference_has_its_power():
     "Of 300 runs with the difference that n can detect, about 80 % have an interval above 0."
     n, p = 400, 0.5
-    d = detectable(n, paired_sd(p + 0.09, p))
+    d = detectable_difference(n, paired_sd(p + 0.09, p))
     rng = np.random.default_rng(0)
     seen = sum(
         paired_bootstrap(rng.random(n) < p + d, rng.random(n) < p, n=400, seed=s).low > 0
         for s in range(300)
     )
     assert 0.72 <= seen / 300 <= 0.88
-    assert needed_n(d, paired_sd(p + 0.09, p)) == pytest.approx(n, abs=1)
+    assert needed_questions(d, paired_sd(p + 0.09, p)) == pytest.approx(n, abs=1)
 
 
 def test_the_papers_tables():
-    assert len(paper_table(1)) == 17
-    assert len(paper_table(2)) == 17
-    assert paper_number(2, "MedQA", "OctoMed-7B", category="text_only") == 90.81
-    assert paper_number(2, "NEJM", "DeepSeek-R1", category="multimodal_reasoning") is None
-    assert paper_overalls(1) == []
-    assert {r["column"] for r in paper_overalls(2)} == {
+    assert len(load_paper_table(1)) == 17
+    assert len(load_paper_table(2)) == 17
+    assert find_paper_number(2, "MedQA", "OctoMed-7B", category="text_only") == 90.81
+    assert find_paper_number(2, "NEJM", "DeepSeek-R1", category="multimodal_reasoning") is None
+    assert find_odd_overalls(1) == []
+    assert {r["column"] for r in find_odd_overalls(2)} == {
         "DeepSeek-R1",
         "HuatuoGPT-Vision-7B",
         "InternVL3.5-8B",
         "GLM-4.1V-Thinking-9B",
     }
     with pytest.raises(OctomedError, match="choose 1 or 2"):
-        paper_table(3)
+        load_paper_table(3)

@@ -13,8 +13,8 @@ import pytest
 from octomed.core import store, workers
 from octomed.core.identity import digest
 from octomed.core.paths import OctomedError
-from octomed.core.store import made
-from octomed.core.workers import _jobs, mapped, run_all
+from octomed.core.store import is_finished
+from octomed.core.workers import _jobs, map_in_workers, run_all
 
 CODE = """
 import os
@@ -53,7 +53,7 @@ def stages(tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(workers, "NEEDED", ())  # these need no torch
+    monkeypatch.setattr(workers, "PRELOADED", ())  # these need no torch
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("OCTOMED_WORKERS", "2")
     monkeypatch.setenv("COUNT", str(tmp_path / "count"))
@@ -124,7 +124,7 @@ def test_fault_1_a_killed_worker_is_reported_and_the_next_run_goes_on(stages):
     with pytest.raises(OctomedError, match=r"a worker was killed.*run again"):
         run_all([[bad], [bad, good]])
     assert stages.base(n=1).done
-    assert not made(bad.folder)
+    assert not is_finished(bad.folder)
     run_all([[good], [stages.student(base=stages.base(n=1), seed=2)]])
     assert good.done
 
@@ -200,9 +200,9 @@ def test_many_items_are_worked_on_in_processes_with_the_same_result(monkeypatch,
 
     monkeypatch.setattr(workers, "_pool", count_pool)
     many, few = list(range(12)), list(range(4))
-    assert mapped(digest, many, few=4) == [digest(i) for i in many]
+    assert map_in_workers(digest, many, few=4) == [digest(i) for i in many]
     assert sizes == [2]
-    assert mapped(digest, few, few=4) == [digest(i) for i in few]
+    assert map_in_workers(digest, few, few=4) == [digest(i) for i in few]
     assert sizes == [2]
 
 

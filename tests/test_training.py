@@ -12,22 +12,22 @@ from octomed.core.paths import OctomedError
 from octomed.data.questions import Question
 from octomed.distill.traces import rendered
 from octomed.generate.render import (
-    Pixels,
+    PixelCache,
     Row,
-    chat_images,
-    chat_text,
     collate,
-    encode,
+    count_tokens,
+    encode_prompts,
+    list_chat_images,
     load_rows,
+    render_row,
     render_rows,
-    row,
     save_rows,
-    tokens_of,
+    write_chat,
 )
-from octomed.train.loop import fit, loss_sum
+from octomed.train.loop import fit, sum_padded_loss
 from octomed.train.optimizers import _muon
-from octomed.train.schedule import Schedule, micro_batches
-from octomed.train.students import load_student, matched_steps, save_student, steps_for
+from octomed.train.schedule import Schedule, group_padded
+from octomed.train.students import count_matched_steps, count_steps, load_student, save_student
 
 PIXELS = 12_544
 
@@ -51,9 +51,9 @@ def fit_example(model, processor, rows, s, steps):
 def test_prompt_is_the_same_in_training_and_evaluation(student, picture):
     _, processor = student
     messages = chat("which is it ?", picture)
-    trained = row(processor, messages, "\\boxed{A}", PIXELS)
-    asked = encode(
-        processor, [chat_text(processor, messages, PIXELS)], [chat_images(messages)], PIXELS
+    trained = render_row(processor, messages, "\\boxed{A}", PIXELS)
+    asked = encode_prompts(
+        processor, [write_chat(processor, messages, PIXELS)], [list_chat_images(messages)], PIXELS
     )
     assert trained.input_ids[: trained.prompt] == asked["input_ids"][0].tolist()
 
@@ -65,7 +65,7 @@ def test_image_tokens_and_pixels_are_the_processors_own(student, picture):
     messages = chat("which is it ?", picture)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     theirs = processor(text=[text], images=[load_image(picture, PIXELS)], return_tensors="pt")
-    ours = encode(processor, [chat_text(processor, messages, PIXELS)], [[picture]], PIXELS)
+    ours = encode_prompts(processor, [write_chat(processor, messages, PIXELS)], [[picture]], PIXELS)
     assert torch.equal(theirs["input_ids"], ours["input_ids"])
     assert torch.equal(theirs["pixel_values"], ours["pixel_values"])
     assert torch.equal(theirs["image_grid_thw"], ours["image_grid_thw"])
@@ -73,11 +73,11 @@ def test_image_tokens_and_pixels_are_the_processors_own(student, picture):
 
 def test_only_the_response_and_its_end_are_trained(student, picture):
     model, processor = student
-    r = row(
+    r = render_row(
         processor, chat("which is it ?", picture), "<think>the fever</think>\n\n\\boxed{B}", PIXELS
     )
-    loss, n = loss_sum(model, processor, [r], Pixels(processor, PIXELS))
-    batch = collate(processor, [r.input_ids], [r.images], Pixels(processor, PIXELS))
+    loss, n = sum_padded_loss(model, processor, [r], PixelCache(processor, PIXELS))
+    batch = collate(processor, [r.input_ids], [r.images], PixelCache(processor, PIXELS))
     labels = torch.full_like(batch["input_ids"], -100)
     labels[0, r.prompt :] = batch["input_ids"][0, r.prompt :]
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_only_the_response_and_its_end_are_trained(student, picture):
 def test_fault_30_all_masked_sample_is_refused_aloud(student):
     _, processor = student
     with pytest.raises(OctomedError, match="no token to train on"):
-        row(processor, chat("which is it ?"), "  ", PIXELS)
+        render_row(processor, chat("which is it ?"), "  ", PIXELS)
 
 
 def test_fault_31_over_long_rows_are_dropped_whole_and_counted(student, picture):
@@ -124,31 +124,33 @@ def test_rows_survive_the_disk(student, picture, tmp_path):
     loaded = load_rows(tmp_path)
     assert list(loaded) == rows and len(loaded) == 2 and loaded[1].question == "q2"
     tokens = sum(len(r.input_ids) for r in rows)
-    assert tokens_of(loaded) == tokens_of(rows) == tokens == funnel["tokens"]
+    assert count_tokens(loaded) == count_tokens(rows) == tokens == funnel["tokens"]
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(student):
     model, processor = student
     rows = [
-        row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS)
+        render_row(processor, chat("which is it ?"), "one " * n + "\\boxed{A}", PIXELS)
         for n in (1, 9, 3, 25)
     ]
 
     def gradient(budget):
         model.zero_grad()
         total = sum(len(r.input_ids) - r.prompt for r in rows)
-        for group in micro_batches(rows, budget):
-            (loss_sum(model, processor, group, Pixels(processor, PIXELS))[0] / total).backward()
+        for group in group_padded(rows, budget):
+            (
+                sum_padded_loss(model, processor, group, PixelCache(processor, PIXELS))[0] / total
+            ).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole, split = gradient(10_000), gradient(60)
-    assert len(list(micro_batches(rows, 60))) > 1
+    assert len(list(group_padded(rows, 60))) > 1
     assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
 
 
 def test_training_learns_and_repeats_itself(student):
     model, processor = student
-    rows = [row(processor, chat("which is it ?"), f"\\boxed{{{x}}}", PIXELS) for x in "AAAA"]
+    rows = [render_row(processor, chat("which is it ?"), f"\\boxed{{{x}}}", PIXELS) for x in "AAAA"]
     logs, weights = [], []
     for _ in range(2):
         trained = copy.deepcopy(model)
@@ -163,7 +165,7 @@ def test_a_loss_that_is_no_number_stops_the_run(student):
     model, processor = copy.deepcopy(student[0]), student[1]
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS, "q7")]
+    rows = [render_row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS, "q7")]
     with pytest.raises(
         OctomedError, match=r"no longer a number at step 0, whose rows are 0 \(q7\)"
     ):
@@ -173,7 +175,7 @@ def test_a_loss_that_is_no_number_stops_the_run(student):
 def test_frozen_parameters_do_not_move(student):
     model, processor = student
     trained = copy.deepcopy(model)
-    rows = [row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)]
+    rows = [render_row(processor, chat("which is it ?"), "\\boxed{A}", PIXELS)]
     fit_example(trained, processor, rows, Schedule(batch=1, freeze=("model.visual",)), steps=2)
     before, after = (m.model.visual.patch_embed.proj.weight for m in (model, trained))
     assert torch.equal(before, after)
@@ -183,7 +185,7 @@ def test_frozen_parameters_do_not_move(student):
 def test_matched_compute_counts_tokens():
     rows = [Row(list(range(10)), 5, [])] * 8
     s = Schedule(epochs=2, batch=4)
-    assert steps_for(rows, s) == 4 and matched_steps(rows, s, tokens=400) == 10
+    assert count_steps(rows, s) == 4 and count_matched_steps(rows, s, tokens=400) == 10
 
 
 def test_fault_36_pickled_weights_are_refused(student, tmp_path):
@@ -202,7 +204,7 @@ def test_a_saved_student_is_the_same_student(student, tmp_path):
     weights = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     messages = chat("which is it ?")
-    assert chat_text(processor_again, messages, PIXELS) == chat_text(processor, messages, PIXELS)
+    assert write_chat(processor_again, messages, PIXELS) == write_chat(processor, messages, PIXELS)
 
 
 def test_a_hybrid_student_reads_every_trace_and_every_question_once_without_one(student, tmp_path):

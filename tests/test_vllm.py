@@ -15,7 +15,13 @@ import pytest
 from octomed.core.paths import root
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_transformers import TransformersEngine, _complete
-from octomed.generate.engines import FORCED, Request, Sampling, forced_exit, sample_seed
+from octomed.generate.engines import (
+    FORCED,
+    Request,
+    Sampling,
+    begin_forced_exit,
+    derive_sample_seed,
+)
 from octomed.train.students import save_student
 
 PYTHON = Path(os.environ.get("OCTOMED_VLLM") or root() / ".venv-vllm") / "bin" / "python"
@@ -65,10 +71,10 @@ def folder(tmp_path_factory):
 def pictures():
     from PIL import Image
 
-    from octomed.data.images import intake
+    from octomed.data.images import store_image
 
     return [
-        intake(Image.effect_noise((120 + 40 * n, 100), 60).convert("RGB"), max_pixels=12_544)
+        store_image(Image.effect_noise((120 + 40 * n, 100), 60).convert("RGB"), max_pixels=12_544)
         for n in range(3)
     ]
 
@@ -279,7 +285,7 @@ def test_fault_37_a_saved_student_answers_the_same_in_transformers_and_in_vllm(
 def test_fault_13_sixteen_samples_are_distinct_and_each_has_its_own_seed(offline, served, asked):
     for samples in (offline("many"), ran(served, asked["many"])):
         assert set(samples) == {(q, i) for q in ("i0", "t0") for i in range(16)}
-        assert all(s["seed"] == sample_seed(DRAWN, q, i) for (q, i), s in samples.items())
+        assert all(s["seed"] == derive_sample_seed(DRAWN, q, i) for (q, i), s in samples.items())
         assert all(len({samples[q, i]["text"] for i in range(16)}) == 16 for q in ("i0", "t0"))
 
 
@@ -373,7 +379,7 @@ def test_the_forced_exit_equals_vllms_own_thinking_budget(here, started, asked):
         )
         prompt += "<think>"
         thought = complete(prompt, BUDGET)
-        forced = forced_exit(thought.text, thought.finish, sampling)
+        forced = begin_forced_exit(thought.text, thought.finish, sampling)
         if not forced or ids(forced) != thought.ids + ids(FORCED):
             continue
         answer = complete(prompt + forced, ANSWER)

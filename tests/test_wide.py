@@ -17,23 +17,23 @@ import yaml
 
 from octomed.core.files import read_jsonl, write_json
 from octomed.core.paths import OctomedError, UsageError, root
-from octomed.core.store import Outside, run
-from octomed.generate.render import Pixels, collate, row, save_rows
+from octomed.core.store import ExternalInput, run_stage
+from octomed.generate.render import PixelCache, collate, render_row, save_rows
 from octomed.train import launch
-from octomed.train.checkpoints import checkpoints, read_checkpoint
+from octomed.train.checkpoints import list_checkpoints, read_checkpoint
 from octomed.train.launch import (
     Curve,
     Execution,
-    accelerator_of,
-    execution,
-    launch_command,
-    read_execution,
+    build_accelerator,
+    build_launch_command,
+    current_execution,
+    parse_execution,
 )
-from octomed.train.loop import Loop, decided, fit, padded_inputs
-from octomed.train.objective import objective, on, packed_inputs
-from octomed.train.optimizers import optimizers
-from octomed.train.packing import packed_groups
-from octomed.train.schedule import Schedule, dealt, micro_batches
+from octomed.train.loop import Loop, complete_execution, fit, prepare_padded
+from octomed.train.objective import move_to_device, objective_class, prepare_packed
+from octomed.train.optimizers import build_optimizers
+from octomed.train.packing import group_packed
+from octomed.train.schedule import Schedule, deal_groups, group_padded
 from octomed.train.students import load_student, make_student, save_student, sft
 
 PIXELS = 12_544
@@ -58,7 +58,7 @@ def rows(student, picture):
     "Seven rows of uneven length, two of them with a picture."
     _, processor = student
     return [
-        row(
+        render_row(
             processor,
             chat("which is it ?", *([picture] if n in (2, 5) else [])),
             "one " * (3 * n) + f"\\boxed{{{'AB'[n % 2]}}}",
@@ -81,7 +81,7 @@ def gradient_of_a_step(student, rows, how):
         s=Schedule(clip=1e9),
         how=how,
         max_pixels=PIXELS,
-        accelerator=accelerator_of(how),
+        accelerator=build_accelerator(how),
     )
     loop.optimizers = []  # so that the gradient stays
     total, norm, _ = loop.step(rows, 0.0)
@@ -92,7 +92,7 @@ def whole_gradient(student, rows):
     "The same from one padded batch and transformers' own loss, which is a mean."
     model, processor = copy.deepcopy(student[0]), student[1]
     ids, images = [r.input_ids for r in rows], [r.images for r in rows]
-    batch = collate(processor, ids, images, pixels=Pixels(processor, PIXELS))
+    batch = collate(processor, ids, images, pixels=PixelCache(processor, PIXELS))
     labels = torch.full_like(batch["input_ids"], -100)
     for n, r in enumerate(rows):
         labels[n, r.prompt : len(r.input_ids)] = batch["input_ids"][n, r.prompt : len(r.input_ids)]
@@ -107,7 +107,7 @@ def whole_gradient(student, rows):
 def test_fault_27_accumulation_is_the_full_batch(student, rows, pack, budget):
     theirs, loss = whole_gradient(student, rows)
     ours, total, norm = gradient_of_a_step(student, rows, Execution(pack=pack, micro_tokens=budget))
-    split = (packed_groups if pack else micro_batches)(rows, budget)
+    split = (group_packed if pack else group_padded)(rows, budget)
     assert (len(list(split)) > 1) == (budget < 10_000)
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
     assert math.isclose(norm, theirs.norm().item(), rel_tol=1e-5)
@@ -125,8 +125,8 @@ def test_fault_27_the_mean_of_means_would_be_noticed(student, rows):
 @pytest.mark.parametrize("ranks", [2, 3, 16])  # more processes than groups, too
 def test_fault_27_what_is_dealt_to_processes_sums_to_the_step(student, rows, pack, ranks):
     model, processor = student
-    pixels, loss = Pixels(processor, PIXELS), objective()(model)
-    groups = list((packed_groups if pack else micro_batches)(rows, 110))
+    pixels, loss = PixelCache(processor, PIXELS), objective_class()(model)
+    groups = list((group_packed if pack else group_padded)(rows, 110))
 
     def gradient(groups):
         "Gradients by parameter, and how many tokens were trained."
@@ -134,16 +134,16 @@ def test_fault_27_what_is_dealt_to_processes_sums_to_the_step(student, rows, pac
         trained = 0
         for group in groups:
             if pack:
-                batch, at = packed_inputs(model, processor, rows=group, pixels=pixels)
+                batch, at = prepare_packed(model, processor, rows=group, pixels=pixels)
             else:
-                batch, at = padded_inputs(processor, group, pixels)
-            loss(*on("cpu", batch, at)).backward()
+                batch, at = prepare_padded(processor, group, pixels)
+            loss(*move_to_device("cpu", batch, at)).backward()
             trained += len(at)
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         return grads, trained
 
     whole, trained = gradient(groups)
-    parts = [dealt(groups, rank, ranks) for rank in range(ranks)]
+    parts = [deal_groups(groups, rank, ranks) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1, "processes would wait for each other for ever"
     for at_once in zip(*parts, strict=True):
         assert len({any(r.images for r in group) for group in at_once}) == 1, (
@@ -214,8 +214,8 @@ def job(student, rows, tmp_path):
 
 def test_fault_27_two_processes_are_one(job, tmp_path, monkeypatch):
     def make():
-        outside = {name: Outside(job[name]) for name in ("base", "rendered")}
-        return run(sft(**{**job, **outside}))
+        outside = {name: ExternalInput(job[name]) for name in ("base", "rendered")}
+        return run_stage(sft(**{**job, **outside}))
 
     monkeypatch.setenv("OCTOMED_TRAIN", "micro_tokens=110")
     alone = make().rename(tmp_path / "alone")  # so the same stage is made again
@@ -241,7 +241,7 @@ def test_fault_27_two_processes_that_hold_a_part_each_are_one(job, tmp_path, mon
     make_student(tmp_path / "alone", **job, steps=2)
     write_job(tmp_path / "wide", job, steps=2)
     run_sharded(tmp_path / "wide")
-    (kept,) = checkpoints(tmp_path / "wide" / "checkpoints")
+    (kept,) = list_checkpoints(tmp_path / "wide" / "checkpoints")
     parts = [read_checkpoint(kept, rank, 2)[0] for rank in (0, 1)]
     for name, parameter in load_student(tmp_path / "wide")[0].named_parameters():
         for kind in ("weight", "exp_avg"):
@@ -286,7 +286,7 @@ def test_words_are_read_and_unknown_ones_refused(monkeypatch):
         "OCTOMED_TRAIN",
         "pack=0 checkpoint_every=50 report_to=tensorboard,wandb recompute=1 checkpoint_minutes=2.5",
     )
-    assert execution() == Execution(
+    assert current_execution() == Execution(
         pack=False,
         checkpoint_every=50,
         report_to="tensorboard,wandb",
@@ -300,17 +300,17 @@ def test_words_are_read_and_unknown_ones_refused(monkeypatch):
         ("report_to=paper", "there is no paper"),
     ):
         with pytest.raises(UsageError, match=message):
-            read_execution(text)
+            parse_execution(text)
 
 
 def test_a_package_that_is_not_installed_is_named(student, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OctomedError, match="pip install trackio"):
-        accelerator_of(Execution(report_to="trackio"))
+        build_accelerator(Execution(report_to="trackio"))
     with pytest.raises(OctomedError, match="pip install bitsandbytes"):
-        optimizers(copy.deepcopy(student[0]), Schedule(optimizer="paged_adamw_8bit"))
+        build_optimizers(copy.deepcopy(student[0]), Schedule(optimizer="paged_adamw_8bit"))
     with pytest.raises(OctomedError, match="deepspeed is not installed"):
-        launch_command(CONFIGURATIONS / "zero3.yaml", WORKER, ["x"])
+        build_launch_command(CONFIGURATIONS / "zero3.yaml", WORKER, ["x"])
 
 
 def test_a_schedule_that_does_not_exist_is_refused():
@@ -322,16 +322,18 @@ def test_a_schedule_that_does_not_exist_is_refused():
 
 def test_a_model_that_cannot_be_packed_is_padded(student, monkeypatch):
     model, _ = student
-    assert decided(Execution(), model, Schedule(), device="cpu").pack is True
+    assert complete_execution(Execution(), model, Schedule(), device="cpu").pack is True
     monkeypatch.delattr(type(model.model), "get_rope_index")
-    assert decided(Execution(), model, Schedule(), device="cuda").pack is False
+    assert complete_execution(Execution(), model, Schedule(), device="cuda").pack is False
     with pytest.raises(OctomedError, match="pack=0"):
-        decided(Execution(pack=True), model, Schedule(), device="cuda")
+        complete_execution(Execution(pack=True), model, Schedule(), device="cuda")
 
 
 def test_several_machines_are_started_by_srun(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
-    command = launch_command(CONFIGURATIONS / "fsdp2.yaml", WORKER, ["a folder"], precision="bf16")
+    command = build_launch_command(
+        CONFIGURATIONS / "fsdp2.yaml", WORKER, ["a folder"], precision="bf16"
+    )
     assert command[:4] == ["srun", "--ntasks-per-node=1", "bash", "-c"]
     for part in (
         "--num_machines 4",
@@ -341,11 +343,11 @@ def test_several_machines_are_started_by_srun(tmp_path, monkeypatch):
     ):
         assert part in command[4]
     with pytest.raises(OctomedError, match="no accelerate configuration"):
-        launch_command(write_json(tmp_path / "x.yaml", {}), WORKER, [])
+        build_launch_command(write_json(tmp_path / "x.yaml", {}), WORKER, [])
     with pytest.raises(OctomedError, match="MULTI_CPU"):
-        launch_command(config(tmp_path, distributed_type="FSDP"), WORKER, [])
+        build_launch_command(config(tmp_path, distributed_type="FSDP"), WORKER, [])
     with pytest.raises(OctomedError, match="cannot be read"):
-        launch_command(tmp_path / "none.yaml", WORKER, [])
+        build_launch_command(tmp_path / "none.yaml", WORKER, [])
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp2", "zero3"])
@@ -367,7 +369,7 @@ def test_shipped_configurations_are_accelerates_own(name):
 
 def test_low_rank_additions_are_merged_and_answer_the_same(student, rows, tmp_path):
     model, processor = copy.deepcopy(student[0]), student[1]
-    batch, _ = padded_inputs(processor, rows, Pixels(processor, PIXELS))
+    batch, _ = prepare_padded(processor, rows, PixelCache(processor, PIXELS))
     logits, step = [], Loop.step
 
     def watched(self, *args):

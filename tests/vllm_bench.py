@@ -13,7 +13,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from octomed.generate.engine_vllm import VLLMEngine
-from octomed.generate.engines import Request, Sampling, sample_seed
+from octomed.generate.engines import Request, Sampling, derive_sample_seed
 
 TOKENS = 16  # of every response: short, so that what is not the model shows
 SHORT = Sampling(temperature=1.0, max_tokens=TOKENS)
@@ -42,7 +42,7 @@ def prompt(engine, request):
 def draw_in_one_request(engine, requests):
     outputs = engine.llm.generate(
         [prompt(engine, request) for request in requests],
-        [params(engine, sample_seed(SHORT, r.question, 0), n=16) for r in requests],
+        [params(engine, derive_sample_seed(SHORT, r.question, 0), n=16) for r in requests],
         use_tqdm=False,
     )
     return sum(len(output.outputs) for output in outputs)
@@ -54,7 +54,7 @@ def draw_in_many_requests(engine, requests):
         shared = prompt(engine, request)
         for index in request.indices:
             prompts.append(shared)
-            all_params.append(params(engine, sample_seed(SHORT, request.question, index)))
+            all_params.append(params(engine, derive_sample_seed(SHORT, request.question, index)))
     return len(engine.llm.generate(prompts, all_params, use_tqdm=False))
 
 

@@ -19,11 +19,19 @@ from unittest.mock import patch
 # %% ../../nbs/bench/06_engines.ipynb #2fc6e141
 from PIL import Image
 
-from .timing import in_turns, repeated, row, small_student, timed, timing, took
+from octomed.bench.timing import (
+    make_repeated_row,
+    make_timing_row,
+    run_in_turns,
+    time_call,
+    time_command,
+    timing,
+    train_small_student,
+)
 from ..core.files import write_json
 from ..core.paths import OctomedError, root, store_dir
-from ..data.images import intake
-from ..generate.engine_openai import OpenAIEngine, on_loopback
+from ..data.images import store_image
+from ..generate.engine_openai import OpenAIEngine, serve_locally
 from ..generate.engines import Request, Sampling
 
 # %% ../../nbs/bench/06_engines.ipynb #ea02f83f
@@ -52,7 +60,7 @@ def _write_chats(path: Path) -> None:
     for n in range(8):
         texts.append(_chat(" ".join(long[n : n + 400])))
         picture = Image.effect_noise((112, 112), 20 + n).convert("RGB")
-        images.append(_chat("which is it ?", intake(picture, 12_544)))
+        images.append(_chat("which is it ?", store_image(picture, 12_544)))
     write_json(path, {"text of 400 tokens": texts, "an image": images})
 
 # %% ../../nbs/bench/06_engines.ipynb #6a156170
@@ -68,9 +76,9 @@ def _run_vllm(questions: int, rounds: int) -> str:  # what the script prints
     with TemporaryDirectory() as folder:
         chats = Path(folder) / "chats.json"
         _write_chats(chats)
-        command = [python, script, small_student()]
+        command = [python, script, train_small_student()]
         command += [chats, questions, rounds]
-        return timed(command, env=variables).out
+        return time_command(command, env=variables).out
 
 # %% ../../nbs/bench/06_engines.ipynb #759d6940
 @timing(questions=32, rounds=5, vllm=True)
@@ -86,7 +94,7 @@ def bench_engines(
         printed = _run_vllm(questions, rounds)
     except OctomedError as error:
         reason = f"not measured, {error}"
-        return [row("engines", "VLLMEngine", reason, value=None, unit="µs a sample")]
+        return [make_timing_row("engines", "VLLMEngine", reason, value=None, unit="µs a sample")]
     lines = [line for line in printed.splitlines() if line.startswith("ROWS ")]
     rows = json.loads(lines[0].removeprefix("ROWS "))
     for r in rows:
@@ -167,17 +175,17 @@ def _by_engine(engine: OpenAIEngine, samples: int) -> None:
 @timing(samples=1000, rounds=5)
 def bench_client(samples: int = 20, rounds: int = 1) -> list[dict]:
     "Microseconds a sample of `OpenAIEngine` beside the official client alone."
-    with on_loopback(_Answers) as url, patch.dict(os.environ, BENCH_BASE_URL=url):
+    with serve_locally(_Answers) as url, patch.dict(os.environ, BENCH_BASE_URL=url):
         engine = OpenAIEngine("m", "BENCH", model="m")
         ways = {
-            "OpenAIEngine": partial(took, _by_engine, engine, samples),
-            "openai, its client alone": partial(took, _official, url, samples),
+            "OpenAIEngine": partial(time_call, _by_engine, engine, samples),
+            "openai, its client alone": partial(time_call, _official, url, samples),
         }
         for way in ways.values():
             way()  # afterwards both are warm
-        times = in_turns(ways, rounds)
+        times = run_in_turns(ways, rounds)
     what, rows = f"{samples} responses streamed in 16 pieces", []
     for who, seconds in times.items():
         microseconds = [s / samples * 1e6 for s in seconds]
-        rows.append(repeated("client", who, what, values=microseconds, unit="µs a sample"))
+        rows.append(make_repeated_row("client", who, what, values=microseconds, unit="µs a sample"))
     return rows

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .timing import repeated, timed, timing
+from .timing import make_repeated_row, time_command, timing
 from ..core.paths import OctomedError
 
 # %% ../../nbs/bench/04_formats.ipynb #f4831d5f
@@ -76,7 +76,7 @@ def _write_files(folder: Path, rows: int) -> None:
 def _read_once(code: str, path: Path) -> list[float]:  # rows, seconds, bytes
     "One reader in a process of its own."
     script = [sys.executable, "-c", COUNT]
-    result = timed([*script, code, path])
+    result = time_command([*script, code, path])
     return [float(number) for number in result.out.split()]
 
 # %% ../../nbs/bench/04_formats.ipynb #515887e7
@@ -89,10 +89,10 @@ def _reader_rows(name: str, who: str, runs: list, rows: int) -> list[dict]:
             "its figures mean nothing until that is mended"
         )
     rates, what = [rows / s for s in seconds], f"reading {name}, {rows:,} rows"
-    measures = [repeated("formats", who, what, values=rates, unit="rows/s")]
+    measures = [make_repeated_row("formats", who, what, values=rates, unit="rows/s")]
     if Path("/proc").exists():
         megabytes, what = [g / 1e6 for g in grown], f"memory to read {name}, {rows:,} rows"
-        measures.append(repeated("formats", who, what, values=megabytes, unit="MB"))
+        measures.append(make_repeated_row("formats", who, what, values=megabytes, unit="MB"))
     return measures
 
 # %% ../../nbs/bench/04_formats.ipynb #8f16d374

@@ -22,9 +22,9 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from .timing import in_turns, over, repeated, timing, took
+from .timing import divide_turns, make_repeated_row, run_in_turns, time_call, timing
 from ..core.paths import data_dir
-from ..data.images import file_hashes, intake_all, open_image, pixel_hash, resized
+from ..data.images import file_hashes, open_image, pixel_hash, resize_image, store_images
 from ..data.resize import stored_size
 
 # %% ../../nbs/bench/03_images.ipynb #bfc32562
@@ -52,7 +52,7 @@ def _pil_alone(path, size) -> Image.Image:
 
 def _ours(path) -> None:
     "Decode and resize; nothing is returned, so that processes have nothing to send."
-    resized(open_image(path))
+    resize_image(open_image(path))
 
 # %% ../../nbs/bench/03_images.ipynb #ce9a28b6
 def _round(paths: list[Path], sizes: list, first: int) -> tuple[float, float]:  # ours, Pillow's
@@ -60,11 +60,11 @@ def _round(paths: list[Path], sizes: list, first: int) -> tuple[float, float]:  
     ours = theirs = 0.0
     for k, (path, size) in enumerate(zip(paths, sizes, strict=True)):
         if (k + first) % 2:
-            ours += took(_ours, path)
-            theirs += took(_pil_alone, path, size)
+            ours += time_call(_ours, path)
+            theirs += time_call(_pil_alone, path, size)
         else:
-            theirs += took(_pil_alone, path, size)
-            ours += took(_ours, path)
+            theirs += time_call(_pil_alone, path, size)
+            ours += time_call(_ours, path)
     return ours, theirs
 
 # %% ../../nbs/bench/03_images.ipynb #bcd395e8
@@ -76,9 +76,9 @@ def _decoded(what: str, paths: list[Path], rounds: int) -> list[dict]:
     rows = []
     for who, seconds in (("octomed", ours), ("PIL alone", theirs)):
         rates = [len(paths) / s for s in seconds]
-        rows.append(repeated("images", who, what, values=rates, unit="images/s/core"))
-    ratios = over(theirs, ours)
-    rows.append(repeated("images", "octomed / PIL alone", what, values=ratios, unit="×"))
+        rows.append(make_repeated_row("images", who, what, values=rates, unit="images/s/core"))
+    ratios = divide_turns(theirs, ours)
+    rows.append(make_repeated_row("images", "octomed / PIL alone", what, values=ratios, unit="×"))
     return rows
 
 # %% ../../nbs/bench/03_images.ipynb #6c4b85c8
@@ -98,10 +98,10 @@ def _all(pool, f: Callable, items: list) -> None:
 def _scaled(what: str, f: Callable, items: list, rounds: int, pool: Callable) -> dict:
     "Throughput of two workers over that of one."
     with pool(1) as one, pool(2) as two:
-        ways = {workers: partial(took, _all, workers, f, items) for workers in (one, two)}
-        times = in_turns(ways, rounds + 1)
-    ratios = over(times[one][1:], times[two][1:])  # the first round starts the workers
-    return repeated("images", "octomed", what, values=ratios, unit="× with 2 workers")
+        ways = {workers: partial(time_call, _all, workers, f, items) for workers in (one, two)}
+        times = run_in_turns(ways, rounds + 1)
+    ratios = divide_turns(times[one][1:], times[two][1:])  # the first round starts the workers
+    return make_repeated_row("images", "octomed", what, values=ratios, unit="× with 2 workers")
 
 # %% ../../nbs/bench/03_images.ipynb #16397f59
 def _intake(paths: list[Path], workers: int) -> float:
@@ -111,7 +111,7 @@ def _intake(paths: list[Path], workers: int) -> float:
         patch.dict(os.environ, OCTOMED_STORE=folder),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        return took(lambda: intake_all(paths, workers=workers))
+        return time_call(lambda: store_images(paths, workers=workers))
 
 # %% ../../nbs/bench/03_images.ipynb #08a345e8
 def _save_all(paths, sizes, folder: str) -> None:
@@ -121,7 +121,7 @@ def _save_all(paths, sizes, folder: str) -> None:
 # %% ../../nbs/bench/03_images.ipynb #7773c600
 def _saved_by_pil(paths, sizes) -> float:
     with TemporaryDirectory() as folder:
-        return took(_save_all, paths, sizes, folder)
+        return time_call(_save_all, paths, sizes, folder)
 
 # %% ../../nbs/bench/03_images.ipynb #84094338
 def _whole(paths: list[Path], rounds: int) -> list[dict]:
@@ -132,15 +132,18 @@ def _whole(paths: list[Path], rounds: int) -> list[dict]:
         "octomed, 1 worker": partial(_intake, paths, 1),
         "octomed, 2 workers": partial(_intake, paths, 2),
     }
-    times = in_turns(ways, rounds)
+    times = run_in_turns(ways, rounds)
     pil, one, two = times.values()
     rows = []
     for who, seconds in times.items():
         rates = [len(paths) / s for s in seconds]
-        rows.append(repeated("images", who, what, values=rates, unit="images/s"))
-    ratios = {"octomed / PIL alone, 1 worker": over(pil, one), "octomed": over(one, two)}
+        rows.append(make_repeated_row("images", who, what, values=rates, unit="images/s"))
+    ratios = {
+        "octomed / PIL alone, 1 worker": divide_turns(pil, one),
+        "octomed": divide_turns(one, two),
+    }
     for (who, values), unit in zip(ratios.items(), ("×", "× with 2 workers"), strict=True):
-        rows.append(repeated("images", who, what, values=values, unit=unit))
+        rows.append(make_repeated_row("images", who, what, values=values, unit=unit))
     return rows
 
 # %% ../../nbs/bench/03_images.ipynb #c4ec1f8d
@@ -172,7 +175,7 @@ def _rate(f: Callable, paths: list[Path], workers: int, megabytes: int, cold: bo
     "Megabytes per second of one pass over the files."
     if cold:
         drop_from_memory(paths)
-    return megabytes / took(f, paths, workers)
+    return megabytes / time_call(f, paths, workers)
 
 # %% ../../nbs/bench/03_images.ipynb #2d71e4ba
 def _hash_rows(paths: list[Path], what: str, rounds: int, **conditions) -> list[dict]:
@@ -181,12 +184,15 @@ def _hash_rows(paths: list[Path], what: str, rounds: int, **conditions) -> list[
         "plain reading": partial(_rate, _read_all, paths, **conditions),
         "octomed file_hashes": partial(_rate, _hash_all, paths, **conditions),
     }
-    rates = in_turns(ways, rounds)
+    rates = run_in_turns(ways, rounds)
     rows = [
-        repeated("images", who, what, values=values, unit="MB/s") for who, values in rates.items()
+        make_repeated_row("images", who, what, values=values, unit="MB/s")
+        for who, values in rates.items()
     ]
-    ratios = over(rates["octomed file_hashes"], rates["plain reading"])
-    rows.append(repeated("images", "octomed / plain reading", what, values=ratios, unit="×"))
+    ratios = divide_turns(rates["octomed file_hashes"], rates["plain reading"])
+    rows.append(
+        make_repeated_row("images", "octomed / plain reading", what, values=ratios, unit="×")
+    )
     return rows
 
 # %% ../../nbs/bench/03_images.ipynb #a2da7ada
@@ -210,8 +216,10 @@ def _pixels(rounds: int) -> dict:
     "Hashing of decoded pixels."
     picture = Image.effect_noise((2048, 1536), 60).convert("RGB")
     megabytes = 3 * 2048 * 1536 / 1e6
-    rates = [megabytes / took(pixel_hash, picture) for _ in range(rounds)]
-    return repeated("images", "octomed pixel_hash", "decoded pixels", values=rates, unit="MB/s")
+    rates = [megabytes / time_call(pixel_hash, picture) for _ in range(rounds)]
+    return make_repeated_row(
+        "images", "octomed pixel_hash", "decoded pixels", values=rates, unit="MB/s"
+    )
 
 # %% ../../nbs/bench/03_images.ipynb #5272ba39
 def _scaled_rows(paths: list[Path], rounds: int) -> list[dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEALTH', 'TUMOURS', 'CAUSES', 'GRADES', 'LESIONS', 'from_medqa', 'from_instruct', 'from_headqa', 'from_medmcqa',
            'from_mmlu_pro', 'from_medxpertqa', 'from_mmmu_pro', 'from_pmc_vqa', 'from_rexvqa', 'from_nejm',
-           'from_brain_tumor', 'from_coronahack', 'drawn_for_training', 'read_split', 'from_fundus', 'from_ham10000',
+           'from_brain_tumor', 'from_coronahack', 'draw_for_training', 'read_split', 'from_fundus', 'from_ham10000',
            'from_chat']
 
 # %% ../../nbs/data/04_formats.ipynb #63e77974
@@ -345,7 +345,7 @@ def _read_eye_name(row: dict) -> str:
     return row["id_code"] if "id_code" in row else row["image_id"]
 
 # %% ../../nbs/data/04_formats.ipynb #045e9adf
-def drawn_for_training(
+def draw_for_training(
     labels: list,  # of all rows, in order
     share: float = 0.8,  # of each class
     seed: int = 0,
@@ -373,7 +373,7 @@ def read_split(
     "(place, row) of one part of a file; ungradable rows are in neither part."
     rows = [(place, row) for place, row in read_csv(path) if _is_gradable(row)]
     rows.sort(key=lambda pair: _read_eye_name(pair[1]))
-    train = drawn_for_training([_read_grade(row) for _, row in rows])
+    train = draw_for_training([_read_grade(row) for _, row in rows])
     for i, pair in enumerate(rows):
         if (i in train) == (part == "train"):
             yield pair

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'FORMATS', 'TRANSPARENT', 'DAMAGED', 'AHEAD', 'open_image', 'file_hash', 'pixel_hash', 'image_path',
-           'resized', 'intake', 'stored', 'load_image', 'file_hashes', 'intake_all', 'image_keys']
+           'resize_image', 'store_image', 'find_stored', 'load_image', 'file_hashes', 'store_images', 'hash_images']
 
 # %% ../../nbs/data/02_images.ipynb #69da09cd
 import hashlib
@@ -23,7 +23,7 @@ from ..core.devices import usable_cores
 from ..core.files import atomic_write, progress
 from ..core.identity import file_digest, read_ahead
 from ..core.paths import OctomedError, store_dir
-from ..core.store import locked
+from ..core.store import hold_lock
 from .resize import FAMILIES, MAX_PIXELS, _parse_family, stored_size
 
 # %% ../../nbs/data/02_images.ipynb #7de6e757
@@ -185,7 +185,7 @@ def pixel_hash(img: Image.Image) -> str:
 
 # %% ../../nbs/data/02_images.ipynb #83eff264
 def image_path(
-    image: str,  # pixel hash from `intake`
+    image: str,  # pixel hash from `store_image`
     max_pixels: int = MAX_PIXELS,  # area after resizing
     family: str = "qwen2_5_vl",  # whose grid
 ) -> Path:
@@ -193,7 +193,7 @@ def image_path(
     return store_dir() / "images" / f"{family}-{max_pixels}" / image[:2] / f"{image}.png"
 
 # %% ../../nbs/data/02_images.ipynb #250badf0
-def resized(
+def resize_image(
     img: Image.Image,
     max_pixels: int = MAX_PIXELS,  # area after resizing
     family: str = "qwen2_5_vl",  # whose grid
@@ -203,7 +203,7 @@ def resized(
     return img.resize((width, height), Image.Resampling.BICUBIC)
 
 # %% ../../nbs/data/02_images.ipynb #11c8c1e8
-def intake(
+def store_image(
     source,  # path, bytes or PIL image
     max_pixels: int = MAX_PIXELS,  # area after resizing (paper: 262,144)
     family: str = "qwen2_5_vl",  # whose grid
@@ -217,13 +217,13 @@ def intake(
     path = image_path(key, max_pixels, family)
     if not path.exists():
         buffer = io.BytesIO()
-        resized(img, max_pixels, family).save(buffer, "PNG", compress_level=1)
+        resize_image(img, max_pixels, family).save(buffer, "PNG", compress_level=1)
         atomic_write(path, buffer.getvalue())
     return key
 
 # %% ../../nbs/data/02_images.ipynb #8c2f4e71
-def stored(
-    image: str,  # pixel hash from `intake`
+def find_stored(
+    image: str,  # pixel hash from `store_image`
     max_pixels: int = MAX_PIXELS,  # area after resizing
     family: str = "qwen2_5_vl",  # whose grid
 ) -> Path:  # of the picture
@@ -240,7 +240,7 @@ def stored(
     for other in FAMILIES:
         candidate = image_path(image, max_pixels, other)
         if candidate.exists() and pixel_hash(img := open_image(candidate)) == image:
-            intake(img, max_pixels, family)
+            store_image(img, max_pixels, family)
             return path
     raise OctomedError(
         f"no image {image} at {max_pixels} pixels for {family} is in the store: "
@@ -249,7 +249,7 @@ def stored(
 
 # %% ../../nbs/data/02_images.ipynb #92633be3
 def load_image(
-    image: str,  # pixel hash from `intake`
+    image: str,  # pixel hash from `store_image`
     max_pixels: int = MAX_PIXELS,  # area after resizing
     family: str = "qwen2_5_vl",  # whose grid
 ) -> Image.Image:
@@ -257,7 +257,7 @@ def load_image(
 
     Raises `OctomedError` if it was never taken in at this size, is damaged, or is off the
     family's grid."""
-    path = stored(image, max_pixels, family)
+    path = find_stored(image, max_pixels, family)
     img = open_image(path)
     size = img.height, img.width
     if stored_size(*size, max_pixels=max_pixels, family=family) != size:
@@ -284,7 +284,7 @@ def _remember(new: dict):
     "Add file hash → pixel hash to the index, and keep what other processes added meanwhile."
     if not new:
         return
-    with locked("images"):
+    with hold_lock("images"):
         atomic_write(_index_path(), json.dumps({**_read_index(), **new}))
 
 # %% ../../nbs/data/02_images.ipynb #c451a711
@@ -338,7 +338,7 @@ def file_hashes(
         return list(chain.from_iterable(hashes))
 
 # %% ../../nbs/data/02_images.ipynb #0b1c9c09
-def intake_all(
+def store_images(
     sources,  # image files; bytes and PIL images are taken too
     max_pixels: int = MAX_PIXELS,  # area after resizing (paper: 262,144)
     family: str = "qwen2_5_vl",  # whose grid
@@ -355,7 +355,7 @@ def intake_all(
         if file in known and image_path(known[file], max_pixels, family).exists():
             return known[file]
         name = _describe(source)
-        key = intake(data or source, max_pixels=max_pixels, family=family, name=name)
+        key = store_image(data or source, max_pixels=max_pixels, family=family, name=name)
         if file:
             new[file] = key
         return key
@@ -366,7 +366,7 @@ def intake_all(
         _remember(new)
 
 # %% ../../nbs/data/02_images.ipynb #dc6183d9
-def image_keys(
+def hash_images(
     sources,  # image files; bytes and PIL images are taken too
     workers: int | None = None,  # threads; by default the cores
     desc: str = "image keys",  # the label of the progress bar

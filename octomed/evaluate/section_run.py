@@ -16,22 +16,28 @@ from itertools import chain
 
 from fastcore.basics import patch
 
-from ..core.identity import hardware, versions
+from ..core.identity import describe_hardware, list_versions
 from ..core.recipe import Common, Recipe, load_recipe
 from ..data.questions import Question
-from ..data.sources import source_of
+from ..data.sources import find_source
 from ..distill.pools import read_questions
-from ..distill.rejection import judged
-from ..distill.sampling import requests, route
-from .arms import Arm, stages
+from ..distill.rejection import judge_samples
+from ..distill.sampling import make_requests, route
+from .arms import Arm, declare_stages
 from .claims import Claim
-from .figures import save
+from .figures import save_figure
 from .results import Results
 from .results_file import write_results
-from .stats import Interval, detectable, paired_bootstrap, paired_sd, verdict
-from .tables import above_chance
+from octomed.evaluate.stats import (
+    Interval,
+    detectable_difference,
+    judge_difference,
+    paired_bootstrap,
+    paired_sd,
+)
+from .tables import rows_at_chance
 from ..generate.answers import judge
-from ..generate.engines import Sampling, teacher
+from ..generate.engines import Sampling, load_teacher
 from ..generate.ledger import Ledger, draw
 from ..generate.prompts import load_template
 
@@ -46,9 +52,9 @@ class SectionRun:
     started: float  # when the notebook began, in seconds since 1970
 
     def __str__(self) -> str:
-        library = versions()
+        library = list_versions()
         return (
-            f"{self.recipe.name} · {hardware()} · torch {library['torch']}"
+            f"{self.recipe.name} · {describe_hardware()} · torch {library['torch']}"
             f" · transformers {library['transformers']}"
         )
 
@@ -84,7 +90,7 @@ def save_figures(
         return
     for suffix, figure in figures.items():
         if figure is not None:
-            save(figure, f"{self.out}/figures/{self.section}{suffix}")
+            save_figure(figure, f"{self.out}/figures/{self.section}{suffix}")
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c007
 def list_stages(
@@ -109,7 +115,7 @@ def start_section(
 
     started = time.time()
     pd.set_option("display.max_colwidth", None)
-    loaded = load_recipe(recipe).having(section, **scalars)
+    loaded = load_recipe(recipe).with_scalars(section, **scalars)
     return SectionRun(section=section, recipe=loaded, out=out, started=started)
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c00b
@@ -147,8 +153,8 @@ def detectable_frame(
         {
             "where": where,
             "questions": n,
-            "points, if seeds are independent": round(100 * detectable(n, independent)),
-            "points, if seeds agree": round(100 * detectable(n, agreeing)),
+            "points, if seeds are independent": round(100 * detectable_difference(n, independent)),
+            "points, if seeds agree": round(100 * detectable_difference(n, agreeing)),
         }
         for where, n in questions.items()
     ]
@@ -198,7 +204,7 @@ def arms_frame(
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c014
 def list_pools(common: Common, category: str) -> list[str]:
     "The recipe's training pools of one category."
-    return [spec for spec in common.train if source_of(spec).category == category]
+    return [spec for spec in common.train if find_source(spec).category == category]
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c017
 def read_funnel(
@@ -207,7 +213,7 @@ def read_funnel(
     step: str = "accepted",  # a stage of the arm: `accepted`, `filtered` or `rendered`
 ) -> dict:
     "The funnel of a finished stage of an arm."
-    folder = stages(arm, common)[step].folder
+    folder = declare_stages(arm, common)[step].folder
     return json.loads((folder / "funnel.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c018
@@ -215,9 +221,9 @@ def read_judged(
     arm: Arm, common: Common
 ) -> tuple[list[Question], dict]:  # questions; question id → (sample, verdict) pairs
     "The questions of an arm that has run, and its teacher's samples with their verdicts."
-    declared = stages(arm, common)
+    declared = declare_stages(arm, common)
     questions = read_questions(declared["data"].folder)
-    return questions, judged(questions, declared["samples"].folder)
+    return questions, judge_samples(questions, declared["samples"].folder)
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c01a
 def ask_teachers(
@@ -234,8 +240,8 @@ def ask_teachers(
         template = load_template(form)
         samples = draw(
             Ledger(),
-            teacher(name, common.max_pixels),
-            requests(own, form, n),
+            load_teacher(name, common.max_pixels),
+            make_requests(own, form, n),
             sampling=sampling,
             desc=desc.format(name),
         )
@@ -280,8 +286,8 @@ def chance_frame(rows: list[dict]):
         "interval",
         "chance",
     )
-    low = [{name: row[name] for name in columns} for row in above_chance(rows)]
-    for shown, row in zip(low, above_chance(rows), strict=True):
+    low = [{name: row[name] for name in columns} for row in rows_at_chance(rows)]
+    for shown, row in zip(low, rows_at_chance(rows), strict=True):
         if row["benchmark"] == "Overall":
             shown["benchmark"] = f"Overall, {row['category'].replace('_', ' ')}"
         shown["interval"] = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
@@ -301,7 +307,7 @@ def finding_of(
         "difference": estimate.difference,
         "interval": list(estimate.interval),
         "by_seed": by_seed,
-        "outcome": verdict(claim.kind, estimate, claim.margin),
+        "outcome": judge_difference(claim.kind, estimate, claim.margin),
     }
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c023

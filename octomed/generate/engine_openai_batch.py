@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core.files import write_json
 from ..core.identity import digest
 from ..core.paths import OctomedError, store_dir
-from .engine_openai import OpenAIEngine, Said, Unanswered, quietly
+from .engine_openai import OpenAIEngine, ServerResponse, Unanswered, hide_frames
 from .engines import Engine, Request, Sample, Sampling
 
 # %% ../../nbs/generate/08_engine_openai_batch.ipynb #c65a4a67
@@ -132,7 +132,11 @@ def _read_line(self: OpenAIBatchEngine, line: str, jobs: dict, sampling: Samplin
     name, response = row.get("custom_id"), row.get("response") or {}
     if name not in jobs:
         return None
-    status, body, said = response.get("status_code") or 500, response.get("body") or {}, Said()
+    status, body, said = (
+        response.get("status_code") or 500,
+        response.get("body") or {},
+        ServerResponse(),
+    )
     if status == 200:
         said.take(body)
         self._check_version(said)
@@ -222,7 +226,7 @@ def generate(self: OpenAIBatchEngine, requests, sampling: Sampling):
     import openai
 
     jobs, trouble = _name_jobs(requests), ""
-    with quietly(), self._client("OpenAI") as client:
+    with hide_frames(), self._client("OpenAI") as client:
         try:
             yield from self._collect_all(client, jobs, sampling)
         except openai.NotFoundError:

@@ -22,10 +22,10 @@ from octomed.generate.engines import (
     Request,
     Sample,
     Sampling,
-    forced_exit,
+    begin_forced_exit,
+    derive_sample_seed,
+    explain_no_room,
     make_sample,
-    no_room,
-    sample_seed,
 )
 
 # %% ../../nbs/generate/06_engine_vllm.ipynb #c89faefa
@@ -129,18 +129,18 @@ def _ids(self: VLLMEngine, text: str) -> list[int]:
 @patch
 def _visual_tokens(self: VLLMEngine, image: str) -> int:
     from octomed.data.images import load_image
-    from octomed.data.resize import visual_tokens
+    from octomed.data.resize import count_visual_tokens
 
     im = load_image(image, self.max_pixels)
-    return visual_tokens(im.height, im.width, max_pixels=self.max_pixels)
+    return count_visual_tokens(im.height, im.width, max_pixels=self.max_pixels)
 
 # %% ../../nbs/generate/06_engine_vllm.ipynb #1d347a08
 @patch
 def _prompt(self: VLLMEngine, messages: list) -> tuple[str, list, int]:
     "(text, images by hash, tokens once the images are expanded) of a chat."
-    from octomed.generate.render import chat_images
+    from octomed.generate.render import list_chat_images
 
-    images = chat_images(messages)
+    images = list_chat_images(messages)
     if images and not hasattr(self.processor, "image_processor"):
         raise OctomedError(
             f"{self.model} reads no images: name another teacher_image in the recipe"
@@ -218,7 +218,7 @@ def _prepare(self: VLLMEngine, request: Request, sampling: Sampling) -> _Prepare
     text, images, size = self._prompt(request.messages)
     prepared = _Prepared(text, size)
     if size + sampling.max_tokens + sampling.answer_tokens > self.limit:
-        prepared.refusal = no_room(size)
+        prepared.refusal = explain_no_room(size)
         return prepared
     try:
         prepared.input = self._input(text, images, size)
@@ -250,7 +250,7 @@ def _feed(self: VLLMEngine, requests, sampling: Sampling, running: dict[str, _Jo
             job = _Job(request, index, text=prepared.text, size=prepared.size, since=self.clock)
             reason = prepared.refusal
             if reason is None:
-                seed = sample_seed(sampling, request.question, index)
+                seed = derive_sample_seed(sampling, request.question, index)
                 params = self._params(sampling, seed, sampling.max_tokens)
                 reason = self._start(prepared.input, job, params=params, running=running)
             if reason is None:
@@ -293,14 +293,14 @@ def _force_exit(
     self: VLLMEngine, job: _Job, forced: str, sampling: Sampling, running: dict[str, _Job]
 ) -> bool:  # whether the second pass runs
     "Start the second pass of a sample, which continues from `forced`."
-    from octomed.generate.render import chat_images
+    from octomed.generate.render import list_chat_images
 
     request = job.request
     try:
-        ready = self._input(job.text + forced, chat_images(request.messages))
+        ready = self._input(job.text + forced, list_chat_images(request.messages))
     except ValueError:
         return False
-    seed = sample_seed(sampling, request.question, job.index) ^ 1
+    seed = derive_sample_seed(sampling, request.question, job.index) ^ 1
     params = self._params(sampling, seed, sampling.answer_tokens)
     return self._start(ready, job, params=params, running=running) is None
 
@@ -316,7 +316,7 @@ def _finish(
     if self.logprobs:
         pairs = zip(out.token_ids, out.logprobs, strict=False)
         logprobs = tuple(choices[token].logprob for token, choices in pairs)
-    forced = None if job.forced else forced_exit(out.text, finish, sampling)
+    forced = None if job.forced else begin_forced_exit(out.text, finish, sampling)
     if forced:
         second = replace(job, forced=forced, tokens=tokens, logprobs=logprobs)
         if self._force_exit(second, forced, sampling, running=running):

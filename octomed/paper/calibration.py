@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'FILLING_REVISION', 'ROUTED', 'ONE_TEACHER', 'ONE_LENGTH', 'WARD', 'ROUNDS', 'READING', 'IN', 'BOARDS',
-           'GRAND', 'SCANNER', 'OUT', 'INSIDE', 'STEPS', 'FLAT', 'SMALL', 'WITHIN', 'ESCALATION', 'PAIRS', 'filled',
-           'OneLength', 'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length', 'claims_within',
-           'claims_of_escalation', 'claims', 'arms', 'again', 'trace_lengths', 'Cell', 'collect_over_runs',
-           'share_wrong', 'share_dissenting', 'cells', 'concordance', 'risk', 'saved', 'placed', 'measure_gap',
-           'measure_pairs', 'measure_saving_by', 'statistic', 'judged', 'mean_lengths', 'figure', 'curves',
-           'coverage_figure']
+           'GRAND', 'SCANNER', 'OUT', 'INSIDE', 'STEPS', 'FLAT', 'SMALL', 'WITHIN', 'ESCALATION', 'PAIRS',
+           'fill_thought', 'OneLength', 'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length',
+           'claims_within', 'claims_of_escalation', 'claims', 'arms', 'ask_again', 'measure_traces', 'Cell',
+           'collect_over_runs', 'share_wrong', 'share_dissenting', 'collect_cells', 'concordance', 'compute_risk',
+           'measure_saving', 'rank_places', 'measure_gap', 'measure_pairs', 'measure_saving_by', 'statistic',
+           'state_finding', 'average_lengths', 'figure', 'compute_curves', 'coverage_figure']
 
 # %% ../../nbs/paper/52_calibration.ipynb #171d597d
 import re
@@ -19,13 +19,13 @@ from typing import ClassVar
 import numpy as np
 
 from ..clinic.teachers import INSTRUCT, SimulatedTeacher
-from ..clinic.world import knowledge, pick
+from ..clinic.world import load_knowledge, pick
 from ..core.files import read_jsonl
 from ..core.identity import digest, seed_for
 from ..core.recipe import Recipe
 from ..distill.pools import read_questions
-from ..evaluate.arms import Arm, stages
-from ..evaluate.claims import Claim, finding
+from ..evaluate.arms import Arm, declare_stages
+from ..evaluate.claims import Claim, judge_claim
 from ..evaluate.results import Results
 from ..evaluate.section_run import finding_of
 from ..evaluate.stats import Interval, bootstrap
@@ -39,7 +39,7 @@ FILLING_REVISION = (
 )
 
 # %% ../../nbs/paper/52_calibration.ipynb #8c26aca0
-def filled(
+def fill_thought(
     text: str,  # a response
     length: int,  # words that its thought has at least
     seed: int,
@@ -48,7 +48,7 @@ def filled(
     thought, end, answer = text.partition("</think>")
     if not end:
         return text
-    rng, speech = np.random.default_rng(seed_for("filled", seed)), knowledge()["speech"]
+    rng, speech = np.random.default_rng(seed_for("filled", seed)), load_knowledge()["speech"]
     sentences = re.split(r"(?<=[.?]) ", thought.removeprefix("<think>"))
     while len(" ".join(sentences).split()) < length:
         place = int(rng.integers(len(sentences)))
@@ -74,7 +74,7 @@ class OneLength:
     def generate(self, requests, sampling):
         "The brief teacher's samples, filled."
         for sample in SimulatedTeacher(INSTRUCT).generate(requests, sampling):
-            text = filled(sample.text, self.length, sample.seed)
+            text = fill_thought(sample.text, self.length, sample.seed)
             yield replace(sample, model=self.model, text=text, tokens=len(text.split()))
 
 # %% ../../nbs/paper/52_calibration.ipynb #4b781111
@@ -291,20 +291,20 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     }
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00009
-def again(recipe: Recipe) -> Recipe:
+def ask_again(recipe: Recipe) -> Recipe:
     """The recipe under which the first student is asked several times.
 
     The first response is the one that the evaluation has already drawn.
     """
-    samples = recipe.of("52_calibration")["samples"]
+    samples = recipe.scalars("52_calibration")["samples"]
     return replace(recipe, common=replace(recipe.common, eval_seeds=samples))
 
 # %% ../../nbs/paper/52_calibration.ipynb #f90516b0
-def trace_lengths(recipe: Recipe) -> list[dict]:
+def measure_traces(recipe: Recipe) -> list[dict]:
     "Words of the accepted traces by arm and source."
     rows = []
     for name, arm in arms(recipe).items():
-        made = stages(arm, recipe.common)
+        made = declare_stages(arm, recipe.common)
         sources = {q.id: q.source for q in read_questions(made["data"].folder)}
         lengths: dict[str, list] = {}
         for trace in read_jsonl(made["accepted"].folder / "traces.jsonl"):
@@ -356,7 +356,7 @@ def share_dissenting(row: dict) -> float:
     return np.mean([letter is None or letter != first for letter in further or row["letters"]])
 
 # %% ../../nbs/paper/52_calibration.ipynb #ffe37069
-def cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
+def collect_cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
     "(arm, benchmark) → lengths and errors."
     found = {}
     for arm, per in results.rows.items():
@@ -396,7 +396,7 @@ def concordance(
     return np.divide(((w @ sign) * w).sum(1), n, out=np.zeros(len(w)), where=n > 0)
 
 # %% ../../nbs/paper/52_calibration.ipynb #e417fda5
-def risk(
+def compute_risk(
     w: np.ndarray,  # (resamples, questions)
     signal: np.ndarray,  # (questions,)
     error: np.ndarray,  # (questions,)
@@ -410,7 +410,7 @@ def risk(
     return kept / kept[:, -1:], errors / np.maximum(kept, 1)
 
 # %% ../../nbs/paper/52_calibration.ipynb #8836a132
-def saved(
+def measure_saving(
     w: np.ndarray,  # (resamples, questions)
     signal: np.ndarray,  # (questions, training seeds)
     error: np.ndarray,  # the same shape
@@ -418,13 +418,13 @@ def saved(
     "The error rate less the mean risk over all coverages."
 
     def of_seed(s):
-        coverage, r = risk(w, signal[:, s], error[:, s])
+        coverage, r = compute_risk(w, signal[:, s], error[:, s])
         return r[:, -1] - (r * np.diff(coverage, axis=1, prepend=0)).sum(1)
 
     return np.mean([of_seed(s) for s in range(signal.shape[1])], axis=0)
 
 # %% ../../nbs/paper/52_calibration.ipynb #a66730ca
-def placed(
+def rank_places(
     x: np.ndarray,  # (questions, training seeds)
 ) -> np.ndarray:  # the same shape
     "Places from 0 to 1 within one benchmark; equal values share the mean of theirs."
@@ -447,7 +447,7 @@ PAIRS = {  # measure → the fields of `Cell`: length, difficulty, what must be 
 # %% ../../nbs/paper/52_calibration.ipynb #24c42866
 def measure_gap(
     arm: str,
-    seen: dict,  # what `cells` gives
+    seen: dict,  # what `collect_cells` gives
     parts: list[Cell],  # of two benchmarks
     weights: list[np.ndarray],  # of each, (resamples, questions)
 ) -> np.ndarray:  # (resamples,)
@@ -479,12 +479,12 @@ def measure_saving_by(
 ) -> np.ndarray:
     "What a signal saves over several benchmarks together; `signals` has an array for each."
     error = np.concatenate([cell.error for cell in parts])
-    return saved(np.concatenate(weights, axis=1), np.concatenate(signals), error)
+    return measure_saving(np.concatenate(weights, axis=1), np.concatenate(signals), error)
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a0000d
 def statistic(
     c: Measured,
-    seen: dict,  # what `cells` gives
+    seen: dict,  # what `collect_cells` gives
     weights: list[np.ndarray],  # of each benchmark, (resamples, questions)
     seed: int | None = None,  # of training; None: all
 ) -> np.ndarray:  # (resamples,)
@@ -503,18 +503,18 @@ def statistic(
     if c.measure == "escalation":
         return measure_saving_by(lengths, parts, weights)
     if c.measure == "escalation within a benchmark":
-        return measure_saving_by([placed(length) for length in lengths], parts, weights)
+        return measure_saving_by([rank_places(length) for length in lengths], parts, weights)
     dissent = [cell.dissent for cell in parts]
     return measure_saving_by(dissent, parts, weights) - measure_saving_by(lengths, parts, weights)
 
 # %% ../../nbs/paper/52_calibration.ipynb #0aef4869
-def judged(c: Measured, results: Results, seen: dict) -> dict:
+def state_finding(c: Measured, results: Results, seen: dict) -> dict:
     """The finding of a claim: its number with questions resampled within each benchmark.
 
-    Its number is given for each training seed, too. `seen` is what `cells` gives.
+    Its number is given for each training seed, too. `seen` is what `collect_cells` gives.
     """
     if c.measure == "accuracy":
-        return finding(c, results)
+        return judge_claim(c, results)
     sizes = [len(seen[c.a, benchmark].error) for benchmark in c.where]
     rng = np.random.default_rng(results.common.base_seed)
 
@@ -543,8 +543,8 @@ def _blocks(n: int, size: int = 1000) -> list[int]:
     return blocks
 
 # %% ../../nbs/paper/52_calibration.ipynb #358426d0
-def mean_lengths(
-    seen: dict,  # what `cells` gives
+def average_lengths(
+    seen: dict,  # what `collect_cells` gives
     n: int,  # resamples
     seed: int,
 ) -> list[dict]:
@@ -564,7 +564,7 @@ def mean_lengths(
 # %% ../../nbs/paper/52_calibration.ipynb #0f07b6c4
 def figure(results: dict):
     "Fig. 8: mean response length by benchmark, in and out of distribution."
-    from octomed.evaluate.figures import bars_with_paper
+    from octomed.evaluate.figures import draw_accuracies
 
     rows = []
     for row in results["lengths"]:
@@ -577,7 +577,7 @@ def figure(results: dict):
             "interval": [bound / 100 for bound in row["interval"]],
         }
         rows.append(drawn)
-    return bars_with_paper(
+    return draw_accuracies(
         sorted(rows, key=lambda row: row["category"]),
         title="How long is thought about what (Fig. 8)",
         xlabel="mean response length, tokens",
@@ -585,14 +585,14 @@ def figure(results: dict):
     )
 
 # %% ../../nbs/paper/52_calibration.ipynb #7435973e
-def curves(seen: dict, points: int = 20) -> dict[str, list]:
+def compute_curves(seen: dict, points: int = 20) -> dict[str, list]:
     "Risk by coverage for each signal, mean over training seeds, benchmarks in distribution."
     parts = [seen[ROUTED, benchmark] for benchmark in IN]
     error = np.concatenate([cell.error for cell in parts])
     n, rate = len(error), float(error.mean())
     signals = {
         "length": [cell.length for cell in parts],
-        "length within a task": [placed(cell.length) for cell in parts],
+        "length within a task": [rank_places(cell.length) for cell in parts],
         "disagreement": [cell.dissent for cell in parts],
         "steps (known)": [cell.steps for cell in parts],
         "the errors (best)": [cell.error for cell in parts],
@@ -602,7 +602,7 @@ def curves(seen: dict, points: int = 20) -> dict[str, list]:
     by_signal = {}
     for name, signal in signals.items():
         seeds = zip(np.concatenate(signal).T, error.T, strict=True)
-        risks = [risk(np.ones((1, n)), x, wrong)[1][0] for x, wrong in seeds]
+        risks = [compute_risk(np.ones((1, n)), x, wrong)[1][0] for x, wrong in seeds]
         mean = np.mean(risks, axis=0)
         by_signal[name] = [(place / n, float(mean[place - 1])) for place in places]
     by_signal["by lot"] = [(place / n, rate) for place in places]
@@ -611,10 +611,10 @@ def curves(seen: dict, points: int = 20) -> dict[str, list]:
 # %% ../../nbs/paper/52_calibration.ipynb #c04f849b
 def coverage_figure(results: dict):
     "Errors among the answers that are kept, by how many are kept."
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     labels = {"by lot": "at random"}
-    return lines(
+    return draw_lines(
         {labels.get(name, name): points for name, points in results["coverage"].items()},
         title="Which answers to defer to a clinician",
         xlabel="share of the answers that are kept",

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'TEACHER', 'WARD', 'ROUNDS', 'READING', 'IN', 'OUT', 'NAMES', 'WORDS', 'REASONED', 'INDENT',
-           'claims_of_half', 'claims', 'arms', 'Case', 'answered', 'taught', 'cases', 'take_first',
-           'find_first_of_kinds', 'find_extremes', 'chosen', 'valid', 'breaks', 'describe_trace', 'told', 'quote',
-           'options_of', 'in_words', 'choose_open_questions', 'ask_without_options', 'open_cases', 'make_open_row',
-           'count_taught', 'counts', 'measure_validity', 'measure_difference', 'found_of', 'cases_with_image',
-           'wrap_lines', 'status_of', 'lines_of', 'draw_case', 'figure']
+           'claims_of_half', 'claims', 'arms', 'Case', 'read_answers', 'ask_own_teacher', 'collect_cases', 'take_first',
+           'find_first_of_kinds', 'find_extremes', 'choose_cases', 'is_valid', 'find_break', 'describe_trace',
+           'describe_case', 'quote', 'options_of', 'write_case', 'choose_open_questions', 'ask_without_options',
+           'ask_open_questions', 'make_open_row', 'count_taught', 'count_answers', 'measure_validity',
+           'measure_difference', 'state_finding', 'cases_with_image', 'wrap_lines', 'status_of', 'lines_of',
+           'draw_case', 'figure']
 
 # %% ../../nbs/paper/55_cases.ipynb #b0297898
 import textwrap
@@ -20,21 +21,21 @@ import numpy as np
 from ..core.identity import digest
 from ..core.paths import OctomedError
 from ..core.recipe import Recipe
-from ..core.store import run
+from ..core.store import run_stage
 from ..data.questions import Question
 from ..data.sources import load
-from ..distill.pools import subset
-from ..distill.sampling import identity, requests
-from ..evaluate.arms import Arm, evaluated
+from ..distill.pools import take_subset
+from ..distill.sampling import make_requests, student_identity
+from ..evaluate.arms import Arm, declare_evaluation
 from ..evaluate.claims import Claim
-from ..evaluate.results import seeded
+from ..evaluate.results import give_seeds
 from ..evaluate.section_run import ask_teachers, finding_of, judge_sample
 from ..evaluate.stats import Interval
 from ..generate.answers import Verdict
 from ..generate.engine_transformers import TransformersEngine
 from ..generate.engines import Request, Sample, Sampling
-from ..generate.ledger import Ledger, draw, sample_key
-from ..generate.prompts import load_template, prompt_key, render
+from ..generate.ledger import Ledger, draw, make_sample_key
+from ..generate.prompts import load_template, make_prompt_key, write_messages
 from .formatting import arms as arms_of_42
 
 # %% ../../nbs/paper/55_cases.ipynb #30e6201c
@@ -124,23 +125,28 @@ class Case:
         return next((s for s, verdict in self.taught if verdict.status == "correct"), None)
 
 # %% ../../nbs/paper/55_cases.ipynb #86dce1db
-def answered(recipe: Recipe, arm: Arm, benchmark: str) -> list[tuple[Question, Sample, Verdict]]:
+def read_answers(
+    recipe: Recipe, arm: Arm, benchmark: str
+) -> list[tuple[Question, Sample, Verdict]]:
     """The student's first response to each question of a benchmark, from the ledger.
 
     Raises `OctomedError` where one is missing.
     """
-    params, template = evaluated(arm, benchmark, recipe.common).params, load_template(arm.form)
-    questions = subset(load(benchmark, max_pixels=params["max_pixels"]), params["limit"])
-    student = identity(run(params["student"]))
+    params, template = (
+        declare_evaluation(arm, benchmark, recipe.common).params,
+        load_template(arm.form),
+    )
+    questions = take_subset(load(benchmark, max_pixels=params["max_pixels"]), params["limit"])
+    student = student_identity(run_stage(params["student"]))
     keys = [
-        sample_key(
+        make_sample_key(
             request.question,
             student,
             request.prompt,
             sampling=params["sampling"].key,
             index=0,
         )
-        for request in requests(questions, arm.form, 1)
+        for request in make_requests(questions, arm.form, 1)
     ]
     samples = Ledger().find(keys)
     if any(key not in samples for key in keys):
@@ -151,7 +157,7 @@ def answered(recipe: Recipe, arm: Arm, benchmark: str) -> list[tuple[Question, S
     return [(q, samples[key], judge_sample(template, q, samples[key])) for q, key in pairs]
 
 # %% ../../nbs/paper/55_cases.ipynb #0fbcebfb
-def taught(
+def ask_own_teacher(
     recipe: Recipe,
     qs: list[Question],
     n: int,  # responses to each
@@ -162,14 +168,14 @@ def taught(
     return ask_teachers(qs, common, n=n, sampling=sampling)
 
 # %% ../../nbs/paper/55_cases.ipynb #b68b9f26
-def cases(recipe: Recipe) -> list[Case]:
+def collect_cases(recipe: Recipe) -> list[Case]:
     "Every question of the benchmarks as a case."
-    arm = seeded(arms(recipe)[STUDENT], 1, recipe.common)[0]
-    drawn = recipe.of("55_cases")["drawn"]
+    arm = give_seeds(arms(recipe)[STUDENT], 1, recipe.common)[0]
+    drawn = recipe.scalars("55_cases")["drawn"]
     every = []
     for benchmark in recipe.common.benchmarks:
-        responses = answered(recipe, arm, benchmark)
-        answers = taught(recipe, [q for q, *_ in responses], drawn)
+        responses = read_answers(recipe, arm, benchmark)
+        answers = ask_own_teacher(recipe, [q for q, *_ in responses], drawn)
         for q, sample, verdict in responses:
             case = Case(
                 question=q,
@@ -212,7 +218,7 @@ def find_extremes(cases: list[Case]) -> list[tuple[str, Case | None]]:
     return places
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00005
-def chosen(
+def choose_cases(
     all: list[Case],
     seed: int,  # of the order in which cases are looked at
 ) -> list[tuple[str, Case | None]]:  # why it is shown, and the case; None where there is none
@@ -227,20 +233,20 @@ def chosen(
     return [*find_first_of_kinds(inside), *find_extremes(inside), *outside]
 
 # %% ../../nbs/paper/55_cases.ipynb #8eb279b0
-def valid(c: Case, s: Sample) -> bool | None:
+def is_valid(c: Case, s: Sample) -> bool | None:
     "Is a response's reasoning right? None where nobody can tell: the question is not the clinic's."
-    from octomed.clinic.teachers import reasoning_valid
+    from octomed.clinic.teachers import is_reasoning_valid
 
-    return reasoning_valid(c.question, s.text) if c.benchmark.startswith("clinic_") else None
+    return is_reasoning_valid(c.question, s.text) if c.benchmark.startswith("clinic_") else None
 
 # %% ../../nbs/paper/55_cases.ipynb #52e9db8c
-def breaks(c: Case) -> str:
+def find_break(c: Case) -> str:
     "Where a response's chain first goes wrong, in words."
-    from octomed.clinic.questions import reference
-    from octomed.clinic.teachers import stated, true_of
+    from octomed.clinic.questions import look_up_truth
+    from octomed.clinic.teachers import is_true, read_facts
 
-    facts, truth = stated(c.sample.text), reference(c.question.id)
-    false = next((kind for kind, slots in facts if not true_of(truth, kind, slots)), None)
+    facts, truth = read_facts(c.sample.text), look_up_truth(c.question.id)
+    false = next((kind for kind, slots in facts if not is_true(truth, kind, slots)), None)
     if false:
         return f"false: {WORDS[false]}"
     if not facts:
@@ -273,15 +279,15 @@ def describe_trace(c: Case) -> dict:
     return {
         "teacher": trace.model.split("@")[0],
         "trace": trace.text,
-        "trace_valid": valid(c, trace),
+        "trace_valid": is_valid(c, trace),
     }
 
 # %% ../../nbs/paper/55_cases.ipynb #f78f56c1
-def told(place: str, c: Case | None, n: int) -> dict:
+def describe_case(place: str, c: Case | None, n: int) -> dict:
     "A case as plain facts, for the results file and for showing."
     if c is None:
         return {"number": n, "place": place}
-    q, sound = c.question, valid(c, c.sample)
+    q, sound = c.question, is_valid(c, c.sample)
     can_break = c.benchmark.startswith("clinic_") and not sound
     return {
         "number": n,
@@ -299,7 +305,7 @@ def told(place: str, c: Case | None, n: int) -> dict:
         "letter": c.verdict.letter,
         "status": c.verdict.status,
         "valid": sound if c.right else None,
-        "breaks": breaks(c) if can_break else None,
+        "breaks": find_break(c) if can_break else None,
         **describe_trace(c),
     }
 
@@ -320,8 +326,8 @@ def options_of(d: dict, prefix: str, arrow: str) -> list[str]:
     ]
 
 # %% ../../nbs/paper/55_cases.ipynb #d9a6ad55
-def in_words(d: dict) -> str:
-    "A case, as `told` gives it, in Markdown."
+def write_case(d: dict) -> str:
+    "A case, as `describe_case` gives it, in Markdown."
     head = f"#### {d['number']}. {d['place']}"
     if "stem" not in d:
         return f"{head}\n\nnone"
@@ -344,36 +350,36 @@ def in_words(d: dict) -> str:
 # %% ../../nbs/paper/55_cases.ipynb #43c30b68
 def choose_open_questions(recipe: Recipe, benchmark: str, limit, n: int) -> list[Question]:
     "`n` questions of a benchmark, in an order that depends on their ids alone."
-    questions = subset(load(benchmark, max_pixels=recipe.common.max_pixels), limit)
+    questions = take_subset(load(benchmark, max_pixels=recipe.common.max_pixels), limit)
     seed = recipe.common.base_seed
     return sorted(questions, key=lambda q: digest("open", seed, q.id))[:n]
 
 # %% ../../nbs/paper/55_cases.ipynb #8d7968a4
 def ask_without_options(q: Question, template) -> Request:
     "The request for a question whose options are left out."
-    messages = render(template, replace(q, options=(), answer=None))
-    return Request(q.id, messages, prompt_key(messages, template), indices=(0,))
+    messages = write_messages(template, replace(q, options=(), answer=None))
+    return Request(q.id, messages, make_prompt_key(messages, template), indices=(0,))
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00006
-def open_cases(
+def ask_open_questions(
     recipe: Recipe,
     n: int,  # questions of each reasoning benchmark in distribution
 ) -> list[dict]:
     "Random questions, asked of the student without options, with the grader's verdict."
-    from octomed.generate.graders import open_ended
+    from octomed.generate.graders import judge_open_ended
 
     common, template = recipe.common, load_template("cot")
-    student = seeded(arms(recipe)[STUDENT], 1, common)[0]
-    params = evaluated(student, WARD, common).params
-    folder = run(params["student"])
-    engine = TransformersEngine(folder, identity(folder), common.max_pixels)
+    student = give_seeds(arms(recipe)[STUDENT], 1, common)[0]
+    params = declare_evaluation(student, WARD, common).params
+    folder = run_stage(params["student"])
+    engine = TransformersEngine(folder, student_identity(folder), common.max_pixels)
     rows = []
     for benchmark in (b for b in common.benchmarks if b in (WARD, ROUNDS)):
         questions = choose_open_questions(recipe, benchmark, limit=params["limit"], n=n)
         asked = [ask_without_options(q, template) for q in questions]
         samples = draw(Ledger(), engine, asked, sampling=params["sampling"], desc="without options")
         pairs = list(zip(questions, samples, strict=True))
-        verdicts = open_ended(
+        verdicts = judge_open_ended(
             [(q, q.answer_text, sample.text) for q, sample in pairs],
             common.grader,
             think_first=True,
@@ -400,17 +406,19 @@ def make_open_row(benchmark: str, q: Question, sample: Sample, status: str) -> d
 def count_taught(c: Case) -> tuple[int, int]:
     "The teacher's right responses to a question, and those that are rightly reasoned."
     right = [sample for sample, verdict in c.taught if verdict.status == "correct"]
-    return len(right), sum(bool(valid(c, sample)) for sample in right)
+    return len(right), sum(bool(is_valid(c, sample)) for sample in right)
 
 # %% ../../nbs/paper/55_cases.ipynb #dc5123ad
-def counts(all: list[Case]) -> dict[str, dict[tuple, np.ndarray]]:
+def count_answers(all: list[Case]) -> dict[str, dict[tuple, np.ndarray]]:
     "By benchmark, for each question: right and rightly reasoned responses of both."
     found = {}
     for benchmark in dict.fromkeys(case.benchmark for case in all):
         cases = [case for case in all if case.benchmark == benchmark]
         columns = {
             (STUDENT, "right"): [case.right for case in cases],
-            (STUDENT, "valid"): [case.right and bool(valid(case, case.sample)) for case in cases],
+            (STUDENT, "valid"): [
+                case.right and bool(is_valid(case, case.sample)) for case in cases
+            ],
             (TEACHER, "right"): [count_taught(case)[0] for case in cases],
             (TEACHER, "valid"): [count_taught(case)[1] for case in cases],
         }
@@ -419,7 +427,7 @@ def counts(all: list[Case]) -> dict[str, dict[tuple, np.ndarray]]:
 
 # %% ../../nbs/paper/55_cases.ipynb #863417a4
 def measure_validity(
-    n: dict,  # what `counts` gives
+    n: dict,  # what `count_answers` gives
     who: str,  # the student or the teacher
     weights: dict[str, np.ndarray],  # of each benchmark, (resamples, questions)
 ) -> np.ndarray:  # (resamples,); nan where a benchmark has no right answer
@@ -446,9 +454,9 @@ def measure_difference(c: Claim, n: dict, weights: dict[str, np.ndarray]) -> np.
     return share - 0.5
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00009
-def found_of(
+def state_finding(
     c: Claim,
-    n: dict,  # what `counts` gives
+    n: dict,  # what `count_answers` gives
     resamples: int,
     seed: int,
 ) -> dict:
@@ -542,12 +550,12 @@ def figure(
     import matplotlib.image as pictures
 
     from octomed.data.images import image_path
-    from octomed.evaluate.figures import canvas, style
+    from octomed.evaluate.figures import make_canvas, use_style
 
     shown = cases_with_image(results, cases)
     texts = [lines_of(d) for d in shown]
     heights = [len(lines) + 2 for lines in texts]
-    fig, axes = canvas(
+    fig, axes = make_canvas(
         len(shown),
         2,
         width=9.2,
@@ -555,7 +563,7 @@ def figure(
         squeeze=False,
         gridspec_kw={"width_ratios": [1, 5.4], "height_ratios": heights},
     )
-    with style():
+    with use_style():
         for row, d, lines in zip(axes, shown, texts, strict=True):
             path = image_path(d["images"][0], results["max_pixels"])
             draw_case(row, pictures.imread(path), lines)

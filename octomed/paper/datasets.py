@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'IMAGES', 'OTHERS', 'REASONING', 'MARGIN', 'POINTS', 'EARLY', 'END', 'SAID', 'IN_WORDS', 'FORGET', 'GRADER',
            'name', 'claims_of_lead', 'claims_of_others', 'claims', 'scope', 'benchmarks', 'list_other_sources', 'arms',
-           'Tasks', 'unread', 'iterate_runs', 'copy_rows', 'graded', 'figure', 'categories_figure']
+           'Tasks', 'find_unread', 'iterate_runs', 'copy_rows', 'grade_unread', 'figure', 'categories_figure']
 
 # %% ../../nbs/paper/53_datasets.ipynb #f07a778a
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from itertools import product
 import octomed.clinic.manners  # noqa: F401 - registers the chats
 from ..core.recipe import Recipe
 from ..data.questions import Question
-from ..data.sources import load, source_of
-from ..distill.pools import subset
-from ..distill.sampling import identity, requests
+from ..data.sources import find_source, load
+from ..distill.pools import take_subset
+from ..distill.sampling import make_requests, student_identity
 from ..evaluate.arms import Arm
 from ..evaluate.claims import Claim
-from ..evaluate.results import Results, category_of, first_of_each
+from ..evaluate.results import Results, category_of, choose_benchmarks
 from ..evaluate.section_run import overall_rows
-from ..generate.graders import open_ended
-from ..generate.ledger import Ledger, sample_key
+from ..generate.graders import judge_open_ended
+from ..generate.ledger import Ledger, make_sample_key
 from ..generate.prompts import load_template
 from .scaling import CENTRE
 from .scaling import arms as arms_of_51
@@ -125,20 +125,20 @@ def scope(recipe: Recipe) -> Recipe:
     "The recipe with 51's number of samples and this section's number of test questions."
     common = replace(
         recipe.common,
-        samples=recipe.of("51_scaling")["samples"],
-        benchmark_limit=recipe.of("53_datasets")["limit"],
+        samples=recipe.scalars("51_scaling")["samples"],
+        benchmark_limit=recipe.scalars("53_datasets")["limit"],
     )
     return replace(recipe, common=common)
 
 # %% ../../nbs/paper/53_datasets.ipynb #bba84d7c
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "The recipe's benchmarks, or the first few of each category."
-    return first_of_each(recipe, "53_datasets")
+    return choose_benchmarks(recipe, "53_datasets")
 
 # %% ../../nbs/paper/53_datasets.ipynb #6fba0258
 def list_other_sources(recipe: Recipe) -> dict[str, tuple]:
     "Each other dataset with its chats, where the recipe names any."
-    own = recipe.of("53_datasets")
+    own = recipe.scalars("53_datasets")
     return {
         other: tuple((spec.strip(), own["cases"]) for spec in own[other].split(","))
         for other in OTHERS
@@ -164,7 +164,7 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
                 base=whole.base,
                 compute_of=ours[point],
             )
-    pictures = [pair for pair in whole.sources if source_of(pair[0]).category != "text_only"]
+    pictures = [pair for pair in whole.sources if find_source(pair[0]).category != "text_only"]
     every[IMAGES] = replace(whole, sources=tuple(pictures), compute_of=whole)
     return every
 
@@ -172,26 +172,26 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
 class Tasks(Everywhere):
     "Results that can be averaged over both kinds of reasoning, too."
 
-    def within(self, where: str) -> list[str]:
+    def benchmarks_of(self, where: str) -> list[str]:
         "The benchmarks of a category, the one that is named, those of reasoning, or all."
         if where != REASONING:
-            return super().within(where)
+            return super().benchmarks_of(where)
         return [b for b in self.benchmarks if category_of(b) != "multimodal_classification"]
 
 # %% ../../nbs/paper/53_datasets.ipynb #093ef18f
 @lru_cache
 def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
-    return {q.id: q for q in subset(load(benchmark, max_pixels=max_pixels), limit)}
+    return {q.id: q for q in take_subset(load(benchmark, max_pixels=max_pixels), limit)}
 
 # %% ../../nbs/paper/53_datasets.ipynb #14916587
 def _keys(evaluated, questions: list[Question]) -> dict[tuple, bytes]:
     "(question id, run) → the ledger's key of the student's response in an evaluation."
     params = evaluated.params
-    student = identity(getattr(params["student"], "folder", params["student"]))
+    student = student_identity(getattr(params["student"], "folder", params["student"]))
     keys = {}
-    for request in requests(questions, params["form"], params["seeds"]):
+    for request in make_requests(questions, params["form"], params["seeds"]):
         for run in request.indices:
-            keys[request.question, run] = sample_key(
+            keys[request.question, run] = make_sample_key(
                 request.question,
                 student,
                 request.prompt,
@@ -201,7 +201,7 @@ def _keys(evaluated, questions: list[Question]) -> dict[tuple, bytes]:
     return keys
 
 # %% ../../nbs/paper/53_datasets.ipynb #395d2b7d
-def unread(
+def find_unread(
     e,  # an evaluation stage that has run
     rows: list[dict],  # its rows
 ) -> list[tuple]:  # (row, run, question, response, template)
@@ -248,20 +248,20 @@ def copy_rows(rows: dict) -> dict:
     }
 
 # %% ../../nbs/paper/53_datasets.ipynb #53a00006
-def graded(
+def grade_unread(
     results: Results,
-    wanted: dict,  # what `evaluations` gives
+    wanted: dict,  # what `declare_evaluations` gives
     grader: str,
 ) -> Results:
     "The same results with the grader's verdict where the parser has none."
     rows = copy_rows(results.rows)
     asked = []
     for evaluated, run in iterate_runs(wanted, rows):
-        asked += unread(evaluated, run)
+        asked += find_unread(evaluated, run)
     for thinks in (True, False):
         own = [item for item in asked if item[4].think_first == thinks]
         shown = [(q, f"{q.answer}: {q.answer_text}", text) for _, _, q, text, _ in own]
-        verdicts = open_ended(shown, grader, thinks, reasoning=False)
+        verdicts = judge_open_ended(shown, grader, thinks, reasoning=False)
         for (row, run, *_), verdict in zip(own, verdicts, strict=True):
             row["statuses"][run] = verdict.status
     return type(results)(results.common, rows)
@@ -272,7 +272,7 @@ def figure(results: dict):
 
     Parser and grader together; the start is dotted.
     """
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     accuracies = {}
     for row in overall_rows(results["rows"]):
@@ -283,7 +283,7 @@ def figure(results: dict):
         for dataset in (OURS, *OTHERS)
         if name(dataset, END) in mean
     }
-    return lines(
+    return draw_lines(
         series,
         title="Along the schedule, by dataset (Fig. 1, left)",
         xlabel="share of the schedule",
@@ -295,7 +295,7 @@ def figure(results: dict):
 # %% ../../nbs/paper/53_datasets.ipynb #5a05ec6b
 def categories_figure(results: dict):
     "Each dataset at the end by category, beside the start."
-    from octomed.evaluate.figures import bars_with_paper
+    from octomed.evaluate.figures import draw_accuracies
 
     ends = {name(dataset, END): dataset for dataset in (OURS, *OTHERS)}
     names = {BEFORE: "start", **ends, IMAGES: IMAGES}
@@ -310,7 +310,7 @@ def categories_figure(results: dict):
         for row in overall_rows(results["rows"])
         if row["arm"] in names
     ]
-    return bars_with_paper(
+    return draw_accuracies(
         rows,
         title="At the end, by category",
         arms=names.values(),

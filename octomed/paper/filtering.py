@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'NONE', 'NAMES', 'WHERE', 'EARLY', 'END', 'SMALL', 'name', 'claim_between', 'claims_early',
-           'claims_at_the_end', 'claims_of_equality', 'claims', 'scope', 'benchmarks', 'make_window', 'arms', 'seen',
-           'peaks', 'figure']
+           'claims_at_the_end', 'claims_of_equality', 'claims', 'scope', 'benchmarks', 'make_window', 'arms',
+           'read_filter_values', 'find_peaks', 'figure']
 
 # %% ../../nbs/paper/43_filtering.ipynb #977d6e92
 from dataclasses import replace
@@ -16,9 +16,9 @@ from ..core.files import read_jsonl
 from ..core.recipe import Recipe
 from ..distill.filters import FILTERS
 from ..distill.pools import read_questions
-from ..evaluate.arms import Arm, schedule_of, stages, warm_up
+from ..evaluate.arms import Arm, declare_stages, declare_warm_up, schedule_of
 from ..evaluate.claims import Claim
-from ..evaluate.results import scoped
+from ..evaluate.results import scope_recipe
 from ..evaluate.section_run import list_pools
 
 # %% ../../nbs/paper/43_filtering.ipynb #775bb73b
@@ -152,12 +152,12 @@ def claims() -> list[Claim]:
 # %% ../../nbs/paper/43_filtering.ipynb #eff63fd7
 def scope(recipe: Recipe) -> Recipe:
     "The recipe with this section's own number of samples and of test questions."
-    return scoped(recipe, "43_filtering")
+    return scope_recipe(recipe, "43_filtering")
 
 # %% ../../nbs/paper/43_filtering.ipynb #c9f5e8f7
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What the students are evaluated on."
-    return (recipe.of("43_filtering")["benchmark"],)
+    return (recipe.scalars("43_filtering")["benchmark"],)
 
 # %% ../../nbs/paper/43_filtering.ipynb #9aa64721
 def make_window(filter: str, lowest: float) -> tuple:
@@ -168,12 +168,12 @@ def make_window(filter: str, lowest: float) -> tuple:
 # %% ../../nbs/paper/43_filtering.ipynb #43a00005
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, then no filter and each filter at three points, with equal tokens at each."
-    own, common = recipe.of("43_filtering"), recipe.common
+    own, common = recipe.scalars("43_filtering"), recipe.common
     pools = list_pools(common, WHERE)
     whole = Arm(
         sources=tuple((spec, own["questions"]) for spec in pools),
         k=1,
-        base=warm_up(recipe, own["warm"], own["warm_epochs"]),
+        base=declare_warm_up(recipe, own["warm"], own["warm_epochs"]),
     )
     plain = {
         point: replace(whole, schedule=schedule_of(common, point * own["epochs"]))
@@ -189,9 +189,9 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     return {"before": plain[0], **unfiltered, **filtered}
 
 # %% ../../nbs/paper/43_filtering.ipynb #7c93f47c
-def seen(recipe: Recipe, filter: str) -> list[dict]:
+def read_filter_values(recipe: Recipe, filter: str) -> list[dict]:
     "Each question of the pool with what a filter saw of it, and whether it was kept."
-    made = stages(arms(recipe)[name(filter, 1)], recipe.common)
+    made = declare_stages(arms(recipe)[name(filter, 1)], recipe.common)
     tags = {q.id: q.tags for q in read_questions(made["data"].folder)}
     return [
         {"filter": filter, "steps": tags[row["question"]].get("steps"), **row}
@@ -199,7 +199,7 @@ def seen(recipe: Recipe, filter: str) -> list[dict]:
     ]
 
 # %% ../../nbs/paper/43_filtering.ipynb #101ffc8e
-def peaks(rows: list[dict]) -> list[dict]:
+def find_peaks(rows: list[dict]) -> list[dict]:
     "Each arm's best point, and the first at which it reaches nine tenths of no filter's best."
     accuracy = {row["arm"]: row["accuracy"] for row in rows}
     by_filter = {
@@ -220,7 +220,7 @@ def peaks(rows: list[dict]) -> list[dict]:
 # %% ../../nbs/paper/43_filtering.ipynb #e27c8f79
 def figure(results: dict):
     "Fig. 4: accuracy along the schedule, a line for each filter."
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     accuracy = {row["arm"]: row["accuracy"] for row in results["rows"]}
     series = {
@@ -230,7 +230,7 @@ def figure(results: dict):
         ]
         for filter in (NONE, *NAMES)
     }
-    return lines(
+    return draw_lines(
         series,
         title="Which questions are kept (Fig. 4)",
         xlabel="share of the schedule",

@@ -12,7 +12,7 @@ from itertools import product
 from ..core.recipe import CATEGORIES, Recipe
 from ..evaluate.arms import Arm, schedule_of
 from ..evaluate.claims import Claim
-from ..evaluate.stats import paper_number
+from ..evaluate.stats import find_paper_number
 
 # %% ../../nbs/paper/42_formatting.ipynb #a99b6962
 def paper_claims() -> list[Claim]:
@@ -76,7 +76,7 @@ def claims() -> list[Claim]:
 # %% ../../nbs/paper/42_formatting.ipynb #ebec957e
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "CoT, direct, and direct at CoT's compute."
-    own = recipe.of("42_formatting")
+    own = recipe.scalars("42_formatting")
     cot = Arm(
         sources=tuple((pool, own["questions"]) for pool in recipe.common.train),
         form="cot",
@@ -90,13 +90,13 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
 def paper_rows() -> dict:
     "The paper's Overall of each category, by arm (Table 1)."
     return {
-        (arm, category): paper_number(1, "Overall", arm, category=category) / 100
+        (arm, category): find_paper_number(1, "Overall", arm, category=category) / 100
         for arm, category in product(("cot", "direct"), CATEGORIES)
     }
 
 # %% ../../nbs/paper/42_formatting.ipynb #40f56096
 def figure(results: dict):
     "Table 1 as a figure: arms by benchmark, ours filled, the paper's Overall hollow."
-    from octomed.evaluate.figures import bars_with_paper
+    from octomed.evaluate.figures import draw_accuracies
 
-    return bars_with_paper(results["rows"], title="Reasoning first or the answer at once (Table 1)")
+    return draw_accuracies(results["rows"], title="Reasoning first or the answer at once (Table 1)")

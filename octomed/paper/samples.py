@@ -13,9 +13,9 @@ from math import log2
 
 import octomed.clinic.manners  # noqa: F401 - registers the wordings
 from ..core.recipe import Recipe
-from ..evaluate.arms import Arm, schedule_of, warm_up
+from ..evaluate.arms import Arm, declare_warm_up, schedule_of
 from ..evaluate.claims import Claim
-from ..evaluate.results import scoped
+from ..evaluate.results import scope_recipe
 
 # %% ../../nbs/paper/44_samples.ipynb #5969face
 KS, EPOCHS = (1, 4, 16), (1, 2, 3)
@@ -91,21 +91,21 @@ def claims() -> list[Claim]:
 # %% ../../nbs/paper/44_samples.ipynb #ef6c338e
 def scope(recipe: Recipe) -> Recipe:
     "The recipe with this section's own number of samples and of test questions."
-    return scoped(recipe, "44_samples")
+    return scope_recipe(recipe, "44_samples")
 
 # %% ../../nbs/paper/44_samples.ipynb #2f75aa50
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "What the students are evaluated on."
-    return (recipe.of("44_samples")["benchmark"],)
+    return (recipe.scalars("44_samples")["benchmark"],)
 
 # %% ../../nbs/paper/44_samples.ipynb #2430238c
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, k × epochs, one trace repeated to equal steps, and rewordings where there are any."
-    own = recipe.of("44_samples")
+    own = recipe.scalars("44_samples")
     one = Arm(
         sources=((own["source"], own["questions"]),),
         k=1,
-        base=warm_up(recipe, own["warm"], own["warm_epochs"]),
+        base=declare_warm_up(recipe, own["warm"], own["warm_epochs"]),
     )
 
     def trained(k, epochs):
@@ -150,7 +150,7 @@ def figure(results: dict):
 
     The controls stand at the first epoch of k = 16.
     """
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     rows = {row["arm"]: row for row in results["rows"]}
     paper = {}
@@ -158,7 +158,7 @@ def figure(results: dict):
         number = rows.get(name(k, epochs), {}).get("paper")
         if number is not None:
             paper[f"k = {k}"] = [(epochs, number)]
-    return lines(
+    return draw_lines(
         make_series(rows),
         title="Traces per question and epochs (Fig. 5)",
         xlabel="epochs",

@@ -6,10 +6,10 @@
 __all__ = ['SHARES', 'EPOCHS', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED', 'TEACHERS', 'VOTE', 'SINGLE', 'CURVE',
            'BESIDE', 'SIMULATED', 'name', 'say', 'quote_overalls', 'claims_of_gain', 'claims_of_teachers',
            'claims_of_growth', 'controls', 'claims', 'scope', 'benchmarks', 'take_part', 'arms', 'make_row',
-           'taught_by', 'again', 'voted', 'teacher_of', 'paper_rows', 'medqa_of', 'medqa_rows', 'accuracies',
-           'design_matrix', 'curve', 'interval_of', 'fit', 'foretold', 'judged', 'rows_by_category', 'make_point',
-           'figure', 'epochs_figure', 'table_figure', 'progress_figure', 'parameters_of', 'our_circles', 'billions',
-           'paper_circles', 'models_figure']
+           'ask_own_teacher', 'ask_for_vote', 'take_votes', 'teacher_of', 'paper_rows', 'medqa_of', 'medqa_rows',
+           'resample_accuracies', 'design_matrix', 'read_curve', 'interval_of', 'fit_curve', 'forecast_finding',
+           'state_finding', 'rows_by_category', 'make_point', 'figure', 'epochs_figure', 'table_figure',
+           'progress_figure', 'count_parameters', 'our_circles', 'billions', 'paper_circles', 'models_figure']
 
 # %% ../../nbs/paper/51_scaling.ipynb #fa23bf9c
 import re
@@ -22,14 +22,14 @@ import numpy as np
 from scipy.special import expit
 
 from ..core.recipe import CATEGORIES, Recipe
-from ..data.sources import load, source_of
-from ..distill.pools import subset
-from ..evaluate.arms import Arm, schedule_of, warm_up
-from ..evaluate.claims import Claim, finding
+from ..data.sources import find_source, load
+from ..distill.pools import take_subset
+from ..evaluate.arms import Arm, declare_warm_up, schedule_of
+from ..evaluate.claims import Claim, judge_claim
 from ..evaluate.evaluate import sampling_of
-from ..evaluate.results import Results, first_of_each, scoped
+from ..evaluate.results import Results, choose_benchmarks, scope_recipe
 from ..evaluate.section_run import ask_teachers, finding_of, overall_rows
-from ..evaluate.stats import Interval, paper_number, paper_table, per_question
+from ..evaluate.stats import Interval, average_runs, find_paper_number, load_paper_table
 from ..generate.answers import majority_vote
 from .sourcing import BEFORE, EVERYWHERE
 
@@ -71,7 +71,7 @@ def say(category: str) -> str:
 # %% ../../nbs/paper/51_scaling.ipynb #89d8b573
 def quote_overalls(category: str, a: str, b: str) -> str:
     "Two Overalls of Table 2, in words."
-    first, second = (paper_number(2, "Overall", model, category=category) for model in (a, b))
+    first, second = (find_paper_number(2, "Overall", model, category=category) for model in (a, b))
     return f"{first:.2f} against {second:.2f}"
 
 # %% ../../nbs/paper/51_scaling.ipynb #862b5c37
@@ -211,12 +211,12 @@ def claims() -> list[Claim]:
 # %% ../../nbs/paper/51_scaling.ipynb #90c1aa38
 def scope(recipe: Recipe) -> Recipe:
     "The recipe with this section's own number of samples and of test questions."
-    return scoped(recipe, "51_scaling")
+    return scope_recipe(recipe, "51_scaling")
 
 # %% ../../nbs/paper/51_scaling.ipynb #016ed413
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "The recipe's benchmarks, or the first few of each category."
-    return first_of_each(recipe, "51_scaling")
+    return choose_benchmarks(recipe, "51_scaling")
 
 # %% ../../nbs/paper/51_scaling.ipynb #0b2aa32b
 def take_part(
@@ -225,7 +225,7 @@ def take_part(
     questions: int,  # of each pool; 0: all
 ) -> tuple[str, int]:
     "A pool with its number of questions in a part; of a pool of unknown size every part has all."
-    size = questions or source_of(spec).expected or 0
+    size = questions or find_source(spec).expected or 0
     if not size:
         return spec, 0
     return spec, max(1, round(share * size))
@@ -233,8 +233,8 @@ def take_part(
 # %% ../../nbs/paper/51_scaling.ipynb #51a00007
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, the parts, the epochs, a control at equal tokens and a smaller student."
-    own, common = recipe.of("51_scaling"), recipe.common
-    start = warm_up(recipe, own["warm"], own["warm_epochs"])
+    own, common = recipe.scalars("51_scaling"), recipe.common
+    start = declare_warm_up(recipe, own["warm"], own["warm_epochs"])
 
     def trained(share, epochs):
         schedule = schedule_of(common, float(epochs))
@@ -274,7 +274,7 @@ def make_row(q, sample, verdict) -> dict:
     }
 
 # %% ../../nbs/paper/51_scaling.ipynb #51a00008
-def taught_by(
+def ask_own_teacher(
     recipe: Recipe,
     benchmark: str,
     runs: int,  # as many as the student has training seeds
@@ -282,7 +282,7 @@ def taught_by(
     "What its teacher answers to each question of a benchmark, as rows of an evaluation, by run."
     common = recipe.common
     questions = load(benchmark, max_pixels=common.max_pixels)
-    asked = subset(questions, common.benchmark_limit or None)
+    asked = take_subset(questions, common.benchmark_limit or None)
     answers = ask_teachers(
         asked,
         common,
@@ -293,13 +293,13 @@ def taught_by(
     return [[make_row(q, *answers[q.id][run]) for q in asked] for run in range(runs)]
 
 # %% ../../nbs/paper/51_scaling.ipynb #e0bcb81f
-def again(recipe: Recipe) -> Recipe:
+def ask_for_vote(recipe: Recipe) -> Recipe:
     "The recipe under which the final student is asked as often as a vote needs."
-    votes = recipe.of("51_scaling")["votes"]
+    votes = recipe.scalars("51_scaling")["votes"]
     return replace(recipe, common=replace(recipe.common, eval_seeds=votes))
 
 # %% ../../nbs/paper/51_scaling.ipynb #d686b145
-def voted(
+def take_votes(
     repeated: Results,  # of one arm
 ) -> Results:
     "The single responses of repeated runs, and their vote."
@@ -332,13 +332,13 @@ def paper_rows() -> dict:
             TEACHERS: teacher_of(category),
         }
         for arm, model in models.items():
-            rows[arm, category] = paper_number(2, "Overall", model, category=category) / 100
+            rows[arm, category] = find_paper_number(2, "Overall", model, category=category) / 100
     return rows
 
 # %% ../../nbs/paper/51_scaling.ipynb #939dfae9
 def medqa_of(model: str) -> float:
     "A model's accuracy on MedQA (Table 2), 0–1."
-    return paper_number(2, "MedQA", model, category="text_only") / 100
+    return find_paper_number(2, "MedQA", model, category="text_only") / 100
 
 # %% ../../nbs/paper/51_scaling.ipynb #16ad19f5
 def medqa_rows(benchmark: str) -> dict:
@@ -346,7 +346,7 @@ def medqa_rows(benchmark: str) -> dict:
     return {(VOTE, benchmark): medqa_of("OctoMed-7B")}
 
 # %% ../../nbs/paper/51_scaling.ipynb #cd4d4fdc
-def accuracies(
+def resample_accuracies(
     results: Results,
     arms: list[str],
     where: str,  # a benchmark or a category
@@ -358,7 +358,7 @@ def accuracies(
     """
     groups = results.scores(arms[0], where)[1]
     rng = np.random.default_rng(results.common.base_seed)
-    by_arm = [per_question(results.scores(arm, where, seed)[0]) for arm in arms]
+    by_arm = [average_runs(results.scores(arm, where, seed)[0]) for arm in arms]
     right = np.stack(by_arm, axis=1)
 
     def weights(n):
@@ -377,7 +377,7 @@ def design_matrix(places) -> np.ndarray:  # (places, 2)
     return np.stack([np.ones(len(places)), places], axis=1)
 
 # %% ../../nbs/paper/51_scaling.ipynb #42231d43
-def curve(
+def read_curve(
     at,  # places on the axis: log2 of the share
     accuracy,  # (…, places)
     n: int,  # responses behind each
@@ -396,16 +396,16 @@ def interval_of(
     return [float(q) for q in np.quantile(resampled[1:], [0.025, 0.975])]
 
 # %% ../../nbs/paper/51_scaling.ipynb #669b688e
-def fit(results: Results, where: str) -> dict:
+def fit_curve(results: Results, where: str) -> dict:
     "The curve along the questions on a category, or on all."
     names, at = [name(share) for share in SHARES], np.log2(SHARES)
-    measured = accuracies(results, names, where)
+    measured = resample_accuracies(results, names, where)
     n = np.prod(results.scores(names[0], where)[0].shape)
-    fitted = curve(at, measured, n=n, to=at)
+    fitted = read_curve(at, measured, n=n, to=at)
     fine = np.linspace(at[0], at[-1], 25)
-    drawn = curve(at, measured[:1], n=n, to=fine)[0]
-    ahead = curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
-    gain = curve(at, measured, n=n, to=at[-2:]) @ [-1, 1]
+    drawn = read_curve(at, measured[:1], n=n, to=fine)[0]
+    ahead = read_curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
+    gain = read_curve(at, measured, n=n, to=at[-2:]) @ [-1, 1]
     return {
         "category": where,
         "last doubling": float(gain[0]),
@@ -419,17 +419,17 @@ def fit(results: Results, where: str) -> dict:
     }
 
 # %% ../../nbs/paper/51_scaling.ipynb #9e7b09fa
-def foretold(c: Claim, results: Results) -> dict:
+def forecast_finding(c: Claim, results: Results) -> dict:
     "The finding of the claim that the curve foretells the whole: measured less foretold."
     names, at = [name(share) for share in SHARES], np.log2(SHARES)
     scored = results.scores(c.a, c.benchmark)[0]
 
     def miss(seed=None):
-        measured = accuracies(results, names, c.benchmark, seed=seed)
+        measured = resample_accuracies(results, names, c.benchmark, seed=seed)
         n = np.prod(scored.shape)
         if seed is not None:
             n = n / results.training_seeds
-        ahead = curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
+        ahead = read_curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
         return measured[:, -1] - ahead
 
     missed = miss()
@@ -439,11 +439,11 @@ def foretold(c: Claim, results: Results) -> dict:
     return finding_of(c, estimate, by_seed)
 
 # %% ../../nbs/paper/51_scaling.ipynb #8373ceca
-def judged(c: Claim, results: Results, votes: Results) -> dict:
+def state_finding(c: Claim, results: Results, votes: Results) -> dict:
     "The finding of a claim, from the results that it is about."
     if c.b == CURVE:
-        return foretold(c, results)
-    return finding(c, votes if c.a == VOTE else results)
+        return forecast_finding(c, results)
+    return judge_claim(c, votes if c.a == VOTE else results)
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bab7749
 def rows_by_category(results: dict) -> dict:
@@ -458,7 +458,7 @@ def make_point(x: float, row: dict) -> tuple:
 # %% ../../nbs/paper/51_scaling.ipynb #51a00009
 def figure(results: dict):
     "Accuracy by the share of the questions, with the fitted curve."
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     rows = rows_by_category(results)
     series = {
@@ -470,7 +470,7 @@ def figure(results: dict):
         for row in results["fits"]
         if row["category"] in CATEGORIES
     }
-    return lines(
+    return draw_lines(
         series,
         title="Accuracy against data, with a fitted curve",
         xlabel="share of the questions",
@@ -482,7 +482,7 @@ def figure(results: dict):
 # %% ../../nbs/paper/51_scaling.ipynb #4ef44600
 def epochs_figure(results: dict):
     "Accuracy by epochs, half of the questions; the other two axes as points at three epochs."
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     rows = rows_by_category(results)
 
@@ -495,7 +495,7 @@ def epochs_figure(results: dict):
     }
     if (SMALLER, CATEGORIES[0]) in rows:
         series["smaller student"] = [(3, mean(SMALLER))]
-    return lines(
+    return draw_lines(
         series,
         title="Epochs, repetition, size",
         xlabel="epochs",
@@ -507,7 +507,7 @@ def epochs_figure(results: dict):
 # %% ../../nbs/paper/51_scaling.ipynb #ea804b4b
 def table_figure(results: dict):
     "Table 2: the start, the final student and its teachers by category, the paper's hollow."
-    from octomed.evaluate.figures import bars_with_paper
+    from octomed.evaluate.figures import draw_accuracies
 
     names = {BEFORE: "start", FINAL: "student", TEACHERS: TEACHERS}
     rows = [
@@ -520,7 +520,7 @@ def table_figure(results: dict):
         for row in overall_rows(results["rows"])
         if row["arm"] in names
     ]
-    return bars_with_paper(rows, title="A student and its teachers (Table 2)", arms=names.values())
+    return draw_accuracies(rows, title="A student and its teachers (Table 2)", arms=names.values())
 
 # %% ../../nbs/paper/51_scaling.ipynb #01bb40ff
 def progress_figure(results: dict):
@@ -529,7 +529,7 @@ def progress_figure(results: dict):
     The paper's numbers are those of Fig. 1, right, whose axis is the time at which systems
     came out.
     """
-    from octomed.evaluate.figures import lines
+    from octomed.evaluate.figures import draw_lines
 
     benchmark = results["votes"][0]["benchmark"]
     every = [*results["rows"], *results["votes"]]
@@ -545,7 +545,7 @@ def progress_figure(results: dict):
         "vote": [(1, medqa_of("OctoMed-7B"))],
         "its teacher": [(1, medqa_of("DeepSeek-R1"))],
     }
-    return lines(
+    return draw_lines(
         series,
         title="MedQA and its counterpart (numbers of Fig. 1, right)",
         xlabel="share of the questions",
@@ -554,7 +554,7 @@ def progress_figure(results: dict):
     )
 
 # %% ../../nbs/paper/51_scaling.ipynb #9064c318
-def parameters_of(
+def count_parameters(
     student,  # its folder; a name without a folder here has 0
 ) -> int:
     "Trainable numbers of a student's folder."
@@ -599,7 +599,7 @@ def billions(model: str) -> float:
 # %% ../../nbs/paper/51_scaling.ipynb #f967498c
 def paper_circles() -> list[dict]:
     "The models of Table 2 that have all three Overalls as circles of Fig. 7."
-    overall = {row["category"]: row for row in paper_table(2) if row["task"] == "Overall"}
+    overall = {row["category"]: row for row in load_paper_table(2) if row["task"] == "Overall"}
     text, *seen = CATEGORIES
     models = [name for name in overall[text] if name not in ("category", "task")]
     return [
@@ -617,9 +617,9 @@ def paper_circles() -> list[dict]:
 # %% ../../nbs/paper/51_scaling.ipynb #51a0000b
 def models_figure(results: dict):
     "Fig. 7: text against images, ours and the paper's models."
-    from octomed.evaluate.figures import circles
+    from octomed.evaluate.figures import draw_models
 
-    return circles(
+    return draw_models(
         [*our_circles(results), *paper_circles()],
         title="Models on two kinds of task (Fig. 7)",
         xlabel="text-only, %",

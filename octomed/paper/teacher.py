@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['REASONER', 'INSTRUCT', 'SHORT', 'ALL', 'WRONG', 'IN', 'OUT', 'claims_on', 'controls_on', 'claims', 'scope',
-           'benchmarks', 'arms', 'make_error_row', 'error_analysis', 'reasoning', 'make_validity_row', 'figure']
+           'benchmarks', 'arms', 'make_error_row', 'analyse_errors', 'check_reasoning', 'make_validity_row', 'figure']
 
 # %% ../../nbs/paper/45_teacher.ipynb #2cb84051
 from dataclasses import replace
 
 from ..core.recipe import Recipe
-from ..core.store import run
-from ..data.sources import source_of
-from ..evaluate.arms import Arm, schedule_of, stages, warm_up
+from ..core.store import run_stage
+from ..data.sources import find_source
+from ..evaluate.arms import Arm, declare_stages, declare_warm_up, schedule_of
 from ..evaluate.claims import Claim
-from ..evaluate.results import scoped
+from ..evaluate.results import scope_recipe
 from ..evaluate.section_run import list_pools, read_judged
 from ..generate.answers import score
 
@@ -111,22 +111,22 @@ def claims(
 # %% ../../nbs/paper/45_teacher.ipynb #0f3842d2
 def scope(recipe: Recipe) -> Recipe:
     "The recipe with this section's own number of samples and of test questions."
-    return scoped(recipe, "45_teacher")
+    return scope_recipe(recipe, "45_teacher")
 
 # %% ../../nbs/paper/45_teacher.ipynb #817dff2b
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
     "The recipe's text-only benchmarks."
-    return tuple(b for b in recipe.common.benchmarks if source_of(b).category == "text_only")
+    return tuple(b for b in recipe.common.benchmarks if find_source(b).category == "text_only")
 
 # %% ../../nbs/paper/45_teacher.ipynb #0bd27edf
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, each teacher, the brief one at the other's compute, and two ways not to reject."
-    own, common = recipe.of("45_teacher"), recipe.common
+    own, common = recipe.scalars("45_teacher"), recipe.common
     reasoner = Arm(
         sources=tuple((spec, own["questions"]) for spec in list_pools(common, "text_only")),
         k=1,
         schedule=schedule_of(common, own["epochs"]),
-        base=warm_up(recipe, own["warm"], own["warm_epochs"]),
+        base=declare_warm_up(recipe, own["warm"], own["warm_epochs"]),
         teacher=common.teacher_text,
         control=own["control"],
     )
@@ -148,22 +148,23 @@ def make_error_row(
     at_most: float,  # share of correct samples up to which a teacher fails
 ) -> dict:
     "How many questions each teacher fails, and both."
-    from octomed.distill.statistics import failed_by_all
+    from octomed.distill.statistics import find_failed_by_all
 
     alone = {
-        teacher: len(failed_by_all([answers], at_most)) for teacher, answers in by_teacher.items()
+        teacher: len(find_failed_by_all([answers], at_most))
+        for teacher, answers in by_teacher.items()
     }
     first, second = alone.values()
     return {
         "fails on": label,
         **alone,
-        "both": len(failed_by_all(list(by_teacher.values()), at_most)),
+        "both": len(find_failed_by_all(list(by_teacher.values()), at_most)),
         "both, if independent": round(first * second / n, 2),
         "of": n,
     }
 
 # %% ../../nbs/paper/45_teacher.ipynb #45a00004
-def error_analysis(by_teacher: dict, n: int) -> list[dict]:
+def analyse_errors(by_teacher: dict, n: int) -> list[dict]:
     "Of `n` questions, those that each teacher fails on every sample, and on half or more."
     return [
         make_error_row("every sample", by_teacher, n, at_most=0.0),
@@ -171,27 +172,27 @@ def error_analysis(by_teacher: dict, n: int) -> list[dict]:
     ]
 
 # %% ../../nbs/paper/45_teacher.ipynb #921234af
-def reasoning(
+def check_reasoning(
     recipe: Recipe,
     arm: Arm,  # its teacher is asked
     specs: list[str],  # name:split of the questions
     amount: int,  # questions of each
 ) -> list[dict]:
     "Of the traces that would be accepted: how many reason rightly, by options and steps."
-    from octomed.clinic.teachers import reasoning_valid
+    from octomed.clinic.teachers import is_reasoning_valid
 
     outcomes: dict[
         tuple, list
     ] = {}  # (options, steps) → (is correct, is valid, too) of each sample
     for spec in specs:
         asked = replace(arm, sources=((spec, amount),))
-        run(stages(asked, recipe.common)["samples"])
+        run_stage(declare_stages(asked, recipe.common)["samples"])
         questions, answers = read_judged(asked, recipe.common)
         for q in questions:
             cell = outcomes.setdefault((len(q.options), q.tags["steps"]), [])
             for sample, verdict in answers[q.id]:
                 correct = score(verdict)
-                cell.append((correct, correct and reasoning_valid(q, sample.text)))
+                cell.append((correct, correct and is_reasoning_valid(q, sample.text)))
     return [make_validity_row(arm.teacher, cell, outcomes[cell]) for cell in sorted(outcomes)]
 
 # %% ../../nbs/paper/45_teacher.ipynb #45a00005
@@ -215,7 +216,7 @@ def make_validity_row(
 # %% ../../nbs/paper/45_teacher.ipynb #5c95fa5b
 def figure(results: dict):
     "Fig. 6: arms by benchmark, in and out of distribution."
-    from octomed.evaluate.figures import bars_with_paper
+    from octomed.evaluate.figures import draw_accuracies
 
     names = {
         results.get("inside", IN): "in distribution",
@@ -225,4 +226,4 @@ def figure(results: dict):
         {**row, "category": "", "benchmark": names.get(row["benchmark"], row["benchmark"])}
         for row in results["rows"]
     ]
-    return bars_with_paper(rows, title="Who teaches, and what is rejected (Fig. 6)")
+    return draw_accuracies(rows, title="Who teaches, and what is rejected (Fig. 6)")

@@ -8,9 +8,9 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show',
            'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options',
            'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'decontaminate', 'bench', 'declare_arm',
-           'declare_training', 'read_funnel', 'distill', 'train', 'EvaluationOptions', 'declare_evaluations',
-           'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'export_to_hub', 'hub', 'student',
-           'lm_eval', 'describe_usage_error', 'run_command', 'main']
+           'declare_training', 'read_funnel', 'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages',
+           'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target', 'export_to_hub', 'hub',
+           'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import json
@@ -100,14 +100,16 @@ class TrainingOptions(StageOptions):
 # %% ../../nbs/run/25_cli.ipynb #ca1aa425
 def show(rows: list[dict], as_json: bool):
     "Print rows as a table, or as JSON."
-    from octomed.run.terminal import columns
+    from octomed.run.terminal import format_table
 
-    print(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else columns(rows, wrap=48))
+    print(
+        json.dumps(rows, indent=1, ensure_ascii=False) if as_json else format_table(rows, wrap=48)
+    )
 
 # %% ../../nbs/run/25_cli.ipynb #66b22877
 def show_default(value) -> str | None:
     "A default as the help shows it; one that says nothing is left out."
-    return None if value in (False, "", (), None) else str(value)
+    return str(value) if value else None
 
 
 app = App(
@@ -271,10 +273,10 @@ def status(
     json: Json = False,
 ):
     "How far a recipe's run is, a row for each section."
-    from octomed.run.cluster import state
+    from octomed.run.cluster import find_job_states
     from octomed.run.runner import status as status_of_sections
 
-    show(state(recipe) if jobs else status_of_sections(recipe), as_json=json)
+    show(find_job_states(recipe) if jobs else status_of_sections(recipe), as_json=json)
 
 # %% ../../nbs/run/25_cli.ipynb #2d6f26f0
 @app.command(help_epilogue=show_example("report course --html"))
@@ -286,17 +288,17 @@ def report(
     json: Json = False,
 ):
     "What a recipe found; sections that were not run show the reference results."
-    from octomed.run.report import as_json, as_text
-    from octomed.run.report_html import as_html
+    from octomed.run.report import format_report, gather_report
+    from octomed.run.report_html import write_report_page
 
     if html and json:
         raise UsageError("--html writes a page and --json prints: choose one")
     if html:
-        print(as_html(recipe))
+        print(write_report_page(recipe))
     elif json:
-        show(as_json(recipe), as_json=True)
+        show(gather_report(recipe), as_json=True)
     else:
-        print(as_text(recipe))
+        print(format_report(recipe))
 
 # %% ../../nbs/run/25_cli.ipynb #a1805903
 @app.command(help_epilogue=show_example("sources"))
@@ -304,11 +306,11 @@ def sources(*, json: Json = False, recipe: Plugins = "smoke"):
     "List the registered sources: what is expected, what was found, and where to get the rest."
     from octomed.core.paths import data_dir
     from octomed.core.recipe import load_recipe
-    from octomed.data.sources import sources_table
+    from octomed.data.sources import tabulate_sources
 
     load_recipe(recipe)
     data_dir()
-    show(sources_table(), as_json=json)
+    show(tabulate_sources(), as_json=json)
 
 # %% ../../nbs/run/25_cli.ipynb #bdf25879
 @app.command(help_epilogue=show_example("judge answers.jsonl --think-first"))
@@ -343,7 +345,7 @@ AgainstFiles = Annotated[
     list[str], Several, Parameter(help="Benchmarks: files or sources of the same kinds.")
 ]
 
-
+# %% ../../nbs/run/25_cli.ipynb #25c11a01
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
 def decontaminate(
     train: TrainFiles,
@@ -361,9 +363,8 @@ def decontaminate(
     "Find training questions that share words, or a whole stem, with a benchmark."
     from octomed.core.files import write_jsonl
     from octomed.core.recipe import load_recipe
-    from octomed.data.decontaminate_files import as_pairs, reports
-    from octomed.data.decontaminate_report import as_html
-    from octomed.data.decontaminate_report import drops as list_drops
+    from octomed.data.decontaminate_files import count_pairs, decontaminate_sets
+    from octomed.data.decontaminate_report import list_drops, write_page
     from octomed.data.sources import SOURCES
 
     if any(name not in SOURCES and not Path(name).is_file() for name in [*train, *against]):
@@ -371,15 +372,15 @@ def decontaminate(
     for file in (html, drops):
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
-    pairs = reports(train, against, n=n)
+    pairs = decontaminate_sets(train, against, n=n)
     if html:
-        as_html(pairs, html)
+        write_page(pairs, html)
     if drops:
         write_jsonl(drops, list_drops(pairs))
     if json:
-        show(as_pairs(pairs), as_json=True)
+        show(count_pairs(pairs), as_json=True)
     else:
-        show(as_pairs(pairs)["pairs"], as_json=False)
+        show(count_pairs(pairs)["pairs"], as_json=False)
 
 # %% ../../nbs/run/25_cli.ipynb #9425641e
 @app.command(help_epilogue=show_example("bench images --small"))
@@ -392,8 +393,10 @@ def bench(
     import importlib
 
     measured = importlib.import_module("octomed.bench.timing").measured
-    results = measured(names, small=small)
-    show([row for result in results for row in result["rows"]], as_json=json)
+    rows = []
+    for result in measured(names, small=small):
+        rows += result["rows"]
+    show(rows, as_json=json)
 
 # %% ../../nbs/run/25_cli.ipynb #ce9adee3
 def declare_arm(
@@ -457,11 +460,11 @@ def distill(
     options: StageOptions = StageOptions(),
 ):
     "Sample the teacher and keep what is right."
-    from octomed.core.store import run as run_stage
-    from octomed.evaluate.arms import stages
+    from octomed.core.store import run_stage
+    from octomed.evaluate.arms import declare_stages
 
     arm, common = declare_arm(sources, options, k=k)
-    folder = run_stage(stages(arm, common)["accepted"])
+    folder = run_stage(declare_stages(arm, common)["accepted"])
     show([{**read_funnel(folder), "folder": str(folder)}], as_json=options.json)
 
 # %% ../../nbs/run/25_cli.ipynb #5fe04658
@@ -496,9 +499,9 @@ def train(
     options: TrainingOptions = TrainingOptions(),
 ):
     "Fine-tune a student on the accepted traces."
-    from octomed.core.store import run as run_stage
-    from octomed.evaluate.arms import stages
-    from octomed.train.launch import with_execution
+    from octomed.core.store import run_stage
+    from octomed.evaluate.arms import declare_stages
+    from octomed.train.launch import override_execution
 
     arm, common = declare_training(sources, options, form=form)
     words = [how]
@@ -506,8 +509,8 @@ def train(
         words.append(f"accelerate='{Path(accelerate).resolve()}'")
     if report_to:
         words.append(f"report_to={report_to}")
-    with with_execution(" ".join(words)):
-        folder = run_stage(stages(arm, common)["student"])
+    with override_execution(" ".join(words)):
+        folder = run_stage(declare_stages(arm, common)["student"])
     log = read_jsonl(folder / "log.jsonl")
     row = {
         "steps": len(log),
@@ -552,11 +555,11 @@ class EvaluationOptions:
     json: Json = False
 
 # %% ../../nbs/run/25_cli.ipynb #5dc0956e
-def declare_evaluations(student: str, benchmarks: tuple[str, ...], common, options) -> dict:
+def declare_benchmark_stages(student: str, benchmarks: tuple[str, ...], common, options) -> dict:
     "Benchmark → the stage that evaluates the model on it."
-    from octomed.data.sources import identity_of
+    from octomed.data.sources import identify_source
     from octomed.evaluate.evaluate import evaluation, sampling_of, student_of
-    from octomed.generate.engines import teacher_revision
+    from octomed.generate.engines import find_teacher_revision
     from octomed.generate.prompts import load_template
 
     respondent, own_form = student_of(student, common)
@@ -572,11 +575,11 @@ def declare_evaluations(student: str, benchmarks: tuple[str, ...], common, optio
             seeds=options.seeds or common.eval_seeds,
             sampling=sampling,
             max_pixels=common.max_pixels,
-            data=identity_of(benchmark),
+            data=identify_source(benchmark),
             control=options.control,
             vote=options.vote if benchmark in voted else 0,
             grader=options.grader,
-            revision=teacher_revision(options.grader) if options.grader else "",
+            revision=find_teacher_revision(options.grader) if options.grader else "",
         )
         for benchmark in benchmarks
     }
@@ -584,15 +587,15 @@ def declare_evaluations(student: str, benchmarks: tuple[str, ...], common, optio
 # %% ../../nbs/run/25_cli.ipynb #05c30944
 def tabulate_evaluations(student: str, stages: dict, common) -> list[dict]:
     "Make the evaluations, and give the rows of their table beside the paper's numbers."
-    from octomed.core.store import run as run_stage
-    from octomed.evaluate.evaluate import contender, paper_of
+    from octomed.core.store import run_stage
+    from octomed.evaluate.evaluate import find_contender, find_paper_accuracies
     from octomed.evaluate.results import Results
-    from octomed.evaluate.tables import table
+    from octomed.evaluate.tables import tabulate_scores
 
     responses = {name: [read_jsonl(run_stage(s) / "rows.jsonl")] for name, s in stages.items()}
-    known = contender(student.partition("@")[0].split(":")[-1])
-    paper = paper_of(known.name if known else "", list(stages))
-    return table(
+    known = find_contender(student.partition("@")[0].split(":")[-1])
+    paper = find_paper_accuracies(known.name if known else "", list(stages))
+    return tabulate_scores(
         Results(common, {student: responses}),
         {(student, where): number for where, number in paper.items()},
     )
@@ -606,7 +609,7 @@ StudentName = Annotated[
     ),
 ]
 
-
+# %% ../../nbs/run/25_cli.ipynb #25c11a02
 @app.command(help_epilogue=show_example("evaluate OctoMed-7B@REVISION medqa:test --vote 10"))
 def evaluate(
     student: StudentName,
@@ -616,7 +619,7 @@ def evaluate(
 ):
     "A model's accuracy on benchmarks."
     from octomed.core.recipe import load_recipe
-    from octomed.run.report import filled, rate_row, score_row
+    from octomed.run.report import drop_empty_columns, rate_row, score_row
 
     common = load_recipe(options.recipe).common
     wanted = benchmarks or common.benchmarks
@@ -626,7 +629,7 @@ def evaluate(
         raise UsageError(
             f"--voted names {not_asked[0]}, which is not asked: add it to the benchmarks"
         )
-    stages = declare_evaluations(student, tuple(wanted), common, options)
+    stages = declare_benchmark_stages(student, tuple(wanted), common=common, options=options)
     rows = tabulate_evaluations(student, stages, common)
     if options.json:
         show(rows, as_json=True)
@@ -634,7 +637,7 @@ def evaluate(
     for make_row in (score_row, rate_row):
         parts = [make_row(row) for row in rows]
         show(
-            filled([{k: v for k, v in part.items() if k != "arm"} for part in parts]),
+            drop_empty_columns([{k: v for k, v in part.items() if k != "arm"} for part in parts]),
             as_json=False,
         )
         print()
@@ -664,7 +667,7 @@ def llamafactory(
     options: TrainingOptions = TrainingOptions(),
 ):
     "Data, images and configuration of the same training run in LLaMA-Factory."
-    from octomed.run.export_llamafactory import llamafactory as write_export
+    from octomed.run.export_llamafactory import export_llamafactory as write_export
 
     arm, common = declare_training(sources, options, form=form)
     row = write_export(arm, common, out, devices=devices, per_device=per_device)
@@ -672,21 +675,31 @@ def llamafactory(
     print_next(f"`cd {out} && llamafactory-cli train train.yaml` trains")
 
 # %% ../../nbs/run/25_cli.ipynb #69525cf2
-def export_to_hub(write, arm, common, target: dict, as_json: bool):
-    "Write a data set or a model with its card, and send it where `target['push']` says."
-    from octomed.run.export_hub import may_push, push
+@dataclass(frozen=True)
+class Target:
+    "Where an export for the hub goes."
 
-    out, name, kind, to = target["out"], target["name"], target["kind"], target["push"]
-    if to:
-        may_push(arm, to)
-    row = write(arm, common, out, name)
+    out: str  # the new folder
+    name: str
+    kind: str  # dataset or model
+    push: str  # OWNER/NAME; empty: nothing is sent
+
+# %% ../../nbs/run/25_cli.ipynb #25c11a03
+def export_to_hub(write, arm, common, *, target: Target, as_json: bool):
+    "Write a data set or a model with its card, and send it where the target says."
+    from octomed.run.export_hub import check_push, push
+
+    if target.push:
+        check_push(arm, target.push)
+    row = write(arm, common, target.out, name=target.name)
     show([row], as_json=as_json)
-    if to:
-        print_next(f"sent to {push(out, to, kind)}, private if it is new")
+    if target.push:
+        sent_to = push(target.out, target.push, target.kind)
+        print_next(f"sent to {sent_to}, private if it is new")
     else:
         print_next(
-            f"nothing was sent: `--push OWNER/{name}` in a new folder, or "
-            f"`hf upload OWNER/{name} {out} --repo-type {kind}`, would"
+            f"nothing was sent: `--push OWNER/{target.name}` in a new folder, or "
+            f"`hf upload OWNER/{target.name} {target.out} --repo-type {target.kind}`, would"
         )
 
 # %% ../../nbs/run/25_cli.ipynb #fa88614b
@@ -700,10 +713,10 @@ def hub(
     options: TrainingOptions = TrainingOptions(),
 ):
     "The accepted traces as a data set: Parquet and its card."
-    from octomed.run.export_hub import hub as write_export
+    from octomed.run.export_hub import export_dataset as write_export
 
     arm, common = declare_training(sources, options, form=form)
-    target = {"out": out, "name": name, "kind": "dataset", "push": push}
+    target = Target(out=out, name=name, kind="dataset", push=push)
     export_to_hub(write_export, arm, common, target=target, as_json=options.json)
 
 
@@ -717,10 +730,10 @@ def student(
     options: TrainingOptions = TrainingOptions(),
 ):
     "The trained student as a model with its card."
-    from octomed.run.export_hub import student as write_export
+    from octomed.run.export_hub import export_student as write_export
 
     arm, common = declare_training(sources, options, form=form)
-    target = {"out": out, "name": name, "kind": "model", "push": push}
+    target = Target(out=out, name=name, kind="model", push=push)
     export_to_hub(write_export, arm, common, target=target, as_json=options.json)
 
 # %% ../../nbs/run/25_cli.ipynb #5a547e81
@@ -735,7 +748,7 @@ def lm_eval(
 ):
     "Benchmarks as tasks of lm-evaluation-harness."
     from octomed.core.recipe import load_recipe
-    from octomed.run.export_lm_eval import lm_eval as write_export
+    from octomed.run.export_lm_eval import export_tasks as write_export
 
     common = load_recipe(recipe).common
     wanted = benchmarks or common.benchmarks
@@ -793,9 +806,9 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception:
-        from octomed.run.log import redacted
+        from octomed.run.log import redact
 
-        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1
 
 # %% ../../nbs/run/25_cli.ipynb #9557dab0

@@ -116,9 +116,9 @@ def check_data() -> str:
 
 def check_machine() -> str:
     "The machine in words."
-    from octomed.core.identity import hardware
+    from octomed.core.identity import describe_hardware
 
-    return hardware()
+    return describe_hardware()
 
 # %% ../../nbs/run/23_environment.ipynb #c52c8a51
 VERSIONS = {  # package: the first version that works, the first that works no longer

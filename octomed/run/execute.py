@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..core.files import atomic_write
 from ..core.paths import OctomedError, checkout
-from ..core.recipe import LOADED
-from .log import Log, paths_of, redacted
+from ..core.recipe import LOADED_PLUGINS
+from .log import Log, machine_paths, redact
 from .sections import Section
 
 # %% ../../nbs/run/12_execute.ipynb #c2a7e005
@@ -113,8 +113,8 @@ def _kernel_arguments(section: Section) -> list[str]:
     "Arguments of the kernel. One that trains students prepares its workers while it starts."
     if section.module is None or os.environ.get("OCTOMED_WORKERS") == "1":
         return ["--log-level=ERROR"]
-    warm = f"warm('octomed.evaluate.arms', *{[*LOADED]})"
-    line = f"from octomed.core.workers import warm; {warm}"
+    start = f"start_server('octomed.evaluate.arms', *{[*LOADED_PLUGINS]})"
+    line = f"from octomed.core.workers import start_server; {start}"
     return ["--log-level=ERROR", f"--IPKernelApp.exec_lines={line}"]
 
 # %% ../../nbs/run/12_execute.ipynb #c2a7e011
@@ -173,12 +173,12 @@ def _shorten(traceback: list[str]) -> list[str]:
 def _report_failure(section: Section, fault: Fault, failed: Path, log: Log, names) -> SectionFailed:
     "Show the traceback of a fault; the error to raise."
     for line in _shorten(fault.traceback):
-        log.say(redacted(f"    {line}", names))
-    reason = redacted(ANSI.sub("", fault.reason), names).strip().splitlines()
+        log.say(redact(f"    {line}", names))
+    reason = redact(ANSI.sub("", fault.reason), names).strip().splitlines()
     return SectionFailed(
         f"{section.name} failed in cell {fault.cell} ({reason[0] if reason else ''}): "
         "correct it and run again, what was finished is kept; "
-        f"the notebook so far is {redacted(str(failed), names)}"
+        f"the notebook so far is {redact(str(failed), names)}"
     )
 
 # %% ../../nbs/run/12_execute.ipynb #f36ec907
@@ -197,8 +197,8 @@ def execute(
     fault = find_fault(nb, error)
     _mark(nb, fault.cell if fault else None)
     nb.metadata.papermill.update(input_path=section.path.name, output_path=None)
-    names = paths_of(out, shown)
-    text = json.dumps(redacted(nb, names), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    names = machine_paths(out, shown)
+    text = json.dumps(redact(nb, names), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if fault:
         with contextlib.suppress(OctomedError, OSError):
             atomic_write(failed, text)

@@ -10,18 +10,18 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.recipe import Recipe, load_recipe
-from ..data.sources import registered, remembered_identities
+from ..data.sources import remember_identities, replace_sources
 from .plan_hours import memory_rows, shape_or_none
 from .plan_rates import RATES, is_built_here
 from .plan_sections import Demand, Plan, plan_section
-from .plan_sources import away
-from .plan_text import as_text
-from .sections import arms_of, sections
+from .plan_sources import stand_for_missing
+from .plan_text import format_plan
+from .sections import find_sections, read_arms
 
 # %% ../../nbs/run/10_plan.ipynb #0a1ecb9f
 def _assumptions(recipe: Recipe, on_devices: bool) -> list[str]:
     "What a plan assumes, a sentence each."
-    from octomed.train.sizing import assumptions
+    from octomed.train.sizing import list_assumptions
 
     sizes = RATES["prompt_tokens"]
     always = [
@@ -39,7 +39,7 @@ def _assumptions(recipe: Recipe, on_devices: bool) -> list[str]:
         f"GPT-4o's, an image {sizes['image']}; every sample of a question pays for its prompt.",
         "Models behind servers are counted in money, the student's own responses in device-hours "
         "(draw, eval).",
-        *assumptions(),
+        *list_assumptions(),
     ]
 
 # %% ../../nbs/run/10_plan.ipynb #da7e0003
@@ -104,7 +104,7 @@ class Plans(list):
     "The plans of a recipe's sections; the last is their sum."
 
     def __str__(self):
-        return as_text(self)
+        return format_plan(self)
 
 
 def plan(
@@ -112,10 +112,10 @@ def plan(
     notebooks: Path | None = None,  # the folder of the section notebooks
 ) -> Plans:
     "What a recipe will run. Nothing is run, and no data is needed."
-    recipe, plans, missing = load_recipe(name), Plans(), away()
-    with registered(missing), remembered_identities():
-        for section in sections(recipe, None, notebooks):
-            asked = arms_of(section, recipe)
+    recipe, plans, missing = load_recipe(name), Plans(), stand_for_missing()
+    with replace_sources(missing), remember_identities():
+        for section in find_sections(recipe, None, notebooks):
+            asked = read_arms(section, recipe)
             planned = plan_section(
                 asked.recipe,
                 section.name,

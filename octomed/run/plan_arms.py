@@ -9,17 +9,17 @@ __all__ = ['count_questions', 'ArmPlan', 'plan_arm']
 from dataclasses import dataclass
 
 from .plan_money import Bill, bill_arm
-from .plan_rates import RATES, Example, example_of, is_built_here
+from .plan_rates import RATES, Example, estimate_example, is_built_here
 from .sections import read_json
 
 # %% ../../nbs/run/06_plan_arms.ipynb #d733f77c
 def count_questions(arm) -> dict[str, int]:
     "Questions that an arm asks for, without images (`text`) and with images (`image`)."
-    from octomed.data.sources import source_of
+    from octomed.data.sources import find_source
 
     amounts = {"text": 0, "image": 0}
     for spec, amount in arm.sources:
-        source = source_of(spec)
+        source = find_source(spec)
         wanted = abs(amount) or source.expected or 0
         kind = "text" if source.category == "text_only" else "image"
         amounts[kind] += min(wanted, source.expected or abs(amount))
@@ -70,16 +70,16 @@ def plan_arm(
     common,  # what the sections of the recipe share
 ) -> ArmPlan:
     "What one arm asks for, before anything of it is run."
-    from octomed.evaluate.arms import stages
+    from octomed.evaluate.arms import declare_stages
 
-    steps, amounts = stages(arm, common), count_questions(arm)
+    steps, amounts = declare_stages(arm, common), count_questions(arm)
     student = arm.student or common.student
     total = sum(amounts.values())
     questions = _counts(steps["data"]).get("kept", total)
     samples = questions * common.samples if arm.k else 0
     traces = _count_traces(arm, common, steps=steps, questions=questions)
     image = RATES["prompt_tokens"]["image"] * amounts["image"] / max(1, total)
-    example = example_of(arm.form, image)
+    example = estimate_example(arm.form, image)
     row = RATES["row_tokens"].get(arm.form, 165) if is_built_here(student) else example.tokens
     tokens = _training_tokens(arm, common, steps=steps, traces=traces, row=row)
     bill = bill_arm(arm, steps, amounts, questions=questions, samples=samples)

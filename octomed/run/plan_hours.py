@@ -12,10 +12,10 @@ from .plan_rates import RATES, Example, is_built_here
 # %% ../../nbs/run/05_plan_hours.ipynb #ee932632
 def shape_or_none(student: str):
     "The layers and widths of a student; None where its configuration is not available."
-    from octomed.train.sizing import shape
+    from octomed.train.sizing import load_shape
 
     try:
-        return shape(student)
+        return load_shape(student)
     except OctomedError:
         return None
 
@@ -27,7 +27,7 @@ def training_hours(
     frozen: bool,  # whether tower and projector are not trained
 ) -> float | None:  # None where the student's configuration is not available
     "Device-hours of training a student."
-    from octomed.train.sizing import LANGUAGE, PARTS, Load, train_hours
+    from octomed.train.sizing import LANGUAGE, PARTS, Load, estimate_training_hours
 
     if is_built_here(student):
         return 0.0
@@ -40,7 +40,7 @@ def training_hours(
         visual=tokens * example.image / example.tokens,
         answered=tokens * example.response / example.tokens,
     )
-    return train_hours(shape, load, LANGUAGE if frozen else PARTS)
+    return estimate_training_hours(shape, load, LANGUAGE if frozen else PARTS)
 
 # %% ../../nbs/run/05_plan_hours.ipynb #a15f7917
 def drawing_hours(
@@ -50,7 +50,7 @@ def drawing_hours(
     example: Example,
 ) -> float | None:  # None where the student's configuration is not available
     "Device-hours of drawing a student's responses."
-    from octomed.train.sizing import Load, draw_hours
+    from octomed.train.sizing import Load, estimate_drawing_hours
 
     if is_built_here(student):
         return 0.0
@@ -58,7 +58,7 @@ def drawing_hours(
     if shape is None:
         return None
     prompts = Load(questions * example.prompt, example.prompt, questions * example.image)
-    return draw_hours(
+    return estimate_drawing_hours(
         shape,
         prompts,
         responses=responses * example.response,
@@ -70,13 +70,13 @@ def memory_rows(
     student: str,  # one whose configuration is available
 ) -> list[dict]:  # a row for each way to train, machine and optimiser state
     "The memory that a student's training needs per device, and whether it fits."
-    from octomed.train.sizing import LANGUAGE, PARTS, Load, verdicts
+    from octomed.train.sizing import LANGUAGE, PARTS, Load, check_fit
 
     sample = RATES["prompt_tokens"]["r1"] + RATES["paper_tokens"]
     load = Load(8192, sample=sample, visual=2048)
     ways = {"all of it": PARTS, "without tower and projector": LANGUAGE}
     shape, rows = shape_or_none(student), []
     for way, parts in ways.items():
-        for row in verdicts(shape, load, parts):
+        for row in check_fit(shape, load, parts):
             rows.append({"student": student, "trained": way, **row})
     return rows

@@ -47,9 +47,9 @@ def bill_samples(
     samples: int,  # that all of its teachers draw in all
 ) -> Bill:
     "What drawing an arm's samples costs."
-    from octomed.distill.cost import money, prices
+    from octomed.distill.cost import compute_price, load_prices
 
-    table, total = prices(), max(1, sum(amounts.values()))
+    table, total = load_prices(), max(1, sum(amounts.values()))
     prompt_tokens, teacher_tokens, cost = 0, 0, 0.0
     for kind, amount in amounts.items():
         teacher, _, form = teachers[kind]
@@ -63,7 +63,7 @@ def bill_samples(
         teacher_tokens += written
         if amount:
             name = _name_in_prices(teacher)
-            cost = _add(cost, money(name, read, written, table=table))
+            cost = _add(cost, compute_price(name, read, written, table=table))
     return Bill(prompt_tokens, teacher_tokens, cost)
 
 # %% ../../nbs/run/04_plan_money.ipynb #4a7e0011
@@ -73,11 +73,11 @@ def bill_ratings(
     questions: int,  # that are rated
 ) -> float | None:  # money; None: its price is missing
     "What a grader's ratings cost."
-    from octomed.distill.cost import money, prices
+    from octomed.distill.cost import compute_price, load_prices
 
     size, total = RATES["prompt_tokens"], max(1, sum(amounts.values()))
     read = questions * (size["rating"] + size["image"] * amounts["image"] / total)
-    return money(_name_in_prices(grader), read, 4 * questions, table=prices())
+    return compute_price(_name_in_prices(grader), read, 4 * questions, table=load_prices())
 
 # %% ../../nbs/run/04_plan_money.ipynb #4a7e0012
 def bill_arm(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE_STYLE', 'TABLE_STYLE', 'SCREEN_STYLE', 'STYLE', 'BANNER', 'PARTS', 'NUMBERS', 'CLAIM_COLUMNS', 'FACTS', 'OPEN',
-           'TOLD', 'OUTCOMES', 'TABLES', 'page', 'as_html']
+           'SHOWN_APART', 'OUTCOMES', 'TABLES', 'render_report', 'write_report_page']
 
 # %% ../../nbs/run/18_report_html.ipynb #ca3ff8f8
 import base64
@@ -16,12 +16,12 @@ from pathlib import Path
 from ..core.files import atomic_write
 from ..core.paths import outputs_dir
 from octomed.run.report import (
-    as_json,
     claim_row,
-    filled,
-    inconsistent,
+    describe_inconsistency,
+    describe_run,
+    drop_empty_columns,
+    gather_report,
     rate_row,
-    recipe_line,
     score_row,
 )
 
@@ -193,7 +193,7 @@ def _score(row: dict, shown: dict, keys: list[str]) -> str:
 
 def _scores(rows: list[dict]) -> str:
     "The table of scores."
-    shown = filled([score_row(row) | rate_row(row) for row in rows])
+    shown = drop_empty_columns([score_row(row) | rate_row(row) for row in rows])
     group, key = "benchmark", "arm"
     if len({row["benchmark"] for row in shown}) > 1:
         group, key = "arm", "benchmark"
@@ -325,7 +325,7 @@ def _fact(key: str, value, is_open: bool = False) -> str:
     return f"{opening}<summary>{title}</summary>{_fact_table(_rows_of(value))}</details>"
 
 # %% ../../nbs/run/18_report_html.ipynb #ded8ce90
-TOLD = (
+SHOWN_APART = (
     "section",
     "recipe",
     "claims",
@@ -364,13 +364,13 @@ def _card(r: dict) -> str:
 def _opening(r: dict) -> str:
     "The heading of a section, where its results are from, and the command that makes them."
     heading = _element("h2", _name(r["section"]), id=r["section"])
-    line = _element("p", _text(recipe_line(r)), class_="soft")
+    line = _element("p", _text(describe_run(r)), class_="soft")
     return f"{heading}{line}<p>Made by <code>{_text(r['command'])}</code></p>"
 
 
 def _further_facts(r: dict) -> list[str]:
     "What is not shown in a way of its own, open tables first."
-    facts = {k: v for k, v in r.items() if k not in TOLD and v not in (None, [], {})}
+    facts = {k: v for k, v in r.items() if k not in SHOWN_APART and v not in (None, [], {})}
     return [_fact(key, facts[key]) for key in sorted(facts, key=lambda key: key not in OPEN)]
 
 # %% ../../nbs/run/18_report_html.ipynb #8cf33cfb
@@ -463,14 +463,16 @@ def _summary(found: dict) -> str:
     )
 
 # %% ../../nbs/run/18_report_html.ipynb #b0188df7
-def page(
-    found: dict,  # what `as_json` returns
+def render_report(
+    found: dict,  # what `gather_report` returns
 ) -> str:
     "The report as one page of HTML."
     notes = "".join(map(_note, found["notes"])) + _others(found)
     links = "".join(map(_link, found["sections"]))
     shown = "".join(map(_section, found["sections"]))
-    odd = "".join(_element("li", _text(inconsistent(x))) for x in found["inconsistencies"])
+    odd = "".join(
+        _element("li", _text(describe_inconsistency(x))) for x in found["inconsistencies"]
+    )
     return f"""<!doctype html>
 <html lang="en">{_head(found)}
 <body><main><h1>The data recipe of OctoMed, run again</h1>
@@ -484,10 +486,10 @@ def page(
 """
 
 # %% ../../nbs/run/18_report_html.ipynb #53284c5d
-def as_html(
+def write_report_page(
     name: str,  # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,
 ) -> Path:
     "Write `outputs/<recipe>/report.html`. Raises `OctomedError` when there are no results."
-    found = as_json(name, notebooks)
-    return atomic_write(outputs_dir() / found["recipe"] / "report.html", page(found))
+    found = gather_report(name, notebooks)
+    return atomic_write(outputs_dir() / found["recipe"] / "report.html", render_report(found))

@@ -9,7 +9,7 @@ __all__ = ['ATTENTION', 'has_varlen', 'choose_attention', 'packed_attention', 'p
 # %% ../../nbs/train/03_attention.ipynb #b45470a3
 from ..core.paths import OctomedError
 from ..generate.render import Row
-from .packing import packed_batch
+from .packing import collate_packed
 
 # %% ../../nbs/train/03_attention.ipynb #611debba
 ATTENTION = {
@@ -186,7 +186,7 @@ def check_isolation(model, processor) -> float:  # relative to the size of the s
 
     def states(rows: list[Row]):
         "Hidden states of the last row."
-        batch = packed_batch(model, processor, rows=rows, pixels=None)
+        batch = collate_packed(model, processor, rows=rows, pixels=None)
         batch = {k: v.to(weight.device) if hasattr(v, "to") else v for k, v in batch.items()}
         with (
             torch.no_grad(),

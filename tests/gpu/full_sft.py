@@ -33,11 +33,11 @@ import numpy as np
 import torch
 
 from octomed.core.files import write_json
-from octomed.core.identity import card
+from octomed.core.identity import make_card
 from octomed.core.paths import OctomedError, root
 from octomed.generate.render import Row
 from octomed.train.attention import use_packed_attention
-from octomed.train.objective import packed_loss_sum
+from octomed.train.objective import sum_packed_loss
 from octomed.train.packing import pack
 from octomed.train.sizing import (
     ASSUMED,
@@ -45,11 +45,11 @@ from octomed.train.sizing import (
     PARTS,
     STATES,
     Load,
-    configuration,
-    memory,
+    load_configuration,
+    measure_shape,
+    memory_bytes,
     part_of,
-    shape_of,
-    train_flops,
+    training_flops,
 )
 
 MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -98,7 +98,7 @@ SMALL = [
 
 def config(small: bool):
     "The real configuration, or one of its class with toy sizes."
-    c = configuration(MODEL)
+    c = load_configuration(MODEL)
     if not small:
         return c
     text = c.text_config.to_dict() | {
@@ -276,13 +276,13 @@ class Totals:
 
 def run_steps(c, s: Setting, model, rows, pixels, device: str, steps: int) -> Totals:
     "Train for some steps; the first two only warm up."
-    shape, step = shape_of(model), optimizer_of(model, s)
+    shape, step = measure_shape(model), optimizer_of(model, s)
     processor, totals = SimpleNamespace(image_token_id=c.image_token_id), Totals()
     for n in range(2 + steps):
         row = rows[n % len(rows)]
         wait(device)
         start = time.perf_counter()
-        loss, answered = packed_loss_sum(model, processor, row, pixels=pixels, chunk=s.chunk)
+        loss, answered = sum_packed_loss(model, processor, row, pixels=pixels, chunk=s.chunk)
         (loss / answered).backward()
         wait(device)
         between = time.perf_counter()
@@ -294,7 +294,7 @@ def run_steps(c, s: Setting, model, rows, pixels, device: str, steps: int) -> To
         if n < 2:
             continue
         load = load_of(c, row, answered)
-        flops = train_flops(shape, load, WAYS[s.trained])
+        flops = training_flops(shape, load, WAYS[s.trained])
         totals.backward += between - start
         totals.optimizer += end - between
         totals.tokens += load.tokens
@@ -306,13 +306,13 @@ def run_steps(c, s: Setting, model, rows, pixels, device: str, steps: int) -> To
 def measure(c, s: Setting, rows, pixels, device: str, steps: int, rate: float) -> dict:
     "One setting's numbers; `rate` is the measured matmul rate in TFLOP/s."
     model, attention = prepared(c, s, device)
-    shape, trained = shape_of(model), WAYS[s.trained]
+    shape, trained = measure_shape(model), WAYS[s.trained]
     on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     totals = run_steps(c, s, model=model, rows=rows, pixels=pixels, device=device, steps=steps)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    estimated = memory(
+    estimated = memory_bytes(
         shape,
         totals.load,
         s.state,
@@ -390,7 +390,7 @@ def main(argv=None) -> dict:
         results["settings"].append({**asdict(s), **numbers})
         print(json.dumps(results["settings"][-1]), flush=True)
         # written after each setting, so that a kill keeps the others
-        write_json(Path(chosen.out), {**results, "card": card(minutes=round(minutes(), 2))})
+        write_json(Path(chosen.out), {**results, "card": make_card(minutes=round(minutes(), 2))})
     return results
 
 

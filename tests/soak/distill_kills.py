@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from octomed.core.files import write_json
-from octomed.core.identity import card, digest, file_digest
+from octomed.core.identity import digest, file_digest, make_card
 from octomed.core.paths import root
 
 SAMPLES = 16  # per question
@@ -31,8 +31,8 @@ def work(folder: Path, questions: int):
 
     Every sample that is made leaves a line in made.log."""
     from octomed.clinic import teachers
-    from octomed.clinic.questions import world_identity
-    from octomed.core.store import run
+    from octomed.clinic.questions import identify_world
+    from octomed.core.store import run_stage
     from octomed.distill import pools, rejection, sampling
     from octomed.generate.engines import Sampling, register_teacher
 
@@ -50,7 +50,7 @@ def work(folder: Path, questions: int):
 
     register_teacher("soak/slow", SlowTeacher, "1")
     data = pools.questions(
-        sources=(("clinic_ward:train", questions, world_identity()),),
+        sources=(("clinic_ward:train", questions, identify_world()),),
         against=(),
         seed=0,
         max_pixels=12_544,
@@ -62,7 +62,7 @@ def work(folder: Path, questions: int):
         sampling=Sampling(1.0, 0.95),
         max_pixels=12_544,
     )
-    run(rejection.accepted(questions=data, samples=drawn, k=16, answer="letter"))
+    run_stage(rejection.accepted(questions=data, samples=drawn, k=16, answer="letter"))
 
 
 def start(folder: Path, questions: int) -> subprocess.Popen:
@@ -183,7 +183,11 @@ def main(kills: int = 20, questions: int = 256):
     )
     write_json(
         root() / "outputs" / "reference" / "soak" / "distill_kills.json",
-        {**results, "good": good, "card": card(minutes=round((time.time() - started) / 60, 1))},
+        {
+            **results,
+            "good": good,
+            "card": make_card(minutes=round((time.time() - started) / 60, 1)),
+        },
     )
     print(
         f"{kills} kills of {results['samples']} samples: same keys {results['same_keys']}, "

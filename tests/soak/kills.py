@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from octomed.core.files import write_json
-from octomed.core.identity import card
+from octomed.core.identity import make_card
 from octomed.core.paths import root
 
 
@@ -140,7 +140,7 @@ def main(kills: int, sections: str):
             "runs_compared": len(same),
             "same_results": all(same),
             "seconds_uninterrupted": round(length, 1),
-            "card": card(minutes=round((time.time() - started) / 60, 1)),
+            "card": make_card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
     for folder in (whole, broken):

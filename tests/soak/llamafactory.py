@@ -66,24 +66,26 @@ def processor_of_arm(arm, common):
     "The processor with which the rows of an arm are rendered."
     from transformers import AutoProcessor
 
-    from octomed.core.store import Stage, run
-    from octomed.evaluate.arms import stages
+    from octomed.core.store import Stage, run_stage
+    from octomed.evaluate.arms import declare_stages
 
-    base = stages(arm, common)["rendered"].params["base"]
-    return AutoProcessor.from_pretrained(run(base) if isinstance(base, Stage) else base)
+    base = declare_stages(arm, common)["rendered"].params["base"]
+    return AutoProcessor.from_pretrained(run_stage(base) if isinstance(base, Stage) else base)
 
 
 def compare_rows(theirs: list[dict], arm, common) -> dict:
     "Their rows compared with ours: ids, labels, pixels."
-    from octomed.generate.render import Pixels, row
-    from octomed.run.exports import traces
+    from octomed.generate.render import PixelCache, render_row
+    from octomed.run.exports import collect_traces
 
     processor = processor_of_arm(arm, common)
-    pixels = Pixels(processor, common.max_pixels)
+    pixels = PixelCache(processor, common.max_pixels)
     newline = processor.tokenizer("\n")["input_ids"]
-    kept = traces(arm, common)[0]
+    kept = collect_traces(arm, common)[0]
     assert len(kept) == len(theirs), f"they have {len(theirs)} rows and we {len(kept)}"
-    ours = [row(processor, trace.messages, trace.response, common.max_pixels) for trace in kept]
+    ours = [
+        render_row(processor, trace.messages, trace.response, common.max_pixels) for trace in kept
+    ]
     counts = {
         "rows": len(ours),
         "same_ids": 0,
@@ -139,7 +141,7 @@ def export(work: Path):
     import octomed.clinic.teachers  # noqa: F401 - registers the teachers
     from octomed.core.recipe import Common
     from octomed.evaluate.arms import Arm, schedule_of
-    from octomed.run.export_llamafactory import llamafactory
+    from octomed.run.export_llamafactory import export_llamafactory
 
     common = Common(
         train=("clinic_ward:train", "clinic_rounds:train"),
@@ -151,7 +153,7 @@ def export(work: Path):
     sources = (("clinic_ward:train", 8), ("clinic_rounds:train", 8))
     arm = Arm(sources, schedule=schedule_of(common, 1.0))
     out = work / "export"
-    return arm, common, llamafactory(arm, common, out), out
+    return arm, common, export_llamafactory(arm, common, out), out
 
 
 def main():
@@ -161,7 +163,7 @@ def main():
     started, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-llamafactory-"))
     os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}
     from octomed.core.files import read_jsonl, write_json
-    from octomed.core.identity import card
+    from octomed.core.identity import make_card
     from octomed.core.paths import root
 
     arm, common, counts, out = export(work)
@@ -205,7 +207,7 @@ def main():
             "losses": losses,
             "compared": compared,
             "good": good,
-            "card": card(minutes=round((time.time() - started) / 60, 1)),
+            "card": make_card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
     print(json.dumps({"rc": [read, trained], "losses": losses, **compared}, indent=1))

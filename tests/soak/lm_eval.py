@@ -126,28 +126,28 @@ def main(folder: Path):
     started, work = time.time(), Path(tempfile.mkdtemp(prefix="octomed-lm-eval-"))
     os.environ |= {"OCTOMED_OUTPUTS": str(work), "OCTOMED_STORE": str(work / "store")}
     from octomed.core.files import read_jsonl, write_json
-    from octomed.core.identity import card
+    from octomed.core.identity import make_card
     from octomed.core.paths import root
     from octomed.core.recipe import Common
-    from octomed.core.store import run
-    from octomed.data.sources import identity_of
-    from octomed.evaluate.arms import Arm, schedule_of, stages
+    from octomed.core.store import run_stage
+    from octomed.data.sources import identify_source
+    from octomed.evaluate.arms import Arm, declare_stages, schedule_of
     from octomed.evaluate.evaluate import evaluation
     from octomed.generate.engines import Sampling
-    from octomed.run.export_lm_eval import lm_eval, task_name
+    from octomed.run.export_lm_eval import export_tasks, task_name
 
     python = environment(folder)
     common = Common(pretrain_tokens=60_000, answer="text")
     schedule = schedule_of(common, 3.0)
     arm = Arm((("clinic_ward:train", 600),), form=FORM, k=0, schedule=schedule)
-    student = stages(arm, common)["student"]
+    student = declare_stages(arm, common)["student"]
     greedy = Sampling(0.0, 1.0, 1.0, max_tokens=TOKENS)
     tasks = work / "tasks"
-    lm_eval(BENCHMARKS, common, tasks, form=FORM, limit=LIMIT, sampling=greedy)
+    export_tasks(BENCHMARKS, common, tasks, form=FORM, limit=LIMIT, sampling=greedy)
     compared, codes = [], []
     for benchmark in BENCHMARKS:  # one run each: the harness does not mix text and image tasks
         task, results = task_name(benchmark, FORM), task_name(benchmark, "results")
-        code = run_harness(python, tasks, task=task, results=results, student=run(student))
+        code = run_harness(python, tasks, task=task, results=results, student=run_stage(student))
         codes.append(code)
         if code:
             continue
@@ -159,9 +159,9 @@ def main(folder: Path):
             seeds=1,
             sampling=greedy,
             max_pixels=common.max_pixels,
-            data=identity_of(benchmark),
+            data=identify_source(benchmark),
         )
-        answers = read_jsonl(run(evaluated) / "rows.jsonl")
+        answers = read_jsonl(run_stage(evaluated) / "rows.jsonl")
         compared.append(compare_scores(benchmark, answers, folder=tasks / results, task=task))
     good = len(compared) == len(BENCHMARKS) and all(map(is_same, compared))
     write_json(
@@ -171,7 +171,7 @@ def main(folder: Path):
             "rc": codes,
             "tasks": compared,
             "good": good,
-            "card": card(minutes=round((time.time() - started) / 60, 1)),
+            "card": make_card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
     print(json.dumps(compared, indent=1))

@@ -218,7 +218,7 @@ def run_on_slurm(recipe: Path, folder: Path, slurm: Path) -> dict:
             "stages": stages,
             "hurts": hurts,
             "seconds": time.time() - start,
-            "states": [row["state"] for row in cluster.state(str(recipe))],
+            "states": [row["state"] for row in cluster.find_job_states(str(recipe))],
             "again": len(cluster.submit(str(recipe), file=asks)),
             "version": command("sinfo", "--version").split()[1],
         }
@@ -234,7 +234,7 @@ def main():
     import submitit
 
     from octomed.core.files import write_json
-    from octomed.core.identity import card
+    from octomed.core.identity import make_card
     from octomed.core.paths import root
 
     recipe = tiny(folder)
@@ -261,7 +261,7 @@ def main():
             "seconds_local": round(local, 1),
             "seconds_on_slurm": round(ran["seconds"], 1),
             "good": good,
-            "card": card(minutes=round((time.time() - begun) / 60, 1)),
+            "card": make_card(minutes=round((time.time() - begun) / 60, 1)),
         },
     )
     states = {state: ran["states"].count(state) for state in ran["states"]}
