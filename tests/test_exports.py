@@ -207,7 +207,7 @@ def test_a_text_with_a_placeholder_is_dropped_and_counted(tmp_path, monkeypatch)
     kept, funnel = collect_traces(ARM, COMMON)
     monkeypatch.setattr(
         factory_module,
-        "traces",
+        "collect_traces",
         lambda *_: (
             [replace(kept[0], response="<think>an <image> ?</think>\\boxed{A}"), *kept[1:]],
             funnel,
