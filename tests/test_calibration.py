@@ -10,7 +10,8 @@ from octomed.core.recipe import load_recipe
 from octomed.evaluate.arms import declare_evaluation, declare_stages
 from octomed.evaluate.results import Results, declare_evaluations, give_seeds
 from octomed.evaluate.stats import judge_difference
-from octomed.generate.engines import Request, Sampling, find_teacher_revision
+from octomed.generate.engines import find_teacher_revision
+from octomed.generate.samples import Request, Sampling
 from octomed.paper import calibration, formatting
 
 

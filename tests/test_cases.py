@@ -10,7 +10,7 @@ from octomed.core.paths import OctomedError
 from octomed.core.recipe import load_recipe
 from octomed.evaluate.results import declare_evaluations, give_seeds
 from octomed.generate.answers import judge
-from octomed.generate.engines import Sample
+from octomed.generate.samples import Sample
 from octomed.paper import cases, formatting
 
 

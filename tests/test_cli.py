@@ -379,7 +379,7 @@ class Always:
     model, name = "always@1", "toy"
 
     def generate(self, requests, sampling):
-        from octomed.generate.engines import Sample
+        from octomed.generate.samples import Sample
 
         for r in requests:
             for i in r.indices:

@@ -25,7 +25,8 @@ from octomed.core.identity import canonicalize
 from octomed.core.paths import OctomedError
 from octomed.data.sources import SOURCES, load
 from octomed.generate.answers import judge
-from octomed.generate.engines import Request, Sampling, load_teacher
+from octomed.generate.engines import load_teacher
+from octomed.generate.samples import Request, Sampling
 
 
 @pytest.fixture(autouse=True, scope="module")

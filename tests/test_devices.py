@@ -56,7 +56,7 @@ from pathlib import Path
 import staged
 from octomed.core import workers
 from octomed.core.devices import usable_cores
-from octomed.core.identity import content, file_digest, hardware, read_ahead
+from octomed.core.identity import content_digest, file_digest, describe_hardware, read_ahead
 
 
 def has_proc():
@@ -84,9 +84,9 @@ if __name__ == "__main__":
         "written": make_students(),
         "cores": usable_cores(),
         "workers": workers_here,
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
         "digest": file_digest(large),
-        "mapped": workers.mapped(content, [large] * 3, few=1),
+        "mapped": workers.mapped(content_digest, [large] * 3, few=1),
     }
     print(json.dumps(facts))
 """

@@ -26,7 +26,8 @@ from octomed.distill.statistics import (
     summarise_samples,
 )
 from octomed.generate.answers import Verdict
-from octomed.generate.engines import Sample, Sampling, derive_sample_seed, register_teacher
+from octomed.generate.engines import register_teacher
+from octomed.generate.samples import Sample, Sampling, derive_sample_seed
 
 QUESTIONS = [
     Question(

@@ -12,14 +12,8 @@ from octomed.core.paths import OctomedError
 from octomed.generate import engines
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engine_vllm import VLLMEngine
-from octomed.generate.engines import (
-    FORCED,
-    Request,
-    Sampling,
-    derive_sample_seed,
-    find_teacher_revision,
-    load_teacher,
-)
+from octomed.generate.engines import FORCED, find_teacher_revision, load_teacher
+from octomed.generate.samples import Request, Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
 

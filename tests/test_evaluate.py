@@ -34,7 +34,7 @@ from octomed.evaluate.results import Results
 from octomed.evaluate.stats import load_paper_table
 from octomed.evaluate.tables import tabulate_scores
 from octomed.generate.engine_transformers import TransformersEngine
-from octomed.generate.engines import Request, Sample, Sampling, register_teacher
+from octomed.generate.engines import register_teacher
 from octomed.generate.prompts import (
     list_templates,
     load_contenders,
@@ -42,6 +42,7 @@ from octomed.generate.prompts import (
     make_prompt_key,
     write_messages,
 )
+from octomed.generate.samples import Request, Sample, Sampling
 
 QS = [
     Question(

@@ -23,8 +23,8 @@ from octomed.data.sources import load
 from octomed.distill.pools import take_subset
 from octomed.evaluate.arms import Arm, declare_stages, schedule_of
 from octomed.generate.answers import judge
-from octomed.generate.engines import Sampling
 from octomed.generate.render import load_rows, render_row
+from octomed.generate.samples import Sampling
 from octomed.run import export_llamafactory as factory_module
 from octomed.run.export_hub import check_push, export_dataset, export_student
 from octomed.run.export_llamafactory import export_llamafactory, factory_settings, frozen_parts

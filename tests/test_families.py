@@ -23,8 +23,8 @@ from octomed.evaluate.arms import declare_stages
 from octomed.evaluate.results import Results
 from octomed.evaluate.tables import tabulate_scores
 from octomed.generate.engine_transformers import TransformersEngine
-from octomed.generate.engines import Request, Sampling
 from octomed.generate.render import PixelCache, encode_prompts, render_row, render_rows, write_chat
+from octomed.generate.samples import Request, Sampling
 from octomed.paper import families as section
 from octomed.train.loop import sum_padded_loss
 from octomed.train.objective import sum_packed_loss

@@ -17,8 +17,9 @@ from octomed.generate.engine_transformers import (
     choose_from_nucleus,
     decode_shrinking,
 )
-from octomed.generate.engines import FORCED, Request, Sample, Sampling, derive_sample_seed
-from octomed.generate.ledger import Ledger, draw, make_sample_key
+from octomed.generate.engines import FORCED
+from octomed.generate.ledger import Ledger, draw
+from octomed.generate.samples import Request, Sample, Sampling, derive_sample_seed, make_sample_key
 from octomed.train.students import save_student
 
 
@@ -190,7 +191,8 @@ WRITER = """
     import time
     from pathlib import Path
 
-    from octomed.generate.engines import Request, Sampling, make_sample
+    from octomed.generate.engines import make_sample
+    from octomed.generate.samples import Request, Sampling
     from octomed.generate.ledger import Ledger, draw
 
     class Slow:

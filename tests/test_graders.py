@@ -319,7 +319,7 @@ def test_the_clinic_grader_does_not_know_other_questions():
 
 def test_a_real_engine_grades_and_what_it_babbles_is_unread(student, tmp_path):
     from octomed.generate.engine_transformers import TransformersEngine
-    from octomed.generate.engines import Sampling
+    from octomed.generate.samples import Sampling
     from octomed.train.students import save_student
 
     save_student(tmp_path, *student, [])

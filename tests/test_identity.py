@@ -13,8 +13,7 @@ from octomed.core.identity import canonicalize, digest, seed_for, unkeyed
 from octomed.core.paths import OctomedError
 from octomed.data.questions import Question
 from octomed.evaluate.arms import Arm, declare_stages
-from octomed.generate.engines import Sampling
-from octomed.generate.ledger import make_sample_key
+from octomed.generate.samples import Sampling, make_sample_key
 from octomed.train.schedule import Schedule
 
 CLINIC_SETS = (

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octomed.core.paths import OctomedError
-from octomed.generate.engines import Request, Sample, Sampling
-from octomed.generate.ledger import Ledger, Stopped, draw, make_sample_key, top_up
+from octomed.generate.ledger import Ledger, Stopped, draw, top_up
+from octomed.generate.samples import Request, Sample, Sampling, make_sample_key
 
 S = Sampling()
 
@@ -250,7 +250,8 @@ WORKER = """
     import time
     from pathlib import Path
 
-    from octomed.generate.engines import Request, Sampling, make_sample
+    from octomed.generate.engines import make_sample
+    from octomed.generate.samples import Request, Sampling
     from octomed.generate.ledger import Ledger, draw
 
     path = Path(sys.argv[1])

@@ -22,9 +22,9 @@ FACTS = """
 import json
 import os
 from octomed.core import paths
-from octomed.core.code import code_digest, section_code
-from octomed.core.identity import commit
-from octomed.core.recipe import load_recipe, recipes
+from octomed.core.code import code_digest, section_digest
+from octomed.core.identity import find_commit
+from octomed.core.recipe import load_recipe, list_recipes
 
 os.makedirs("elsewhere")
 os.chdir("elsewhere")
@@ -34,10 +34,10 @@ print(json.dumps({
     "results": str(paths.shipped_results("smoke")),
     "outputs": str(paths.outputs_dir()),
     "store": str(paths.store_dir()),
-    "recipes": recipes(),
+    "recipes": list_recipes(),
     "lr": load_recipe("smoke").common.lr,
-    "section": section_code("10_one"),
-    "commit": commit(),
+    "section": section_digest("10_one"),
+    "commit": find_commit(),
     "code": code_digest(paths.store_dir),
 }))
 """

@@ -18,7 +18,7 @@ from octomed.clinic.questions import SIZES, load_questions
 from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher
 from octomed.clinic.textbook import draw_atlas, write_textbook
 from octomed.data.images import pixel_hash
-from octomed.generate.engines import Request, Sampling
+from octomed.generate.samples import Request, Sampling
 from octomed.paper.calibration import OneLength
 
 QUESTIONS = {

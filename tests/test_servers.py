@@ -25,8 +25,9 @@ from misbehaving import (
 from octomed.core.paths import OctomedError
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_openai_batch import OpenAIBatchEngine
-from octomed.generate.engines import FORCED, Request, Sampling, derive_sample_seed, load_teacher
+from octomed.generate.engines import FORCED, load_teacher
 from octomed.generate.ledger import Ledger, draw
+from octomed.generate.samples import Request, Sampling, derive_sample_seed
 
 CANARY = "sk-canary-5f1d8c"
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
@@ -215,7 +216,7 @@ def test_fault_9_a_run_that_is_stopped_asks_only_for_what_is_missing(fake, tmp_p
 
 
 def keys(e, n):
-    from octomed.generate.ledger import make_sample_key
+    from octomed.generate.samples import make_sample_key
 
     return [make_sample_key("q1", e.model, "prompt of q1", PLAIN.key, i) for i in range(n)]
 
@@ -478,7 +479,7 @@ def test_fault_17_a_canary_key_appears_in_no_notebook(fake, tmp_path):
     imports = (
         "from octomed.generate.engine_openai import OpenAIEngine\n"
         "from octomed.generate.engine_openai_batch import OpenAIBatchEngine\n"
-        "from octomed.generate.engines import Request, Sampling\n"
+        "from octomed.generate.samples import Request, Sampling\n"
         "requests = [Request('q1', [{'role': 'user', 'content': 'Which?'}], 'p')]"
     )
     run = "display(engine)\nlist(engine.generate(requests, Sampling()))"

@@ -15,13 +15,8 @@ import pytest
 from octomed.core.paths import root
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_transformers import TransformersEngine, _complete
-from octomed.generate.engines import (
-    FORCED,
-    Request,
-    Sampling,
-    begin_forced_exit,
-    derive_sample_seed,
-)
+from octomed.generate.engines import FORCED, begin_forced_exit
+from octomed.generate.samples import Request, Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
 PYTHON = Path(os.environ.get("OCTOMED_VLLM") or root() / ".venv-vllm") / "bin" / "python"

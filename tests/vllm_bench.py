@@ -13,7 +13,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from octomed.generate.engine_vllm import VLLMEngine
-from octomed.generate.engines import Request, Sampling, derive_sample_seed
+from octomed.generate.samples import Request, Sampling, derive_sample_seed
 
 TOKENS = 16  # of every response: short, so that what is not the model shows
 SHORT = Sampling(temperature=1.0, max_tokens=TOKENS)

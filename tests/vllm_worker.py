@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from octomed.generate.engine_vllm import VLLMEngine
-from octomed.generate.engines import FORCED, Request, Sampling
+from octomed.generate.engines import FORCED
+from octomed.generate.samples import Request, Sampling
 
 
 def main(student, jobs, out):

@@ -32,7 +32,7 @@ from ..core.files import write_json
 from ..core.paths import OctomedError, root, store_dir
 from ..data.images import store_image
 from ..generate.engine_openai import OpenAIEngine, serve_locally
-from ..generate.engines import Request, Sampling
+from ..generate.samples import Request, Sampling
 
 # %% ../../nbs/bench/06_engines.ipynb #ea02f83f
 VLLM = {

@@ -32,8 +32,8 @@ from octomed.bench.timing import (
 )
 from ..core.files import write_json
 from ..core.paths import OctomedError
-from ..generate.engines import Sample
 from ..generate.ledger import Keeper, Ledger
+from ..generate.samples import Sample
 
 # %% ../../nbs/bench/07_ledger.ipynb #1a1fb15a
 def _texts(rng: random.Random) -> list[str]:

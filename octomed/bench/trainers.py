@@ -215,7 +215,7 @@ OURS = f"""{WATCH}
 
 from functools import partial
 
-from octomed.generate.render import Pixels, load_rows
+from octomed.generate.render import PixelCache, load_rows
 from octomed.train import loop
 from octomed.train.launch import Execution
 from octomed.train.schedule import Schedule
@@ -224,7 +224,7 @@ from octomed.train.students import load_student
 model, processor = load_student("student")
 watch(model)
 if settings.get("anew"):
-    loop.Pixels = partial(Pixels, keep=0)
+    loop.Pixels = partial(PixelCache, keep=0)
 loop.fit(
     model,
     processor,

@@ -21,9 +21,10 @@ from .world import Truth, load_conditions, pick
 from ..core.identity import digest, seed_for
 from ..core.paths import OctomedError
 from ..generate.answers import judge
-from ..generate.engines import Sample, Sampling, derive_sample_seed, register_teacher
+from ..generate.engines import register_teacher
 from ..generate.graders import translate_tag
 from ..generate.prompts import END_OF_THINK
+from ..generate.samples import Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/clinic/08_graders.ipynb #d1cd1917
 # Declared by hand: a change of how a grade is made needs a new one.

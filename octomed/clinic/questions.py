@@ -305,7 +305,7 @@ def plans(out, source, split, knowledge):
 @lru_cache
 def load_plans(source: str, split: str, store) -> list[tuple[int, str, Truth, tuple | None]]:
     "The rows of `plans`, which a store makes once."
-    knowledge = content_digest(shipped("clinic", "world.yaml"))
+    knowledge = content_digest(shipped("clinic", "facts_and_phrases.yaml"))
     folder = run_stage(plans(source=source, split=split, knowledge=knowledge))
     rows = []
     for i, stem, fields, key in read_jsonl(folder / "plans.jsonl"):
@@ -388,7 +388,7 @@ KNOWLEDGE_DIGEST = "e16a7eb941965791"  # of the YAML file that this identity was
 @lru_cache
 def identify_world() -> str:
     "The declared identity; with another YAML file, a digest of both."
-    knowledge = content_digest(shipped("clinic", "world.yaml"))
+    knowledge = content_digest(shipped("clinic", "facts_and_phrases.yaml"))
     return WORLD_IDENTITY if knowledge == KNOWLEDGE_DIGEST else digest(WORLD_IDENTITY, knowledge)
 
 # %% ../../nbs/clinic/04_questions.ipynb #97f9c808

@@ -43,7 +43,8 @@ from octomed.clinic.world import (
 from ..core.identity import digest, seed_for
 from ..core.paths import OctomedError
 from ..generate.answers import judge
-from ..generate.engines import Request, Sample, Sampling, derive_sample_seed, register_teacher
+from ..generate.engines import register_teacher
+from ..generate.samples import Request, Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/clinic/07_teachers.ipynb #0c2902d1
 # Declared by hand: a change of what a teacher says needs a new one.

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.paths import OctomedError, UsageError, shipped
-from ..generate.engines import Sample
+from ..generate.samples import Sample
 
 # %% ../../nbs/distill/01_cost.ipynb #3b408411
 def _has_price(row: dict) -> bool:

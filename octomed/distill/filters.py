@@ -18,8 +18,8 @@ from .pools import read_questions
 # %% ../../nbs/distill/05_filters.ipynb #106049cf
 from .rejection import judge_samples
 from ..generate.answers import Verdict, majority_vote, score
-from ..generate.engines import Sample
 from ..generate.graders import rate_difficulty
+from ..generate.samples import Sample
 
 # %% ../../nbs/distill/05_filters.ipynb #6e1b820b
 FILTERS = {  # name → lowest and highest value that is kept

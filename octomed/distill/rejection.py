@@ -20,9 +20,9 @@ from .pools import read_questions
 # %% ../../nbs/distill/04_rejection.ipynb #666c11dd
 from .sampling import read_samples
 from ..generate.answers import Verdict, judge, score
-from ..generate.engines import Sample
 from ..generate.graders import judge_open_ended
 from ..generate.prompts import Template, convert_to_boxed, load_template
+from ..generate.samples import Sample
 
 # %% ../../nbs/distill/04_rejection.ipynb #a8435506
 @lru_cache

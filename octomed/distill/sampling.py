@@ -29,9 +29,10 @@ from .pools import read_questions
 from ..generate.engine_transformers import TransformersEngine
 
 # %% ../../nbs/distill/03_sampling.ipynb #eb7ed431
-from ..generate.engines import Request, Sampling, load_teacher
-from ..generate.ledger import Ledger, make_sample_key, top_up
+from ..generate.engines import load_teacher
+from ..generate.ledger import Ledger, top_up
 from ..generate.prompts import Template, load_template, make_prompt_key, write_messages
+from ..generate.samples import Request, Sampling, make_sample_key
 
 # %% ../../nbs/distill/03_sampling.ipynb #d72c1167
 def route(q: Question, common: Common) -> tuple[str, str]:

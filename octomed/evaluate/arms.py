@@ -22,7 +22,8 @@ from ..distill.rejection import accepted
 from ..distill.sampling import samples, student_samples
 from ..distill.traces import MODES, chats, rendered, rendered_chats
 from .evaluate import evaluation, sampling_of
-from ..generate.engines import Sampling, find_teacher_revision
+from ..generate.engines import find_teacher_revision
+from ..generate.samples import Sampling
 
 # %% ../../nbs/evaluate/03_arms.ipynb #6cbaeba8
 from ..generate.prompts import load_template

@@ -36,7 +36,8 @@ from .stats import load_paper_table
 from ..generate.answers import Verdict, majority_vote
 from ..generate.engine_transformers import TransformersEngine
 from ..generate.engine_vllm import VLLMEngine
-from ..generate.engines import KINDS, TEACHERS, Engine, Sample, Sampling, load_teacher
+from ..generate.engines import KINDS, TEACHERS, Engine, load_teacher
+from ..generate.samples import Sample, Sampling
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #11248878
 from ..generate.graders import judge_open_ended
@@ -146,7 +147,7 @@ def student_of(
 ]:  # what `evaluation` takes, and the template that it is read with
     """A student by name.
 
-    Raises `OctomedError` for an unregistered name of the clinic, and what `find_respondent` raises."""
+    Raises `OctomedError` for a clinic name that nobody registered, and as `find_respondent`."""
     if Path(name).is_dir():
         return ExternalInput(Path(name).resolve()), "cot"
     if name in TEACHERS:

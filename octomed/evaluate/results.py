@@ -85,7 +85,7 @@ class Results:
 
 # %% ../../nbs/evaluate/04_results.ipynb #d2102a33
 @patch
-def part(self: Results, benchmark: str, name: str, ids: set) -> Results:
+def with_part(self: Results, benchmark: str, name: str, ids: set) -> Results:
     "The same results with the questions of these ids beside the benchmark, as a part of it."
     rows = {}
     for arm, by_benchmark in self.rows.items():
@@ -98,7 +98,7 @@ def part(self: Results, benchmark: str, name: str, ids: set) -> Results:
 
 # %% ../../nbs/evaluate/04_results.ipynb #f9b6430c
 @patch
-def within(self: Results, where: str) -> list[str]:
+def benchmarks_of(self: Results, where: str) -> list[str]:
     """The benchmarks of a category, or the one benchmark of that name.
 
     Raises `OctomedError` if there are none."""

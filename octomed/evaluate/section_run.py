@@ -37,9 +37,10 @@ from octomed.evaluate.stats import (
 )
 from .tables import rows_at_chance
 from ..generate.answers import judge
-from ..generate.engines import Sampling, load_teacher
+from ..generate.engines import load_teacher
 from ..generate.ledger import Ledger, draw
 from ..generate.prompts import load_template
+from ..generate.samples import Sampling
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c006
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from ..evaluate.section_run import ask_teachers, finding_of, judge_sample
 from ..evaluate.stats import Interval
 from ..generate.answers import Verdict
 from ..generate.engine_transformers import TransformersEngine
-from ..generate.engines import Request, Sample, Sampling
-from ..generate.ledger import Ledger, draw, make_sample_key
+from ..generate.ledger import Ledger, draw
 from ..generate.prompts import load_template, make_prompt_key, write_messages
+from ..generate.samples import Request, Sample, Sampling, make_sample_key
 from .formatting import arms as arms_of_42
 
 # %% ../../nbs/paper/55_cases.ipynb #30e6201c

@@ -36,8 +36,8 @@ from ..evaluate.arms import Arm, schedule_of
 from ..evaluate.claims import Claim
 from ..evaluate.section_run import ask_teachers
 from ..evaluate.stats import find_paper_number
-from ..generate.engines import Sampling
 from ..generate.graders import find_tags, read_source_tags
+from ..generate.samples import Sampling
 from ..train.students import register_student
 
 # %% ../../nbs/paper/30_dataset.ipynb #044ac183

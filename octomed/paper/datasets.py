@@ -24,8 +24,9 @@ from ..evaluate.claims import Claim
 from ..evaluate.results import Results, category_of, choose_benchmarks
 from ..evaluate.section_run import overall_rows
 from ..generate.graders import judge_open_ended
-from ..generate.ledger import Ledger, make_sample_key
+from ..generate.ledger import Ledger
 from ..generate.prompts import load_template
+from ..generate.samples import make_sample_key
 from .scaling import CENTRE
 from .scaling import arms as arms_of_51
 from .sourcing import BEFORE, EVERYWHERE, Everywhere

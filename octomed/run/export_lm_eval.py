@@ -17,8 +17,8 @@ from ..data.questions import Question
 from ..data.sources import load
 from ..distill.pools import take_subset
 from ..evaluate.evaluate import sampling_of
-from ..generate.engines import Sampling
 from ..generate.prompts import Template, load_template, write_messages
+from ..generate.samples import Sampling
 from .exports import copy_images, new_folder, plain_messages
 
 # %% ../../nbs/run/22_export_lm_eval.ipynb #89aa20de

@@ -35,7 +35,7 @@ from octomed.train.launch import (
     catch_stop_signals,
     current_execution,
 )
-from .objective import move_to_device, objective_class, prepare_packed
+from .objective import move_to_device, normalise_loss, objective_class, prepare_packed
 from .optimizers import build_optimizers, train_low_rank
 from .packing import group_packed
 from .schedule import Schedule, deal_groups, draw_batches, group_padded, learning_rate
@@ -225,7 +225,7 @@ def _accumulate(loop: Loop, rows: list[Row]):  # (2,): summed loss, and room for
         exchanges = last or loop.sharded or loop.ranks == 1
         with contextlib.nullcontext() if exchanges else loop.objective.no_sync():
             loss = loop.loss(group)
-            _backward(loop, loss * (loop.ranks / trained), last)
+            _backward(loop, normalise_loss(loss, answer_tokens=trained, ranks=loop.ranks), last)
         sums[0] += loss.detach()
     return sums
 

@@ -34,7 +34,8 @@ def work(folder: Path, questions: int):
     from octomed.clinic.questions import identify_world
     from octomed.core.store import run_stage
     from octomed.distill import pools, rejection, sampling
-    from octomed.generate.engines import Sampling, register_teacher
+    from octomed.generate.engines import register_teacher
+    from octomed.generate.samples import Sampling
 
     log = os.open(folder / "made.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 

@@ -133,7 +133,7 @@ def main(folder: Path):
     from octomed.data.sources import identify_source
     from octomed.evaluate.arms import Arm, declare_stages, schedule_of
     from octomed.evaluate.evaluate import evaluation
-    from octomed.generate.engines import Sampling
+    from octomed.generate.samples import Sampling
     from octomed.run.export_lm_eval import export_tasks, task_name
 
     python = environment(folder)
