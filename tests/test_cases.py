@@ -156,7 +156,7 @@ def test_the_teacher_beside_a_case_is_the_one_of_its_kind(clinic):
 
 def test_a_response_that_is_not_in_the_ledger_is_said_to_be_missing(monkeypatch, tmp_path):
     r = load_recipe("smoke")
-    monkeypatch.setattr(cases, "run", lambda s: tmp_path / "student")
-    monkeypatch.setattr(cases, "identity", lambda s: "nobody")
+    monkeypatch.setattr(cases, "run_stage", lambda s: tmp_path / "student")
+    monkeypatch.setattr(cases, "student_identity", lambda s: "nobody")
     with pytest.raises(OctomedError, match="--fresh"):
         cases.read_answers(r, give_seeds(cases.arms(r)[cases.STUDENT], 1, r.common)[0], cases.WARD)

@@ -9,7 +9,7 @@ import pytest
 
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import CATEGORIES
-from octomed.run import environment, judge_file, report, sections
+from octomed.run import environment, judge_file, report, terminal
 from octomed.run.cli import main
 
 
@@ -582,7 +582,7 @@ def test_report_as_text_and_json(capsys, tmp_path, results):
         and "38 against 23" in out
         and "1,300" in out
         and "One training seed" in out
-        and "Not told from chance: x on demo:test" in out
+        and "Not shown to beat chance: x on demo:test" in out
     )
     found = json.loads(call(capsys, "report", recipe, "--json")[1])
     assert (
@@ -670,7 +670,9 @@ def test_plan_runs_nothing(capsys, tmp_path, results):
 
 
 def test_columns_align():
-    assert sections.columns([{"a": "x", "n": 1}, {"a": "long word", "n": 1000}]).splitlines() == [
+    assert terminal.format_table(
+        [{"a": "x", "n": 1}, {"a": "long word", "n": 1000}]
+    ).splitlines() == [
         "a              n",
         "x              1",
         "long word  1,000",

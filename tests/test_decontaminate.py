@@ -448,7 +448,7 @@ def test_fault_25_a_lost_or_doubled_row_is_refused(tmp_path, monkeypatch):
 
     for broken in (losing, doubling):
         monkeypatch.setattr(module, "look_up_rows", broken)
-        monkeypatch.setattr(files_module, "part_of", broken)
+        monkeypatch.setattr(files_module, "look_up_rows", broken)
         with pytest.raises(OctomedError, match="lost or doubled"):
             decontaminate_sets([t], [b], 8)
     with pytest.raises(OctomedError, match="lost or doubled"):

@@ -73,8 +73,8 @@ def make_students():
 
 
 if __name__ == "__main__":
-    workers.NEEDED = ()
-    workers_here = workers.workers_here()
+    workers.PRELOADED = ()
+    worker_count = workers.count_workers()
     os.environ["OCTOMED_WORKERS"] = "2"
     large = Path(sys.argv[1])
     large.write_bytes(bytes(3 << 20))
@@ -83,10 +83,10 @@ if __name__ == "__main__":
         "proc": has_proc(),
         "written": make_students(),
         "cores": usable_cores(),
-        "workers": workers_here,
+        "workers": worker_count,
         "hardware": describe_hardware(),
         "digest": file_digest(large),
-        "mapped": workers.mapped(content_digest, [large] * 3, few=1),
+        "mapped": workers.map_in_workers(content_digest, [large] * 3, few=1),
     }
     print(json.dumps(facts))
 """

@@ -132,7 +132,7 @@ class FirstPlace(Knows):
 
 def read_with(engine, monkeypatch, control=0, seeds=2, **more):
     monkeypatch.setattr(module, "TransformersEngine", engine)
-    monkeypatch.setattr(module, "identity", lambda s: engine.__name__)
+    monkeypatch.setattr(module, "student_identity", lambda s: engine.__name__)
     s = evaluation(
         student=engine.__name__,
         benchmark="toybench:test",

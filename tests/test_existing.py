@@ -224,7 +224,7 @@ def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
         return [SimpleNamespace(status="correct") for _ in items]
 
     monkeypatch.setattr(datasets, "find_unread", unread)
-    monkeypatch.setattr(datasets, "open_ended", open_ended)
+    monkeypatch.setattr(datasets, "judge_open_ended", open_ended)
     graded = datasets.grade_unread(results, {"a": {"clinic_ward:test": [None]}}, "clinic/grader")
     statuses = [row["statuses"] for row in graded.rows["a"]["clinic_ward:test"][0]]
     assert statuses == [["correct", "wrong"], ["correct", "truncated"]]

@@ -746,7 +746,7 @@ def test_fault_7_two_processes_share_the_index_and_the_pictures(files):
         "import sys; from octomed.data import images\n"
         "who, *paths = sys.argv[1:]; sys.stdin.readline()\n"
         "for i in range(40): images._remember({f'{who}{i}': 'x'})\n"
-        "for p in paths: images.intake_all([p], 12_544, workers=1)\n"
+        "for p in paths: images.store_images([p], 12_544, workers=1)\n"
     )
     both = [
         subprocess.Popen(

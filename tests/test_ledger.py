@@ -345,7 +345,7 @@ def test_fault_9_a_killed_distillation_ends_with_the_same_keys_and_bytes(tmp_pat
     )
     soak = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    report = soak.series(3, 16, tmp_path)
+    report = soak.compare_runs(3, 16, tmp_path)
     assert report["same_keys"] and report["same_bytes"] and report["same_files"]
     assert (
         any(k["exit"] == -signal.SIGKILL for k in report["kills"])

@@ -311,7 +311,7 @@ def test_the_model_is_asked_before_the_run(tiny, name):
 
 def test_a_model_whose_samples_see_each_other_is_refused(tiny, monkeypatch):
     model, processor = tiny
-    monkeypatch.setattr(attention, "packed_batch", without_text_positions)
+    monkeypatch.setattr(attention, "collate_packed", without_text_positions)
     with pytest.raises(OctomedError, match="see each other"):
         check_isolation(model, processor)
 
@@ -345,7 +345,7 @@ def test_fault_28_the_comparison_of_gradients_notices_a_leak(tiny, pictures, mon
     model, processor = tiny
     pixels, rows = PixelCache(processor, PIXELS), mixture("mixture", processor, pictures)
     plain = gradient(model, [rows], lambda g: sum_padded_loss(model, processor, g, pixels))
-    monkeypatch.setattr(objective, "packed_batch", without_text_positions)
+    monkeypatch.setattr(objective, "collate_packed", without_text_positions)
     leaked = gradient(model, [rows], lambda g: sum_packed_loss(model, processor, g, pixels))
     assert distance(leaked[2], plain[2]) > 1e-3 and abs(leaked[0] - plain[0]) > 1e-5 * plain[0]
 

@@ -145,7 +145,7 @@ WAITING = """
 import {name} as m
 from octomed.core import workers
 
-workers.NEEDED = ()
+workers.PRELOADED = ()
 waiting = m.student(base=m.base(n=1), seed="wait")
 workers.run_all([[waiting], [m.student(base=m.base(n=1), seed=1)]])
 """

@@ -79,7 +79,7 @@ def test_decontaminate(installed):
 def test_plan_course(installed):
     scripts, work = installed
     rows = json.loads(call(scripts / "octomed", "plan", "course", "--json", cwd=work).stdout)
-    assert len(rows) == 11
+    assert "42_formatting" in {row["section"] for row in rows}
 
 
 def test_a_section_runs_and_its_outputs_lie_where_it_was_started(installed):

@@ -392,9 +392,9 @@ def bench(
     "Measure octomed beside its peers; results go to outputs/bench/."
     import importlib
 
-    measured = importlib.import_module("octomed.bench.timing").measured
+    run_timings = importlib.import_module("octomed.bench.timing").run_timings
     rows = []
-    for result in measured(names, small=small):
+    for result in run_timings(names, small=small):
         rows += result["rows"]
     show(rows, as_json=json)
 
