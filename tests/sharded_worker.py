@@ -27,5 +27,5 @@ def sharded_accelerator(how):
 
 
 if __name__ == "__main__":
-    students.accelerator_of = sharded_accelerator
+    students.build_accelerator = sharded_accelerator
     students.main(Path(sys.argv[1]))

@@ -236,7 +236,7 @@ def test_sources_are_registered():
 def test_every_class_of_drawing_is_visible(modality):
     means = []
     for cls in drawings.CLASSES[modality]:
-        pictures = [np.asarray(drawings.draw(modality, cls, k), float) for k in range(10)]
+        pictures = [np.asarray(drawings.draw_picture(modality, cls, k), float) for k in range(10)]
         small = [picture.reshape(14, 8, 14, 8, 3).mean((1, 3)) for picture in pictures]
         means.append(np.mean(small, 0))
     normal, *others = means
@@ -248,21 +248,21 @@ def test_every_class_of_drawing_is_visible(modality):
 
 def contrast(scanner: str) -> float:
     "Standard deviation of a normal chest, on average."
-    pictures = [drawings.draw("xray", "normal chest", k, scanner=scanner) for k in range(6)]
+    pictures = [drawings.draw_picture("xray", "normal chest", k, scanner=scanner) for k in range(6)]
     return np.mean([np.asarray(picture, float).std() for picture in pictures])
 
 
 def test_scanner_b_is_another_machine():
     assert contrast("b") < 0.9 * contrast("a")
     with pytest.raises(OctomedError):
-        drawings.draw("xray", "ring lesion", 0)
+        drawings.draw_picture("xray", "ring lesion", 0)
 
 
 def test_a_drawing_is_the_same_every_time():
     assert (
-        drawings.draw("fundus", "new vessels", 3).tobytes()
-        == drawings.draw("fundus", "new vessels", 3).tobytes()
-        != drawings.draw("fundus", "new vessels", 4).tobytes()
+        drawings.draw_picture("fundus", "new vessels", 3).tobytes()
+        == drawings.draw_picture("fundus", "new vessels", 3).tobytes()
+        != drawings.draw_picture("fundus", "new vessels", 4).tobytes()
     )
 
 

@@ -18,7 +18,7 @@ from octomed.generate.engine_transformers import (
     decode_shrinking,
 )
 from octomed.generate.engines import FORCED
-from octomed.generate.ledger import Ledger, draw
+from octomed.generate.ledger import Ledger, draw_samples
 from octomed.generate.samples import Request, Sample, Sampling, derive_sample_seed, make_sample_key
 from octomed.train.students import save_student
 
@@ -168,7 +168,7 @@ def test_forced_exit_never_passes_its_budget_and_is_counted(engine):
 
 def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    first = draw(ledger, engine, [ask("q1")], FAST)
+    first = draw_samples(ledger, engine, [ask("q1")], FAST)
 
     class Refuses:
         model, name = engine.model, "none"
@@ -176,14 +176,14 @@ def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(engine, tmp_pat
         def generate(self, requests, sampling):
             raise AssertionError("asked again")
 
-    assert draw(ledger, Refuses(), [ask("q1")], FAST) == first
+    assert draw_samples(ledger, Refuses(), [ask("q1")], FAST) == first
     for request, sampling in (
         (replace(ask("q1"), prompt="other words"), FAST),
         (ask("q1"), replace(FAST, temperature=0.5)),
         (ask("q1", 5), FAST),
     ):
         with pytest.raises(AssertionError, match="asked again"):
-            draw(ledger, Refuses(), [request], sampling)
+            draw_samples(ledger, Refuses(), [request], sampling)
 
 
 WRITER = """
@@ -193,7 +193,7 @@ WRITER = """
 
     from octomed.generate.engines import make_sample
     from octomed.generate.samples import Request, Sampling
-    from octomed.generate.ledger import Ledger, draw
+    from octomed.generate.ledger import Ledger, draw_samples
 
     class Slow:
         model, name = "slow@1", "test"
@@ -207,7 +207,7 @@ WRITER = """
                     yield make_sample(self, r, i, sampling=sampling, text=text, finish="stop")
 
     requests = [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(25)]
-    draw(Ledger(Path(sys.argv[1])), Slow(), requests, Sampling())
+    draw_samples(Ledger(Path(sys.argv[1])), Slow(), requests, Sampling())
     print("complete", flush=True)
 """
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octomed.core.paths import OctomedError
-from octomed.generate.ledger import Ledger, Stopped, draw, top_up
+from octomed.generate.ledger import Ledger, Stopped, draw_samples, top_up
 from octomed.generate.samples import Request, Sample, Sampling, make_sample_key
 
 S = Sampling()
@@ -122,7 +122,7 @@ def test_another_process_s_shards_are_seen(tmp_path):
 
 def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(tmp_path):
     ledger, first = Ledger(tmp_path / "ledger.sqlite"), Engine()
-    samples = draw(ledger, first, ask(2), S)
+    samples = draw_samples(ledger, first, ask(2), S)
     for requests, sampling, expected in (
         (ask(2), S, 0),
         (ask(2, 20), S, 8),
@@ -130,7 +130,7 @@ def test_fault_16_the_same_payload_hits_and_a_changed_one_misses(tmp_path):
         (ask(2), replace(S, temperature=0.1), 32),
     ):
         engine = Engine()
-        again = draw(ledger, engine, requests, sampling)
+        again = draw_samples(ledger, engine, requests, sampling)
         assert len(engine.drawn) == expected and (expected or again == samples)
 
 
@@ -138,16 +138,16 @@ def test_fault_11_wrong_unparsed_truncated_and_refused_samples_are_kept_and_not_
     tmp_path,
 ):
     ledger, asked = Ledger(tmp_path / "ledger.sqlite"), ask(3, 4)
-    draw(ledger, Engine(q0="refused", q1="length"), asked, S)
+    draw_samples(ledger, Engine(q0="refused", q1="length"), asked, S)
     engine = Engine()
-    assert [s.finish for s in draw(ledger, engine, asked, S)] == ["refused"] * 4 + [
+    assert [s.finish for s in draw_samples(ledger, engine, asked, S)] == ["refused"] * 4 + [
         "length"
     ] * 4 + ["stop"] * 4 and not engine.drawn
 
 
 def test_an_error_is_drawn_again_by_the_next_run_and_only_it(tmp_path):
     ledger, asked = Ledger(tmp_path / "ledger.sqlite"), ask(3, 2)
-    assert [s.finish for s in draw(ledger, Engine(q1="error"), asked, S)] == [
+    assert [s.finish for s in draw_samples(ledger, Engine(q1="error"), asked, S)] == [
         "stop",
         "stop",
         "error",
@@ -156,14 +156,14 @@ def test_an_error_is_drawn_again_by_the_next_run_and_only_it(tmp_path):
         "stop",
     ]
     engine = Engine()
-    assert {s.finish for s in draw(Ledger(tmp_path / "ledger.sqlite"), engine, asked, S)} == {
-        "stop"
-    } and engine.drawn == [("q1", 0), ("q1", 1)]
+    assert {
+        s.finish for s in draw_samples(Ledger(tmp_path / "ledger.sqlite"), engine, asked, S)
+    } == {"stop"} and engine.drawn == [("q1", 0), ("q1", 1)]
 
 
 def test_fault_14_what_is_asked_for_twice_is_drawn_once(tmp_path):
     engine = Engine()
-    samples = draw(Ledger(tmp_path / "ledger.sqlite"), engine, ask(1, 4) + ask(2, 6), S)
+    samples = draw_samples(Ledger(tmp_path / "ledger.sqlite"), engine, ask(1, 4) + ask(2, 6), S)
     assert len(engine.drawn) == len(set(engine.drawn)) == 12 and [s.index for s in samples] == [
         0,
         1,
@@ -199,16 +199,16 @@ def test_a_budget_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path, capsy
         Stopped,
         match=r"^the budget of 200 tokens is spent: 20 of 32 samples are kept, run again to go on$",
     ):
-        draw(ledger, Engine(), ask(2), S, stop=budget)
+        draw_samples(ledger, Engine(), ask(2), S, stop=budget)
     engine = Engine()
-    draw(ledger, engine, ask(2), S)
+    draw_samples(ledger, engine, ask(2), S)
     assert len(engine.drawn) == 12 and "20 of 32 are there already" in capsys.readouterr().err
 
 
 def test_a_budget_that_is_spent_by_the_last_sample_stops_nothing(tmp_path):
     assert (
         len(
-            draw(
+            draw_samples(
                 Ledger(tmp_path / "ledger.sqlite"),
                 Engine(),
                 ask(1),
@@ -231,7 +231,7 @@ def test_what_was_made_is_kept_within_a_second_while_the_engine_thinks(tmp_path)
                     counts.append(len(Ledger(path)))
                 yield s
 
-    draw(Ledger(path), Thinks(), ask(1, 5), S)
+    draw_samples(Ledger(path), Thinks(), ask(1, 5), S)
     assert counts == [3]
 
 
@@ -252,7 +252,7 @@ WORKER = """
 
     from octomed.generate.engines import make_sample
     from octomed.generate.samples import Request, Sampling
-    from octomed.generate.ledger import Ledger, draw
+    from octomed.generate.ledger import Ledger, draw_samples
 
     path = Path(sys.argv[1])
     rows, first, last, limit = (int(sys.argv[n]) for n in (2, 3, 4, 6))
@@ -272,7 +272,7 @@ WORKER = """
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     requests = [Request(f"q{n}", [], "p", tuple(range(16))) for n in range(first, last)]
-    draw(Ledger(path, rows), Slow(), requests, Sampling())
+    draw_samples(Ledger(path, rows), Slow(), requests, Sampling())
     print("complete", flush=True)
 """
 

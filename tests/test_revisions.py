@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from octomed.clinic.drawings import CLASSES, draw
+from octomed.clinic.drawings import CLASSES, draw_picture
 from octomed.clinic.graders import Grader, SimulatedGrader
 from octomed.clinic.manners import MANNERS, build_chat, write_wordings
 from octomed.clinic.questions import SIZES, load_questions
@@ -116,7 +116,7 @@ def test_the_drawings_are_those_of_their_revision(name):
     hashes = []
     for cls in CLASSES[modality]:
         for seed in (0, 1, 2, 100_007, 300_011):
-            hashes.append(pixel_hash(draw(modality, cls, seed, scanner)))
+            hashes.append(pixel_hash(draw_picture(modality, cls, seed, scanner)))
     assert pin(hashes) == DRAWINGS[name]
 
 

@@ -26,7 +26,7 @@ from octomed.core.paths import OctomedError
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_openai_batch import OpenAIBatchEngine
 from octomed.generate.engines import FORCED, load_teacher
-from octomed.generate.ledger import Ledger, draw
+from octomed.generate.ledger import Ledger, draw_samples
 from octomed.generate.samples import Request, Sampling, derive_sample_seed
 
 CANARY = "sk-canary-5f1d8c"
@@ -105,10 +105,10 @@ def test_fault_10_what_got_no_answer_is_no_sample_and_is_drawn_by_the_next_run(f
     with pytest.raises(
         OctomedError, match=r"1 samples got no answer from FAKE \(broken\): run again"
     ):
-        draw(ledger, e, [ask(n=6)], PLAIN)
+        draw_samples(ledger, e, [ask(n=6)], PLAIN)
     assert len(ledger) == 5
     asked = len(fake.asked)
-    assert [s.index for s in draw(ledger, e, [ask(n=6)], PLAIN)] == list(range(6)) and len(
+    assert [s.index for s in draw_samples(ledger, e, [ask(n=6)], PLAIN)] == list(range(6)) and len(
         fake.asked
     ) == asked + 1
 
@@ -190,7 +190,7 @@ def test_fault_13_every_sample_asks_with_its_own_seed(fake):
 
 def test_fault_14_a_question_that_comes_twice_is_answered_twice_and_kept_once(fake, tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    samples = draw(ledger, engine(), [ask(), ask()], PLAIN)
+    samples = draw_samples(ledger, engine(), [ask(), ask()], PLAIN)
     assert [s.index for s in samples] == [0, 1, 2, 3] * 2 and len(ledger) == 4
 
 
@@ -207,11 +207,11 @@ def test_fault_9_a_run_that_is_stopped_asks_only_for_what_is_missing(fake, tmp_p
                 yield s
 
     with pytest.raises(KeyboardInterrupt):
-        draw(ledger, Stops(), [ask(n=16)], PLAIN)
+        draw_samples(ledger, Stops(), [ask(n=16)], PLAIN)
     kept = {s.seed for s in ledger.find([bytes.fromhex(k.hex()) for k in keys(e, 16)]).values()}
     assert len(kept) == 5
     fake.asked.clear()
-    draw(ledger, e, [ask(n=16)], PLAIN)
+    draw_samples(ledger, e, [ask(n=16)], PLAIN)
     assert len(fake.asked) == 11 and not {b["seed"] for b in fake.asked} & kept
 
 
@@ -447,7 +447,7 @@ def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         e = engine(concurrency=1)
         with pytest.raises(OctomedError, match="got no answer") as failed:
-            draw(ledger, e, [ask(n=4)], PLAIN)
+            draw_samples(ledger, e, [ask(n=4)], PLAIN)
         print(e, vars(e), e.server, failed.value)
         traceback.print_exception(failed.value)
     ledger.close()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'CANVAS', 'CLASSES', 'PAINTERS', 'GRAIN', 'DRAWINGS_REVISION', 'draw_noise', 'compute_grid', 'draw_ellipse',
            'paint', 'draw_strokes', 'draw_dots', 'trace_path', 'paint_fundus', 'paint_mri', 'paint_xray',
-           'paint_glands', 'paint_histology', 'scan', 'draw', 'draw_contact_sheet', 'measure_nearest_mean']
+           'paint_glands', 'paint_histology', 'scan', 'draw_picture', 'draw_contact_sheet', 'measure_nearest_mean']
 
 # %% ../../nbs/clinic/01_drawings.ipynb #9416a32e
 import math
@@ -535,7 +535,7 @@ def scan(rng, im, scanner):
     return Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
 
 # %% ../../nbs/clinic/01_drawings.ipynb #0b5e91ec
-def draw(
+def draw_picture(
     modality: str,  # a key of `CLASSES`
     cls: str,  # one of its classes
     seed: int,  # which drawing
@@ -567,13 +567,15 @@ def draw_contact_sheet(
     sheet = Image.new("RGB", (per_class * step, len(rows) * step), "white")
     for row, (modality, cls) in enumerate(rows):
         for seed in range(per_class):
-            sheet.paste(draw(modality, cls, seed, scanner=scanner), (seed * step, row * step))
+            sheet.paste(
+                draw_picture(modality, cls, seed, scanner=scanner), (seed * step, row * step)
+            )
     return sheet
 
 # %% ../../nbs/clinic/01_drawings.ipynb #1610b7a4
 def _small(modality: str, cls: str, seed: int, scanner: str, side: int) -> np.ndarray:
     "A drawing as a vector of few pixels."
-    picture = draw(modality, cls, seed, scanner=scanner).resize((side, side), Image.BOX)
+    picture = draw_picture(modality, cls, seed, scanner=scanner).resize((side, side), Image.BOX)
     return np.asarray(picture, np.float32).ravel()
 
 # %% ../../nbs/clinic/01_drawings.ipynb #bac933ad

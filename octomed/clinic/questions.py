@@ -21,7 +21,7 @@ import numpy as np
 from ..core.identity import Registry
 
 # %% ../../nbs/clinic/04_questions.ipynb #893d019f
-from .drawings import CLASSES, DRAWINGS_REVISION, draw
+from .drawings import CLASSES, DRAWINGS_REVISION, draw_picture
 from .vignettes import place_options, write_stem, write_vignette
 from .world import WORLD_REVISION, Truth, load_conditions, pick
 
@@ -95,7 +95,9 @@ PICTURES = {
 POOL_STEP = 100_000  # the seeds of a pool begin at a multiple of this
 
 
-def choose_picture(pool: str, modality: str, cls: str, k: int) -> tuple:  # arguments of `draw`
+def choose_picture(
+    pool: str, modality: str, cls: str, k: int
+) -> tuple:  # arguments of `draw_picture`
     "The k-th drawing of a class in one of the PICTURES pools."
     seed = POOL_STEP * list(PICTURES).index(pool) + k % PICTURES[pool]
     return (
@@ -116,7 +118,7 @@ def load_picture_hashes() -> dict[str, str]:  # name of a drawing: pixel hash
 
 
 def name_picture(key: tuple) -> str:
-    "The name of a drawing, from the arguments of `draw`."
+    "The name of a drawing, from the arguments of `draw_picture`."
     return "/".join(map(str, key))
 
 # %% ../../nbs/clinic/04_questions.ipynb #d8573a8a
@@ -148,13 +150,15 @@ def _draw_class(max_pixels: int | None, keys: list[tuple]):
     with hold_lock(f"drawing {group}".replace("/", " ")):
         new = {}
         for key in _lacking(keys, max_pixels):
-            new[name_picture(key)] = store_image(draw(*key), max_pixels=max_pixels or MAX_PIXELS)
+            new[name_picture(key)] = store_image(
+                draw_picture(*key), max_pixels=max_pixels or MAX_PIXELS
+            )
         with hold_lock("drawings"):
             atomic_write(_index(), json.dumps({**load_picture_hashes(), **new}))
 
 # %% ../../nbs/clinic/04_questions.ipynb #3807f6df
 def draw_pictures(
-    keys,  # arguments of `draw`
+    keys,  # arguments of `draw_picture`
     max_pixels: int | None = None,  # area of the stored picture; None: any will do
 ) -> list[str]:  # pixel hashes
     "The drawings' pixel hashes; draws and stores what the store does not hold."

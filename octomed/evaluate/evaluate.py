@@ -41,7 +41,7 @@ from ..generate.samples import Sample, Sampling
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #11248878
 from ..generate.graders import judge_open_ended
-from ..generate.ledger import Ledger, draw
+from ..generate.ledger import Ledger, draw_samples
 from ..generate.prompts import Contender, Template, load_contenders, load_template
 from ..train.students import STUDENTS, find_base_student
 
@@ -285,7 +285,7 @@ def evaluation(
     moved = [shuffle_options(q, sampling.seed) for q in qs[:control]]
     load_missing_images(qs, max_pixels, getattr(engine, "processor", None))
     asked = make_requests(qs, form, n) + make_requests(moved, form, seeds)
-    drawn = iter(draw(Ledger(), engine, asked, sampling=sampling, desc=benchmark))
+    drawn = iter(draw_samples(Ledger(), engine, asked, sampling=sampling, desc=benchmark))
     taken = [_take(drawn, q, template, n=n) for q in qs]
     rows = []
     for q, (samples, verdicts) in zip(qs, taken, strict=False):

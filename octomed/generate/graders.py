@@ -16,7 +16,7 @@ from ..core.paths import OctomedError, shipped
 from ..data.questions import Question, check_conserved
 from .answers import Verdict
 from .engines import Engine, load_teacher
-from .ledger import Ledger, draw
+from .ledger import Ledger, draw_samples
 from octomed.generate.prompts import (
     END_OF_THINK,
     Template,
@@ -226,7 +226,7 @@ def grade_items(
         request = Request(question.id, messages, make_prompt_key(messages, template))
         keys.append((request.question, request.prompt))
         requests[keys[-1]] = request
-    samples = draw(
+    samples = draw_samples(
         ledger or Ledger(),
         engine,
         list(requests.values()),

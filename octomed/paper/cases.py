@@ -25,15 +25,16 @@ from ..core.store import run_stage
 from ..data.questions import Question
 from ..data.sources import load
 from ..distill.pools import take_subset
+from ..distill.rejection import judge_sample
 from ..distill.sampling import make_requests, student_identity
 from ..evaluate.arms import Arm, declare_evaluation
 from ..evaluate.claims import Claim
 from ..evaluate.results import give_seeds
-from ..evaluate.section_run import ask_teachers, finding_of, judge_sample
+from ..evaluate.section_run import ask_teachers, finding_of
 from ..evaluate.stats import Interval
 from ..generate.answers import Verdict
 from ..generate.engine_transformers import TransformersEngine
-from ..generate.ledger import Ledger, draw
+from ..generate.ledger import Ledger, draw_samples
 from ..generate.prompts import load_template, make_prompt_key, write_messages
 from ..generate.samples import Request, Sample, Sampling, make_sample_key
 from .formatting import arms as arms_of_42
@@ -154,7 +155,7 @@ def read_answers(
             f"the ledger lacks responses to {benchmark}: run the section again with --fresh"
         )
     pairs = zip(questions, keys, strict=True)
-    return [(q, samples[key], judge_sample(template, q, samples[key])) for q, key in pairs]
+    return [(q, samples[key], judge_sample(samples[key], q, template)) for q, key in pairs]
 
 # %% ../../nbs/paper/55_cases.ipynb #0fbcebfb
 def ask_own_teacher(
@@ -377,7 +378,9 @@ def ask_open_questions(
     for benchmark in (b for b in common.benchmarks if b in (WARD, ROUNDS)):
         questions = choose_open_questions(recipe, benchmark, limit=params["limit"], n=n)
         asked = [ask_without_options(q, template) for q in questions]
-        samples = draw(Ledger(), engine, asked, sampling=params["sampling"], desc="without options")
+        samples = draw_samples(
+            Ledger(), engine, asked, sampling=params["sampling"], desc="without options"
+        )
         pairs = list(zip(questions, samples, strict=True))
         verdicts = judge_open_ended(
             [(q, q.answer_text, sample.text) for q, sample in pairs],
