@@ -91,14 +91,18 @@ def run_notebook(name: str) -> tuple[dict, str | None]:
     notebook = read_nb(NBS / name)
     notebook.cells = [c for c in notebook.cells if "eval: false" not in as_text(c.source)]
     shell = CaptureShell(mpl_format="png")
-    shell.run_all(notebook, exc_stop=True)
-    found = {}
+    error = None
+    try:
+        shell.run_all(notebook, exc_stop=True)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    shown = {}
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         outputs = [plain_output(dict(output)) for output in cell.get("outputs", [])]
-        found[cell["id"]] = merge_streams([output for output in outputs if output])
-    return found, shell.prettytb(NBS / name) if shell.exc else None
+        shown[cell["id"]] = merge_streams([output for output in outputs if output])
+    return shown, error
 
 
 def read(name: str) -> dict:
