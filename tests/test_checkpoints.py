@@ -65,7 +65,15 @@ class Killed(BaseException):
 def fit_example(model, processor, rows, s, folder=None, how=EVERY, seed=3):
     "Seven steps."
     return fit(
-        model, processor, rows, s=s, seed=seed, steps=7, max_pixels=PIXELS, how=how, folder=folder
+        model,
+        processor,
+        rows,
+        schedule=s,
+        seed=seed,
+        steps=7,
+        max_pixels=PIXELS,
+        how=how,
+        folder=folder,
     )
 
 
@@ -217,7 +225,7 @@ def test_a_job_that_is_asked_to_stop_keeps_its_state(student, rows, tmp_path):
     before, step, sent = signal.getsignal(signal.SIGTERM), Loop.step, []
 
     def step_after_signal(self, chosen, lr, note):
-        if self.s.lr * 0.9 < lr and not sent:
+        if self.schedule.lr * 0.9 < lr and not sent:
             sent.append(1)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, chosen, lr, note)

@@ -369,7 +369,7 @@ def test_fault_28_a_packed_run_is_the_padded_run(tiny, pictures):
             copy.deepcopy(model),
             processor,
             rows,
-            s=Schedule(batch=4, lr=1e-3),
+            schedule=Schedule(batch=4, lr=1e-3),
             seed=0,
             steps=5,
             max_pixels=PIXELS,

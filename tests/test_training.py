@@ -45,7 +45,7 @@ def chat(text, *images):
 
 
 def fit_example(model, processor, rows, s, steps):
-    return fit(model, processor, rows, s=s, seed=0, steps=steps, max_pixels=PIXELS)
+    return fit(model, processor, rows, schedule=s, seed=0, steps=steps, max_pixels=PIXELS)
 
 
 def test_prompt_is_the_same_in_training_and_evaluation(student, picture):

@@ -69,7 +69,9 @@ def rows(student, picture):
 
 
 def fit_example(model, processor, rows, s, steps, **options):
-    return fit(model, processor, rows, s=s, seed=0, steps=steps, max_pixels=PIXELS, **options)
+    return fit(
+        model, processor, rows, schedule=s, seed=0, steps=steps, max_pixels=PIXELS, **options
+    )
 
 
 def gradient_of_a_step(student, rows, how):
@@ -78,7 +80,7 @@ def gradient_of_a_step(student, rows, how):
     loop = Loop(
         model,
         processor,
-        s=Schedule(clip=1e9),
+        schedule=Schedule(clip=1e9),
         how=how,
         max_pixels=PIXELS,
         accelerator=build_accelerator(how),

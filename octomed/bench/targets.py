@@ -114,13 +114,13 @@ for _trainer in ("TRL", "LLaMA-Factory"):
 
 # %% ../../nbs/bench/10_targets.ipynb #c0521400
 def check_target(
-    r: dict,
+    row: dict,
 ) -> dict:  # the row with its target and whether it is met; both None where there is none
     "A row beside its target."
     for target in TARGETS:
-        if target.concerns(r):
-            return {**r, "target": target.words, "met": target.is_met(r["value"])}
-    return {**r, "target": None, "met": None}
+        if target.concerns(row):
+            return {**row, "target": target.words, "met": target.is_met(row["value"])}
+    return {**row, "target": None, "met": None}
 
 # %% ../../nbs/bench/10_targets.ipynb #be0cd143
 def _files(folder: Path | None) -> list[Path]:

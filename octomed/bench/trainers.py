@@ -109,7 +109,7 @@ def compute_fitted_gradient(
             model,
             processor,
             rows,
-            s=Schedule(batch=len(rows), clip=math.inf),
+            schedule=Schedule(batch=len(rows), clip=math.inf),
             seed=0,
             steps=1,
             max_pixels=max_pixels,

@@ -106,23 +106,23 @@ def draw_strokes(
 # %% ../../nbs/clinic/01_drawings.ipynb #43fcfc39
 def draw_dots(
     rng: np.random.Generator,
-    im: np.ndarray,  # S × S × 3, changed in place
+    canvas: np.ndarray,  # S × S × 3, changed in place
     points,  # centres in [-1, 1]
-    r: float,  # radius; the radius of each dot is near it
+    radius: float,  # of a dot; each one's is near it
     colour,  # the colour of each dot is near it
     jitter: float = 18,  # grey levels by which the colours differ
 ) -> None:
     "Small ellipses: nuclei, or red dots."
-    picture = Image.fromarray(np.clip(im, 0, 255).astype(np.uint8))
+    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     centres = (np.asarray(points) + 1) * CANVAS / 2
-    radii = CANVAS / 2 * r * rng.uniform(0.75, 1.3, (len(points), 2))
+    radii = CANVAS / 2 * radius * rng.uniform(0.75, 1.3, (len(points), 2))
     shifts = rng.normal(0, jitter, (len(points), 1))
     tones = np.clip(np.array(colour) + shifts, 0, 255).astype(int)
     for (x, y), (rx, ry), tone in zip(centres, radii, tones, strict=True):
         box = ((x - rx, y - ry), (x + rx, y + ry))
         pen.ellipse(box, fill=tuple(map(int, tone)))
-    im[:] = np.asarray(picture)
+    canvas[:] = np.asarray(picture)
 
 # %% ../../nbs/clinic/01_drawings.ipynb #d70404cd
 def trace_path(
@@ -195,7 +195,7 @@ def _microaneurysms(rng, im: np.ndarray) -> None:
     n = rng.integers(14, 26)
     angle, distance = rng.uniform(0, 6.3, n), rng.uniform(0.12, 0.75, n)
     points = np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
-    draw_dots(rng, im, points, r=0.037, colour=(112, 8, 12), jitter=8)
+    draw_dots(rng, im, points, radius=0.037, colour=(112, 8, 12), jitter=8)
 
 # %% ../../nbs/clinic/01_drawings.ipynb #131f2158
 def _new_vessels(rng, disc: _Disc) -> list[list]:
@@ -404,12 +404,12 @@ def _walls(pen: ImageDraw.ImageDraw, x: float, y: float, rx: float, ry: float) -
         pen.ellipse(((left, top), (right, bottom)), fill=colour)
 
 # %% ../../nbs/clinic/01_drawings.ipynb #19c86862
-def paint_glands(rng, im, cells, r):
-    "Glands at `cells`, of radius about `r`: a pale wall, a clear centre, a ring of nuclei."
-    radii = r * rng.uniform(0.9, 1.1, len(cells))
+def paint_glands(rng, canvas, cells, radius):
+    "Glands at `cells`, of radius about `radius`: a pale wall, a clear centre, a ring of nuclei."
+    radii = radius * rng.uniform(0.9, 1.1, len(cells))
     widths = rng.uniform(0.88, 1.14, len(cells))
     rings = []
-    picture = Image.fromarray(np.clip(im, 0, 255).astype(np.uint8))
+    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for (x, y), rx, width in zip(cells, radii, widths, strict=True):
         ry = rx * width
@@ -417,8 +417,8 @@ def paint_glands(rng, im, cells, r):
         angle = np.linspace(0, 6.283, int(58 * rx), endpoint=False) + rng.uniform(0, 6.3)
         ring = [x + 0.77 * rx * np.cos(angle), y + 0.77 * rx * width * np.sin(angle)]
         rings.append(np.stack(ring, 1))
-    im[:] = np.asarray(picture)
-    draw_dots(rng, im, np.concatenate(rings), r=0.042, colour=(92, 46, 132))
+    canvas[:] = np.asarray(picture)
+    draw_dots(rng, canvas, np.concatenate(rings), radius=0.042, colour=(92, 46, 132))
 
 # %% ../../nbs/clinic/01_drawings.ipynb #2eefa91f
 def _glandular(rng, im: np.ndarray, offset: np.ndarray, inflamed: bool) -> None:
@@ -429,13 +429,13 @@ def _glandular(rng, im: np.ndarray, offset: np.ndarray, inflamed: bool) -> None:
         for column, row in product(range(-2, 3), range(-2, 3))
     ]
     cells = np.array(places) + rng.normal(0, 0.04, (25, 2))
-    paint_glands(rng, im, cells, r=0.22 if inflamed else 0.3)
+    paint_glands(rng, im, cells, radius=0.22 if inflamed else 0.3)
     if inflamed:
         points = rng.uniform(-1, 1, (420, 2))
         between = np.linalg.norm(points[:, None] - cells, axis=2).min(1) > 0.25
-        draw_dots(rng, im, points[between], r=0.03, colour=(58, 26, 104), jitter=10)
+        draw_dots(rng, im, points[between], radius=0.03, colour=(58, 26, 104), jitter=10)
     else:
-        draw_dots(rng, im, rng.uniform(-1, 1, (14, 2)), r=0.03, colour=(150, 96, 160))
+        draw_dots(rng, im, rng.uniform(-1, 1, (14, 2)), radius=0.03, colour=(150, 96, 160))
 
 # %% ../../nbs/clinic/01_drawings.ipynb #d09c9aa6
 def _nests(rng, im: np.ndarray) -> None:
@@ -446,7 +446,7 @@ def _nests(rng, im: np.ndarray) -> None:
         ry, angle = r * rng.uniform(0.7, 1.2), rng.uniform(0, 3)
         paint(im, 0.8 * draw_ellipse(x, y, r, ry=ry, soft=0.25, angle=angle), (176, 104, 168))
         nuclei = rng.normal((x, y), 0.45 * r, (int(110 * r), 2))
-        draw_dots(rng, im, nuclei, r=0.06, colour=(70, 28, 112), jitter=22)
+        draw_dots(rng, im, nuclei, radius=0.06, colour=(70, 28, 112), jitter=22)
 
 # %% ../../nbs/clinic/01_drawings.ipynb #b0868a3f
 def _debris(rng, im: np.ndarray) -> None:
@@ -462,7 +462,7 @@ def _debris(rng, im: np.ndarray) -> None:
         patch = draw_ellipse(x, y, rx, ry=ry, soft=0.7, angle=rng.uniform(0, 3))
         paint(im, 0.5 * patch, (226, 150, 176))
     left = rng.uniform(-1, 1, (int(rng.integers(5, 16)), 2))
-    draw_dots(rng, im, left, r=0.022, colour=(140, 84, 140))
+    draw_dots(rng, im, left, radius=0.022, colour=(140, 84, 140))
 
 # %% ../../nbs/clinic/01_drawings.ipynb #434da077
 def paint_histology(rng, cls):
@@ -519,16 +519,16 @@ GRAIN = {"a": 5, "b": 11}  # grey levels
 DRAWINGS_REVISION = "1"  # changes with any change to what is drawn
 
 # %% ../../nbs/clinic/01_drawings.ipynb #768eee7e
-def scan(rng, im, scanner):
+def scan(rng, canvas, scanner):
     "What a scanner makes of a scene."
-    im = im * rng.uniform(0.93, 1.07) + rng.normal(0, 4)
+    canvas = canvas * rng.uniform(0.93, 1.07) + rng.normal(0, 4)
     if scanner == "b":
-        im = 128 + (im - 128) * rng.uniform(0.6, 0.75) + rng.uniform(8, 26)
-        coloured = np.ptp(im, axis=2).max() > 1
+        canvas = 128 + (canvas - 128) * rng.uniform(0.6, 0.75) + rng.uniform(8, 26)
+        coloured = np.ptp(canvas, axis=2).max() > 1
         if coloured:
-            im = im + rng.normal(0, 9, 3)
+            canvas = canvas + rng.normal(0, 9, 3)
     grain = rng.normal(0, GRAIN[scanner], (SIDE, SIDE, 1))
-    levels = np.clip(np.broadcast_to(im, (CANVAS, CANVAS, 3)), 0, 255).astype(np.uint8)
+    levels = np.clip(np.broadcast_to(canvas, (CANVAS, CANVAS, 3)), 0, 255).astype(np.uint8)
     picture = Image.fromarray(levels).reduce(2)
     if scanner == "b":
         picture = picture.filter(ImageFilter.GaussianBlur(0.6))

@@ -89,10 +89,10 @@ def read_marked(text: str, name: str) -> str:
     return match[1] if match else ""
 
 
-def rate_steps(rng, g, truth: Truth) -> int:
+def rate_steps(rng, grader, truth: Truth) -> int:
     "The stated rating of its steps, or a rating one beside it."
-    rating = g.rating[min(truth.steps, len(g.rating)) - 1]
-    if rng.random() < g.off:
+    rating = grader.rating[min(truth.steps, len(grader.rating)) - 1]
+    if rng.random() < grader.off:
         rating += pick(rng, (-1, 1))
     return int(np.clip(rating, 1, 10))
 
@@ -104,36 +104,36 @@ def _images() -> tuple[Truth, ...]:
     return tuple(Truth("look", 1, c.name, findings=(), modality=c.modality) for c in with_image)
 
 # %% ../../nbs/clinic/08_graders.ipynb #f9a9a647
-def _tagged(rng, g, truth: Truth) -> str:
+def _tagged(rng, grader, truth: Truth) -> str:
     "Modality and region in tags; some of them are wrong."
     grade = ""
     for name, value in find_true_tags(truth).items():
         others = sorted({find_true_tags(other)[name] for other in _images()} - {value})
-        if rng.random() < g.tag_wrong:
+        if rng.random() < grader.tag_wrong:
             value = pick(rng, others)
         grade += f"<{name}>{value}</{name}>"
     return grade
 
 # %% ../../nbs/clinic/08_graders.ipynb #381d715e
 def grade(
-    g,  # a `Grader`
+    grader,  # a `Grader`
     question_id: str,
     text: str,  # the rubric as it was sent
     seed: int,
 ) -> str:  # the response
     "One grade. Raises `OctomedError` for a question that is not the clinic's."
     truth = look_up_truth(question_id)
-    rng = np.random.default_rng(seed_for(g.model, question_id, digest(text), seed))
-    if rng.random() < g.unparsed:
+    rng = np.random.default_rng(seed_for(grader.model, question_id, digest(text), seed))
+    if rng.random() < grader.unparsed:
         return pick(rng, ("That depends on who is asked.", "It is hard to say."))
     if "<rating>" in text:
-        return f"<rating>{rate_steps(rng, g, truth)}</rating>"
+        return f"<rating>{rate_steps(rng, grader, truth)}</rating>"
     if "<verdict>" in text:
         right = names_answer(truth, read_marked(text, "response"))
-        if rng.random() < g.verdict_wrong:
+        if rng.random() < grader.verdict_wrong:
             right = not right
         return f"<verdict>{'yes' if right else 'no'}</verdict>"
-    return _tagged(rng, g, truth)
+    return _tagged(rng, grader, truth)
 
 # %% ../../nbs/clinic/08_graders.ipynb #61baad29
 @dataclass(frozen=True)

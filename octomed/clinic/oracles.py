@@ -110,11 +110,11 @@ def answer_by_composition(
 
 # %% ../../nbs/clinic/05_oracles.ipynb #305a96a7
 def tabulate_oracles(
-    qs: list[Question],
+    questions: list[Question],
 ) -> dict[int, dict]:  # steps: n, and the accuracy of each oracle
     "Accuracy of the oracles by the number of steps."
     rights: dict[int, list] = {}
-    for q in qs:
+    for q in questions:
         letters = {
             "full": answer_by_composition(q, look_up_truth(q.id).image),
             "one_fact": answer_by_one_fact(q),

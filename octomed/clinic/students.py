@@ -394,7 +394,7 @@ def base(out, size, tokens, seed, max_pixels, world, family="qwen2_5_vl"):
         model,
         processor,
         rows,
-        s=READING,
+        schedule=READING,
         seed=seed,
         steps=count_matched_steps(rows, READING, tokens),
         max_pixels=max_pixels,

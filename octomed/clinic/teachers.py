@@ -408,31 +408,33 @@ def read_facts(text: str) -> list[tuple[str, dict]]:  # (kind, slots)
     return [fact for fact in facts if fact]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #f92d396e
-def _fits_question(truth: Truth, kind: str, s: dict) -> bool:
+def _fits_question(truth: Truth, kind: str, slots: dict) -> bool:
     "Is what a sentence says of this question true: what is seen, diagnosed, bound to a letter?"
     if kind == "look":
-        return s["k"] == truth.image
+        return slots["k"] == truth.image
     if kind == "dx":
-        findings = re.split(r", | and ", s["f"])
-        return s["c"] == truth.condition and set(findings) <= set(load_conditions()[s["c"]].shows)
+        findings = re.split(r", | and ", slots["f"])
+        return slots["c"] == truth.condition and set(findings) <= set(
+            load_conditions()[slots["c"]].shows
+        )
     letters = "ABCDE"[: len(truth.options)]
-    return s["l"] in letters and truth.options[letters.index(s["l"])] == s["o"]
+    return slots["l"] in letters and truth.options[letters.index(slots["l"])] == slots["o"]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e0486277
-def is_true(truth: Truth, kind: str, s: dict) -> bool:
+def is_true(truth: Truth, kind: str, slots: dict) -> bool:
     "Is a stated fact true of the world and, for what is seen and diagnosed, of this question?"
     if kind in ("look", "dx", "bind"):
-        return _fits_question(truth, kind, s)
+        return _fits_question(truth, kind, slots)
     if kind == "contra":
-        return find_factor(s["d"]) == s["r"]
+        return find_factor(slots["d"]) == slots["r"]
     if kind == "allowed":
-        return find_factor(s["d"]) != s["r"]
+        return find_factor(slots["d"]) != slots["r"]
     if kind == "harm":
-        return load_harms()[s["d"]] == s["h"]
-    c = load_conditions()[s["c"]]
+        return load_harms()[slots["d"]] == slots["h"]
+    c = load_conditions()[slots["c"]]
     if kind == "lacks":
-        return s["f"] not in c.shows
-    return getattr(c, kind) == s[ANSWER_SLOTS[kind]]
+        return slots["f"] not in c.shows
+    return getattr(c, kind) == slots[ANSWER_SLOTS[kind]]
 
 # %% ../../nbs/clinic/07_teachers.ipynb #41685127
 def _comparable(kind: str, slots: dict) -> tuple:
@@ -474,11 +476,11 @@ def _read_sample(teacher: Teacher, q) -> dict:
 # %% ../../nbs/clinic/07_teachers.ipynb #071fc384
 def measure_rates(
     teacher: Teacher,
-    qs,  # questions of the clinic
+    questions,  # questions of the clinic
 ) -> dict[int, dict]:  # steps: n, and rates
     "Rates over one sample of each question."
     rows: dict[int, list] = {}
-    for q in qs:
+    for q in questions:
         rows.setdefault(q.tags["steps"], []).append(_read_sample(teacher, q))
     rates = {}
     for steps, samples in sorted(rows.items()):

@@ -37,41 +37,49 @@ from ..core.identity import seed_for
 from ..data.resize import MAX_PIXELS
 
 # %% ../../nbs/clinic/06_textbook.ipynb #fe41391f
-def _treatment_facts(rng: np.random.Generator, c: Condition) -> list[str]:
+def _treatment_facts(rng: np.random.Generator, condition: Condition) -> list[str]:
     "Test, treatments, contraindication and harms of a condition, a sentence each."
-    factors = sorted({d.factor for d in load_conditions().values()} - {c.factor})
+    factors = sorted({d.factor for d in load_conditions().values()} - {condition.factor})
     facts = [
-        say(rng, "test", c=c.name, t=c.test),
-        say(rng, "first", c=c.name, d=c.first),
-        say(rng, "contra", d=c.first, r=c.factor),
-        say(rng, "alternative", c=c.name, d=c.alternative),
+        say(rng, "test", c=condition.name, t=condition.test),
+        say(rng, "first", c=condition.name, d=condition.first),
+        say(rng, "contra", d=condition.first, r=condition.factor),
+        say(rng, "alternative", c=condition.name, d=condition.alternative),
     ]
     harmless = pick(rng, factors)
-    facts.append(say(rng, "allowed", d=c.first, r=harmless))
-    facts += [say(rng, "harm", d=drug, h=load_harms()[drug]) for drug in (c.first, c.alternative)]
+    facts.append(say(rng, "allowed", d=condition.first, r=harmless))
+    facts += [
+        say(rng, "harm", d=drug, h=load_harms()[drug])
+        for drug in (condition.first, condition.alternative)
+    ]
     return facts
 
 # %% ../../nbs/clinic/06_textbook.ipynb #666bb4a2
-def write_facts(rng: np.random.Generator, c: Condition) -> list[str]:  # sentences
+def write_facts(rng: np.random.Generator, condition: Condition) -> list[str]:  # sentences
     "Each fact of a condition once, in words chosen at random."
     known = load_conditions().values()
-    subsets = [*combinations(c.shows, 2), *combinations(c.shows, 3)]
+    subsets = [*combinations(condition.shows, 2), *combinations(condition.shows, 3)]
     deciding = [findings for findings in subsets if is_decisive(findings)]
     facts = []
     for findings in pick_several(rng, deciding, 3):
         facts.append(
-            say(rng, "dx", f=join_words(pick_several(rng, findings, len(findings))), c=c.name)
+            say(
+                rng,
+                "dx",
+                f=join_words(pick_several(rng, findings, len(findings))),
+                c=condition.name,
+            )
         )
-    facts += _treatment_facts(rng, c)
-    finding = pick(rng, c.shows)
+    facts += _treatment_facts(rng, condition)
+    finding = pick(rng, condition.shows)
     sharing = join_words(d.name for d in known if finding in d.shows)
     facts.append(f"{finding} can be part of {sharing}")
     lacking = []
     for d in known:
-        lacking += [f for f in d.shows if f not in c.shows]
-    facts.append(say(rng, "lacks", c=c.name, f=pick(rng, lacking)))
-    if c.image:
-        facts.append(describe_look(c.modality, c.image))
+        lacking += [f for f in d.shows if f not in condition.shows]
+    facts.append(say(rng, "lacks", c=condition.name, f=pick(rng, lacking)))
+    if condition.image:
+        facts.append(describe_look(condition.modality, condition.image))
     return facts
 
 # %% ../../nbs/clinic/06_textbook.ipynb #cc1fc431

@@ -30,14 +30,14 @@ from octomed.clinic.world import (
 )
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #a09ebb0d
-def rank_neighbours(rng, c: Condition, shown, pool) -> list[Condition]:  # nearest first
+def rank_neighbours(rng, condition: Condition, shown, pool) -> list[Condition]:  # nearest first
     "Other conditions of the pool; those with a finding of the stem or the same image come first."
 
     def is_far(other):
-        same_image = c.image != "" and other.image == c.image
+        same_image = condition.image != "" and other.image == condition.image
         return not (same_image or set(other.shows) & set(shown))
 
-    others = [other for other in pick_several(rng, pool, len(pool)) if other is not c]
+    others = [other for other in pick_several(rng, pool, len(pool)) if other is not condition]
     return sorted(others, key=is_far)
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #10d5893f
@@ -125,19 +125,19 @@ def write_stem(
     return " ".join([opening, *pick_several(rng, middle, len(middle)), request])
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #a4398bdb
-def _choose_factor(rng, c: Condition, pool) -> tuple[str, bool]:  # factor, does it forbid
+def _choose_factor(rng, condition: Condition, pool) -> tuple[str, bool]:  # factor, does it forbid
     "A factor that forbids the first-line treatment, or one that does not."
     forbidden = rng.random() >= HARMLESS
     if forbidden:
-        return c.factor, True
-    others = sorted({d.factor for d in pool} - {c.factor, "pregnancy"})
+        return condition.factor, True
+    others = sorted({d.factor for d in pool} - {condition.factor, "pregnancy"})
     return pick(rng, others), False
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #1e0a6e0b
 def write_vignette(
     rng: np.random.Generator,
     kind: str,  # a key of STEPS other than "look"
-    c: Condition,
+    condition: Condition,
     with_image: bool,  # show the image finding as an image, not as words
     style: str = "ward",
     options: int = 4,
@@ -145,21 +145,23 @@ def write_vignette(
 ) -> tuple[str, Truth]:  # stem, truth
     "One question about one condition."
     findings = (
-        pick(rng, find_shown_findings(c.name)) if with_image else pick_several(rng, c.shows, 3)
+        pick(rng, find_shown_findings(condition.name))
+        if with_image
+        else pick_several(rng, condition.shows, 3)
     )
     pool = [d for d in load_conditions().values() if held or not d.held]
     factor, forbidden = "", False
     if kind in ("treat", "harm"):
-        factor, forbidden = _choose_factor(rng, c, pool)
+        factor, forbidden = _choose_factor(rng, condition, pool)
     truth = Truth(
         kind=kind,
         steps=STEPS[kind] + with_image,
-        condition=c.name,
+        condition=condition.name,
         findings=tuple(pick_several(rng, findings, len(findings))),
         factor=factor,
         forbidden=forbidden,
-        modality=c.modality if with_image else "",
-        image=c.image if with_image else "",
+        modality=condition.modality if with_image else "",
+        image=condition.image if with_image else "",
     )
     truth = replace(truth, answer=read_answer(derive_facts(truth)))
     stem = write_stem(rng, truth, style)

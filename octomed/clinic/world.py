@@ -164,13 +164,13 @@ class Truth:
         return derive_facts(self)
 
 # %% ../../nbs/clinic/02_world.ipynb #776c62bb
-def _treatment_facts(truth: Truth, c: Condition) -> list[tuple[str, dict]]:
+def _treatment_facts(truth: Truth, condition: Condition) -> list[tuple[str, dict]]:
     "Whether the factor forbids the first-line treatment, and what follows."
-    drug = c.first
+    drug = condition.first
     if find_factor(drug) == truth.factor:
         facts = [("contra", {"d": drug, "r": truth.factor})]
-        drug = c.alternative
-        facts.append(("alternative", {"c": c.name, "d": drug}))
+        drug = condition.alternative
+        facts.append(("alternative", {"c": condition.name, "d": drug}))
     else:
         facts = [("allowed", {"d": drug, "r": truth.factor})]
     if truth.kind == "harm":

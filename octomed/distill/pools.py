@@ -67,13 +67,13 @@ def _leaks(questions: list[Question], benchmark: str, rule: str) -> dict[int, st
 
 # %% ../../nbs/distill/02_pools.ipynb #1a81a305
 def find_leaks(
-    qs: list[Question],
+    questions: list[Question],
     against: list,  # (benchmark, rule): `text`, `bytes` or `pixels`
 ) -> dict[int, str]:  # place of a question → why it may not be trained on
     "Training questions that are test items in disguise (paper §3), with the first rule's reason."
     reasons = {}
     for benchmark, rule in against:
-        reasons = {**_leaks(qs, benchmark, rule), **reasons}
+        reasons = {**_leaks(questions, benchmark, rule), **reasons}
     return reasons
 
 # %% ../../nbs/distill/02_pools.ipynb #754f91d1

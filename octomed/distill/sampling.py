@@ -117,17 +117,17 @@ def _stop_at(spend, sizes: dict[str, int]):
 def ask_engine(
     engine,
     qs: list[Question],
-    form: str,  # name of the template
+    template: str,  # name of the template
     n: int,  # samples per question
     sampling: Sampling,
-    desc: str,  # what the progress bar says
+    description: str,  # what the progress bar says
 ) -> list[dict]:  # what was asked, a row for each question
     "Draw `n` samples of each question into the ledger, within the budget."
-    asked = make_requests(qs, form, n)
+    asked = make_requests(qs, template, n)
     sizes = {request.question: estimate_prompt_tokens(request.messages) for request in asked}
     stop = _stop_at(read_budget(), sizes)
     load_missing_images(qs, getattr(engine, "max_pixels", 0), getattr(engine, "processor", None))
-    top_up(Ledger(), engine, asked, sampling=sampling, desc=desc, stop=stop)
+    top_up(Ledger(), engine, asked, sampling=sampling, desc=description, stop=stop)
     return [
         {
             "question": request.question,
@@ -135,7 +135,7 @@ def ask_engine(
             "prompt": request.prompt,
             "sampling": sampling.key,
             "n": n,
-            "template": form,
+            "template": template,
             "prompt_tokens": sizes[request.question],
         }
         for request in asked
@@ -153,7 +153,9 @@ def samples(out, questions, teachers, n, sampling, max_pixels):
         qs = [q for q in read_questions(questions) if bool(q.images) == wants_images]
         if qs:
             engine = load_teacher(name, max_pixels)
-            rows += ask_engine(engine, qs, form, n=n, sampling=sampling, desc=f"{name} answers")
+            rows += ask_engine(
+                engine, qs, form, n=n, sampling=sampling, description=f"{name} answers"
+            )
     write_jsonl(out / "requests.jsonl", rows)
 
 # %% ../../nbs/distill/03_sampling.ipynb #94f47759
@@ -204,5 +206,5 @@ def student_samples(out, questions, student, form, n, sampling, max_pixels):
     path, revision = split_revision(student)
     engine = TransformersEngine(path, student_identity(student), max_pixels, revision=revision)
     qs = read_questions(questions)
-    rows = ask_engine(engine, qs, form, n=n, sampling=sampling, desc="the student answers")
+    rows = ask_engine(engine, qs, form, n=n, sampling=sampling, description="the student answers")
     write_jsonl(out / "requests.jsonl", rows)

@@ -38,16 +38,18 @@ def count_duplicates(texts: list[str]) -> int:
 # %% ../../nbs/distill/07_statistics.ipynb #7ff675b7
 def find_failed_by_all(
     # what `judge_samples` gives, one for each teacher
-    several: list[dict],
+    judged_by_teacher: list[dict],
     # share of correct samples up to which a teacher fails; 0: none is correct
     at_most: float = 0.0,
 ) -> list[str]:  # their ids
     "Questions that every teacher fails (teacher error analysis)."
-    asked_by_all = set.intersection(*map(set, several))
+    asked_by_all = set.intersection(*map(set, judged_by_teacher))
     return sorted(
         question
         for question in asked_by_all
-        if all(pass_share(judged_samples[question]) <= at_most for judged_samples in several)
+        if all(
+            pass_share(judged_samples[question]) <= at_most for judged_samples in judged_by_teacher
+        )
     )
 
 # %% ../../nbs/distill/07_statistics.ipynb #88bc1c1c

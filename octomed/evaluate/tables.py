@@ -168,8 +168,8 @@ def _shown_finding(finding: dict) -> dict:
     }
 
 # %% ../../nbs/evaluate/06_tables.ipynb #9936113b
-def show_findings(found: list[dict]):
+def show_findings(findings: list[dict]):
     "Findings as a data frame: differences in percentage points, with those of each training seed."
     import pandas as pd
 
-    return pd.DataFrame(map(_shown_finding, found))
+    return pd.DataFrame(map(_shown_finding, findings))

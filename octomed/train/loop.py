@@ -70,7 +70,7 @@ def sum_padded_loss(
 def complete_execution(
     how: Execution,
     model,
-    s: Schedule,
+    schedule: Schedule,
     device: str,  # its type: `cpu`, `cuda`
 ) -> Execution:
     """An execution with nothing left open.
@@ -84,7 +84,7 @@ def complete_execution(
     pack = can_pack if how.pack is None else how.pack
     attention = ""
     if pack:
-        attention = how.attention or choose_attention(device, _dtype(s, device))
+        attention = how.attention or choose_attention(device, _dtype(schedule, device))
     recompute = how.recompute
     if recompute is None:
         parameters = sum(p.numel() for p in model.parameters())
@@ -92,11 +92,11 @@ def complete_execution(
     return replace(how, pack=pack, attention=attention, recompute=recompute)
 
 # %% ../../nbs/train/08_loop.ipynb #486027e0
-def _dtype(s: Schedule, device: str):
+def _dtype(schedule: Schedule, device: str):
     "The type in which matrices are multiplied."
     import torch
 
-    if s.precision == "fp32" or (s.precision == "auto" and device == "cpu"):
+    if schedule.precision == "fp32" or (schedule.precision == "auto" and device == "cpu"):
         return torch.float32
     return torch.bfloat16
 
@@ -107,12 +107,14 @@ SHARDED = ("FSDP", "DEEPSPEED")  # accelerate's names for processes that each ho
 class Loop:
     "A model, its optimisers and its loss, on one process or on many."
 
-    def __init__(self, model, processor, s: Schedule, how: Execution, max_pixels: int, accelerator):
+    def __init__(
+        self, model, processor, schedule: Schedule, how: Execution, max_pixels: int, accelerator
+    ):
         kind = accelerator.distributed_type.value
         self.model = model
         self.processor = processor
         self.pixels = PixelCache(processor, max_pixels)
-        self.s = s
+        self.schedule = schedule
         self.accelerator = accelerator
         self.rank = accelerator.process_index
         self.ranks = accelerator.num_processes
@@ -120,7 +122,7 @@ class Loop:
         self.deepspeed = kind == "DEEPSPEED"
         self.device = accelerator.device if self.sharded else next(model.parameters()).device
         _check_shardable(self)
-        self.how = complete_execution(how, model, s, device=self.device.type)
+        self.how = complete_execution(how, model, schedule, device=self.device.type)
         _prepare_model(self)
         self.objective, self.optimizers = _prepare_training(self)
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -145,7 +147,7 @@ class Loop:
 # %% ../../nbs/train/08_loop.ipynb #7a08c005
 def _check_shardable(loop: Loop):
     "Raise `OctomedError` for what cannot be trained when processes each hold a part."
-    if loop.sharded and (loop.s.lora or loop.s.optimizer == "muon"):
+    if loop.sharded and (loop.schedule.lora or loop.schedule.optimizer == "muon"):
         raise OctomedError(
             "low-rank additions and Muon need whole matrices: use adamw without lora, "
             "or an accelerate configuration that shards nothing"
@@ -157,7 +159,7 @@ def _prepare_model(loop: Loop):
     import torch
 
     model, how = loop.model, loop.how
-    if loop.s.precision == "bf16_pure":
+    if loop.schedule.precision == "bf16_pure":
         model.to(torch.bfloat16)
     if how.pack:
         use_packed_attention(model, how.attention)
@@ -175,11 +177,13 @@ def _prepare_training(loop: Loop) -> tuple:  # (objective, list of optimisers)
         loop.accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": loop.s.clip,
+            "gradient_clipping": loop.schedule.clip,
         }
-    in_bf16 = _dtype(loop.s, loop.device.type) == torch.bfloat16
+    in_bf16 = _dtype(loop.schedule, loop.device.type) == torch.bfloat16
     whole = objective_class()(loop.model.train(), in_bf16)
-    prepared, *wrapped = loop.accelerator.prepare(whole, *build_optimizers(loop.model, loop.s))
+    prepared, *wrapped = loop.accelerator.prepare(
+        whole, *build_optimizers(loop.model, loop.schedule)
+    )
     return prepared, wrapped
 
 # %% ../../nbs/train/08_loop.ipynb #7a08c008
@@ -191,7 +195,7 @@ def _take_step(
 ) -> tuple[float, float, float]:  # summed loss, norm of the gradient, sum of all notes
     "One optimiser step. Nothing is changed if the loss or the norm is not finite."
     sums = _accumulate(loop, rows)
-    norm = loop.accelerator.clip_grad_norm_(loop.named.values(), loop.s.clip)
+    norm = loop.accelerator.clip_grad_norm_(loop.named.values(), loop.schedule.clip)
     if loop.ranks > 1:
         sums[1] = note
         sums = loop.accelerator.reduce(sums)
@@ -332,7 +336,7 @@ def _not_finite(
     kept = f", {complete[-1]} is kept" if complete else ""
     return OctomedError(
         f"the loss is no longer a number at step {step}, whose rows are {listed}{kept}: "
-        f"look at them, or lower lr (now {keeper.loop.s.lr:g})"
+        f"look at them, or lower lr (now {keeper.loop.schedule.lr:g})"
     )
 
 # %% ../../nbs/train/08_loop.ipynb #c781373b
@@ -340,7 +344,7 @@ def fit(
     model,
     processor,
     rows: list[Row],
-    s: Schedule,
+    schedule: Schedule,
     seed: int,  # of the order of rows
     steps: int,  # optimiser steps
     max_pixels: int,  # of an image
@@ -355,8 +359,15 @@ def fit(
     `KeyboardInterrupt` when it is asked to stop."""
     how = how or current_execution()
     accelerator = accelerator or build_accelerator(how)
-    with train_low_rank(model, s.lora):
-        loop = Loop(model, processor, s=s, how=how, max_pixels=max_pixels, accelerator=accelerator)
+    with train_low_rank(model, schedule.lora):
+        loop = Loop(
+            model,
+            processor,
+            schedule=schedule,
+            how=how,
+            max_pixels=max_pixels,
+            accelerator=accelerator,
+        )
         return _fit(loop, rows, seed=seed, steps=steps, desc=desc, folder=folder)
 
 # %% ../../nbs/train/08_loop.ipynb #38a41094
@@ -368,7 +379,7 @@ def _fit(loop: Loop, rows, seed: int, steps: int, desc: str, folder: Path | None
 
     def order(start: int):
         "The row numbers of each step from `start` on."
-        return islice(draw_batches(len(rows), loop.s, seed=seed, steps=steps), start, None)
+        return islice(draw_batches(len(rows), loop.schedule, seed=seed, steps=steps), start, None)
 
     def next_digest(done: int) -> str:
         return digest([asdict(rows[i]) for i in next(order(done), [])])
@@ -382,7 +393,7 @@ def _fit(loop: Loop, rows, seed: int, steps: int, desc: str, folder: Path | None
     with catch_stop_signals() if keeper.folder else contextlib.nullcontext([]) as signals:
         for numbers in bar:
             chosen = [rows[i] for i in numbers]
-            lr = learning_rate(done, steps, loop.s)
+            lr = learning_rate(done, steps, loop.schedule)
             note = (STOP if signals else 0) + keeper.is_due(done + 1)
             total, norm, note = loop.step(chosen, lr, note)
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -430,7 +441,7 @@ class _Display:
         self.curve = Curve(desc, steps)
         self.has_trackers = bool(loop.accelerator.log_with)
         if self.has_trackers:
-            schedule = asdict(loop.s)
+            schedule = asdict(loop.schedule)
             config = {k: v for k, v in schedule.items() if not isinstance(v, tuple)}
             self.accelerator.init_trackers(desc, config=config)
 

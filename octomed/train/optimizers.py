@@ -12,27 +12,27 @@ from ..core.paths import OctomedError
 from .schedule import Schedule
 
 # %% ../../nbs/train/05_optimizers.ipynb #4772b5f5
-def _adam(params: list, s: Schedule):
+def _adam(params: list, schedule: Schedule):
     "AdamW of a schedule. Raises `OctomedError` if bitsandbytes is needed and not installed."
     from importlib.util import find_spec
 
     from torch.optim import AdamW
 
-    options = {"lr": s.lr, "betas": (0.9, 0.999), "weight_decay": s.weight_decay}
-    if s.optimizer in ("adamw", "muon"):
+    options = {"lr": schedule.lr, "betas": (0.9, 0.999), "weight_decay": schedule.weight_decay}
+    if schedule.optimizer in ("adamw", "muon"):
         return AdamW(params, fused=True, **options)
     if not find_spec("bitsandbytes"):
         raise OctomedError(
-            f"{s.optimizer} needs bitsandbytes: `pip install bitsandbytes`, or choose adamw"
+            f"{schedule.optimizer} needs bitsandbytes: `pip install bitsandbytes`, or choose adamw"
         )
     from bitsandbytes import optim
 
-    if s.optimizer.startswith("paged"):
+    if schedule.optimizer.startswith("paged"):
         return optim.PagedAdamW8bit(params, **options)
     return optim.AdamW8bit(params, **options)
 
 # %% ../../nbs/train/05_optimizers.ipynb #d3730661
-def _muon(params: list, s: Schedule):
+def _muon(params: list, schedule: Schedule):
     "Muon of a schedule; on a CPU it orthogonalises in the precision of the weights."
     import torch
 
@@ -45,7 +45,9 @@ def _muon(params: list, s: Schedule):
                         _muon_step(weight, self.state[weight], group)
 
     kind = FullPrecisionMuon if params[0].device.type == "cpu" else torch.optim.Muon
-    return kind(params, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return kind(
+        params, lr=schedule.lr, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
 
 # %% ../../nbs/train/05_optimizers.ipynb #7a05c002
 def _muon_step(
@@ -89,17 +91,19 @@ def _orthogonalise(
     return x
 
 # %% ../../nbs/train/05_optimizers.ipynb #68a4f25c
-def build_optimizers(model, s: Schedule) -> list:
+def build_optimizers(model, schedule: Schedule) -> list:
     """The optimisers of the parameters that are trained; the others are frozen here.
 
     Raises `OctomedError` if everything is frozen, or bitsandbytes is not installed."""
     for_adam, for_muon = [], []
     for name, parameter in model.named_parameters():
-        is_frozen = name.startswith(tuple(s.freeze)) or (s.lora and "lora_" not in name)
+        is_frozen = name.startswith(tuple(schedule.freeze)) or (
+            schedule.lora and "lora_" not in name
+        )
         parameter.requires_grad_(not is_frozen)
         if is_frozen:
             continue
-        if s.optimizer == "muon" and _is_layer_matrix(name, parameter):
+        if schedule.optimizer == "muon" and _is_layer_matrix(name, parameter):
             for_muon.append(parameter)
         else:
             for_adam.append(parameter)
@@ -107,9 +111,9 @@ def build_optimizers(model, s: Schedule) -> list:
         raise OctomedError("every parameter is frozen: shorten `freeze`")
     chosen = []
     if for_adam:
-        chosen.append(_adam(for_adam, s))
+        chosen.append(_adam(for_adam, schedule))
     if for_muon:
-        chosen.append(_muon(for_muon, s))
+        chosen.append(_muon(for_muon, schedule))
     return chosen
 
 # %% ../../nbs/train/05_optimizers.ipynb #3d2762d2

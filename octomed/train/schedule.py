@@ -60,18 +60,18 @@ class Schedule:
 def learning_rate(
     step: int,  # counted from 0
     steps: int,  # of the whole run
-    s: Schedule,
+    schedule: Schedule,
 ) -> float:
     "The learning rate of one step: linear warm-up, then a cosine to zero (paper §3)."
-    warm = max(1, round(s.warmup * steps))
+    warm = max(1, round(schedule.warmup * steps))
     if step < warm:
-        return s.lr * (step + 1) / warm
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return schedule.lr * (step + 1) / warm
+    return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 # %% ../../nbs/train/01_schedule.ipynb #03fa096b
 def draw_batches(
     n: int,  # rows there are
-    s: Schedule,
+    schedule: Schedule,
     seed: int,  # of the training run
     steps: int,  # optimiser steps
 ):  # lists of row numbers
@@ -80,12 +80,12 @@ def draw_batches(
 
     order, epoch = np.zeros(0, np.int64), 0
     for _ in range(steps):
-        while len(order) < min(s.batch, n):
+        while len(order) < min(schedule.batch, n):
             shuffle = np.random.default_rng(seed_for("epoch", seed, epoch))
             order = np.concatenate([order, shuffle.permutation(n)])
             epoch += 1
-        yield order[: s.batch].tolist()
-        order = order[s.batch :]
+        yield order[: schedule.batch].tolist()
+        order = order[schedule.batch :]
 
 # %% ../../nbs/train/01_schedule.ipynb #a4229da8
 def group_padded(

@@ -159,23 +159,25 @@ class Load:
 
 # %% ../../nbs/train/10_sizing.ipynb #0ef70d89
 def forward_flops(
-    s: Shape,
+    shape: Shape,
     load: Load,
     # share of the language model's attention that is computed;
     # 1: a kernel that computes the whole square and masks half of it
     causal: float = 0.5,
 ) -> dict[str, float]:
     "FLOPs of a forward pass, by part, with attention on lines of its own."
-    patches, matrices = load.visual * s.merge, s.matrices
+    patches, matrices = load.visual * shape.merge, shape.matrices
     # patches that one patch attends to, summed over the layers of the tower
-    attended = s.window * (s.vision_layers - s.whole) + load.image * s.merge * s.whole
+    attended = (
+        shape.window * (shape.vision_layers - shape.whole) + load.image * shape.merge * shape.whole
+    )
     return {
         "language": 2 * matrices["language"] * load.tokens,
-        "attention": 4 * s.layers * s.queries * load.sample * causal * load.tokens,
+        "attention": 4 * shape.layers * shape.queries * load.sample * causal * load.tokens,
         "head": 2 * matrices["head"] * load.answered,
         "patches": 2 * matrices["patches"] * patches,
         "tower": 2 * matrices["tower"] * patches,
-        "tower's attention": 4 * s.vision_hidden * attended * patches,
+        "tower's attention": 4 * shape.vision_hidden * attended * patches,
         "projector": 2 * matrices["projector"] * load.visual,
     }
 
@@ -202,7 +204,7 @@ def _passes(trained: tuple) -> dict[str, int]:
 
 # %% ../../nbs/train/10_sizing.ipynb #95c2c3af
 def training_flops(
-    s: Shape,
+    shape: Shape,
     load: Load,
     trained: tuple = PARTS,
     causal: float = 0.5,  # as for `forward_flops`
@@ -211,7 +213,7 @@ def training_flops(
     """FLOPs of a forward and a backward pass: `forward`, `backward`, and `again`.
 
     What checkpointing computes a second time is counted apart: it is work, but no progress."""
-    forward, passes = forward_flops(s, load, causal), _passes(trained)
+    forward, passes = forward_flops(shape, load, causal), _passes(trained)
     passes["attention"] = 2 if passes["language"] else 0
     passes["tower's attention"] = 2 if passes["tower"] else 0
     again = ["language", "attention"]
@@ -248,23 +250,23 @@ STATES = {
 
 # %% ../../nbs/train/10_sizing.ipynb #4963d850
 def state_bytes(
-    s: Shape,
+    shape: Shape,
     state: str,  # one of STATES
     devices: int = 1,
     trained: tuple = PARTS,
 ) -> dict[str, float]:
     "Bytes on each device of weights, gradients, optimiser, and of the bf16 copies beside them."
     weight, gradient, moments, _ = STATES[state]
-    n = sum(s.parameters[part] for part in trained)
+    n = sum(shape.parameters[part] for part in trained)
     copies = 0
     if devices > 1:  # what is gathered, with the gradient of one layer
-        layer = s.parameters["language"] / s.layers
-        root = sum(s.parameters[part] for part in ("embeddings", "head", "projector"))
+        layer = shape.parameters["language"] / shape.layers
+        root = sum(shape.parameters[part] for part in ("embeddings", "head", "projector"))
         copies = 2 * (2 * layer + root) + 2 * layer
     elif weight == 4:  # what is cast
-        copies = 2 * sum(s.matrices.values())
+        copies = 2 * sum(shape.matrices.values())
     return {
-        "weights": weight * s.total / devices,
+        "weights": weight * shape.total / devices,
         "gradients": gradient * n / devices,
         "optimizer": moments * n / devices,
         "copies": copies,
@@ -288,23 +290,23 @@ def layer_bytes(
     )
 
 # %% ../../nbs/train/10_sizing.ipynb #7a10c005
-def _layers_bytes(s: Shape, compute: int, residual: int) -> tuple[float, float]:
+def _layers_bytes(shape: Shape, compute: int, residual: int) -> tuple[float, float]:
     "Bytes that a layer of the language model keeps per token, and one of the tower per patch."
     language = layer_bytes(
-        hidden=s.hidden,
-        intermediate=s.intermediate,
-        queries=s.queries,
-        keys=s.keys,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        queries=shape.queries,
+        keys=shape.keys,
         gated=True,
         compute=compute,
         residual=residual,
     )
     tower = layer_bytes(
-        hidden=s.vision_hidden,
-        intermediate=s.vision_intermediate,
-        queries=s.vision_hidden,
-        keys=s.vision_hidden,
-        gated=s.gated,
+        hidden=shape.vision_hidden,
+        intermediate=shape.vision_intermediate,
+        queries=shape.vision_hidden,
+        keys=shape.vision_hidden,
+        gated=shape.gated,
         compute=compute,
         residual=residual,
     )
@@ -312,7 +314,7 @@ def _layers_bytes(s: Shape, compute: int, residual: int) -> tuple[float, float]:
 
 # %% ../../nbs/train/10_sizing.ipynb #11532cbe
 def activation_bytes(
-    s: Shape,
+    shape: Shape,
     load: Load,
     checkpointing: bool,
     trained: tuple = PARTS,
@@ -322,27 +324,27 @@ def activation_bytes(
     """Bytes that a packed row keeps for the backward pass.
 
     A frozen tower keeps nothing."""
-    language, tower = _layers_bytes(s, compute, residual)
-    patches = load.visual * s.merge if set(TOWER) & set(trained) else 0
+    language, tower = _layers_bytes(shape, compute, residual)
+    patches = load.visual * shape.merge if set(TOWER) & set(trained) else 0
     if not checkpointing:
-        return load.tokens * s.layers * language + patches * s.vision_layers * tower
-    return load.tokens * (s.layers * residual * s.hidden + language) + patches * (
-        s.vision_layers * residual * s.vision_hidden + tower
+        return load.tokens * shape.layers * language + patches * shape.vision_layers * tower
+    return load.tokens * (shape.layers * residual * shape.hidden + language) + patches * (
+        shape.vision_layers * residual * shape.vision_hidden + tower
     )
 
 # %% ../../nbs/train/10_sizing.ipynb #c717a287
 def loss_bytes(
-    s: Shape,
+    shape: Shape,
     chunk: int = 1024,  # tokens whose logits are held at once
     trained: tuple = PARTS,
 ) -> float:
     "Bytes of the loss: logits of a chunk, and the gradient of the head."
-    head_gradient = s.vocabulary * s.hidden * (4 + 2) if "head" in trained else 0
-    return chunk * s.vocabulary * (2 + 4 + 4 + 2) + head_gradient
+    head_gradient = shape.vocabulary * shape.hidden * (4 + 2) if "head" in trained else 0
+    return chunk * shape.vocabulary * (2 + 4 + 4 + 2) + head_gradient
 
 # %% ../../nbs/train/10_sizing.ipynb #1fa1182d
 def memory_bytes(
-    s: Shape,
+    shape: Shape,
     load: Load,
     state: str,  # one of STATES
     devices: int = 1,
@@ -351,16 +353,16 @@ def memory_bytes(
     chunk: int = 1024,
 ) -> dict[str, float]:
     "Bytes on each device at the height of a step, by what they are for."
-    parts = state_bytes(s, state, devices=devices, trained=trained)
+    parts = state_bytes(shape, state, devices=devices, trained=trained)
     parts["activations"] = activation_bytes(
-        s,
+        shape,
         load,
         checkpointing,
         trained=trained,
         compute=2,
         residual=STATES[state][3],
     )
-    parts["logits"] = loss_bytes(s, chunk, trained)
+    parts["logits"] = loss_bytes(shape, chunk, trained)
     return parts | {"total": sum(parts.values())}
 
 # %% ../../nbs/train/10_sizing.ipynb #a39abed6
@@ -368,22 +370,22 @@ MACHINES = {"8 × 80 GB": (8, 80e9), "1 × 141 GB": (1, 141e9)}  # devices, byte
 RESERVE = 0.1  # share of a device that CUDA, NCCL and fragments take
 
 # %% ../../nbs/train/10_sizing.ipynb #736a66ad
-def check_fit(s: Shape, load: Load, trained: tuple = PARTS) -> list[dict]:
+def check_fit(shape: Shape, load: Load, trained: tuple = PARTS) -> list[dict]:
     """Whether training fits, for each machine and state.
 
     GB per device, without and with checkpointing."""
     return [
-        _fit_row(s, load, machine=machine, state=state, trained=trained)
+        _fit_row(shape, load, machine=machine, state=state, trained=trained)
         for machine, state in product(MACHINES, STATES)
     ]
 
 # %% ../../nbs/train/10_sizing.ipynb #50162499
-def _fit_row(s: Shape, load: Load, machine: str, state: str, trained: tuple) -> dict:
+def _fit_row(shape: Shape, load: Load, machine: str, state: str, trained: tuple) -> dict:
     "GB per device of one machine in one state."
     devices, room = MACHINES[machine]
     options = {"devices": devices, "trained": trained}
-    plain = memory_bytes(s, load, state, checkpointing=False, **options)
-    kept = memory_bytes(s, load, state, checkpointing=True, **options)
+    plain = memory_bytes(shape, load, state, checkpointing=False, **options)
+    kept = memory_bytes(shape, load, state, checkpointing=True, **options)
     limit = room * (1 - RESERVE)
     fits = "with checkpointing" if kept["total"] <= limit else "no"
     if plain["total"] <= limit:
@@ -412,58 +414,68 @@ ASSUMED = {
 
 # %% ../../nbs/train/10_sizing.ipynb #7a10c009
 def estimate_training_hours(
-    s: Shape,
+    shape: Shape,
     load: Load,
     trained: tuple = PARTS,
-    a: dict = ASSUMED,
+    assumed: dict = ASSUMED,
 ) -> float:
     """Device-hours of training on these tokens.
 
     The utilisation counts progress only: a layer that is computed twice counts once."""
-    flops = training_flops(s, load, trained)
-    return (flops["forward"] + flops["backward"]) / (a["peak"] * a["utilisation"]) / 3600
+    flops = training_flops(shape, load, trained)
+    return (
+        (flops["forward"] + flops["backward"]) / (assumed["peak"] * assumed["utilisation"]) / 3600
+    )
 
 # %% ../../nbs/train/10_sizing.ipynb #f0990d0e
 def decoding_rate(
-    s: Shape,
+    shape: Shape,
     context: float,  # mean tokens before the one that is drawn
-    a: dict = ASSUMED,
+    assumed: dict = ASSUMED,
 ) -> float:
     "Tokens a second that one device draws in bf16."
-    weights = 2 * (s.matrices["language"] + s.matrices["head"])
-    keys_and_values = a["together"] * context * 2 * 2 * s.layers * s.keys
-    return a["together"] * a["bandwidth"] * a["decoding"] / (weights + keys_and_values)
+    weights = 2 * (shape.matrices["language"] + shape.matrices["head"])
+    keys_and_values = assumed["together"] * context * 2 * 2 * shape.layers * shape.keys
+    return (
+        assumed["together"]
+        * assumed["bandwidth"]
+        * assumed["decoding"]
+        / (weights + keys_and_values)
+    )
 
 # %% ../../nbs/train/10_sizing.ipynb #18299923
 def estimate_drawing_hours(
-    s: Shape,
+    shape: Shape,
     prompts: Load,  # read once each: the responses to a question share its prompt
     responses: float,  # tokens drawn
     context: float,  # mean tokens before the one that is drawn
-    a: dict = ASSUMED,
+    assumed: dict = ASSUMED,
 ) -> float:
     "Device-hours of drawing responses: the prompts are read, then the tokens are drawn."
-    reading = sum(forward_flops(s, prompts).values()) / (a["peak"] * a["utilisation"])
-    drawing = responses / decoding_rate(s, context, a)
+    reading = sum(forward_flops(shape, prompts).values()) / (
+        assumed["peak"] * assumed["utilisation"]
+    )
+    drawing = responses / decoding_rate(shape, context, assumed)
     return (reading + drawing) / 3600
 
 # %% ../../nbs/train/10_sizing.ipynb #2c952543
-def list_assumptions(a: dict = ASSUMED) -> list[str]:
+def list_assumptions(assumed: dict = ASSUMED) -> list[str]:
     "The assumptions and formulas behind hours and memory, as sentences."
-    peak, bandwidth = f"{a['peak'] / 1e12:.0f} TFLOP/s", f"{a['bandwidth'] / 1e12:.2f} TB/s"
+    peak = f"{assumed['peak'] / 1e12:.0f} TFLOP/s"
+    bandwidth = f"{assumed['bandwidth'] / 1e12:.2f} TB/s"
     bytes_by_state = []
     for state, sizes in STATES.items():
         weight, gradient, moments, _ = sizes
         bytes_by_state.append(f"{state} {weight}+{gradient}+{moments}")
     return [
-        f"Training: FLOPs / ({peak} × {a['utilisation']:.0%}); "
+        f"Training: FLOPs / ({peak} × {assumed['utilisation']:.0%}); "
         "FLOPs per token = 6 N of trained matrices "
         "(2 N forward, 2 N each for weight and input gradients) "
         "+ 6 · layers · width · sample length of causal attention; "
         "patches in the tower likewise; the best published share for this size is 46 %.",
         f"Drawing: prompts at the same rate, once per question; "
-        f"{a['together']} responses together, each step reads the weights and their keys "
-        f"and values in bf16 at {a['decoding']:.0%} of {bandwidth}.",
+        f"{assumed['together']} responses together, each step reads the weights and their keys "
+        f"and values in bf16 at {assumed['decoding']:.0%} of {bandwidth}.",
         f"Memory: bytes per trained parameter {', '.join(bytes_by_state)} "
         "(weight + gradient + optimiser), sharded over the devices; "
         f"activations of one packed row; {RESERVE:.0%} of a device kept free.",

@@ -101,18 +101,18 @@ def _gathered_weights(model) -> dict:
     return {name: tensor for name, tensor in weights.items() if name in names}
 
 # %% ../../nbs/train/09_students.ipynb #44c51593
-def count_steps(rows: list[Row], s: Schedule) -> int:
+def count_steps(rows: list[Row], schedule: Schedule) -> int:
     "Optimiser steps of a schedule over these rows."
-    return max(1, math.ceil(s.epochs * len(rows) / s.batch))
+    return max(1, math.ceil(schedule.epochs * len(rows) / schedule.batch))
 
 # %% ../../nbs/train/09_students.ipynb #46fa304b
 def count_matched_steps(
     rows: list[Row],
-    s: Schedule,
+    schedule: Schedule,
     tokens: float,  # that the other student reads
 ) -> int:
     "Optimiser steps after which a student has read that many tokens of these rows."
-    return max(1, round(tokens / (count_tokens(rows) / len(rows) * min(s.batch, len(rows)))))
+    return max(1, round(tokens / (count_tokens(rows) / len(rows) * min(schedule.batch, len(rows)))))
 
 # %% ../../nbs/train/09_students.ipynb #cf8f259a
 def make_student(
@@ -138,7 +138,7 @@ def make_student(
         model,
         processor,
         load_rows(Path(rendered)),
-        s=schedule,
+        schedule=schedule,
         seed=seed,
         steps=steps,
         max_pixels=max_pixels,
