@@ -519,7 +519,7 @@ def results(tmp_path):
         "training_seeds": 1,
         "difference": 0.125,
         "interval": [0.02, 0.2],
-        "verdict": "agrees",
+        "outcome": "agrees",
         "not_proved": "everything else",
     }
     row = {

@@ -409,7 +409,7 @@ def test_a_claim_about_gains_is_a_difference_of_differences():
     gain = section.state_finding(claim, measured)
     assert claim.measure == "gain" and gain["difference"] == pytest.approx(0.25)
     assert gain["by_seed"] == pytest.approx([0.3, 0.2])
-    assert gain["n"] == n and gain["verdict"] == "agrees"
+    assert gain["n"] == n and gain["outcome"] == "agrees"
     level = section.state_finding(replace(claim, measure="accuracy"), measured)
     assert level["difference"] == pytest.approx(-0.05) and gain["interval"][0] > 0
 

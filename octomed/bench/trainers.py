@@ -224,7 +224,7 @@ from octomed.train.students import load_student
 model, processor = load_student("student")
 watch(model)
 if settings.get("anew"):
-    loop.Pixels = partial(PixelCache, keep=0)
+    loop.PixelCache = partial(PixelCache, keep=0)
 loop.fit(
     model,
     processor,
