@@ -14,27 +14,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import pytest
 
-WORDS = (
-    "Please reason step - by - step , and put your final answer within \\boxed{ } . "
-    "which is it ? one two three fever rash the option is user assistant : - ."
-)
-
 
 @pytest.fixture(scope="session")
 def student():
     "(model, processor) of a tiny student that knows a few words."
-    from octomed.clinic.students import Size, build_student
+    from toys import WORDS, toy_size
 
-    size = Size(
-        hidden=32,
-        layers=2,
-        heads=2,
-        kv_heads=1,
-        intermediate=64,
-        vision_hidden=32,
-        vision_layers=2,
-    )
-    return build_student([WORDS, WORDS.lower()], size, seed=0, max_pixels=12_544)
+    from octomed.clinic.students import build_student
+
+    return build_student([WORDS, WORDS.lower()], toy_size(32), seed=0, max_pixels=12_544)
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +33,10 @@ def picture():
     from octomed.data.images import store_image
 
     return store_image(Image.effect_noise((120, 100), 60).convert("RGB"), max_pixels=12_544)
+
+
+@pytest.fixture
+def own_places(tmp_path, monkeypatch):
+    "A store and outputs of the test's own, which do not exist yet."
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))

@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+from toys import chat
 
 from octomed.core.paths import OctomedError
 from octomed.core.store import ExternalInput
@@ -30,18 +31,6 @@ from octomed.train.students import save_student, sft
 
 PIXELS = 12_544
 EVERY = Execution(checkpoint_every=2)
-
-
-def chat(text, *images):
-    return [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
 
 
 @pytest.fixture(scope="module")

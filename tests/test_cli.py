@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from toys import ToyEngine, write_notebook, write_results
 
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import CATEGORIES
@@ -14,13 +15,8 @@ from octomed.run.cli import main
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    for name, part in (
-        ("OCTOMED_STORE", "store"),
-        ("OCTOMED_OUTPUTS", "out"),
-        ("OCTOMED_NOTEBOOKS", "nbs"),
-    ):
-        monkeypatch.setenv(name, str(tmp_path / part))
+def places(own_places, tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_NOTEBOOKS", str(tmp_path / "nbs"))
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     (tmp_path / "nbs").mkdir()
 
@@ -39,6 +35,22 @@ def jsonl(path, *rows):
     return path
 
 
+COMMANDS = [
+    "check",
+    "plan",
+    "run",
+    "status",
+    "report",
+    "sources",
+    "decontaminate",
+    "judge",
+    "distill",
+    "train",
+    "evaluate",
+    "export",
+    "bench",
+    "completion",
+]
 ROW = {"id": "q1", "text": "so the answer is \\boxed{b}", "options": {"A": "yes", "B": "no"}}
 
 
@@ -59,41 +71,11 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in [
-        "check",
-        "plan",
-        "run",
-        "status",
-        "report",
-        "sources",
-        "decontaminate",
-        "judge",
-        "distill",
-        "train",
-        "evaluate",
-    ]:
+    for name in COMMANDS:
         assert name in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "check",
-        "plan",
-        "run",
-        "status",
-        "report",
-        "sources",
-        "decontaminate",
-        "judge",
-        "distill",
-        "train",
-        "evaluate",
-        "export",
-        "bench",
-        "completion",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and f"octomed {command}" in out and "Example:" in out
@@ -373,26 +355,13 @@ def test_a_student_that_is_not_there(capsys, tmp_path):
     assert not list((tmp_path / "store").rglob("card.json"))
 
 
-class Always:
+class Always(ToyEngine):
     "A simulated model that answers A with every question."
 
-    model, name = "always@1", "toy"
+    model = "always@1"
 
-    def generate(self, requests, sampling):
-        from octomed.generate.samples import Sample
-
-        for r in requests:
-            for i in r.indices:
-                yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    "<think>x</think>\n\n\\boxed{A}" if i < 9 else "<think>so",
-                    "stop",
-                    4,
-                )
+    def answer(self, request, index):
+        return "<think>x</think>\n\n\\boxed{A}" if index < 9 else "<think>so", "stop", 4
 
 
 def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns(capsys, tmp_path):
@@ -483,31 +452,7 @@ def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns
 def results(tmp_path):
     "A recipe of one section with results, made elsewhere."
     (tmp_path / "r.yaml").write_text("sections: {42_b: {}}")
-    (tmp_path / "nbs" / "42_b.ipynb").write_text(
-        json.dumps(
-            {
-                "cells": [
-                    {
-                        "cell_type": "code",
-                        "metadata": {"tags": ["parameters"]},
-                        "source": 'recipe = "smoke"\nout = None',
-                        "outputs": [],
-                        "execution_count": None,
-                        "id": "a",
-                    }
-                ],
-                "metadata": {
-                    "kernelspec": {
-                        "name": "python3",
-                        "language": "python",
-                        "display_name": "python3",
-                    }
-                },
-                "nbformat": 4,
-                "nbformat_minor": 5,
-            }
-        )
-    )
+    write_notebook(tmp_path / "nbs" / "42_b.ipynb")
     claim = {
         "text": "<b>one</b> beats two",
         "kind": "greater",
@@ -540,25 +485,7 @@ def results(tmp_path):
     }
 
     def put(folder, code="old"):
-        (folder / "results").mkdir(parents=True)
-        (folder / "figures").mkdir()
-        (folder / "results" / "42_b.json").write_text(
-            json.dumps(
-                {
-                    "section": "42_b",
-                    "recipe": "r",
-                    "claims": [claim],
-                    "rows": [row],
-                    "card": {
-                        "versions": {"torch": "1"},
-                        "hardware": "2 cores",
-                        "minutes": 3.5,
-                        "code": code,
-                        "parents": [],
-                    },
-                }
-            )
-        )
+        write_results(folder, [claim], [row], code)
         (folder / "figures" / "42_b.png").write_bytes(b"\x89PNG")
         (folder / "figures" / "42_b.svg").write_text("<svg/>")
         return tmp_path / "r.yaml"

@@ -7,12 +7,12 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import ToyEngine, register_toy_source
 
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError
 from octomed.core.store import run_stage
 from octomed.data.questions import Question
-from octomed.data.sources import Source, register
 from octomed.distill.cost import Budget, compute_price, load_prices, read_budget
 from octomed.distill.filters import FILTERS, filtered, measure, rank_values, rated
 from octomed.distill.pools import questions, read_questions, take_subset
@@ -27,7 +27,7 @@ from octomed.distill.statistics import (
 )
 from octomed.generate.answers import Verdict
 from octomed.generate.engines import register_teacher
-from octomed.generate.samples import Sample, Sampling, derive_sample_seed
+from octomed.generate.samples import Sample, Sampling
 
 QUESTIONS = [
     Question(
@@ -40,62 +40,33 @@ QUESTIONS = [
     )
     for n in range(4)
 ]
-register(
-    Source(
-        name="toy",
-        split="train",
-        category="text_only",
-        role="train",
-        make=lambda **_: list(QUESTIONS),
-        revision="1",
-    )
-)
+register_toy_source("toy", "train", "train", QUESTIONS)
 
 
-class Toy:
+class Toy(ToyEngine):
     "Right on every second sample, never on the first question; refuses one, is cut off in another."
 
-    model, name = "toy@1", "simulated"
-
-    def generate(self, requests, sampling):
-        for r in requests:
-            for i in r.indices:
-                right = i % 2 and r.question != QUESTIONS[0].id
-                text = f"<think>sample {i}</think>\n\n<answer>{'B' if right else 'A'}</answer>"
-                finish = "stop"
-                if i == 2:
-                    text, finish = "i cannot answer this", "refused"
-                if i == 4:
-                    text, finish = "<think>it goes on", "length"
-                yield Sample(
-                    question=r.question,
-                    model=self.model,
-                    prompt=r.prompt,
-                    sampling=sampling.key,
-                    index=i,
-                    text=text,
-                    finish=finish,
-                    tokens=7,
-                    seed=derive_sample_seed(sampling, r.question, i),
-                )
+    def answer(self, request, index):
+        if index == 2:
+            return "i cannot answer this", "refused", 7
+        if index == 4:
+            return "<think>it goes on", "length", 7
+        letter = "B" if index % 2 and request.question != QUESTIONS[0].id else "A"
+        return f"<think>sample {index}</think>\n\n<answer>{letter}</answer>", "stop", 7
 
 
-class Hopeless(Toy):
+class Hopeless(ToyEngine):
     model = "hopeless@1"
 
-    def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling):
-            s.text, s.finish = "<answer>C</answer>", "stop"
-            yield s
+    def answer(self, request, index):
+        return "<answer>C</answer>", "stop", 7
 
 
-class Stubborn(Toy):
+class Stubborn(ToyEngine):
     model = "stubborn@1"
 
-    def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling):
-            s.text, s.finish = "<think>A</think><answer>A</answer>", "stop"
-            yield s
+    def answer(self, request, index):
+        return "<think>A</think><answer>A</answer>", "stop", 7
 
 
 register_teacher("toy/stubborn", Stubborn, "1")
@@ -206,28 +177,22 @@ def test_fault_15_rejected_traces_only_counts_the_questions_that_have_none():
     assert funnel["kept"] + funnel["over_k"] == funnel["outcomes"]["wrong"]
 
 
-class Half(Toy):
+def number_of(request):
+    "The place of the question that is asked."
+    return [q.id for q in QUESTIONS].index(request.question)
+
+
+class Half(ToyEngine):
     "Right once in two, always on question 1, never on question 0; later questions take longer."
 
     model = "half@1"
 
-    def generate(self, requests, sampling):
-        for r in requests:
-            n = next(n for n, q in enumerate(QUESTIONS) if q.id == r.question)
-            for i in r.indices:
-                right = n == 1 or (n > 1 and i % 2)
-                wrong = "A" if i % 4 else "C"
-                letter = "B" if right else wrong
-                yield Sample(
-                    question=r.question,
-                    model=self.model,
-                    prompt=r.prompt,
-                    sampling=sampling.key,
-                    index=i,
-                    text=f"<think>{'so ' * n}{i}</think><answer>{letter}</answer>",
-                    finish="stop",
-                    tokens=10 * n,
-                )
+    def answer(self, request, index):
+        n = number_of(request)
+        right = n == 1 or (n > 1 and index % 2)
+        wrong = "A" if index % 4 else "C"
+        letter = "B" if right else wrong
+        return f"<think>{'so ' * n}{index}</think><answer>{letter}</answer>", "stop", 10 * n
 
 
 register_teacher("toy/half", Half, "1")
@@ -300,38 +265,24 @@ def test_a_question_without_evidence_is_dropped_with_that_reason():
         run_stage(f)
 
 
-class Mute(Toy):
+class Mute(ToyEngine):
     model = "mute@1"
 
-    def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling):
-            s.text = "<think>well</think> who knows"
-            s.finish = "stop"
-            yield s
+    def answer(self, request, index):
+        return "<think>well</think> who knows", "stop", 7
 
 
 register_teacher("toy/mute", Mute, "1")
 
 
-class Rater(Toy):
+class Rater(ToyEngine):
     "Rates question n with 2n + 1; the last one not at all."
 
     model = "rater@1"
 
-    def generate(self, requests, sampling):
-        for r in requests:
-            n = next(n for n, q in enumerate(QUESTIONS) if q.id == r.question)
-            for i in r.indices:
-                yield Sample(
-                    question=r.question,
-                    model=self.model,
-                    prompt=r.prompt,
-                    sampling=sampling.key,
-                    index=i,
-                    text="hm" if n == 3 else f"<rating>{2 * n + 1}</rating>",
-                    finish="stop",
-                    tokens=1,
-                )
+    def answer(self, request, index):
+        n = number_of(request)
+        return "hm" if n == 3 else f"<rating>{2 * n + 1}</rating>", "stop", 1
 
 
 register_teacher("toy/rater", Rater, "1")
@@ -504,10 +455,9 @@ def test_a_budget_stops_cleanly_and_a_later_run_goes_on(monkeypatch):
     class Slow(Toy):
         model = "slow@1"
 
-        def generate(self, requests, sampling):
-            for s in super().generate(requests, sampling):
-                drawn_now.append((s.question, s.index))
-                yield s
+        def answer(self, request, index):
+            drawn_now.append((request.question, index))
+            return super().answer(request, index)
 
     register_teacher("toy/slow", Slow, "1")
     _, drawn, _ = declare("toy/slow")
@@ -525,24 +475,13 @@ def test_an_open_answer_is_scored_by_a_grader_behind_the_same_score():
     from octomed.distill.rejection import judge_open_samples
     from octomed.generate.answers import score
 
-    class Judge(Toy):
+    class Judge(ToyEngine):
         model = "judge@1"
 
-        def generate(self, requests, sampling):
-            for r in requests:
-                text = r.messages[-1]["content"][-1]["text"]
-                means_it = "a fever" in text.split("<response>")[-1]
-                for i in r.indices:
-                    yield Sample(
-                        question=r.question,
-                        model=self.model,
-                        prompt=r.prompt,
-                        sampling=sampling.key,
-                        index=i,
-                        text=f"<verdict>{'yes' if means_it else 'no'}</verdict>",
-                        finish="stop",
-                        tokens=1,
-                    )
+        def answer(self, request, index):
+            text = request.messages[-1]["content"][-1]["text"]
+            means_it = "a fever" in text.split("<response>")[-1]
+            return f"<verdict>{'yes' if means_it else 'no'}</verdict>", "stop", 1
 
     def s(n, text):
         return Sample(

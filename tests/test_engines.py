@@ -7,13 +7,14 @@ import sys
 import types
 
 import pytest
+from toys import ask
 
 from octomed.core.paths import OctomedError
 from octomed.generate import engines
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engine_vllm import VLLMEngine
 from octomed.generate.engines import FORCED, find_teacher_revision, load_teacher
-from octomed.generate.samples import Request, Sampling, derive_sample_seed
+from octomed.generate.samples import Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
 
@@ -91,15 +92,6 @@ def stand_in(monkeypatch, folder):
     engine = VLLMEngine(folder, "tiny@1", max_pixels=12_544, ahead=8)
     engine.core, engine.given = core, given
     return engine
-
-
-def ask(name, n=4, text="which is it ?"):
-    return Request(
-        name,
-        [{"role": "user", "content": [{"type": "text", "text": text}]}],
-        f"prompt of {name}",
-        tuple(range(n)),
-    )
 
 
 DRAWN = Sampling(temperature=1.0, max_tokens=6)

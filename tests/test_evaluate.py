@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import ToyEngine, register_toy_source
 
 import octomed.evaluate.evaluate as module
 from octomed.core.files import read_jsonl
@@ -13,7 +14,6 @@ from octomed.core.paths import OctomedError, UsageError
 from octomed.core.recipe import Common
 from octomed.core.store import ExternalInput, run_stage
 from octomed.data.questions import Question
-from octomed.data.sources import Source, register
 from octomed.evaluate.arms import Arm, declare_evaluation
 from octomed.evaluate.evaluate import (
     Respondent,
@@ -42,7 +42,7 @@ from octomed.generate.prompts import (
     make_prompt_key,
     write_messages,
 )
-from octomed.generate.samples import Request, Sample, Sampling
+from octomed.generate.samples import Request, Sampling
 
 QS = [
     Question(
@@ -55,16 +55,7 @@ QS = [
     )
     for n in range(8)
 ]
-register(
-    Source(
-        name="toybench",
-        split="test",
-        category="text_only",
-        role="benchmark",
-        make=lambda **_: list(QS),
-        revision="1",
-    )
-)
+register_toy_source("toybench", "test", "benchmark", QS)
 texts = st.lists(
     st.text(min_size=1).map(str.strip).filter(bool), min_size=1, max_size=10, unique=True
 )
@@ -88,39 +79,21 @@ def test_fault_44_shuffling_keeps_the_options_and_moves_the_right_one(options, d
     assert shuffle_options(q, seed) == s
 
 
-class Knows:
+class Knows(ToyEngine):
     "Says the right option's text."
 
     def __init__(self, *_, **__):
-        self.model, self.name = f"{type(self).__name__}@1", "toy"
+        self.model = f"{type(self).__name__}@1"
 
     def say(self, question):
         return question.answer_text
 
-    def generate(self, requests, sampling):
-        for r in requests:
-            text = r.messages[-1]["content"][-1]["text"]
-            q = next(q for q in QS if q.stem in text)
-            order = tuple(sorted(q.options, key=text.index))
-            asked = Question(
-                stem=q.stem,
-                options=order,
-                answer="ABCD"[order.index(q.answer_text)],
-                source=q.source,
-                split=q.split,
-                category=q.category,
-            )
-            for i in r.indices:
-                yield Sample(
-                    question=r.question,
-                    model=self.model,
-                    prompt=r.prompt,
-                    sampling=sampling.key,
-                    index=i,
-                    text=f"<think>x</think>\n\n\\boxed{{{self.say(asked)}}}",
-                    finish="stop",
-                    tokens=5,
-                )
+    def answer(self, request, index):
+        text = request.messages[-1]["content"][-1]["text"]
+        q = next(q for q in QS if q.stem in text)
+        order = tuple(sorted(q.options, key=text.index))
+        asked = replace(q, options=order, answer="ABCD"[order.index(q.answer_text)])
+        return f"<think>x</think>\n\n\\boxed{{{self.say(asked)}}}", "stop", 5
 
 
 class FirstPlace(Knows):
@@ -282,9 +255,10 @@ def test_fault_41_five_seeds_give_the_same_aggregate_in_another_store(
 class Wavers(Knows):
     "Right in seven of ten runs, else says `one`."
 
-    def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling):
-            yield replace(s, text="<think>x</think>\n\n\\boxed{one}") if s.index % 3 == 1 else s
+    def answer(self, request, index):
+        if index % 3 == 1:
+            return "<think>x</think>\n\n\\boxed{one}", "stop", 5
+        return super().answer(request, index)
 
 
 def test_a_vote_begins_with_the_runs_and_stands_beside_them(monkeypatch):
@@ -324,16 +298,7 @@ def test_both_overalls_stand_in_the_table():
             for n in range(6)
         ]
 
-    register(
-        Source(
-            name="otherbench",
-            split="test",
-            category="text_only",
-            role="benchmark",
-            make=lambda **_: list(QS),
-            revision="1",
-        )
-    )
+    register_toy_source("otherbench", "test", "benchmark", QS)
     rows = tabulate_scores(
         Results(
             Common(bootstrap=200),
@@ -362,10 +327,9 @@ class Fails(Knows):
         ("<think>x</think>\n\nit is the first", "stop"),
     ]
 
-    def generate(self, requests, sampling):
-        for s in super().generate(requests, sampling):
-            text, finish = self.WAYS[[q.id for q in QS].index(s.question) % 5]
-            yield replace(s, text=text, finish=finish)
+    def answer(self, request, index):
+        text, finish = self.WAYS[[q.id for q in QS].index(request.question) % 5]
+        return text, finish, 5
 
 
 def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
@@ -394,25 +358,15 @@ def test_fault_43_whatever_fails_is_wrong_and_stays_in_the_count(monkeypatch):
     )
 
 
-class Reads:
+class Reads(ToyEngine):
     "A grader that says yes to every response, and keeps what it was asked."
 
-    model, name = "reads@1", "toy"
+    model = "reads@1"
     asked: ClassVar[list[str]] = []
 
-    def generate(self, requests, sampling):
-        for r in requests:
-            self.asked.append(r.messages[-1]["content"][-1]["text"])
-            for i in r.indices:
-                yield Sample(
-                    question=r.question,
-                    model=self.model,
-                    prompt=r.prompt,
-                    sampling=sampling.key,
-                    index=i,
-                    text="<verdict>yes</verdict>",
-                    finish="stop",
-                )
+    def answer(self, request, index):
+        self.asked.append(request.messages[-1]["content"][-1]["text"])
+        return "<verdict>yes</verdict>", "stop", 0
 
 
 def test_a_grader_reads_what_is_unparsed_and_its_number_stands_beside(monkeypatch):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from toys import WORDS, chat, toy_size
 
-from octomed.clinic.students import MARKERS, SIZES, Size, build_student
+from octomed.clinic.students import MARKERS, SIZES, build_student
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import CATEGORIES, load_recipe
 from octomed.data.images import find_stored, image_path, load_image, store_image
@@ -33,10 +34,6 @@ from octomed.train.students import STUDENTS, load_student, save_student
 
 PIXELS = 12_544  # the clinic's limit
 WIDE = 6 * 112 * 112  # a limit at which InternVL cuts tiles of 112 pixels
-WORDS = (
-    "Please reason step - by - step , and put your final answer within \\boxed{ } . which is it ? "
-    "one two three fever rash the option is user assistant : - ."
-)
 PHOTO = Image.effect_noise((300, 200), 60).convert("RGB").resize((300, 200))
 DRAWING = Image.effect_noise((112, 112), 60).convert("RGB")
 EXAMPLES = Path(__file__).parents[1] / "data" / "examples"
@@ -47,37 +44,15 @@ FAMILY = pytest.mark.parametrize("family", MARKERS)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     "family → (model, processor, folder in which both are saved)."
-
-    size = Size(
-        hidden=64,
-        layers=2,
-        heads=2,
-        kv_heads=1,
-        intermediate=64,
-        vision_hidden=32,
-        vision_layers=2,
-    )
     students = {}
     for family in MARKERS:
         model, processor = build_student(
-            [WORDS, WORDS.lower()], size, seed=0, max_pixels=PIXELS, family=family
+            [WORDS, WORDS.lower()], toy_size(64), seed=0, max_pixels=PIXELS, family=family
         )
         folder = tmp_path_factory.mktemp(family)
         save_student(folder, model.eval(), processor, log=[])
         students[family] = model, processor, folder
     return students
-
-
-def chat(text, *images):
-    return [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
 
 
 def some_rows(processor):

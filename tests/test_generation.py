@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toys import ask
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from octomed.core.paths import OctomedError
@@ -19,7 +20,7 @@ from octomed.generate.engine_transformers import (
 )
 from octomed.generate.engines import FORCED
 from octomed.generate.ledger import Ledger, draw_samples
-from octomed.generate.samples import Request, Sample, Sampling, derive_sample_seed, make_sample_key
+from octomed.generate.samples import Sample, Sampling, derive_sample_seed, make_sample_key
 from octomed.train.students import save_student
 
 
@@ -28,15 +29,6 @@ def engine(student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     save_student(folder, *student, [])
     return TransformersEngine(folder, "tiny@1", max_pixels=12_544, batch=5)
-
-
-def ask(name, n=4, text="which is it ?"):
-    return Request(
-        name,
-        [{"role": "user", "content": [{"type": "text", "text": text}]}],
-        f"prompt of {name}",
-        tuple(range(n)),
-    )
 
 
 FAST = Sampling(temperature=1.0, max_tokens=12)

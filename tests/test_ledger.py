@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import ToyEngine
 
 from octomed.core.paths import OctomedError
 from octomed.generate.ledger import Ledger, Stopped, draw_samples, top_up
@@ -34,7 +35,7 @@ def ask(questions, n=16):
     return [Request(f"q{k}", [], "p", tuple(range(n))) for k in range(questions)]
 
 
-class Engine:
+class Engine(ToyEngine):
     "Counts what it makes."
 
     model, name = "m@1", "test"
@@ -42,20 +43,10 @@ class Engine:
     def __init__(self, **finishes):
         self.drawn, self.finishes = [], finishes
 
-    def generate(self, requests, sampling):
-        for r in requests:
-            for i in r.indices:
-                self.drawn.append((r.question, i))
-                yield Sample(
-                    r.question,
-                    self.model,
-                    r.prompt,
-                    sampling.key,
-                    i,
-                    f"{r.question} {i}",
-                    self.finishes.get(r.question, "stop"),
-                    tokens=10,
-                )
+    def answer(self, request, index):
+        question = request.question
+        self.drawn.append((question, index))
+        return f"{question} {index}", self.finishes.get(question, "stop"), 10
 
 
 def keys_of_shards(folder):

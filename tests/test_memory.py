@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from toys import shrink_configuration
 
 from octomed.core.paths import OctomedError, root
 from octomed.train.attention import use_packed_attention
@@ -46,11 +47,9 @@ def small():
 
     The text layers have an attention width of their own."""
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    c = load_configuration(HUB_ID)
-    text, vision = c.text_config.to_dict(), c.vision_config.to_dict()
-    text |= {
+    text = {
         "vocab_size": 512,
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -60,7 +59,7 @@ def small():
         "layer_types": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
     }
-    vision |= {
+    vision = {
         "depth": 4,
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -69,17 +68,8 @@ def small():
         "fullatt_block_indexes": [1, 3],
     }
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=text,
-            vision_config=vision,
-            tie_word_embeddings=False,
-            image_token_id=500,
-            video_token_id=501,
-            vision_start_token_id=502,
-            vision_end_token_id=503,
-        )
-    )
+    c = shrink_configuration(load_configuration(HUB_ID), text, vision)
+    model = Qwen2_5_VLForConditionalGeneration(c)
     return model, measure_shape(model)
 
 

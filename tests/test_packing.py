@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import chat
 
 from octomed.core.paths import OctomedError
 from octomed.generate.render import PixelCache, Row, collate, render_row
@@ -31,18 +32,6 @@ from octomed.train.schedule import Schedule
 
 PIXELS = 12_544
 CPU = ["sdpa", "octomed_split", "eager"]
-
-
-def chat(text, *images):
-    return [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
 
 
 @pytest.fixture(scope="session")

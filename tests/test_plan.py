@@ -150,13 +150,7 @@ def recipe_of(path, name, *sections):
     return str(path)
 
 
-@pytest.fixture
-def empty(tmp_path, monkeypatch):
-    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))
-
-
-def test_what_sections_share_is_counted_once_in_all(tmp_path, empty):
+def test_what_sections_share_is_counted_once_in_all(tmp_path, own_places):
     from octomed.run.plan import plan
 
     first, second, every = plan(
@@ -169,7 +163,7 @@ def test_what_sections_share_is_counted_once_in_all(tmp_path, empty):
     assert every["minutes"] == first["minutes"]  # section 55 uses the student of 42
 
 
-def test_the_papers_plan_needs_no_data_and_says_all(tmp_path, empty, monkeypatch):
+def test_the_papers_plan_needs_no_data_and_says_all(tmp_path, own_places, monkeypatch):
     import json
 
     from octomed.data.sources import SOURCES
@@ -203,7 +197,7 @@ def test_the_papers_plan_needs_no_data_and_says_all(tmp_path, empty, monkeypatch
 
 
 @pytest.mark.parametrize("recipe", ["course", "gpu", "paper"])
-def test_a_whole_recipe_is_planned_without_data(empty, monkeypatch, recipe):
+def test_a_whole_recipe_is_planned_without_data(own_places, monkeypatch, recipe):
     from octomed.run.plan import plan
 
     monkeypatch.delenv("OCTOMED_DATA", raising=False)

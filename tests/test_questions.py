@@ -721,17 +721,23 @@ def test_identity_follows_the_bytes(here):
 # streaming
 
 
+def medmcqa_row(i, cop):
+    "A row of MedMCQA; `cop` is the place of its right option, -1 where it has none."
+    return {
+        "id": str(i),
+        "question": f"Which {i}?",
+        "opa": "a",
+        "opb": "b",
+        "opc": "c",
+        "opd": "d",
+        "cop": cop,
+    }
+
+
 def counted(n, taken):
     for i in range(n):
         taken.append(i)
-        yield {
-            "id": str(i),
-            "question": f"Which {i}?",
-            "opa": "a",
-            "opb": "b",
-            "opc": "c",
-            "opd": "d",
-            "cop": i % 5 - 1,
+        yield medmcqa_row(i, i % 5 - 1) | {
             "choice_type": "single",
             "exp": None,
             "subject_name": "S",
@@ -840,18 +846,7 @@ def test_the_table_says_which_images_are_missing(here):
 
 
 def test_the_fuller_form_counts_before_the_partial_one(here):
-    rows = [
-        {
-            "id": str(i),
-            "question": f"Which {i}?",
-            "opa": "a",
-            "opb": "b",
-            "opc": "c",
-            "opd": "d",
-            "cop": 4,
-        }
-        for i in range(3)
-    ]
+    rows = [medmcqa_row(i, cop=4) for i in range(3)]
     assert load_report("medmcqa:train", folder=here).rows == 2
     write(here, rows, "medmcqa/train.json")
     assert [q.answer for q in load("medmcqa:train", folder=here)] == ["D"] * 3

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
+from toys import write_notebook, write_results
 
 from octomed.core.paths import UsageError, root, shipped
 from octomed.core.recipe import Recipe, load_recipe
@@ -206,65 +207,17 @@ def test_inconsistencies_are_those_that_a_plain_sum_finds():
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch):
-    for name, part in (
-        ("OCTOMED_STORE", "store"),
-        ("OCTOMED_OUTPUTS", "out"),
-        ("OCTOMED_NOTEBOOKS", "nbs"),
-    ):
-        monkeypatch.setenv(name, str(tmp_path / part))
+def places(own_places, tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_NOTEBOOKS", str(tmp_path / "nbs"))
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / "42_b.ipynb").write_text(
-        json.dumps(
-            {
-                "cells": [
-                    {
-                        "cell_type": "code",
-                        "metadata": {"tags": ["parameters"]},
-                        "source": 'recipe = "smoke"\nout = None',
-                        "outputs": [],
-                        "execution_count": None,
-                        "id": "a",
-                    }
-                ],
-                "metadata": {
-                    "kernelspec": {
-                        "name": "python3",
-                        "language": "python",
-                        "display_name": "python3",
-                    }
-                },
-                "nbformat": 4,
-                "nbformat_minor": 5,
-            }
-        )
-    )
+    write_notebook(tmp_path / "nbs" / "42_b.ipynb")
     (tmp_path / "smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}")
-    (tmp_path / "nbs" / "42_c.ipynb").write_text((tmp_path / "nbs" / "42_b.ipynb").read_text())
+    write_notebook(tmp_path / "nbs" / "42_c.ipynb")
     return tmp_path
 
 
 def put(folder, claims, code="old", section="42_b", rows=(), **facts):
-    (folder / "results").mkdir(parents=True, exist_ok=True)
-    (folder / "figures").mkdir(exist_ok=True)
-    (folder / "results" / f"{section}.json").write_text(
-        json.dumps(
-            {
-                "section": section,
-                "recipe": folder.name,
-                "claims": claims,
-                "rows": list(rows),
-                **facts,
-                "card": {
-                    "versions": {"torch": "1"},
-                    "hardware": "2 cores",
-                    "minutes": 3.5,
-                    "code": code,
-                    "parents": [],
-                },
-            }
-        )
-    )
+    write_results(folder, claims, list(rows), code, section, **facts)
     for part in ("", "-findings"):
         (folder / "figures" / f"{section}{part}.png").write_bytes(b"\x89PNG")
 

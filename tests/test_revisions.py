@@ -10,6 +10,7 @@ import hashlib
 import json
 
 import pytest
+from toys import chat
 
 from octomed.clinic.drawings import CLASSES, draw_picture
 from octomed.clinic.graders import Grader, SimulatedGrader
@@ -90,8 +91,7 @@ def grades_of(rubric: str) -> list[list]:
     for number, question in enumerate(cases):
         response = question.options[0] if number % 2 else question.answer_text
         text = rubric.replace("{response}", response)
-        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        request = Request(question.id, messages, "rubric", (0, 1))
+        request = Request(question.id, chat(text), "rubric", (0, 1))
         for sample in engine.generate([request], Sampling()):
             grades.append([sample.text, sample.finish, sample.tokens, sample.seed])
     return grades

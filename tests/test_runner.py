@@ -114,9 +114,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "out"))
+def world(own_places, tmp_path, monkeypatch):
     monkeypatch.delenv("OCTOMED_FRESH", raising=False)
     return World(tmp_path)
 

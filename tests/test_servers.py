@@ -21,6 +21,7 @@ from misbehaving import (
     status,
     web_page,
 )
+from toys import chat
 
 from octomed.core.paths import OctomedError
 from octomed.generate.engine_openai import OpenAIEngine
@@ -45,13 +46,8 @@ def fake(monkeypatch):
 
 
 def ask(name="q1", n=4, images=()):
-    content = [
-        *({"type": "image", "image": i} for i in images),
-        {"type": "text", "text": f"{name}: which is it ?"},
-    ]
-    return Request(
-        name, [{"role": "user", "content": content}], f"prompt of {name}", tuple(range(n))
-    )
+    messages = chat(f"{name}: which is it ?", *images)
+    return Request(name, messages, f"prompt of {name}", tuple(range(n)))
 
 
 def engine(**kw):

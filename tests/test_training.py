@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from toys import chat
 
 from octomed.core.files import write_jsonl
 from octomed.core.paths import OctomedError
@@ -30,18 +31,6 @@ from octomed.train.schedule import Schedule, group_padded
 from octomed.train.students import count_matched_steps, count_steps, load_student, save_student
 
 PIXELS = 12_544
-
-
-def chat(text, *images):
-    return [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
 
 
 def fit_example(model, processor, rows, s, steps):

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from toys import chat
 
 from octomed.core.paths import root
 from octomed.generate.engine_openai import OpenAIEngine
@@ -75,20 +76,7 @@ def pictures():
 
 
 def ask(name, n=1, text="which is it ?", images=(), indices=None):
-    return Request(
-        name,
-        [
-            {
-                "role": "user",
-                "content": [
-                    *({"type": "image", "image": i} for i in images),
-                    {"type": "text", "text": text},
-                ],
-            }
-        ],
-        f"prompt of {name}",
-        tuple(indices or range(n)),
-    )
+    return Request(name, chat(text, *images), f"prompt of {name}", tuple(indices or range(n)))
 
 
 @pytest.fixture(scope="module")

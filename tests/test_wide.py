@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from toys import chat
 
 from octomed.core.files import read_jsonl, write_json
 from octomed.core.paths import OctomedError, UsageError, root
@@ -39,18 +40,6 @@ from octomed.train.students import load_student, make_student, save_student, sft
 PIXELS = 12_544
 CONFIGURATIONS = root() / "nbs" / "recipes" / "accelerate"
 WORKER = "octomed.train.students"
-
-
-def chat(text, *images):
-    return [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": i} for i in images),
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
 
 
 @pytest.fixture(scope="module")

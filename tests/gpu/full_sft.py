@@ -24,6 +24,7 @@ No GPU was available when this was written: only the small version has been run.
 import argparse
 import gc
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from toys import shrink_configuration
 
 from octomed.core.files import write_json
 from octomed.core.identity import make_card
@@ -101,7 +105,7 @@ def config(small: bool):
     c = load_configuration(MODEL)
     if not small:
         return c
-    text = c.text_config.to_dict() | {
+    text = {
         "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 192,
@@ -114,7 +118,7 @@ def config(small: bool):
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    vision = c.vision_config.to_dict() | {
+    vision = {
         "depth": 2,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -122,15 +126,7 @@ def config(small: bool):
         "out_hidden_size": 64,
         "fullatt_block_indexes": [1],
     }
-    return type(c)(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=False,
-        image_token_id=500,
-        video_token_id=501,
-        vision_start_token_id=502,
-        vision_end_token_id=503,
-    )
+    return shrink_configuration(c, text, vision)
 
 
 def build(c, state: str, device: str):
