@@ -586,11 +586,11 @@ def test_a_module_that_lacks_a_function_is_refused_with_one_sentence(world, monk
 
 def test_one_arm(world, monkeypatch):
     declare(monkeypatch, arms=lambda recipe: {"cot": 1, "direct": 2})
-    asked, fake = [], types.ModuleType("octomed.evaluate.arms")
+    asked, fake = [], types.ModuleType("octomed.evaluate.results")
     fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append(
         (arms, recipe.scalars("1_a"), seeds)
     )
-    monkeypatch.setitem(sys.modules, "octomed.evaluate.arms", fake)
+    monkeypatch.setitem(sys.modules, "octomed.evaluate.results", fake)
     world.section("1_a", module="fake")
     world.section("2_b")
     with pytest.raises(UsageError, match="no section has an arm none: choose from cot, direct"):
