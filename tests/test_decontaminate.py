@@ -442,7 +442,7 @@ def test_fault_25_a_lost_or_doubled_row_is_refused(tmp_path, monkeypatch):
 
     def doubling(index, pairs):
         part = honest(index, pairs)
-        part.found.append(part.found[0])
+        part.findings.append(part.findings[0])
         part.rows += 1
         return part
 

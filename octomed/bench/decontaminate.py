@@ -445,8 +445,8 @@ def _made_corpus(questions: int, a_file: int) -> Path:
     for spec in TEXT:
         real = real and all((data_dir() / file).exists() for file in find_source(spec).files)
     identity = [identify_source(spec) for spec in TEXT] if real else None
-    made = corpus(questions=questions, a_file=a_file, specs=TEXT, identity=identity, seed=0)
-    return run_stage(made)
+    stage = corpus(questions=questions, a_file=a_file, specs=TEXT, identity=identity, seed=0)
+    return run_stage(stage)
 
 # %% ../../nbs/bench/02_decontaminate.ipynb #c72896a3
 def _slow_peer(bench: Path, train: Path, n: int, slow: int, repeats: int) -> list[dict]:

@@ -97,10 +97,15 @@ def _all(pool, f: Callable, items: list) -> None:
 # %% ../../nbs/bench/03_images.ipynb #abaf64d2
 def _scaled(what: str, f: Callable, items: list, rounds: int, pool: Callable) -> dict:
     "Throughput of two workers over that of one."
-    with pool(1) as one, pool(2) as two:
-        ways = {workers: partial(time_call, _all, workers, f, items) for workers in (one, two)}
+    with pool(1) as one_worker, pool(2) as two_workers:
+        ways = {
+            workers: partial(time_call, _all, workers, f, items)
+            for workers in (one_worker, two_workers)
+        }
         times = run_in_turns(ways, rounds + 1)
-    ratios = divide_turns(times[one][1:], times[two][1:])  # the first round starts the workers
+    ratios = divide_turns(
+        times[one_worker][1:], times[two_workers][1:]
+    )  # the first round starts the workers
     return make_repeated_row("images", "octomed", what, values=ratios, unit="× with 2 workers")
 
 # %% ../../nbs/bench/03_images.ipynb #16397f59
@@ -133,14 +138,14 @@ def _whole(paths: list[Path], rounds: int) -> list[dict]:
         "octomed, 2 workers": partial(_intake, paths, 2),
     }
     times = run_in_turns(ways, rounds)
-    pil, one, two = times.values()
+    pil, one_worker, two_workers = times.values()
     rows = []
     for who, seconds in times.items():
         rates = [len(paths) / s for s in seconds]
         rows.append(make_repeated_row("images", who, what, values=rates, unit="images/s"))
     ratios = {
-        "octomed / PIL alone, 1 worker": divide_turns(pil, one),
-        "octomed": divide_turns(one, two),
+        "octomed / PIL alone, 1 worker": divide_turns(pil, one_worker),
+        "octomed": divide_turns(one_worker, two_workers),
     }
     for (who, values), unit in zip(ratios.items(), ("×", "× with 2 workers"), strict=True):
         rows.append(make_repeated_row("images", who, what, values=values, unit=unit))

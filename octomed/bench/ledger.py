@@ -172,8 +172,8 @@ def _fill(folder: Path, n: int, rows: int) -> list[str]:
         size = min(rows, n - shard * rows)
         ledger.db.execute(_FILL, (size,))
         for number in rng.sample(range(1, size + 1), min(size, -(-10_000 * size // n))):
-            found = ledger.db.execute("SELECT hex(key) FROM samples WHERE rowid = ?", (number,))
-            keys += found.fetchone()
+            cursor = ledger.db.execute("SELECT hex(key) FROM samples WHERE rowid = ?", (number,))
+            keys += cursor.fetchone()
         ledger.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     ledger.close()
     return keys

@@ -152,12 +152,12 @@ class SimulatedGrader:
 
         For a question that it does not know, the sample's finish is "error"."""
         for request in requests:
-            rubric = _text_of(request.messages)
+            rubric = _join_texts(request.messages)
             for index in request.indices:
-                yield _sample(self, request, rubric=rubric, index=index, sampling=sampling)
+                yield _sample_grade(self, request, rubric=rubric, index=index, sampling=sampling)
 
 # %% ../../nbs/clinic/08_graders.ipynb #957dcd2a
-def _text_of(messages: list[dict]) -> str:
+def _join_texts(messages: list[dict]) -> str:
     "All text of a chat, without its images."
     texts = []
     for message in messages:
@@ -165,7 +165,7 @@ def _text_of(messages: list[dict]) -> str:
     return "".join(texts)
 
 # %% ../../nbs/clinic/08_graders.ipynb #7922d906
-def _sample(engine: SimulatedGrader, request, rubric: str, index: int, sampling) -> Sample:
+def _sample_grade(engine: SimulatedGrader, request, rubric: str, index: int, sampling) -> Sample:
     start, seed = time.time(), derive_sample_seed(sampling, request.question, index)
     try:
         text, finish = grade(engine.grader, request.question, rubric, seed=seed), "stop"

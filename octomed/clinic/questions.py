@@ -190,7 +190,7 @@ def draft_looking_question(
     return stem, truth, choose_picture(pool, modality, cls, k=int(order[i]) // 16)
 
 # %% ../../nbs/clinic/04_questions.ipynb #eef2813a
-def _kind(rng, source: str) -> str:
+def _pick_kind(rng, source: str) -> str:
     "A kind of question; numbers of steps, not kinds, are equally frequent."
     weights = np.array([0.5 if kind in ("test", "first") else 1 for kind in KINDS[source]])
     return KINDS[source][rng.choice(len(weights), p=weights / weights.sum())]
@@ -208,7 +208,7 @@ def draft_reasoning_question(
         for c in load_conditions().values()
         if c.held == out_of_distribution and (c.image or not with_image)
     ]
-    kind = _kind(rng, source)
+    kind = _pick_kind(rng, source)
     stem, truth = write_vignette(
         rng,
         kind,

@@ -309,7 +309,7 @@ class Part:
     rows: int  # how many
     clean: int  # of them without a finding
     short: int  # of them with fewer than n words
-    found: list[Overlap]  # of the others
+    findings: list[Overlap]  # of the others
 
 # %% ../../nbs/data/10_decontaminate.ipynb #eb61b40a
 def look_up_rows(index: Index, rows: Iterable[tuple]) -> Part:
@@ -329,7 +329,7 @@ def look_up_rows(index: Index, rows: Iterable[tuple]) -> Part:
             findings.append(finding)
         else:
             clean += 1
-    return Part(rows=count, clean=clean, short=short, found=findings)
+    return Part(rows=count, clean=clean, short=short, findings=findings)
 
 # %% ../../nbs/data/10_decontaminate.ipynb #426e1e57
 def _start_report(rows: list, n: int) -> Report:
@@ -360,7 +360,7 @@ def report_parts(index: Index, parts: Iterable[Part]) -> dict[str, Report]:
         rows += part.rows
         clean += part.clean
         short += part.short
-        for finding in part.found:
+        for finding in part.findings:
             places.add(finding.row)
             _add_finding(reports, finding)
     check_conserved(rows, clean, len(places), what="decontamination")

@@ -99,7 +99,7 @@ def look_up_piece(
     Raises `OctomedError` if the rows are not as many as the lines that are not blank."""
     lines = split_lines(first, piece)
     part = look_up_rows(index, parse_rows(lines, name))
-    check_conserved(len(lines), part.clean, len(part.found), what=f"decontamination of {name}")
+    check_conserved(len(lines), part.clean, len(part.findings), what=f"decontamination of {name}")
     return part
 
 # %% ../../nbs/data/11_decontaminate_files.ipynb #5a1e1103
@@ -229,11 +229,11 @@ def decontaminate_sets(
 
 # %% ../../nbs/data/11_decontaminate_files.ipynb #a5d24dc4
 def count_pairs(
-    found: dict,  # what `decontaminate_sets` gives
+    reports: dict,  # what `decontaminate_sets` gives
 ) -> dict:  # {"pairs": [{train, bench, n, rows, flagged, exact, blind}]}
     "The counts of `decontaminate_sets`."
     rows = []
-    for (train, bench), report in found.items():
+    for (train, bench), report in reports.items():
         row = {
             "train": train,
             "bench": bench,

@@ -31,10 +31,10 @@ def _find_strongest_reasons(reports: list[Report]) -> dict[int, str]:
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #477cb605
 def count_drops(
-    found: Iterable[Report],  # of one training set, for each benchmark
+    reports: Iterable[Report],  # of one training set, for each benchmark
 ) -> dict:  # rows, then kept and each reason; rows = the sum of the others
     "The rows of one training set: how many are kept, and how many each reason drops."
-    reports = list(found)
+    reports = list(reports)
     counts = Counter(_find_strongest_reasons(reports).values())
     rows = max((report.rows for report in reports), default=0)
     kept = rows - len(set().union(*(report.drop for report in reports)))
@@ -58,10 +58,10 @@ def _describe_drop(report: Report, i: int, match: Match | None, reason: str) -> 
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #5a1e1203
 def list_drops(
-    found: dict,  # (training set, benchmark) → report, as `reports` gives them
+    reports: dict,  # (training set, benchmark) → report, as `decontaminate_sets` gives them
 ) -> Iterator[dict]:
     "Every dropped row, with what a person needs to judge it."
-    for (train, bench), report in found.items():
+    for (train, bench), report in reports.items():
         matches = {match.train: match for match in report.matches}
         for i, reason in sorted(report.reasons().items()):
             place = {"train": train, "line": i + 1, "bench": bench}
@@ -184,12 +184,12 @@ def _show_name(spec: str) -> str:
     return html.escape(Path(spec).name)
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #64e1738c
-def _render_summary(found: dict) -> str:
+def _render_summary(reports: dict) -> str:
     "The table of counts as HTML."
-    n = next((report.n for report in found.values()), 0)
+    n = next((report.n for report in reports.values()), 0)
     body = []
-    for train in dict.fromkeys(train for train, _ in found):
-        by_bench = {bench: report for (name, bench), report in found.items() if name == train}
+    for train in dict.fromkeys(train for train, _ in reports):
+        by_bench = {bench: report for (name, bench), report in reports.items() if name == train}
         name = _show_name(train)
         for bench, report in by_bench.items():
             body.append(f"<tr>{_render_summary_row(name, _show_name(bench), [report])}</tr>")
@@ -281,20 +281,20 @@ HINT = (
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #e93a7abd
 def render_page(
-    found: dict,  # what `reports` gives
+    reports: dict,  # what `decontaminate_sets` gives
     most: int = 200,  # drops shown for each pair
 ) -> str:
     "The reports as one HTML page that needs no other file."
-    n = next((report.n for report in found.values()), 0)
+    n = next((report.n for report in reports.values()), 0)
     parts = []
-    for pair, report in found.items():
+    for pair, report in reports.items():
         if report.drop:
             parts.append(_render_details(pair, report, most=most, is_open=len(parts) < 3))
     head = f"<meta charset=utf-8><title>Decontamination</title><style>{STYLE}</style>"
     return f"""<!doctype html><html lang=en><head>{head}</head><body>
 <h1>Decontamination</h1>
 <p>{_explain_rules(n)}</p>
-<h2>What is kept</h2>{_render_summary(found)}
+<h2>What is kept</h2>{_render_summary(reports)}
 <h2>What is dropped, and why</h2>
 <p>{HINT}</p>
 {"".join(parts) or "<p>Nothing is dropped.</p>"}</body></html>
@@ -302,9 +302,9 @@ def render_page(
 
 # %% ../../nbs/data/12_decontaminate_report.ipynb #44707a8a
 def write_page(
-    found: dict,  # what `reports` gives
+    reports: dict,  # what `decontaminate_sets` gives
     path,  # of the page
     most: int = 200,  # drops shown for each pair
 ) -> Path:
     "Write the page to a file."
-    return atomic_write(path, render_page(found, most).encode(errors="replace"))
+    return atomic_write(path, render_page(reports, most).encode(errors="replace"))

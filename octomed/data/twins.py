@@ -25,13 +25,13 @@ def _group_rows(pairs: Iterable[tuple]) -> dict:
 
 # %% ../../nbs/data/09_twins.ipynb #b0cc5c1d
 def _match_rows(
-    here: Iterable[tuple],  # (row, key) pairs
-    there: Iterable[tuple],  # likewise
+    pairs_here: Iterable[tuple],  # (row, key) pairs
+    pairs_there: Iterable[tuple],  # likewise
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # rows here, rows there
     "The rows of two sets that share a key."
-    here, there = _group_rows(here), _group_rows(there)
-    common = here.keys() & there.keys()
-    both = (set().union(*(groups[key] for key in common)) for groups in (here, there))
+    groups_here, groups_there = _group_rows(pairs_here), _group_rows(pairs_there)
+    common = groups_here.keys() & groups_there.keys()
+    both = (set().union(*(groups[key] for key in common)) for groups in (groups_here, groups_there))
     rows_here, rows_there = (tuple(sorted(rows)) for rows in both)
     return rows_here, rows_there
 
@@ -162,10 +162,12 @@ def _find_conflicts(images: list[Picture]) -> list[tuple[int, ...]]:
     return sorted(conflicts)
 
 # %% ../../nbs/data/09_twins.ipynb #8a2452eb
-def _find_contradictions(here: list[Picture], there: list[Picture]) -> tuple[int, ...]:
+def _find_contradictions(
+    pictures_here: list[Picture], pictures_there: list[Picture]
+) -> tuple[int, ...]:
     "Rows here whose twin there has another label."
-    labels_there, rows = _group_labels(there), set()
-    for key, pairs in _group_labels(here).items():
+    labels_there, rows = _group_labels(pictures_there), set()
+    for key, pairs in _group_labels(pictures_here).items():
         labels = {label for _, label in labels_there.get(key, ())}
         rows.update(row for row, label in pairs if labels - {label})
     return tuple(sorted(rows))
@@ -265,15 +267,19 @@ def report_copies(
 ) -> ImageReport:
     "Copies and label conflicts within a set, and its twins in another, by bytes and by pixels."
     rows, against = list(rows), list(against)
-    here, there = list_pictures(rows, workers), list_pictures(against, workers)
+    pictures_here, pictures_there = list_pictures(rows, workers), list_pictures(against, workers)
     return ImageReport(
         rows=len(rows),
-        unreadable={picture.row: picture.error for picture in here if picture.error},
-        byte_copies=_find_copies(here, "file"),
-        pixel_copies=_find_copies(here, "pixels"),
-        conflicts=_find_conflicts(here),
+        unreadable={picture.row: picture.error for picture in pictures_here if picture.error},
+        byte_copies=_find_copies(pictures_here, "file"),
+        pixel_copies=_find_copies(pictures_here, "pixels"),
+        conflicts=_find_conflicts(pictures_here),
         against=len(against),
-        byte_twins=_match_rows(_pair_keys(here, "file"), _pair_keys(there, "file")),
-        pixel_twins=_match_rows(_pair_keys(here, "pixels"), _pair_keys(there, "pixels")),
-        contradicted=_find_contradictions(here, there),
+        byte_twins=_match_rows(
+            _pair_keys(pictures_here, "file"), _pair_keys(pictures_there, "file")
+        ),
+        pixel_twins=_match_rows(
+            _pair_keys(pictures_here, "pixels"), _pair_keys(pictures_there, "pixels")
+        ),
+        contradicted=_find_contradictions(pictures_here, pictures_there),
     )

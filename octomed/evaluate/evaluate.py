@@ -192,7 +192,7 @@ def shuffle_options(q: Question, seed: int = 0) -> Question:
     )
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #95e9a637
-def _row(q: Question, samples: list[Sample], verdicts: list[Verdict]) -> dict:
+def _record_question(q: Question, samples: list[Sample], verdicts: list[Verdict]) -> dict:
     "What an evaluation keeps of one question."
     return {
         "question": q.id,
@@ -289,7 +289,7 @@ def evaluation(
     taken = [_take(drawn, q, template, n=n) for q in qs]
     rows = []
     for q, (samples, verdicts) in zip(qs, taken, strict=False):
-        rows.append(_row(q, samples[:seeds], verdicts[:seeds]))
+        rows.append(_record_question(q, samples[:seeds], verdicts[:seeds]))
         if vote:
             rows[-1]["vote"] = [verdict.letter for verdict in verdicts[:vote]]
     for q, other, row in zip(qs, moved, rows, strict=False):

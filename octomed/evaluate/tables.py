@@ -66,7 +66,7 @@ def _mean_rates(results: Results, arm: str, where: str) -> dict:
     return {name: float(np.mean([rates_of[name] for rates_of in by_benchmark])) for name in shared}
 
 # %% ../../nbs/evaluate/06_tables.ipynb #36656c4d
-def _row(results: Results, arm: str, where: str) -> dict:
+def _score_place(results: Results, arm: str, where: str) -> dict:
     "One row, without the paper's number."
     scores, groups = results.scores(arm, where)
     interval = _bootstrap(results, scores, groups)
@@ -93,7 +93,7 @@ def tabulate_scores(
     rows = []
     for arm in results.rows:
         for where in _places(results):
-            rows.append(_row(results, arm, where) | {"paper": paper.get((arm, where))})
+            rows.append(_score_place(results, arm, where) | {"paper": paper.get((arm, where))})
     return rows
 
 # %% ../../nbs/evaluate/06_tables.ipynb #11f9a5d2

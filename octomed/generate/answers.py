@@ -136,7 +136,7 @@ def _fold(text: str) -> str:
     return folded.strip("()[] ").removesuffix(".").strip("()[] ")
 
 # %% ../../nbs/generate/03_answers.ipynb #5480a04b
-def _text_of(text: str, options: dict) -> str | None:
+def _match_option_text(text: str, options: dict) -> str | None:
     "The letter of the only option with exactly this text."
     folded = _fold(text)
     letters = [letter for letter, option in options.items() if _fold(option) == folded]
@@ -150,7 +150,7 @@ def read_option(
     "The option that a form's content names: by its letter, else by its exact text."
     match = _LETTER.match(_clean(content))
     if not match:
-        return _text_of(content, options)
+        return _match_option_text(content, options)
     return next((letter for letter in options if letter.upper() == match[1].upper()), None)
 
 # %% ../../nbs/generate/03_answers.ipynb #90ea094a
@@ -158,7 +158,7 @@ def _read_phrase(content: str, options: dict) -> str | None:
     if _LETTER.match(_clean(content)):
         return read_option(content, options)
     first_sentence = re.split(r"[.;,]\s", content, maxsplit=1)[0]
-    return _text_of(content, options) or _text_of(first_sentence, options)
+    return _match_option_text(content, options) or _match_option_text(first_sentence, options)
 
 
 def _read_whole(text: str, options: dict) -> str | None:
@@ -168,7 +168,7 @@ def _read_whole(text: str, options: dict) -> str | None:
         rest = cleaned[match.end() :].strip(" :.)]")
         if not rest or _fold(rest) in map(_fold, options.values()):
             return read_option(text, options)
-    return _text_of(text, options)
+    return _match_option_text(text, options)
 
 # %% ../../nbs/generate/03_answers.ipynb #713f1473
 _LETTERS = frozenset(string.ascii_letters)
@@ -312,7 +312,7 @@ def _is_in(text: str, letter: str, options: dict) -> bool:
     return letter in options and _fold(options[letter]) in _fold(text)
 
 
-def _kind(text: str, options: dict, *, ours: str | None, theirs: str | None) -> str:
+def _compare_letters(text: str, options: dict, *, ours: str | None, theirs: str | None) -> str:
     if ours == theirs:
         return "same"
     if theirs is None:
@@ -334,7 +334,7 @@ def measure_extraction_agreement(
         options = letter_options(options)
         theirs = theirs or None
         ours = judge(text, options, **how).letter
-        kind = _kind(text, options, ours=ours, theirs=theirs)
+        kind = _compare_letters(text, options, ours=ours, theirs=theirs)
         counts[kind] += 1
         if kind != "same":
             difference = {

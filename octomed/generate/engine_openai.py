@@ -54,9 +54,9 @@ class Server:
         key = os.environ.get(f"{self.name}_API_KEY")
         return text.replace(key, "[removed]") if key else text
 
-    def line(self, said) -> str:
+    def line(self, error) -> str:
         "A server's error message as one line without the key, at most 300 characters."
-        return " ".join(self.clean(str(said)).split())[:300]
+        return " ".join(self.clean(str(error)).split())[:300]
 
 # %% ../../nbs/generate/08_engine_openai.ipynb #a368c188
 @contextmanager
@@ -440,7 +440,7 @@ _ENDS = (
 
 @patch
 async def _read_stream(self: OpenAIEngine, response) -> ServerResponse:
-    said = ServerResponse()
+    reply = ServerResponse()
     async for line in response.iter_lines():
         data = line.removeprefix("data:").strip()
         if not line.startswith("data:") or data == "[DONE]":
@@ -448,8 +448,8 @@ async def _read_stream(self: OpenAIEngine, response) -> ServerResponse:
         part = json.loads(data)
         if "error" in part:
             raise ValueError(self.server.line(part["error"]))
-        said.take(part)
-    return said
+        reply.take(part)
+    return reply
 
 # %% ../../nbs/generate/08_engine_openai.ipynb #5abfaa5d
 @patch
@@ -461,21 +461,21 @@ async def _read(self: OpenAIEngine, client, body: dict) -> ServerResponse:
     create = client.chat.completions.with_streaming_response.create
     async with create(**known, extra_body=further) as response:
         try:
-            said = await self._read_stream(response)
+            reply = await self._read_stream(response)
         except Exception as e:
             raise ValueError(f"the stream broke off: {self._explain(e)}") from None
-    if said.finish not in _ENDS:
+    if reply.finish not in _ENDS:
         raise ValueError("the stream ended before the response did")
-    return said
+    return reply
 
 # %% ../../nbs/generate/08_engine_openai.ipynb #d77fdb24
 @patch
-def _check_version(self: OpenAIEngine, said: ServerResponse):
+def _check_version(self: OpenAIEngine, reply: ServerResponse):
     "Raise `OctomedError` if another version of the model answers than before."
-    self._reported = self._reported or said.model
-    if said.model and said.model != self._reported:
+    self._reported = self._reported or reply.model
+    if reply.model and reply.model != self._reported:
         raise OctomedError(
-            f"the server {self.server.name} answered as {said.model}, "
+            f"the server {self.server.name} answered as {reply.model}, "
             f"before as {self._reported}: run again to draw under the new version"
         ) from None
 
@@ -490,14 +490,14 @@ async def _ask(self: OpenAIEngine, client, body: dict) -> ServerResponse:
 
     for attempt in range(self.retries + 1):
         try:
-            said = await self._read(client, body)
+            reply = await self._read(client, body)
         except openai.APIConnectionError as e:
             raise Unanswered(self._explain(e)) from None
         except ValueError as e:
             reason = str(e)
         else:
-            self._check_version(said)
-            return said
+            self._check_version(reply)
+            return reply
         await asyncio.sleep(min(60.0, PAUSE * 2**attempt) * random.uniform(0.75, 1))
     raise Unanswered(reason)
 
@@ -514,10 +514,10 @@ def _sample(
     passes: tuple[ServerResponse, ...] = (ServerResponse(),),  # two after a forced exit
     seconds: float = 0.0,
 ) -> Sample:
-    tokens = [said.tokens or said.pieces for said in passes]
+    tokens = [reply.tokens or reply.pieces for reply in passes]
     logprobs = []
-    for said in passes:
-        logprobs += [round(x, 4) for x in said.logprobs]
+    for reply in passes:
+        logprobs += [round(x, 4) for x in reply.logprobs]
     return make_sample(
         self,
         request,

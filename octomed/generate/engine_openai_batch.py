@@ -133,22 +133,24 @@ def _read_line(self: OpenAIBatchEngine, line: str, jobs: dict, sampling: Samplin
     name, response = row.get("custom_id"), row.get("response") or {}
     if name not in jobs:
         return None
-    status, body, said = (
+    status, body, reply = (
         response.get("status_code") or 500,
         response.get("body") or {},
         ServerResponse(),
     )
     if status == 200:
-        said.take(body)
-        self._check_version(said)
-        text, finish = said.whole, said.outcome
+        reply.take(body)
+        self._check_version(reply)
+        text, finish = reply.whole, reply.outcome
     else:
         try:
             text, finish = self._outcome_of(status, body.get("error") or row.get("error") or {})
         except Unanswered:
             return None
     request, index = jobs.pop(name)
-    return self._sample(request, index, sampling=sampling, text=text, finish=finish, passes=(said,))
+    return self._sample(
+        request, index, sampling=sampling, text=text, finish=finish, passes=(reply,)
+    )
 
 # %% ../../nbs/generate/09_engine_openai_batch.ipynb #475e4442
 @patch

@@ -304,10 +304,10 @@ def measure_traces(recipe: Recipe) -> list[dict]:
     "Words of the accepted traces by arm and source."
     rows = []
     for name, arm in arms(recipe).items():
-        made = declare_stages(arm, recipe.common)
-        sources = {q.id: q.source for q in read_questions(made["data"].folder)}
+        stages = declare_stages(arm, recipe.common)
+        sources = {q.id: q.source for q in read_questions(stages["data"].folder)}
         lengths: dict[str, list] = {}
-        for trace in read_jsonl(made["accepted"].folder / "traces.jsonl"):
+        for trace in read_jsonl(stages["accepted"].folder / "traces.jsonl"):
             words = len(trace["response"].split())
             lengths.setdefault(sources[trace["question"]], []).append(words)
         for source, words in lengths.items():
@@ -358,7 +358,7 @@ def share_dissenting(row: dict) -> float:
 # %% ../../nbs/paper/52_calibration.ipynb #ffe37069
 def collect_cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
     "(arm, benchmark) → lengths and errors."
-    found = {}
+    cells = {}
     for arm, per in results.rows.items():
         for benchmark, runs in per.items():
             several = {}
@@ -369,13 +369,13 @@ def collect_cells(results: Results, repeated: Results) -> dict[tuple[str, str], 
                     "hard": collect_over_runs(more, share_wrong),
                     "dissent": collect_over_runs(more, share_dissenting),
                 }
-            found[arm, benchmark] = Cell(
+            cells[arm, benchmark] = Cell(
                 length=collect_over_runs(runs, lambda row: row["tokens"][0]),
                 error=collect_over_runs(runs, lambda row: row["statuses"][0] != "correct"),
                 steps=collect_over_runs(runs, lambda row: row["tags"].get("steps", 0)),
                 **several,
             )
-    return found
+    return cells
 
 # %% ../../nbs/paper/52_calibration.ipynb #fa064325
 def concordance(
@@ -447,12 +447,12 @@ PAIRS = {  # measure → the fields of `Cell`: length, difficulty, what must be 
 # %% ../../nbs/paper/52_calibration.ipynb #24c42866
 def measure_gap(
     arm: str,
-    seen: dict,  # what `collect_cells` gives
+    cells: dict,  # what `collect_cells` gives
     parts: list[Cell],  # of two benchmarks
     weights: list[np.ndarray],  # of each, (resamples, questions)
 ) -> np.ndarray:  # (resamples,)
     "How much longer an arm writes on the first benchmark, as a share of its mean length."
-    unit = np.mean([cell.length.mean() for (name, _), cell in seen.items() if name == arm])
+    unit = np.mean([cell.length.mean() for (name, _), cell in cells.items() if name == arm])
     first, second = [
         w @ cell.length.mean(1) / w.sum(1) / unit for w, cell in zip(weights, parts, strict=True)
     ]
@@ -484,19 +484,19 @@ def measure_saving_by(
 # %% ../../nbs/paper/52_calibration.ipynb #52a0000d
 def statistic(
     c: Measured,
-    seen: dict,  # what `collect_cells` gives
+    cells: dict,  # what `collect_cells` gives
     weights: list[np.ndarray],  # of each benchmark, (resamples, questions)
     seed: int | None = None,  # of training; None: all
 ) -> np.ndarray:  # (resamples,)
     "What a claim measures."
 
     def part(arm):
-        return [seen[arm, benchmark].of(seed) for benchmark in c.where]
+        return [cells[arm, benchmark].of(seed) for benchmark in c.where]
 
     parts = part(c.a)
     if c.measure == "gap":
-        other = measure_gap(c.b, seen, part(c.b), weights=weights) if c.b != c.a else 0
-        return measure_gap(c.a, seen, parts, weights=weights) - other
+        other = measure_gap(c.b, cells, part(c.b), weights=weights) if c.b != c.a else 0
+        return measure_gap(c.a, cells, parts, weights=weights) - other
     if c.measure in PAIRS:
         return measure_pairs(c.measure, parts, weights)
     lengths = [cell.length for cell in parts]
@@ -508,24 +508,24 @@ def statistic(
     return measure_saving_by(dissent, parts, weights) - measure_saving_by(lengths, parts, weights)
 
 # %% ../../nbs/paper/52_calibration.ipynb #0aef4869
-def state_finding(c: Measured, results: Results, seen: dict) -> dict:
+def state_finding(c: Measured, results: Results, cells: dict) -> dict:
     """The finding of a claim: its number with questions resampled within each benchmark.
 
-    Its number is given for each training seed, too. `seen` is what `collect_cells` gives.
+    Its number is given for each training seed, too. `cells` is what `collect_cells` gives.
     """
     if c.measure == "accuracy":
         return judge_claim(c, results)
-    sizes = [len(seen[c.a, benchmark].error) for benchmark in c.where]
+    sizes = [len(cells[c.a, benchmark].error) for benchmark in c.where]
     rng = np.random.default_rng(results.common.base_seed)
 
     def estimate(seed=None):
         as_they_are = [np.ones((1, n)) for n in sizes]
-        return float(statistic(c, seen, as_they_are, seed=seed)[0])
+        return float(statistic(c, cells, as_they_are, seed=seed)[0])
 
     resampled = []
     for block in _blocks(results.common.bootstrap):
         weights = [rng.multinomial(n, [1 / n] * n, size=block).astype(float) for n in sizes]
-        resampled.append(statistic(c, seen, weights))
+        resampled.append(statistic(c, cells, weights))
     low, high = map(float, np.quantile(np.concatenate(resampled), [0.025, 0.975]))
     return finding_of(
         c,
@@ -544,13 +544,13 @@ def _blocks(n: int, size: int = 1000) -> list[int]:
 
 # %% ../../nbs/paper/52_calibration.ipynb #358426d0
 def average_lengths(
-    seen: dict,  # what `collect_cells` gives
+    cells: dict,  # what `collect_cells` gives
     n: int,  # resamples
     seed: int,
 ) -> list[dict]:
     "Mean response length by arm and benchmark, with its interval."
     rows = []
-    for (arm, benchmark), cell in seen.items():
+    for (arm, benchmark), cell in cells.items():
         mean = bootstrap(cell.length, n=n, seed=seed)
         row = {
             "arm": arm,
@@ -585,9 +585,9 @@ def figure(results: dict):
     )
 
 # %% ../../nbs/paper/52_calibration.ipynb #7435973e
-def compute_curves(seen: dict, points: int = 20) -> dict[str, list]:
+def compute_curves(cells: dict, points: int = 20) -> dict[str, list]:
     "Risk by coverage for each signal, mean over training seeds, benchmarks in distribution."
-    parts = [seen[ROUTED, benchmark] for benchmark in IN]
+    parts = [cells[ROUTED, benchmark] for benchmark in IN]
     error = np.concatenate([cell.error for cell in parts])
     n, rate = len(error), float(error.mean())
     signals = {

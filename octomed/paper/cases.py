@@ -414,7 +414,7 @@ def count_taught(c: Case) -> tuple[int, int]:
 # %% ../../nbs/paper/55_cases.ipynb #dc5123ad
 def count_answers(all: list[Case]) -> dict[str, dict[tuple, np.ndarray]]:
     "By benchmark, for each question: right and rightly reasoned responses of both."
-    found = {}
+    counts = {}
     for benchmark in dict.fromkeys(case.benchmark for case in all):
         cases = [case for case in all if case.benchmark == benchmark]
         columns = {
@@ -425,8 +425,8 @@ def count_answers(all: list[Case]) -> dict[str, dict[tuple, np.ndarray]]:
             (TEACHER, "right"): [count_taught(case)[0] for case in cases],
             (TEACHER, "valid"): [count_taught(case)[1] for case in cases],
         }
-        found[benchmark] = {key: np.array(values, float) for key, values in columns.items()}
-    return found
+        counts[benchmark] = {key: np.array(values, float) for key, values in columns.items()}
+    return counts
 
 # %% ../../nbs/paper/55_cases.ipynb #863417a4
 def measure_validity(
@@ -489,16 +489,16 @@ def state_finding(
 def cases_with_image(results: dict, most: int) -> list[dict]:
     "The first right and wrong case of each category with images. Raises `OctomedError` for none."
     with_image = [d for d in results["cases"] if d.get("images")]
-    found = []
+    chosen = []
     for category, right in product(
         ("multimodal reasoning", "multimodal classification"), (True, False)
     ):
         cases = [d for d in with_image if d["place"].startswith(category)]
-        found += [d for d in cases if (d["status"] == "correct") == right][:1]
-    found = found[:most] or with_image[:1]
-    if not found:
+        chosen += [d for d in cases if (d["status"] == "correct") == right][:1]
+    chosen = chosen[:most] or with_image[:1]
+    if not chosen:
         raise OctomedError("no case has an image: there is nothing to draw")
-    return found
+    return chosen
 
 # %% ../../nbs/paper/55_cases.ipynb #55a0000a
 INDENT = "   "

@@ -237,20 +237,20 @@ def summarise(
     for row in rows:
         questions[row["who"]] += row["questions"]
     paper, here, clinic = (questions[who] for who in ("paper", "at hand", "clinic"))
-    made = clinic_facts(pilot, clinic)
+    pilot_facts = clinic_facts(pilot, clinic)
     facts = {
         "questions of the named sources": (f"{paper:,} and BCSS", f"{here:,}", f"{clinic:,}"),
         f"traces, of {n} responses a question": (
             f"over {PAPER['traces'] / 1e6:.0f} M",
             f"at most {here * n:,}",
-            made["traces"],
+            pilot_facts["traces"],
         ),
-        "of the responses, accepted": ("not given", "–", made["accepted"]),
-        "response tokens": (f"{PAPER['tokens'] / 1e9} B", "–", made["tokens"]),
+        "of the responses, accepted": ("not given", "–", pilot_facts["accepted"]),
+        "response tokens": (f"{PAPER['tokens'] / 1e9} B", "–", pilot_facts["tokens"]),
         "… a trace": (
             f"about {PAPER['tokens'] / PAPER['traces']:.0f}",
             "–",
-            made["tokens of a trace"],
+            pilot_facts["tokens of a trace"],
         ),
     }
     return [(what, *counts) for what, counts in facts.items()]
@@ -378,8 +378,8 @@ def list_matches(
 
     Only sources with files of their own are shown, where there are any.
     """
-    found = sorted(list_drops(reports), key=lambda d: (d["share"], d["text"]))
-    found = [d for d in found if not SOURCES[d["train"]].make] or found
+    drops = sorted(list_drops(reports), key=lambda d: (d["share"], d["text"]))
+    drops = [d for d in drops if not SOURCES[d["train"]].make] or drops
     return [
         {
             "covered": round(d["share"], 2),
@@ -389,7 +389,7 @@ def list_matches(
             "bench": d["bench"],
             "words in common": d["text"],
         }
-        for d in found[:most] + found[max(most, len(found) - most) :]
+        for d in drops[:most] + drops[max(most, len(drops) - most) :]
     ]
 
 # %% ../../nbs/paper/30_dataset.ipynb #7a68f2f0

@@ -212,13 +212,13 @@ def find_unread(
     questions = _asked(params["benchmark"], params["max_pixels"], params["limit"])
     keys = _keys(e, list(questions.values()))
     samples = Ledger().find(list(keys.values()))
-    found = []
+    unread = []
     for row in rows:
         for run, status in enumerate(row["statuses"]):
             if status == "unparsed":
                 text = samples[keys[row["question"], run]].text
                 question = questions[row["question"]]
-                found.append(
+                unread.append(
                     (
                         row,
                         run,
@@ -227,7 +227,7 @@ def find_unread(
                         template,
                     )
                 )
-    return found
+    return unread
 
 # %% ../../nbs/paper/53_datasets.ipynb #fb17faff
 def iterate_runs(wanted: dict, rows: dict) -> Iterator[tuple]:

@@ -191,11 +191,11 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
 # %% ../../nbs/paper/43_filtering.ipynb #7c93f47c
 def read_filter_values(recipe: Recipe, filter: str) -> list[dict]:
     "Each question of the pool with what a filter saw of it, and whether it was kept."
-    made = declare_stages(arms(recipe)[name(filter, 1)], recipe.common)
-    tags = {q.id: q.tags for q in read_questions(made["data"].folder)}
+    stages = declare_stages(arms(recipe)[name(filter, 1)], recipe.common)
+    tags = {q.id: q.tags for q in read_questions(stages["data"].folder)}
     return [
         {"filter": filter, "steps": tags[row["question"]].get("steps"), **row}
-        for row in read_jsonl(made["filtered"].folder / "values.jsonl")
+        for row in read_jsonl(stages["filtered"].folder / "values.jsonl")
     ]
 
 # %% ../../nbs/paper/43_filtering.ipynb #101ffc8e

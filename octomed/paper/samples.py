@@ -102,14 +102,14 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The start, k × epochs, one trace repeated to equal steps, and rewordings where there are any."
     own = recipe.scalars("44_samples")
-    one = Arm(
+    single_trace = Arm(
         sources=((own["source"], own["questions"]),),
         k=1,
         base=declare_warm_up(recipe, own["warm"], own["warm_epochs"]),
     )
 
     def trained(k, epochs):
-        return replace(one, k=k, schedule=schedule_of(recipe.common, epochs))
+        return replace(single_trace, k=k, schedule=schedule_of(recipe.common, epochs))
 
     grid = {name(k, epochs): trained(k, epochs) for k, epochs in product(KS, EPOCHS)}
     most = grid[name(KS[-1], 1)]

@@ -571,7 +571,7 @@ def count_parameters(
 def our_circles(results: dict) -> list[dict]:
     "Our students and the teachers as circles of Fig. 7."
     rows = rows_by_category(results)
-    text, *seen = CATEGORIES
+    text, *image_categories = CATEGORIES
     names = {
         BEFORE: "start",
         CENTRE: "1/2 of the questions",
@@ -583,7 +583,8 @@ def our_circles(results: dict) -> list[dict]:
         {
             "name": label,
             "x": rows[arm, text]["accuracy"],
-            "y": sum(rows[arm, category]["accuracy"] for category in seen) / len(seen),
+            "y": sum(rows[arm, category]["accuracy"] for category in image_categories)
+            / len(image_categories),
             "size": results["sizes"].get(arm, 0),
         }
         for arm, label in names.items()
@@ -600,13 +601,15 @@ def billions(model: str) -> float:
 def paper_circles() -> list[dict]:
     "The models of Table 2 that have all three Overalls as circles of Fig. 7."
     overall = {row["category"]: row for row in load_paper_table(2) if row["task"] == "Overall"}
-    text, *seen = CATEGORIES
+    text, *image_categories = CATEGORIES
     models = [name for name in overall[text] if name not in ("category", "task")]
     return [
         {
             "name": model,
             "x": overall[text][model] / 100,
-            "y": sum(overall[category][model] for category in seen) / len(seen) / 100,
+            "y": sum(overall[category][model] for category in image_categories)
+            / len(image_categories)
+            / 100,
             "size": billions(model),
             "paper": True,
         }

@@ -66,26 +66,26 @@ def read_resources(
     Raises `UsageError` for a file that is missing, is no YAML, or has another key or shape."""
     path = _resource_file(recipe, file)
     given = {key: value or {} for key, value in _read_yaml(path).items()}
-    found = {"default": {}, "stages": {}} | given
-    unknown = sorted(set(found) - {"default", "stages"})
+    resources = {"default": {}, "stages": {}} | given
+    unknown = sorted(set(resources) - {"default", "stages"})
     if unknown:
         raise UsageError(
             f"{path.name} has an unknown key {unknown[0]}: its keys are default and stages"
         )
-    parts = list(found.values())
-    if isinstance(found["stages"], dict):
-        parts += [part or {} for part in found["stages"].values()]
+    parts = list(resources.values())
+    if isinstance(resources["stages"], dict):
+        parts += [part or {} for part in resources["stages"].values()]
     if not all(isinstance(part, dict) for part in parts):
         raise UsageError(f"{path.name} has a value where a mapping belongs: {MEND}")
-    return found
+    return resources
 
 # %% ../../nbs/run/14_cluster.ipynb #bd0fc4e1
 def resources_for(
     name: str,  # of a stage
-    found: dict,  # what `read_resources` returned
+    resources: dict,  # what `read_resources` returned
 ) -> dict:
     "What a job of that stage asks for."
-    return {**found["default"], **(found["stages"].get(name) or {})}
+    return {**resources["default"], **(resources["stages"].get(name) or {})}
 
 # %% ../../nbs/run/14_cluster.ipynb #4a0563f3
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _parents_left(stage: Stage, left: dict[str, Stage]) -> list[str]:
     return sorted({parent.key for parent in stage.parents if parent.key in left})
 
 # %% ../../nbs/run/14_cluster.ipynb #e4a7e002
-def _place_stages(left: dict[str, Stage], found: dict) -> dict[str, int]:
+def _place_stages(left: dict[str, Stage], resources: dict) -> dict[str, int]:
     "The number of each stage's job, by the stage's key."
     waiting = Counter(chain.from_iterable(_parents_left(s, left) for s in left.values()))
     place, numbers = {}, {}
@@ -135,7 +135,7 @@ def _place_stages(left: dict[str, Stage], found: dict) -> dict[str, int]:
         parents = _parents_left(stage, left)
         if len(parents) == 1 and waiting[parents[0]] == 1:
             parent = left[parents[0]]
-            if resources_for(parent.name, found) == resources_for(stage.name, found):
+            if resources_for(parent.name, resources) == resources_for(stage.name, resources):
                 place[key] = place[parent.key]
                 continue
         group = key
@@ -147,11 +147,11 @@ def _place_stages(left: dict[str, Stage], found: dict) -> dict[str, int]:
 # %% ../../nbs/run/14_cluster.ipynb #fefad87c
 def group_stages(
     wanted: list[Stage],
-    found: dict,  # what `read_resources` returned
+    resources: dict,  # what `read_resources` returned
 ) -> list[Job]:  # each job after those that it waits for
     "The jobs that make these stages."
     left = find_unfinished(wanted)
-    place, groups = _place_stages(left, found), {}
+    place, groups = _place_stages(left, resources), {}
     for key, number in place.items():
         groups.setdefault(number, []).append(left[key])
     names = {n: f"{stages[0].name}-{stages[0].key[:8]}" for n, stages in groups.items()}
@@ -184,13 +184,13 @@ def _evaluations_left(recipe: Recipe, only, notebooks) -> dict[str, list[Stage]]
 def list_jobs(
     recipe: Recipe,
     only: str | None = None,  # sections, separated by commas; None: all
-    found: dict | None = None,  # resources; by default the recipe's file
+    resources: dict | None = None,  # resources; by default the recipe's file
     notebooks: Path | None = None,
 ) -> list[Job]:
     "The jobs that are left of a recipe. Nothing is run."
-    found = found or read_resources(recipe.name)
+    resources = resources or read_resources(recipe.name)
     needs = _evaluations_left(recipe, only, notebooks)
-    jobs = group_stages(list(chain.from_iterable(needs.values())), found)
+    jobs = group_stages(list(chain.from_iterable(needs.values())), resources)
     made_by = {}
     for job in jobs:
         made_by |= {stage.key: job.name for stage in job.stages}
@@ -389,7 +389,7 @@ def submit(
 
     Raises `OctomedError` where jobs of the recipe are still in the queue."""
     recipe, source = load_recipe(name), resolve_recipe(name)
-    found, folder = read_resources(recipe.name, file), recipe_folder(recipe) / "slurm"
+    resources, folder = read_resources(recipe.name, file), recipe_folder(recipe) / "slurm"
     ids, rows = {}, []
     waiting = find_queued(folder)
     if waiting:
@@ -397,21 +397,21 @@ def submit(
             f"{len(waiting)} jobs of {recipe.name} are still in the queue: "
             f"wait for them, or `scancel {' '.join(waiting)}`"
         )
-    for job in list_jobs(recipe, only, found, notebooks=notebooks):
+    for job in list_jobs(recipe, only, resources, notebooks=notebooks):
         # a new executor for each: what one job asks for would stay for the next
         executor = _executor(folder, cluster)
-        after, wants = [ids[name] for name in job.after], resources_for(job.kind, found)
+        after, wants = [ids[name] for name in job.after], resources_for(job.kind, resources)
         _set_resources(executor, job, wants, after=after)
         handle = _hand_over(executor, job, prepare_work(job, recipe, source))
         ids[job.name] = handle.job_id
-        rows.append(_row(job, handle, wants, after=after))
+        rows.append(_describe_job(job, handle, wants, after=after))
         write_json(folder / "jobs.json", rows)
         if cluster != "slurm":
             handle.result()
     return rows
 
 # %% ../../nbs/run/14_cluster.ipynb #e4a7e010
-def _row(job: Job, handle, wants: dict, after: list[str]) -> dict:
+def _describe_job(job: Job, handle, wants: dict, after: list[str]) -> dict:
     "A submitted job as a row of `jobs.json`."
     return {
         "job": job.name,

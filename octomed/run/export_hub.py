@@ -81,9 +81,9 @@ def hub_row(
     }
 
 # %% ../../nbs/run/21_export_hub.ipynb #65ddf873
-def _questions_of(found: list[Trace]) -> list[Question]:
+def _questions_of(traces: list[Trace]) -> list[Question]:
     "The questions of these traces, each once."
-    return list({trace.question.id: trace.question for trace in found}.values())
+    return list({trace.question.id: trace.question for trace in traces}.values())
 
 # %% ../../nbs/run/21_export_hub.ipynb #6f9fc15a
 def _compare(questions: list[Question], spec: str, max_pixels: int) -> dict:
@@ -175,9 +175,9 @@ def arms_behind(arm: Arm) -> list[Arm]:
     return [arm, *(arms_behind(arm.base) if arm.base else [])]
 
 
-def _source_table(arm: Arm, found: list[Trace]) -> str:
+def _source_table(arm: Arm, traces: list[Trace]) -> str:
     "The sources that taught the student, with their traces and licences."
-    traces_of = Counter(f"{x.question.source}:{x.question.split}" for x in found)
+    traces_of = Counter(f"{x.question.source}:{x.question.split}" for x in traces)
     specs = {}
     for own in arms_behind(arm):
         specs |= dict.fromkeys(spec for spec, _ in own.sources)
@@ -201,9 +201,9 @@ def _source_table(arm: Arm, found: list[Trace]) -> str:
     return _markdown_table(head, rows)
 
 # %% ../../nbs/run/21_export_hub.ipynb #da7e0105
-def _teacher_table(found: list[Trace]) -> str:
+def _teacher_table(traces: list[Trace]) -> str:
     "How many traces each teacher wrote."
-    counts = Counter(trace.model or "the known answer" for trace in found)
+    counts = Counter(trace.model or "the known answer" for trace in traces)
     return _markdown_table(("teacher", "traces"), list(counts.items()))
 
 
@@ -235,7 +235,7 @@ def _what_is_kept(arm: Arm, common: Common) -> str:
 def describe_provenance(
     arm: Arm,
     common: Common,
-    found: list[Trace],
+    traces: list[Trace],
     funnels: dict,  # what each step counted
     shared: list[dict],  # what `contamination` returned
 ) -> str:
@@ -246,14 +246,14 @@ def describe_provenance(
     against = "; ".join(f"{spec} by {rule}" for spec, rule in arm.against) or "none"
     return f"""## Where the questions come from
 
-{_source_table(arm, found)}
+{_source_table(arm, traces)}
 
 The licence of each part is that of its source. \
 The terms of a teacher's publisher hold for what the teacher wrote.{base}
 
 ## Where the traces come from
 
-{_teacher_table(found)}
+{_teacher_table(traces)}
 
 {_what_is_kept(arm, common)}. The prompt is the template `{arm.form}`. \
 Images are resized once, to at most {common.max_pixels:,} pixels.
@@ -331,22 +331,22 @@ with {counts["images"]:,} images, made by the recipe of OctoMed (arXiv 2511.2326
 {_how_to_send(name, "dataset")}"""
 
 # %% ../../nbs/run/21_export_hub.ipynb #da7e0108
-def _write_parquet(found: list[Trace], max_pixels: int, folder: Path):
+def _write_parquet(traces: list[Trace], max_pixels: int, folder: Path):
     "Write the rows in files of `SHARD` traces."
     from datasets import Dataset
 
     folder.mkdir()
-    parts = [found[start : start + SHARD] for start in range(0, len(found), SHARD)]
+    parts = [traces[start : start + SHARD] for start in range(0, len(traces), SHARD)]
     for n, part in enumerate(parts):
         rows = [hub_row(trace, max_pixels) for trace in part]
         path = folder / f"train-{n:05d}-of-{len(parts):05d}.parquet"
         Dataset.from_list(rows, features=_features()).to_parquet(path)
 
 
-def _count_images(found: list[Trace]) -> int:
+def _count_images(traces: list[Trace]) -> int:
     "How many different images the traces have."
     names = set()
-    for trace in found:
+    for trace in traces:
         names |= set(trace.question.images)
     return len(names)
 
@@ -359,13 +359,13 @@ def export_dataset(
 ) -> dict:  # counts
     "An arm's traces as a data set for the hub, with cards and a README. Nothing is sent."
     out = new_folder(out)
-    found, funnel = collect_traces(arm, common)
-    _write_parquet(found, common.max_pixels, out / "data")
-    counts = funnel | {"images": _count_images(found)}
-    shared = describe_contamination(_questions_of(found), common)
+    traces, funnel = collect_traces(arm, common)
+    _write_parquet(traces, common.max_pixels, out / "data")
+    counts = funnel | {"images": _count_images(traces)}
+    shared = describe_contamination(_questions_of(traces), common)
     funnels = _steps(arm, common, out, funnel=funnel)
     text = dataset_card(
-        name, arm, common, found=found, counts=counts, funnels=funnels, shared=shared
+        name, arm, common, found=traces, counts=counts, funnels=funnels, shared=shared
     )
     atomic_write(out / "README.md", text)
     write_json(out / "card.json", export_card(arm, common, counts) | {"contamination": shared})
@@ -464,14 +464,14 @@ def export_student(
     shutil.copytree(
         run_stage(step), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("card.json")
     )
-    found, funnel = collect_traces(arm, common)
+    traces, funnel = collect_traces(arm, common)
     counts = funnel | _training_counts(read_jsonl(out / "log.jsonl"))
-    shared = describe_contamination(_questions_of(found), common)
+    shared = describe_contamination(_questions_of(traces), common)
     text = model_card(
         name,
         arm,
         common,
-        found=found,
+        found=traces,
         counts=counts,
         funnels=_steps(arm, common, out, funnel=funnel),
         shared=shared,

@@ -189,7 +189,7 @@ MARKS = (
 )
 
 
-def _text_of(trace: Trace) -> str:
+def _join_trace_text(trace: Trace) -> str:
     "All text of a trace, without its images."
     text = ""
     for message in trace.messages:
@@ -200,7 +200,7 @@ def _text_of(trace: Trace) -> str:
 
 def _holds_mark(trace: Trace) -> bool:
     "Whether the text of a trace holds a placeholder."
-    text = _text_of(trace)
+    text = _join_trace_text(trace)
     return any(mark in text for mark in MARKS)
 
 # %% ../../nbs/run/20_export_llamafactory.ipynb #aa7e0010

@@ -109,7 +109,7 @@ def collect_traces(
 
 # %% ../../nbs/run/19_exports.ipynb #d3b3688f
 def copy_images(
-    found: list[Question],
+    questions: list[Question],
     out: Path,  # the export's folder
     max_pixels: int,  # the area at which the images are stored
 ) -> int:  # how many different ones
@@ -117,7 +117,7 @@ def copy_images(
 
     Raises `OctomedError` for one that is not at hand."""
     hashes = set()
-    for question in found:
+    for question in questions:
         hashes |= set(question.images)
     if hashes:
         (out / "images").mkdir(parents=True, exist_ok=True)

@@ -213,11 +213,11 @@ def _stages_behind(plans) -> dict[str, Stage]:
 # %% ../../nbs/run/07_plan_sections.ipynb #7a7e0010
 def _new(quantity: str, plan: Plan, before: tuple) -> float | None:
     "The sum of a quantity without the stages that earlier sections make."
-    made = set()
+    earlier_keys = set()
     for earlier in before:
-        made |= set(earlier.demand.by_stage[quantity])
+        earlier_keys |= set(earlier.demand.by_stage[quantity])
     own = plan.demand.by_stage[quantity]
-    return sum_known({key: value for key, value in own.items() if key not in made})
+    return sum_known({key: value for key, value in own.items() if key not in earlier_keys})
 
 
 def _minutes_on_devices(plan: Plan, before: tuple, student: str) -> dict:
@@ -232,11 +232,11 @@ def _minutes_on_devices(plan: Plan, before: tuple, student: str) -> dict:
 # %% ../../nbs/run/07_plan_sections.ipynb #7a7e0011
 def _minutes_here(plan: Plan, before: tuple) -> dict:
     "Minutes of a section whose students are built here."
-    made = _stages_behind(before)
+    earlier_stages = _stages_behind(before)
     reading = sum(
         stage.params["tokens"]
         for key, stage in _stages_behind([plan]).items()
-        if stage.name == "base" and not stage.done and key not in made
+        if stage.name == "base" and not stage.done and key not in earlier_stages
     )
     training = _new("training_tokens", plan, before) / RATES["train_tokens"]
     drawing = _new("responses", plan, before) / RATES["responses"]

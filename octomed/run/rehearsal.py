@@ -212,14 +212,14 @@ def _behind_server(model: str) -> str:
     return re.sub(r"^(vllm|transformers):(.*)@.*$", r"openai:\2@REHEARSAL", model)
 
 
-def _small_common(common: Common, there: set) -> Common:
+def _small_common(common: Common, specs: set) -> Common:
     "What the sections share, with small amounts."
     return replace(
         common,
         **SMALL,
         plugins=tuple(dict.fromkeys([*common.plugins, *PLUGINS])),
-        train=tuple(spec for spec in common.train if spec in there),
-        benchmarks=tuple(spec for spec in common.benchmarks if spec in there),
+        train=tuple(spec for spec in common.train if spec in specs),
+        benchmarks=tuple(spec for spec in common.benchmarks if spec in specs),
         teacher_text=_behind_server(common.teacher_text),
         teacher_image=_behind_server(common.teacher_image),
         grader=_behind_server(common.grader),
@@ -228,7 +228,7 @@ def _small_common(common: Common, there: set) -> Common:
 # %% ../../nbs/run/15_rehearsal.ipynb #2e6659f6
 def shrink_recipe(
     recipe: Recipe,
-    there: set,  # the sources with a handful
+    specs: set,  # the sources with a handful
 ) -> Recipe:
     "The rehearsal of a recipe."
     small = {}
@@ -236,7 +236,7 @@ def shrink_recipe(
         defaults = read_defaults(section).items()
         small[section.name] = {name: value for name, value in defaults if name in AMOUNTS}
     own = {name: {**given, **small[name]} for name, given in recipe.sections.items()}
-    return Recipe(f"{recipe.name}-rehearsal", _small_common(recipe.common, there), own)
+    return Recipe(f"{recipe.name}-rehearsal", _small_common(recipe.common, specs), own)
 
 # %% ../../nbs/run/15_rehearsal.ipynb #a06198a7
 def _write_recipe(recipe: Recipe, path: Path) -> Path:
@@ -311,10 +311,10 @@ def _write_handfuls(recipe: Recipe, n: int, folder: Path, log) -> set[str]:
     missing = [spec for spec, rows in handfuls.items() if not rows]
     if missing:
         log.say(f"left out, since nowhere at hand: {', '.join(missing)}")
-    there = handfuls.keys() - set(missing)
-    for spec in there:
+    specs = handfuls.keys() - set(missing)
+    for spec in specs:
         write_jsonl(_file(folder, spec), handfuls[spec])
-    return there
+    return specs
 
 # %% ../../nbs/run/15_rehearsal.ipynb #48f88d28
 def rehearse(
@@ -331,9 +331,9 @@ def rehearse(
     folder = outputs_dir() / f"{recipe.name}-rehearsal"
     handfuls = folder / "questions"
     with _environment(**_own_places(folder)):
-        there = _write_handfuls(recipe, questions, handfuls, log=Log(folder / "run.log"))
+        specs = _write_handfuls(recipe, questions, handfuls, log=Log(folder / "run.log"))
         with replace_sources(read_handfuls(handfuls)), serve_locally(_RandomTeacher) as url:
-            small = shrink_recipe(recipe, there)
+            small = shrink_recipe(recipe, specs)
             with _environment(**_own_servers(small.common, url)):
                 path = _write_recipe(small, folder / f"{small.name}.yaml")
                 return run_recipe(str(path), only, notebooks=notebooks)

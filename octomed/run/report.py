@@ -107,18 +107,18 @@ def _runs_of(base: str) -> set[str]:
 # %% ../../nbs/run/17_report.ipynb #1c924058
 def compare_seeds(
     recipe: Recipe,
-    found: list[dict],  # results of its sections
+    section_results: list[dict],  # results of its sections
 ) -> list[dict]:  # {recipe, claims, changed, other_code}
     "Runs of the same recipe with other seeds, and the outcomes that differ there."
     comparisons = []
     for name in sorted(_runs_of(recipe.name.partition("@")[0]) - {recipe.name}):
         other = {}
-        for own in found:
+        for own in section_results:
             results = latest_results(Recipe(name), own["section"])
             if results:
                 other[own["section"]] = results[2]
         if other:
-            comparisons.append(_compare(name, other, found))
+            comparisons.append(_compare(name, other, section_results))
     return comparisons
 
 # %% ../../nbs/run/17_report.ipynb #c7a7e006
@@ -140,9 +140,9 @@ def _pair_claims(own: dict, other: dict) -> list[tuple[dict, dict]]:
     return pairs
 
 # %% ../../nbs/run/17_report.ipynb #5b1962e2
-def _compare(name: str, other: dict, found: list[dict]) -> dict:
+def _compare(name: str, other: dict, section_results: list[dict]) -> dict:
     "A run with other seeds beside this one. A section whose code differs is not compared."
-    shared = [own for own in found if own["section"] in other]
+    shared = [own for own in section_results if own["section"] in other]
     alike = [
         own
         for own in shared
@@ -171,10 +171,10 @@ def _compare(name: str, other: dict, found: list[dict]) -> dict:
 # %% ../../nbs/run/17_report.ipynb #185d6095
 def find_inconsistencies() -> list[dict]:  # {table, category, column, printed, mean}
     "Overalls of the paper's Tables 1 and 2 that are not the mean of the rows above them."
-    found = []
+    odd_overalls = []
     for table in (1, 2):
-        found += [{"table": table, **row} for row in find_odd_overalls(table)]
-    return found
+        odd_overalls += [{"table": table, **row} for row in find_odd_overalls(table)]
+    return odd_overalls
 
 
 def describe_inconsistency(x: dict) -> str:
@@ -196,32 +196,38 @@ def _note_on_seeds(other: dict) -> str:
     return f"{note}."
 
 
-def _moved_values(found: list[dict]) -> list[str]:
+def _moved_values(section_results: list[dict]) -> list[str]:
     "The sections whose values have changed, each with what changed."
-    return [f"{r['section']} ({'; '.join(r['values_moved'])})" for r in found if r["values_moved"]]
+    return [
+        f"{r['section']} ({'; '.join(r['values_moved'])})"
+        for r in section_results
+        if r["values_moved"]
+    ]
 
 # %% ../../nbs/run/17_report.ipynb #2c5d91a1
-def _notes(recipe: str, found: list[dict], missing: list[str], others: list[dict]) -> list[str]:
+def _notes(
+    recipe: str, section_results: list[dict], missing: list[str], others: list[dict]
+) -> list[str]:
     "What to know about all results of a recipe."
     notes = []
-    kept = [r["section"] for r in found if r["origin"] == "reference"]
+    kept = [r["section"] for r in section_results if r["origin"] == "reference"]
     if kept:
         notes.append(
             f"Not run here, shown from the reference run that the project keeps: {', '.join(kept)}."
         )
-    moved = [r["section"] for r in found if r["code_moved"]]
+    moved = [r["section"] for r in section_results if r["code_moved"]]
     if moved:
         notes.append(
             "The code has changed since these results were made; "
             f"run `octomed run {recipe}` to renew them: {', '.join(moved)}."
         )
-    values = _moved_values(found)
+    values = _moved_values(section_results)
     if values:
         notes.append(
             f"The recipe gave other values when these results were made: {', '.join(values)}."
         )
     if missing:
-        total = len(found) + len(missing)
+        total = len(section_results) + len(missing)
         notes.append(f"No results yet of {len(missing)} of {total} sections: {', '.join(missing)}.")
     notes += [_note_on_seeds(other) for other in others]
     if Path(recipe).stem.partition("@")[0] == "smoke":
@@ -256,21 +262,21 @@ def gather_report(
     """All results of a recipe, each with where it comes from.
 
     Raises `OctomedError` when there are none."""
-    recipe, found, missing = load_recipe(name), [], []
+    recipe, section_results, missing = load_recipe(name), [], []
     for section in find_sections(recipe, None, notebooks):
         results = _gather(section, recipe, name)
         if results is None:
             missing.append(section.name)
         else:
-            found.append(results)
-    if not found:
+            section_results.append(results)
+    if not section_results:
         raise OctomedError(f"recipe {recipe.name} has no results yet: run `octomed run {name}`")
-    others = compare_seeds(recipe, found)
+    others = compare_seeds(recipe, section_results)
     return {
         "recipe": recipe.name,
         "command": f"octomed run {name}",
-        "notes": _notes(name, found, missing, others=others),
-        "sections": found,
+        "notes": _notes(name, section_results, missing, others=others),
+        "sections": section_results,
         "missing": missing,
         "other_seeds": others,
         "inconsistencies": find_inconsistencies(),
@@ -405,16 +411,16 @@ def format_report(
     notebooks: Path | None = None,
 ) -> str:
     "The report for a terminal. Raises `OctomedError` when there are no results."
-    found = gather_report(name, notebooks)
-    lines = list(found["notes"])
-    for other in found["other_seeds"]:
+    report = gather_report(name, notebooks)
+    lines = list(report["notes"])
+    for other in report["other_seeds"]:
         for change in other["changed"]:
-            seen = f"{change['here']}, as {other['recipe']} {change['there']}"
-            lines.append(f"  {change['section']}: {change['claim']}: {seen}")
+            outcomes = f"{change['here']}, as {other['recipe']} {change['there']}"
+            lines.append(f"  {change['section']}: {change['claim']}: {outcomes}")
     lines.append("")
-    for results in found["sections"]:
+    for results in report["sections"]:
         lines += _section_lines(results)
-    lines += map(describe_inconsistency, found["inconsistencies"])
+    lines += map(describe_inconsistency, report["inconsistencies"])
     return "\n".join(lines).strip()
 
 # %% ../../nbs/run/17_report.ipynb #1ade43a4

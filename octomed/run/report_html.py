@@ -283,7 +283,7 @@ def _rows_of(value) -> list[dict]:
     return rows
 
 # %% ../../nbs/run/18_report_html.ipynb #h8a7e014
-def _kind(rows: list[dict], key) -> str:
+def _classify_column(rows: list[dict], key) -> str:
     "The class of a column: numbers, long texts, or other cells."
     values = [row.get(key) for row in rows]
     if all(value is None or isinstance(value, int | float) for value in values):
@@ -294,7 +294,7 @@ def _kind(rows: list[dict], key) -> str:
 def _fact_table(rows: list[dict]) -> str:
     "Rows as a table; a column that has only a number has no title."
     keys = list(dict.fromkeys(chain.from_iterable(rows)))
-    kinds = {key: _kind(rows, key) for key in keys}
+    kinds = {key: _classify_column(rows, key) for key in keys}
     head, body = [], []
     for key in keys:
         title = "" if isinstance(key, int) else _text(key.replace("_", " "))
@@ -401,15 +401,15 @@ def _tally(claims: list[dict]) -> str:
     return " · ".join(parts)
 
 # %% ../../nbs/run/18_report_html.ipynb #54fbda2a
-def _others(found: dict) -> str:
+def _others(report: dict) -> str:
     "The outcomes that changed under other seeds, by name."
     rows = []
-    for other in found["other_seeds"]:
+    for other in report["other_seeds"]:
         for change in other["changed"]:
             row = {
                 "section": change["section"],
                 "claim": change["claim"],
-                f"{found['recipe']}, points": change["here"],
+                f"{report['recipe']}, points": change["here"],
                 f"{other['recipe']}, points": change["there"],
             }
             rows.append(row)
@@ -442,41 +442,41 @@ def _link(r: dict) -> str:
     return _element("a", f"{_name(r['section'])} {small}", href=f"#{r['section']}")
 
 
-def _head(found: dict) -> str:
+def _head(report: dict) -> str:
     "The head of the document."
     return (
         '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>octomed · {_text(found["recipe"])}</title>'
+        f'initial-scale=1"><title>octomed · {_text(report["recipe"])}</title>'
         f"<style>{STYLE}</style></head>"
     )
 
 
-def _summary(found: dict) -> str:
+def _summary(report: dict) -> str:
     "One line: the recipe, its sections, its claims, and the paper."
     claims = []
-    for r in found["sections"]:
+    for r in report["sections"]:
         claims += r["claims"]
     paper = '<a href="https://arxiv.org/abs/2511.23269">arXiv 2511.23269</a>'
     return (
-        f'<p class="soft">Recipe {_text(found["recipe"])} · {len(found["sections"])} sections · '
+        f'<p class="soft">Recipe {_text(report["recipe"])} · {len(report["sections"])} sections · '
         f"{len(claims)} claims: {_tally(claims)} · after {paper}</p>"
     )
 
 # %% ../../nbs/run/18_report_html.ipynb #b0188df7
 def render_report(
-    found: dict,  # what `gather_report` returns
+    report: dict,  # what `gather_report` returns
 ) -> str:
     "The report as one page of HTML."
-    notes = "".join(map(_note, found["notes"])) + _others(found)
-    links = "".join(map(_link, found["sections"]))
-    shown = "".join(map(_section, found["sections"]))
+    notes = "".join(map(_note, report["notes"])) + _others(report)
+    links = "".join(map(_link, report["sections"]))
+    shown = "".join(map(_section, report["sections"]))
     odd = "".join(
-        _element("li", _text(describe_inconsistency(x))) for x in found["inconsistencies"]
+        _element("li", _text(describe_inconsistency(x))) for x in report["inconsistencies"]
     )
     return f"""<!doctype html>
-<html lang="en">{_head(found)}
+<html lang="en">{_head(report)}
 <body><main><h1>The data recipe of OctoMed, run again</h1>
-{_summary(found)}
+{_summary(report)}
 <p class="banner"><strong>Not medical advice.</strong> {BANNER}</p>{notes}
 {OUTCOMES}
 <nav>{links}</nav>
@@ -491,5 +491,5 @@ def write_report_page(
     notebooks: Path | None = None,
 ) -> Path:
     "Write `outputs/<recipe>/report.html`. Raises `OctomedError` when there are no results."
-    found = gather_report(name, notebooks)
-    return atomic_write(outputs_dir() / found["recipe"] / "report.html", render_report(found))
+    report = gather_report(name, notebooks)
+    return atomic_write(outputs_dir() / report["recipe"] / "report.html", render_report(report))

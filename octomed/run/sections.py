@@ -187,14 +187,14 @@ def find_sections(
         names = [name.strip() for name in only.split(",") if name.strip()]
         for name in names:
             recipe.scalars(name)
-    found = [Section(name, folder / f"{name}.ipynb") for name in sorted(set(names), key=_turn)]
-    for section in found:
+    sections = [Section(name, folder / f"{name}.ipynb") for name in sorted(set(names), key=_turn)]
+    for section in sections:
         if not section.path.exists():
             raise UsageError(
                 f"recipe {recipe.name} names section {section.name}, which has no notebook: "
                 f"remove it, or add {section.name}.ipynb"
             )
-    return found
+    return sections
 
 # %% ../../nbs/run/02_sections.ipynb #18f4c107
 def _check_tags(section: Section):
