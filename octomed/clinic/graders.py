@@ -8,23 +8,23 @@ __all__ = ['GRADING_REVISION', 'REGION_OF', 'Grader', 'find_true_tags', 'names_a
 
 # %% ../../nbs/clinic/08_graders.ipynb #0e369e36
 import re
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
+from .teachers import SimulatedEngine
+from ..generate.samples import Request, Sampling
+
 # %% ../../nbs/clinic/08_graders.ipynb #25c32350
 from .questions import identify_world, look_up_truth
 from .world import Truth, load_conditions, pick
 from ..core.identity import digest, seed_for
-from ..core.paths import OctomedError
 from ..generate.answers import judge
 from ..generate.engines import register_teacher
 from ..generate.graders import translate_tag
 from ..generate.prompts import END_OF_THINK
-from ..generate.samples import Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/clinic/08_graders.ipynb #d1cd1917
 # Declared by hand: a change of how a grade is made needs a new one.
@@ -137,24 +137,20 @@ def grade(
 
 # %% ../../nbs/clinic/08_graders.ipynb #61baad29
 @dataclass(frozen=True)
-class SimulatedGrader:
-    "A grader as an engine (`octomed.generate.engines.Engine`)."
+class SimulatedGrader(SimulatedEngine):
+    "A grader as an engine."
 
     grader: Grader = Grader()
-    name: ClassVar[str] = "simulated"
 
     @property
     def model(self) -> str:
         return self.grader.model
 
-    def generate(self, requests, sampling: Sampling):
-        """A grade for each index of each request.
-
-        For a question that it does not know, the sample's finish is "error"."""
-        for request in requests:
-            rubric = _join_texts(request.messages)
-            for index in request.indices:
-                yield _sample_grade(self, request, rubric=rubric, index=index, sampling=sampling)
+    def answer(self, request: Request, sampling: Sampling, seed: int) -> tuple[str, str]:
+        "One grade, by the rubric that the request holds."
+        return grade(
+            self.grader, request.question, _join_texts(request.messages), seed=seed
+        ), "stop"
 
 # %% ../../nbs/clinic/08_graders.ipynb #957dcd2a
 def _join_texts(messages: list[dict]) -> str:
@@ -163,27 +159,6 @@ def _join_texts(messages: list[dict]) -> str:
     for message in messages:
         texts += [part["text"] for part in message["content"] if part["type"] == "text"]
     return "".join(texts)
-
-# %% ../../nbs/clinic/08_graders.ipynb #7922d906
-def _sample_grade(engine: SimulatedGrader, request, rubric: str, index: int, sampling) -> Sample:
-    start, seed = time.time(), derive_sample_seed(sampling, request.question, index)
-    try:
-        text, finish = grade(engine.grader, request.question, rubric, seed=seed), "stop"
-    except OctomedError as error:
-        text, finish = str(error), "error"
-    return Sample(
-        question=request.question,
-        model=engine.model,
-        prompt=request.prompt,
-        sampling=sampling.key,
-        index=index,
-        text=text,
-        finish=finish,
-        tokens=len(text.split()),
-        seconds=time.time() - start,
-        seed=seed,
-        engine=engine.name,
-    )
 
 # %% ../../nbs/clinic/08_graders.ipynb #ba5e88cc
 register_teacher(Grader().label, SimulatedGrader, revision=Grader().model)

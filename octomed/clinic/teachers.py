@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPEECH_REVISION', 'REASONER', 'INSTRUCT', 'Teacher', 'is_hard', 'compute_error_rate', 'choose_wrong_option',
            'derive_misled_chain', 'derive_false_chain', 'derive_skipped_chain', 'choose_wrong_chain',
-           'choose_lucky_chain', 'speak', 'speak_rejection', 'speak_thought', 'respond', 'SimulatedTeacher',
-           'compile_grammar', 'read_facts', 'is_true', 'is_reasoning_valid', 'measure_rates']
+           'choose_lucky_chain', 'speak', 'speak_rejection', 'speak_thought', 'respond', 'SimulatedEngine',
+           'SimulatedTeacher', 'compile_grammar', 'read_facts', 'is_true', 'is_reasoning_valid', 'measure_rates']
 
 # %% ../../nbs/clinic/07_teachers.ipynb #50ad560f
 import re
@@ -16,7 +16,6 @@ from functools import lru_cache, partial
 from typing import ClassVar
 
 import numpy as np
-from fastcore.basics import patch
 
 # %% ../../nbs/clinic/07_teachers.ipynb #a9729579
 from .drawings import CLASSES
@@ -43,7 +42,7 @@ from octomed.clinic.world import (
 from ..core.identity import digest, seed_for
 from ..core.paths import OctomedError
 from ..generate.answers import judge
-from ..generate.engines import register_teacher
+from ..generate.engines import make_sample, register_teacher
 from ..generate.samples import Request, Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/clinic/07_teachers.ipynb #0c2902d1
@@ -301,51 +300,54 @@ def respond(teacher: Teacher, question_id: str, seed: int) -> tuple[str, str]:  
     answer = f"{letter}: {option}" if rng.random() < teacher.with_text else letter
     return text + f"<answer>{answer}</answer>", "stop"
 
+# %% ../../nbs/clinic/07_teachers.ipynb #51ea0001
+class SimulatedEngine:
+    """An engine that answers without a model (`octomed.generate.engines.Engine`).
+
+    A subclass has a `model` and says how it answers. For a question that it does not know, the
+    sample's finish is "error"."""
+
+    name: ClassVar[str] = "simulated"
+
+    def answer(self, request: Request, sampling: Sampling, seed: int) -> tuple[str, str]:
+        "(text, finish) of one sample."
+        raise NotImplementedError
+
+    def generate(self, requests, sampling: Sampling):
+        "A sample for each index of each request."
+        for request in requests:
+            for index in request.indices:
+                yield self._sample(request, index, sampling)
+
+    def _sample(self, request: Request, index: int, sampling: Sampling) -> Sample:
+        start, seed = time.time(), derive_sample_seed(sampling, request.question, index)
+        try:
+            text, finish = self.answer(request, sampling, seed)
+        except OctomedError as error:
+            text, finish = str(error), "error"
+        columns = {"tokens": len(text.split()), "seconds": time.time() - start}
+        return make_sample(
+            self, request, index, sampling=sampling, text=text, finish=finish, **columns
+        )
+
 # %% ../../nbs/clinic/07_teachers.ipynb #e31b6d61
 @dataclass(frozen=True)
-class SimulatedTeacher:
-    "A teacher as an engine (`octomed.generate.engines.Engine`)."
+class SimulatedTeacher(SimulatedEngine):
+    "A teacher as an engine."
 
     teacher: Teacher
-    name: ClassVar[str] = "simulated"
 
     @property
     def model(self) -> str:
         return self.teacher.model
 
-    def generate(self, requests, sampling: Sampling):
-        """A sample for each index of each request.
-
-        For a question that it does not know, the sample's finish is "error"."""
-        for request in requests:
-            for index in request.indices:
-                yield self._sample(request, index, sampling)
-
-# %% ../../nbs/clinic/07_teachers.ipynb #82ccdf8d
-@patch
-def _sample(self: SimulatedTeacher, request: Request, index: int, sampling: Sampling) -> Sample:
-    "One sample, cut off where the budget ends."
-    start, seed = time.time(), derive_sample_seed(sampling, request.question, index)
-    try:
+    def answer(self, request: Request, sampling: Sampling, seed: int) -> tuple[str, str]:
+        "A response, cut off where the budget ends."
         text, finish = respond(self.teacher, request.question, seed)
-    except OctomedError as error:
-        text, finish = str(error), "error"
-    words = text.split()
-    if finish == "stop" and len(words) > sampling.max_tokens:
-        text, finish = " ".join(words[: sampling.max_tokens]), "length"
-    return Sample(
-        question=request.question,
-        model=self.model,
-        prompt=request.prompt,
-        sampling=sampling.key,
-        index=index,
-        text=text,
-        finish=finish,
-        tokens=len(text.split()),
-        seconds=time.time() - start,
-        seed=seed,
-        engine=self.name,
-    )
+        words = text.split()
+        if finish == "stop" and len(words) > sampling.max_tokens:
+            return " ".join(words[: sampling.max_tokens]), "length"
+        return text, finish
 
 # %% ../../nbs/clinic/07_teachers.ipynb #032fa8c0
 def _alternatives(texts) -> str:

@@ -88,7 +88,7 @@ BOARDS, GRAND, SCANNER = OUT = "clinic_boards:test", "clinic_grand:test", "clini
 # %% ../../nbs/paper/52_calibration.ipynb #eb51324a
 @dataclass(frozen=True)
 class Measured(Claim):
-    "A claim about lengths; `timing` names one benchmark or several, with commas between."
+    "A claim about lengths; `benchmark` names one benchmark or several, with commas between."
 
     measure: str = "accuracy"
 

@@ -295,22 +295,19 @@ def size_category(n: int) -> str:
 # %% ../../nbs/run/21_export_hub.ipynb #d618aab9
 def dataset_card(
     name: str,
-    arm: Arm,
-    common: Common,
-    found: list[Trace],
     counts: dict,
-    funnels: dict,  # what each step counted
-    shared: list[dict],  # what `contamination` returned
+    *,
+    rows: int,
+    origin: str,  # as `describe_provenance` writes it
 ) -> str:
     "The README of a data set."
-    origin = describe_provenance(arm, common, found, funnels=funnels, shared=shared)
     return f"""---
 license: other
 license_name: by-source
 pretty_name: {name}
 task_categories: [question-answering, visual-question-answering]
 tags: [medical, reasoning, distillation, octomed]
-size_categories: [{size_category(len(found))}]
+size_categories: [{size_category(rows)}]
 configs:
 - config_name: default
   data_files: [{{split: train, path: "data/*.parquet"}}]
@@ -364,9 +361,8 @@ def export_dataset(
     counts = funnel | {"images": _count_images(traces)}
     shared = describe_contamination(_questions_of(traces), common)
     funnels = _steps(arm, common, out, funnel=funnel)
-    text = dataset_card(
-        name, arm, common, found=traces, counts=counts, funnels=funnels, shared=shared
-    )
+    origin = describe_provenance(arm, common, traces, funnels=funnels, shared=shared)
+    text = dataset_card(name, counts, rows=len(traces), origin=origin)
     atomic_write(out / "README.md", text)
     write_json(out / "card.json", export_card(arm, common, counts) | {"contamination": shared})
     return counts
@@ -405,15 +401,12 @@ pipeline_tag: image-text-to-text
 def model_card(
     name: str,
     arm: Arm,
-    common: Common,
-    found: list[Trace],
     counts: dict,
-    funnels: dict,  # what each step counted
-    shared: list[dict],  # what `contamination` returned
+    *,
+    origin: str,  # as `describe_provenance` writes it
     base: str = "",  # the hub id of the base student, where it has one
 ) -> str:
     "The README of a student: how it was trained, on what, and how to send it."
-    origin = describe_provenance(arm, common, found, funnels=funnels, shared=shared)
     licence = f" The licence of {base} holds too." if base else ""
     student = base or "A small student of the class Qwen2.5-VL"
     return f"""{_front_matter(base)}
@@ -467,14 +460,13 @@ def export_student(
     traces, funnel = collect_traces(arm, common)
     counts = funnel | _training_counts(read_jsonl(out / "log.jsonl"))
     shared = describe_contamination(_questions_of(traces), common)
+    funnels = _steps(arm, common, out, funnel=funnel)
+    origin = describe_provenance(arm, common, traces, funnels=funnels, shared=shared)
     text = model_card(
         name,
         arm,
-        common,
-        found=traces,
-        counts=counts,
-        funnels=_steps(arm, common, out, funnel=funnel),
-        shared=shared,
+        counts,
+        origin=origin,
         base="" if Path(base).is_dir() or base in STUDENTS else base,
     )
     atomic_write(out / "README.md", text)
