@@ -5,7 +5,8 @@ python tests/pages.py check [NOTEBOOK …]   runs notebooks and compares; a diff
 
 A notebook is named as ROOM/NAME.ipynb under `nbs/`; by default all of the library are taken. A cell
 tagged `varies` shows something that cannot be the same twice: its output is stored, not compared.
-The sections of the paper are run by papermill and are no part of this.
+Of a section of the paper only the cell that shows its reference run is run, since papermill runs
+the sections.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 ROOMS = ("core", "data", "generate", "distill", "train", "evaluate", "run", "clinic", "bench")
+SECTIONS = "paper"
 LARGEST = 1 << 20  # bytes of a notebook with its outputs
 
 
-def library() -> list[str]:
-    "The library's notebooks, in import order."
+def all_notebooks() -> list[str]:
+    "The library's notebooks, in import order, and the sections."
     found = ["00_front_door.ipynb"]
-    for room in ROOMS:
+    for room in (*ROOMS, SECTIONS):
         found += [f"{room}/{path.name}" for path in sorted((NBS / room).glob("*.ipynb"))]
     return found
 
@@ -66,8 +68,12 @@ def shown_text(outputs: list[dict]) -> str:
         if output["output_type"] == "stream":
             parts.append(as_text(output["text"]))
         elif output["output_type"] in ("execute_result", "display_data"):
-            parts.append(as_text(output["data"].get("text/plain", "<no text>")))
+            parts.append(text_of(output["data"]))
     return "\n".join(parts).strip()
+
+
+def text_of(data: dict) -> str:
+    return as_text(data.get("text/plain") or data.get("text/markdown") or "<no text>")
 
 
 def merge_streams(outputs: list[dict]) -> list[dict]:
@@ -81,6 +87,13 @@ def merge_streams(outputs: list[dict]) -> list[dict]:
     return merged
 
 
+def is_run(name: str, source: str) -> bool:
+    "Whether a cell takes part."
+    if name.startswith(f"{SECTIONS}/"):
+        return "show_reference(" in source
+    return "eval: false" not in source
+
+
 def run_notebook(name: str) -> tuple[dict, str | None]:
     "(cell id → outputs, the error if a cell failed) of a notebook, run from top to bottom."
     from execnb.nbio import read_nb
@@ -89,7 +102,7 @@ def run_notebook(name: str) -> tuple[dict, str | None]:
     os.chdir((NBS / name).parent)
     sys.path.insert(0, str(ROOT))
     notebook = read_nb(NBS / name)
-    notebook.cells = [c for c in notebook.cells if "eval: false" not in as_text(c.source)]
+    notebook.cells = [cell for cell in notebook.cells if is_run(name, as_text(cell.source))]
     shell = CaptureShell(mpl_format="png")
     error = None
     try:
@@ -116,7 +129,8 @@ def write(name: str, outputs: dict):
         if cell["cell_type"] != "code":
             continue
         cell["execution_count"] = None
-        cell["outputs"] = [as_lines(output) for output in outputs.get(cell["id"], [])]
+        shown = outputs.get(cell["id"], [])
+        cell["outputs"] = [as_lines(output) for output in shown]
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if len(text.encode()) > LARGEST:
         raise SystemExit(f"{name} would be over 1 MB: show less, or smaller figures")
@@ -194,4 +208,4 @@ if __name__ == "__main__":
     arguments.add_argument("command", choices=("write", "check"))
     arguments.add_argument("notebooks", nargs="*")
     given = arguments.parse_args()
-    sys.exit(main(given.command, given.notebooks or library()))
+    sys.exit(main(given.command, given.notebooks or all_notebooks()))

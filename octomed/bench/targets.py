@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .timing import TIMINGS
-from ..core.paths import outputs_dir, root
+from ..core.paths import outputs_dir, shipped_results
 
 # %% ../../nbs/bench/10_targets.ipynb #affcd8b5
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def check_target(
 # %% ../../nbs/bench/10_targets.ipynb #be0cd143
 def _files(folder: Path | None) -> list[Path]:
     "The results of a folder, by default those of the first place that has any."
-    places = [outputs_dir() / "bench", root() / "outputs" / "reference" / "bench"]
+    places = [outputs_dir() / "bench", shipped_results("bench")]
     for place in [folder] if folder else places:
         files = list(Path(place).glob("*.json"))
         if files:

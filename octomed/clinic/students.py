@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
+from ..core.devices import device
 from ..core.identity import seed_for
 from ..core.paths import OctomedError
 from ..core.recipe import Common
@@ -384,8 +385,7 @@ def base(out, size, tokens, seed, max_pixels, world, family="qwen2_5_vl"):
     torch.manual_seed(seed_for("base", seed))
     texts = [*collect_corpus(), load_template("cot").text, load_template("direct").text]
     model, processor = build_student(texts, SIZES[size], seed, max_pixels=max_pixels, family=family)
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model = model.to(device())
     pictures = draw_atlas(seed, max_pixels=max_pixels)
     rows = build_textbook_rows(
         processor, write_textbook(seed), atlas=pictures, max_pixels=max_pixels

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.code import section_digest
 from ..core.files import write_json
 from ..core.identity import make_card
-from ..core.paths import root
+from ..core.paths import shipped_results
 from ..core.recipe import Recipe
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #cf457013
@@ -93,7 +93,7 @@ def view_reference(
     "What `outputs/reference/` holds of a section."
     from base64 import b64encode
 
-    folder = root() / "outputs" / "reference" / recipe
+    folder = shipped_results(recipe)
     path = folder / "results" / f"{section}.json"
     if not path.exists():
         return [{"text/markdown": f"*No reference run of {section} is kept here yet.*"}]
