@@ -1,8 +1,8 @@
-"""Carry kept reference results over to the present names of their keys.
+"""Carry kept reference results over to the present names.
 
-python tests/carry_over.py renames the key `verdict` of each claim to `outcome` in
-outputs/reference/*/results/*.json. It may be run again: a file that has the present names is left
-as it is.
+python tests/carry_over.py renames the key `verdict` of each claim to `outcome`, and modules that have
+moved, in outputs/reference/*/results/*.json and cards/*.json. It may be run again: a file that has
+the present names is left as it is.
 """
 
 import json
@@ -12,6 +12,7 @@ from octomed.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {"verdict": "outcome"}  # former key of a claim → its present key
+MOVED = {"octomed.clinic.world": "octomed.clinic.questions"}  # what a recipe's plugins name
 
 
 def renamed(claim: dict) -> dict:
@@ -19,17 +20,29 @@ def renamed(claim: dict) -> dict:
     return {RENAMED.get(key, key): value for key, value in claim.items()}
 
 
+def moved(value):
+    "The same value with the present names of modules, wherever they stand in it."
+    if isinstance(value, dict):
+        return {key: moved(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [moved(part) for part in value]
+    return MOVED.get(value, value) if isinstance(value, str) else value
+
+
 def carry_over(path: Path) -> bool:
-    "Rewrite one results file where it has a former key; returns whether it had one."
-    results = json.loads(path.read_text(encoding="utf-8"))
-    claims = [renamed(claim) for claim in results["claims"]]
-    if claims == results["claims"]:
+    "Rewrite one file where it has a former name; returns whether it had one."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    carried = moved(kept)
+    if "claims" in carried:
+        carried["claims"] = [renamed(claim) for claim in carried["claims"]]
+    if carried == kept:
         return False
-    write_json(path, results | {"claims": claims})
+    write_json(path, carried)
     return True
 
 
 if __name__ == "__main__":
-    files = sorted(ROOT.glob("outputs/reference/*/results/*.json"))
+    reference = ROOT / "outputs" / "reference"
+    files = sorted([*reference.glob("*/results/*.json"), *reference.glob("*/cards/*.json")])
     changed = [path for path in files if carry_over(path)]
-    print(f"{len(changed)} of {len(files)} results files carried over")
+    print(f"{len(changed)} of {len(files)} files carried over")
