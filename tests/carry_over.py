@@ -1,7 +1,7 @@
 """Carry kept reference results over to the present names.
 
-python tests/carry_over.py renames the key `verdict` of each claim to `outcome`, and modules that have
-moved, in outputs/reference/*/results/*.json and cards/*.json. It may be run again: a file that has
+python tests/carry_over.py renames the key `verdict` of each claim to `outcome`, and modules that
+have moved, in the results and cards under outputs/reference/. It may be run again: a file that has
 the present names is left as it is.
 """
 
