@@ -5,6 +5,7 @@ python tests/pages.py check [NOTEBOOK …]   runs notebooks and compares; a diff
 
 A notebook is named as ROOM/NAME.ipynb under `nbs/`; by default all of the library are taken. A cell
 tagged `varies` shows something that cannot be the same twice: its output is stored, not compared.
+A cell that exports shows nothing.
 Of a section of the paper only the cell that shows its reference run is run, since papermill runs
 the sections.
 """
@@ -111,7 +112,7 @@ def run_notebook(name: str) -> tuple[dict, str | None]:
         error = f"{type(raised).__name__}: {raised}"
     shown = {}
     for cell in notebook.cells:
-        if cell.cell_type != "code":
+        if cell.cell_type != "code" or as_text(cell.source).startswith("#| export"):
             continue
         outputs = [plain_output(dict(output)) for output in cell.get("outputs", [])]
         shown[cell["id"]] = merge_streams([output for output in outputs if output])
