@@ -19,7 +19,15 @@ from PIL import Image
 from octomed.core.identity import digest
 from octomed.core.paths import OctomedError, shipped
 from octomed.data.archives import unpack
-from octomed.data.formats import (
+from octomed.data.file_readers import (
+    _JsonCursor,
+    _read_text,
+    read_csv,
+    read_exams,
+    read_keyed,
+    read_rows,
+)
+from octomed.data.publishers import (
     draw_for_training,
     from_chat,
     from_coronahack,
@@ -29,14 +37,6 @@ from octomed.data.formats import (
     from_pmc_vqa,
     from_rexvqa,
     read_split,
-)
-from octomed.data.readers import (
-    _JsonCursor,
-    _read_text,
-    read_csv,
-    read_exams,
-    read_keyed,
-    read_rows,
 )
 from octomed.data.slides import TEST_SITES, TISSUES, cut_patches, divide_side, find_contour_boxes
 from octomed.data.sources import load, load_report

@@ -11,7 +11,7 @@ from PIL import Image
 
 from octomed.core.paths import OctomedError, UsageError, shipped
 from octomed.data import sources as module
-from octomed.data.formats import (
+from octomed.data.publishers import (
     from_brain_tumor,
     from_headqa,
     from_medmcqa,
@@ -582,7 +582,7 @@ def test_missing_files_say_how_to_get_them(monkeypatch, tmp_path):
         load("headqa:dev")
     with pytest.raises(OctomedError, match=r"kaggle\.com/datasets/sartajbhuvaji"):
         load("brain_tumor:train", folder=tmp_path)
-    with pytest.raises(OctomedError, match=r"octomed\.data\.formats\.from_nejm describes"):
+    with pytest.raises(OctomedError, match=r"octomed\.data\.publishers\.from_nejm describes"):
         load("nejm:test")
     register(Source("counted", "test", "text_only", "benchmark", 7, hub="a page"))
     try:

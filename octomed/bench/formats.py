@@ -18,9 +18,9 @@ from ..core.paths import OctomedError
 # %% ../../nbs/bench/04_formats.ipynb #f4831d5f
 _JSON = "import json\ndef read(path):\n    return json.load(open(path))"
 _PANDAS = "import pandas\ndef read(path):\n    return pandas.read_csv(path).itertuples()"
-_ROWS = "from octomed.data.readers import read_rows as read"
-_KEYED = "from octomed.data.readers import read_keyed as read"
-_CSV = "from octomed.data.readers import read_csv as read"
+_ROWS = "from octomed.data.file_readers import read_rows as read"
+_KEYED = "from octomed.data.file_readers import read_keyed as read"
+_CSV = "from octomed.data.file_readers import read_csv as read"
 READERS = {
     ("array.json", "octomed read_rows"): _ROWS,
     ("array.json", "json.load"): _JSON,

@@ -14,9 +14,9 @@ from itertools import product
 from pathlib import Path
 
 from ..core.paths import OctomedError
-from .formats import _make_classification_fields
+from .file_readers import PICTURES
 from .images import open_image
-from .readers import PICTURES
+from .publishers import _make_classification_fields
 
 # %% ../../nbs/data/05_slides.ipynb #4047af2f
 TISSUES = {

@@ -27,7 +27,7 @@ from ..core.paths import OctomedError, UsageError, data_dir
 from ..core.recipe import CATEGORIES
 
 # %% ../../nbs/data/08_sources.ipynb #77eb7260
-from octomed.data.formats import (
+from octomed.data.publishers import (
     from_brain_tumor,
     from_chat,
     from_coronahack,
@@ -47,9 +47,16 @@ from octomed.data.formats import (
 )
 
 # %% ../../nbs/data/08_sources.ipynb #64e54fdb
+from octomed.data.file_readers import (
+    PICTURES,
+    read_csv,
+    read_exams,
+    read_folders,
+    read_keyed,
+    read_rows,
+)
 from .images import store_image, store_images
 from .questions import Question, check_conserved, find_flaw
-from .readers import PICTURES, read_csv, read_exams, read_folders, read_keyed, read_rows
 from .resize import MAX_PIXELS
 from .slides import from_bcss
 
@@ -458,7 +465,7 @@ register(
         normal=from_nejm,
         hub="nejm.org/image-challenge",
         pictures="nejm",
-        note="write your own copy as octomed.data.formats.from_nejm describes",
+        note="write your own copy as octomed.data.publishers.from_nejm describes",
         columns=(
             "question",
             "options",

@@ -471,7 +471,7 @@ def claims() -> list[Claim]:
 def mri_student(common, size: str = "mini"):
     "A student that has read nothing and knows the words of the MRI question."
     from octomed.clinic.students import blank
-    from octomed.data.formats import from_brain_tumor
+    from octomed.data.publishers import from_brain_tumor
     from octomed.generate.prompts import format_question, load_template
 
     row = from_brain_tumor({"label": "no_tumor", "file": "any"})  # all of them are asked the same
