@@ -6,7 +6,8 @@ Questions to an engine, simulated models and sources, small configurations, a se
 import json
 
 from octomed.data.sources import Source, register
-from octomed.generate.samples import Request, Sample, derive_sample_seed
+from octomed.generate.engines import make_sample
+from octomed.generate.samples import Request
 
 WORDS = (
     "Please reason step - by - step , and put your final answer within \\boxed{ } . which is it ? "
@@ -38,17 +39,8 @@ class ToyEngine:
         for r in requests:
             for i in r.indices:
                 text, finish, tokens = self.answer(r, i)
-                yield Sample(
-                    question=r.question,
-                    model=self.model,
-                    prompt=r.prompt,
-                    sampling=sampling.key,
-                    index=i,
-                    text=text,
-                    finish=finish,
-                    tokens=tokens,
-                    seed=derive_sample_seed(sampling, r.question, i),
-                )
+                columns = {"text": text, "finish": finish, "tokens": tokens}
+                yield make_sample(self, r, i, sampling=sampling, **columns)
 
 
 def register_toy_source(name, split, role, questions):

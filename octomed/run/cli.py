@@ -13,6 +13,7 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnknownCommandError, validators
 
+import octomed
 from ..core.files import read_jsonl
 from ..core.paths import OctomedError, UsageError
 
@@ -115,7 +117,7 @@ def show_default(value) -> str | None:
 app = App(
     name="octomed",
     help="An executable paper: the data recipe of OctoMed, section by section.",
-    version=lambda: __import__("octomed").__version__,
+    version=octomed.__version__,
     help_format="plaintext",
     default_parameter=Parameter(negative=(), show_default=show_default),
     result_action="return_value",
@@ -773,18 +775,12 @@ def describe_usage_error(error: CycloptsError) -> str:
 def run_command(arguments: list[str]) -> int:
     "Run a command and return its exit code."
     if not arguments:
-        with _to_stderr():
+        with contextlib.redirect_stdout(sys.stderr):
             app.help_print([])
         return 2
     code = app(arguments, exit_on_error=False, print_error=False)
     sys.stdout.flush()
     return code if isinstance(code, int) else 0
-
-
-def _to_stderr():
-    import contextlib
-
-    return contextlib.redirect_stdout(sys.stderr)
 
 # %% ../../nbs/run/25_cli.ipynb #50c6efe3
 def main(
