@@ -4,55 +4,99 @@
 
 # %% auto #0
 __all__ = ['HEALTH', 'TUMOURS', 'CAUSES', 'GRADES', 'LESIONS', 'from_medqa', 'from_instruct', 'from_headqa', 'from_medmcqa',
-           'from_mmlu_pro', 'from_medxpertqa', 'from_mmmu_pro', 'from_pmc_vqa', 'from_rexvqa', 'from_nejm',
-           'from_brain_tumor', 'from_coronahack', 'draw_for_training', 'read_split', 'from_fundus', 'from_ham10000',
-           'from_chat']
+           'read_medmcqa', 'from_mmlu_pro', 'from_medxpertqa', 'from_mmmu_pro', 'from_pmc_vqa', 'from_rexvqa',
+           'from_nejm', 'from_brain_tumor', 'from_coronahack', 'draw_for_training', 'read_split', 'from_fundus',
+           'from_ham10000', 'from_chat']
 
 # %% ../../nbs/data/04_publishers.ipynb #63e77974
 import ast
+import numbers
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
-from .file_readers import PICTURES, read_csv
+from ..core.paths import OctomedError
+from .file_readers import PICTURES, read_csv, read_rows
 
 # %% ../../nbs/data/04_publishers.ipynb #4a7f901d
 _PAIRS = (("key", "value"), ("letter", "content"), ("aid", "atext"))  # names of an option's parts
 
+# %% ../../nbs/data/04_publishers.ipynb #4b1d0a01
+def _is_missing(value) -> bool:
+    "Whether a table has no value here: None, or the NaN of Python, NumPy or pandas."
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, numbers.Real) and value != value
+
+
+def _as_text(value) -> str:
+    "A value as text; a missing one is empty. The words None and NA are text like any other."
+    return "" if _is_missing(value) else str(value)
+
 # %% ../../nbs/data/04_publishers.ipynb #78d8e627
+def _drop_unused(options: dict) -> dict:
+    "Options of a mapping. Missing ones at its end are only entries of the table's schema."
+    texts = {str(key): _as_text(text) for key, text in options.items()}
+    for key in reversed(options):
+        if not _is_missing(options[key]):
+            break
+        del texts[str(key)]
+    return texts
+
+
 def _parse_options(raw) -> dict:
     """Options by the publisher's own keys, in order.
 
-    Entries that a table's schema left empty are not options."""
+    A missing option stays as an empty one, and the question is dropped for it."""
+    raw = raw.tolist() if hasattr(raw, "tolist") else raw
     if isinstance(raw, dict) and raw and all(isinstance(v, list) for v in raw.values()):
         columns = zip(*raw.values(), strict=False)
         raw = [dict(zip(raw, column, strict=False)) for column in columns]
     if isinstance(raw, dict):
-        return {str(key): text for key, text in raw.items() if text is not None}
+        return _drop_unused(raw)
     if raw and isinstance(raw[0], dict):
         key, text = next(pair for pair in _PAIRS if pair[0] in raw[0])
-        return {str(option[key]): option[text] for option in raw}
-    if len(raw) > len(LETTERS):
-        return dict(enumerate(raw))
-    return dict(zip(LETTERS, raw, strict=False))
+        return {str(option[key]): _as_text(option[text]) for option in raw}
+    texts = [_as_text(text) for text in raw]
+    keys = range(len(texts)) if len(texts) > len(LETTERS) else LETTERS
+    return dict(zip(keys, texts, strict=False))
 
 # %% ../../nbs/data/04_publishers.ipynb #6c68af70
 def _find_letter(key, options: dict) -> str | None:
     "The letter of the option with this key; `?` if no option has it; None for an empty key."
-    key = "" if key is None else str(key).strip()
+    if isinstance(key, float) and key.is_integer():
+        key = int(key)  # a column of numbers with a gap
+    key = _as_text(key).strip()
     if not key:
         return None
-    place = list(options).index(key) if key in options else len(LETTERS)
+    keys = list(map(str, options))
+    if key not in keys:
+        keys, key = [name.casefold() for name in keys], key.casefold()
+    place = keys.index(key) if keys.count(key) == 1 else len(LETTERS)
     return LETTERS[place] if place < len(LETTERS) else "?"
 
 # %% ../../nbs/data/04_publishers.ipynb #9897ab56
 def _find_letter_of_text(text, options: dict) -> str | None:
     "The letter of the one option that reads exactly so; `?` for none or several."
-    if not text or not text.strip():
+    text = _as_text(text).strip()
+    if not text:
         return None
-    hits = [key for key, option in options.items() if option.strip() == text.strip()]
+    hits = [key for key, option in options.items() if option.strip() == text]
     return _find_letter(hits[0], options) if len(hits) == 1 else "?"
+
+
+def _find_conflict(answer: str | None, text, options: dict) -> str:
+    "Why a row's key, its text and its options do not fit together; empty if they do."
+    names = [str(key).casefold() for key in options]
+    if len(set(names)) < len(names):
+        return "two options under one letter"
+    texts = [" ".join(option.split()).casefold() for option in options.values()]
+    stated = " ".join(_as_text(text).split()).casefold()
+    letters = dict(zip(LETTERS, texts, strict=False))
+    if not stated or answer not in letters or not all(texts):
+        return ""
+    return "" if letters[answer] == stated else "answer's key and text disagree"
 
 # %% ../../nbs/data/04_publishers.ipynb #251958f1
 def _strip_letters(texts: list[str], marks: str) -> dict:
@@ -68,16 +112,17 @@ def _strip_letters(texts: list[str], marks: str) -> dict:
     return _parse_options([text[h.end() :] for h, text in zip(heads, texts, strict=False)])
 
 # %% ../../nbs/data/04_publishers.ipynb #f7f60a74
-def _make_fields(stem, options: dict, answer, origin="", images=(), **tags) -> dict:
+def _make_fields(stem, options: dict, answer, origin="", images=(), flaw="", **tags) -> dict:
     "The fields of a question, with blanks stripped and empty tags left out."
-    return {
-        "stem": stem.strip(),
-        "options": tuple(str(option).strip() for option in options.values()),
+    fields = {
+        "stem": _as_text(stem).strip(),
+        "options": tuple(_as_text(option).strip() for option in options.values()),
         "answer": answer,
-        "origin": str(origin),
+        "origin": _as_text(origin),
         "images": tuple(images),
-        "tags": {name: value for name, value in tags.items() if value},
+        "tags": {name: v for name, v in tags.items() if not _is_missing(v) and v},
     }
+    return {**fields, "flaw": flaw} if flaw else fields
 
 # %% ../../nbs/data/04_publishers.ipynb #82bb51a3
 def from_medqa(row: dict) -> dict:
@@ -91,11 +136,12 @@ def from_medqa(row: dict) -> dict:
     ):
         options = [option[3:] for option in options]
     options = _parse_options(options)
-    if "answer_idx" in row:
-        answer = _find_letter(row["answer_idx"], options)
-    else:
+    if "answer_idx" not in row:
         answer = _find_letter_of_text(row["answer"], options)
-    return _make_fields(row["question"], options, answer, step=row.get("meta_info"))
+        return _make_fields(row["question"], options, answer, step=row.get("meta_info"))
+    answer = _find_letter(row["answer_idx"], options)
+    flaw = _find_conflict(answer, row.get("answer"), options)
+    return _make_fields(row["question"], options, answer, flaw=flaw, step=row.get("meta_info"))
 
 # %% ../../nbs/data/04_publishers.ipynb #e064758c
 def from_instruct(row: dict) -> dict:
@@ -131,27 +177,72 @@ def from_headqa(row: dict) -> dict:
 # %% ../../nbs/data/04_publishers.ipynb #b294867c
 def _find_letter_of_number(number, first: int) -> str | None:
     "The letter of a numbered option; None if there is no number, or one before the first."
-    if number is None or int(number) < first:
+    if _is_missing(number) or number == "":
         return None
-    place = int(number) - first
+    value = float(number)
+    if not value.is_integer():
+        return "?"
+    place = int(value) - first
+    if place < 0:
+        return None
     return LETTERS[place] if place < len(LETTERS) else "?"
 
 # %% ../../nbs/data/04_publishers.ipynb #5a1e0402
 def from_medmcqa(
     row: dict,
-    first: int,  # what `cop` calls the first option: 1 in the authors' files, 0 on the hub
+    # what `cop` calls the first option: 1 in the authors' files, 0 on the hub; a row may say it
+    first: int | None = None,
 ) -> dict:
     "MedMCQA. On the hub a `cop` of -1 means that there is no label."
     texts = [row[f"op{letter}"] for letter in "abcd"]
     return _make_fields(
         row["question"],
         _parse_options(texts),
-        _find_letter_of_number(row["cop"], first),
+        _find_letter_of_number(row["cop"], row["first"] if first is None else first),
         origin=row["id"],
         subject=row.get("subject_name"),
         topic=row.get("topic_name"),
         type=row.get("choice_type"),
     )
+
+# %% ../../nbs/data/04_publishers.ipynb #4b1d0a02
+def _find_first_number(path: Path) -> int:
+    """What the `cop` of a file of MedMCQA calls the first option, by its values.
+
+    Raises `OctomedError` if they do not tell."""
+    rows, order = 0, []
+    for _, row in read_rows(path):
+        rows, order = rows + 1, order or list(row)
+        number = row.get("cop")
+        if number in (0, -1, "0", "-1"):
+            return 0
+        if number in (4, "4"):
+            return 1
+    is_authors = "id" not in order or order.index("id") > order.index("question")
+    if not rows or is_authors:
+        return 1
+    raise OctomedError(
+        f"{path.name} may count `cop` from 0, as the hub does, or from 1, as the authors do, since "
+        "no row has 0 or 4: put the authors' file here, or load the hub's in Python"
+    )
+
+
+def read_medmcqa(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a file of MedMCQA, the authors' or rows saved from the hub.
+
+    Each row says as `first` what its `cop` calls the first option. Raises `OctomedError` for a
+    file that mixes both ways to count."""
+    path = Path(path)
+    first = None
+    for place, row in read_rows(path):
+        if first is None:
+            first = _find_first_number(path)
+        if isinstance(row, dict) and row.get("cop") in ((4, "4") if first == 0 else (0, "0")):
+            raise OctomedError(
+                f"{place} has cop {row['cop']} in a file that counts from {first}: "
+                "it mixes the authors' rows with the hub's, so download it again"
+            )
+        yield place, {**row, "first": first}
 
 # %% ../../nbs/data/04_publishers.ipynb #477f6bf4
 def from_mmlu_pro(row: dict) -> dict | None:
@@ -159,11 +250,17 @@ def from_mmlu_pro(row: dict) -> dict | None:
     if row.get("category", "health") != "health":
         return None
     options = _parse_options(row["options"])
-    answer = row["answer_idx"] if "answer_idx" in row else row["answer"]
+    answer = _find_letter(row["answer_idx"] if "answer_idx" in row else row["answer"], options)
+    by_number = _find_letter_of_number(row.get("answer_index"), first=0)
+    if by_number not in (None, answer):
+        flaw = "answer's key and number disagree"
+    else:
+        flaw = _find_conflict(answer, row.get("answer") if "answer_idx" in row else "", options)
     return _make_fields(
         row["question"],
         options,
-        _find_letter(answer, options),
+        answer,
+        flaw=flaw,
         origin=row["realidx"] if "realidx" in row else row["question_id"],
         subject=row.get("src"),
     )
@@ -177,11 +274,14 @@ def from_medxpertqa(row: dict) -> dict:
     label = row["label"] if "label" in row else row["answer_idx"]
     key = label[0] if isinstance(label, list) and label else label or None
     images = [i["image_path"] if isinstance(i, dict) else i for i in row.get("images") or ()]
+    answer = _find_letter(key, options)
+    text = row.get("answer") if "label" not in row else ""
     stem, _, _ = row["question"].rpartition("\nAnswer Choices:")
     return _make_fields(
         stem or row["question"],
         options,
-        _find_letter(key, options),
+        answer,
+        flaw=_find_conflict(answer, text, options),
         origin=row["id"] if "id" in row else row["realidx"],
         images=[f"name:{i}" if isinstance(i, str) else i for i in images],
         task=row.get("medical_task"),
@@ -219,15 +319,19 @@ def from_mmmu_pro(row: dict) -> dict | None:
 def from_pmc_vqa(row: dict) -> dict:
     "PMC-VQA, train.csv and test_clean.csv."
     options = {
-        letter: re.sub(rf"^\s*{letter}\s*:", "", row[f"Choice {letter}"]) for letter in "ABCD"
+        letter: re.sub(rf"^\s*{letter}\s*:", "", _as_text(row[f"Choice {letter}"]))
+        for letter in "ABCD"
     }
-    label = (row["Answer_label"] if "Answer_label" in row else row["Answer"]).strip()
+    label = _as_text(row["Answer_label"] if "Answer_label" in row else row["Answer"]).strip()
     if label in options:
         answer = _find_letter(label, options)
     else:
         answer = _find_letter_of_text(label, options)
-    figure = row["Figure_path"]
-    return _make_fields(row["Question"], options, answer, origin=figure, images=[f"name:{figure}"])
+    figure, text, flaw = row["Figure_path"], row["Answer"], ""
+    if _find_letter_of_text(text, options) not in (None, "?", answer):
+        flaw = "answer's key and text disagree"
+    images = [f"name:{figure}"]
+    return _make_fields(row["Question"], options, answer, flaw=flaw, origin=figure, images=images)
 
 # %% ../../nbs/data/04_publishers.ipynb #016013fa
 def _read_rexvqa_answer(text: str, options: dict) -> str | None:
@@ -237,8 +341,11 @@ def _read_rexvqa_answer(text: str, options: dict) -> str | None:
         answer = _find_letter(letter, options)
     else:
         answer = _find_letter_of_text(text, options)
+    head = re.match(r"([A-Z])\s*[.):]\s*", text)
     if answer == "?":
-        answer = _find_letter_of_text(re.sub(r"^[A-Z]\s*[.):]\s*", "", text), options)
+        answer = _find_letter_of_text(text[head.end() :] if head else text, options)
+    if head and len(letter) > 1 and answer != head[1]:
+        return "?"  # its letter and its text disagree
     return answer
 
 # %% ../../nbs/data/04_publishers.ipynb #76a076dc
@@ -246,17 +353,19 @@ def from_rexvqa(row: dict) -> dict:
     "RexVQA: options with or without their letters, the answer as a letter or as text."
     options = _strip_letters(row["options"], ".):")
     text = str(row["correct_answer"] or "").strip()
-    return _make_fields(
+    paths = row.get("ImagePath") or ()
+    fields = _make_fields(
         row["question"],
         options,
         _read_rexvqa_answer(text, options),
         origin=row["id"],
-        images=[f"name:{path.rsplit('/', 1)[-1]}" for path in row.get("ImagePath") or ()],
+        images=[f"name:{path.rsplit('/', 1)[-1]}" for path in paths],
         modality="X-ray",
         region="chest",
         task=row.get("task_name"),
         finding=row.get("category"),
     )
+    return {**fields, "places": tuple(paths)}
 
 # %% ../../nbs/data/04_publishers.ipynb #5bc2948e
 def from_nejm(row: dict) -> dict:
@@ -278,7 +387,7 @@ def _make_classification_fields(
 ) -> dict:
     "The fields of a question whose options are the classes."
     options = dict(zip(LETTERS, classes.values(), strict=False))
-    unknown = "" if label is None else str(label)
+    unknown = _as_text(label)
     answer = _find_letter_of_text(classes.get(label, unknown), options)
     return _make_fields(question, options, answer, origin=origin, images=[image], **tags)
 
@@ -296,7 +405,7 @@ def from_brain_tumor(row: dict) -> dict:
     return _make_classification_fields(
         "Which type of brain tumor, if any, does this MRI image show?",
         TUMOURS,
-        row["label"],
+        row["label"].lower().replace(" ", "_"),
         origin=row.get("origin", ""),
         image=Path(row["file"]),
         modality="MRI",
@@ -363,7 +472,7 @@ def draw_for_training(
 # %% ../../nbs/data/04_publishers.ipynb #3f110239
 def _is_gradable(row: dict) -> bool:
     flag = str(row.get("adjudicated_gradable") or 1).removesuffix(".0")
-    return bool(_read_grade(row)) and flag != "0"
+    return bool(_read_grade(row)) and flag.strip().lower() not in ("0", "false", "no")
 
 # %% ../../nbs/data/04_publishers.ipynb #ae49d6de
 def read_split(
@@ -431,6 +540,7 @@ def from_chat(row: dict) -> dict:  # messages, images, origin, tags
     return {
         "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)],
         "images": tuple(f"name:{image.rsplit('/', 1)[-1]}" for image in images if image),
+        "places": tuple(image for image in images if image),
         "origin": str(row["id"]),
         "tags": {name: value for name, value in tags.items() if value},
     }
