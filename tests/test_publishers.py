@@ -1,5 +1,6 @@
 "Conventions that share a name, missing values, lost pictures, and files that are broken."
 
+import io
 import json
 import shutil
 
@@ -19,7 +20,7 @@ from octomed.data.publishers import (
     from_rexvqa,
     read_medmcqa,
 )
-from octomed.data.sources import load, load_report, read_chats, tabulate_sources
+from octomed.data.sources import SOURCES, load, load_report, read_chats, read_open, tabulate_sources
 
 EXAMPLES = shipped("examples")
 NOISE = np.random.default_rng(0)
@@ -322,3 +323,104 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.walk", refuse)
     where = find_row(tmp_path / "data", "brain_tumor", "train")["where"]
     assert where == "the folder Training cannot be read (Permission denied): check it"
+
+
+# sets since the paper
+
+
+def encode(seed):
+    img = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 60, 3), "uint8"))
+    img.save(buffer := io.BytesIO(), "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_parquet(path)
+
+
+def test_vqa_rad_asks_closed_questions_and_counts_the_open_ones(tmp_path):
+    rows = [
+        {"image": encode(0), "question": "is there a mass?", "answer": "Yes"},
+        {"image": encode(1), "question": "is there a mass?", "answer": "no"},
+        {"image": encode(1), "question": "what organ is shown?", "answer": "the liver"},
+    ]
+    write_parquet(tmp_path / "vqa_rad" / "data" / "test-00000-of-00001-a1.parquet", rows)
+    r = load_report("vqa_rad:test", folder=tmp_path, max_pixels=12_544)
+    assert [(q.options, q.answer) for q in r.questions] == [
+        (("Yes", "No"), "A"),
+        (("Yes", "No"), "B"),
+    ]
+    assert r.reasons == {"open-ended: the answer is free text": 1} and r.questions[0].at_hand
+    named = load("vqa_rad:test", folder=tmp_path, images=False)
+    assert len({q.id for q in named}) == 2
+    (question,) = read_open("vqa_rad:test", folder=tmp_path)
+    assert (question["stem"], question["answer"]) == ("what organ is shown?", "the liver")
+    row = find_row(tmp_path, "vqa_rad", "test")
+    assert (row["expected"], row["found"]) == (451, 3) and "1 × open-ended" in row["where"]
+
+
+def test_pieces_of_parquet_are_all_there_or_refused(tmp_path):
+    row = {"image": encode(0), "question": "is it?", "answer": "yes"}
+    folder = tmp_path / "vqa_rad" / "data"
+    write_parquet(folder / "train-00000-of-00002.parquet", [row])
+    with pytest.raises(OctomedError, match=r"1 of the 2 pieces of .* are at hand"):
+        load("vqa_rad:train", folder=tmp_path)
+    write_parquet(folder / "train-00001-of-00002.parquet", [{**row, "question": "was it?"}])
+    assert len(load("vqa_rad:train", folder=tmp_path)) == 2
+    whole = (folder / "train-00001-of-00002.parquet").read_bytes()
+    (folder / "train-00001-of-00002.parquet").write_bytes(whole[: len(whole) // 2])
+    assert "cut short or damaged" in find_row(tmp_path, "vqa_rad", "train")["where"]
+
+
+def test_slake_is_read_in_english_and_finds_its_pictures(tmp_path):
+    row = {"q_lang": "en", "img_name": "xmlab1/source.jpg", "question": "Is it?", "answer": "Yes"}
+    rows = [
+        {**row, "qid": 1},
+        {**row, "qid": 2, "img_name": "xmlab2/source.jpg"},
+        {**row, "qid": 3, "answer": "Lung"},
+        {**row, "qid": 4, "q_lang": "zh"},
+    ]
+    (tmp_path / "slake").mkdir()
+    (tmp_path / "slake" / "test.json").write_text(json.dumps(rows))
+    for place in ("xmlab1", "xmlab2"):
+        draw(tmp_path / "slake" / "imgs" / place / "source.jpg")
+    r = load_report("slake:test", folder=tmp_path, max_pixels=12_544)
+    assert r.rows == 3 and r.reasons == {"open-ended: the answer is free text": 1}
+    assert len({q.images for q in r.questions}) == 2 and all(q.at_hand for q in r.questions)
+    assert "before any cut" in SOURCES["slake:test"].note
+
+
+def test_medreason_and_the_sets_of_medical_reasoning(tmp_path):
+    row = {"dataset_name": "s", "id_in_dataset": 7, "question": "Which?", "reasoning": "So."}
+    options = "Answer Choices:\nA. Heart\nB. Lung"
+    rows = [{**row, "options": options, "answer": a} for a in ("B", "Lung.", "B. Lung", "A. Lung")]
+    rows.append({**row, "options": "", "answer": "free text"})
+    write_lines(tmp_path / "medreason" / "any.jsonl", rows)
+    r = load_report("medreason:train", folder=tmp_path)
+    assert [q.answer_text for q in r.questions] == ["Lung"] * 3
+    assert r.reasons == {
+        "answer outside the options": 1,
+        "open-ended: the answer is free text": 1,
+    }
+    omr = {"image": encode(0), "question": "Which?\nA. Heart\nB. Lung", "answer": "B"}
+    folder = tmp_path / "openmedreason" / "data"
+    write_parquet(folder / "test-00000-of-00001.parquet", [{**omr, "reasoning": ""}])
+    (q,) = load("openmedreason:test", folder=tmp_path, max_pixels=12_544)
+    assert (q.stem, q.answer_text, q.at_hand) == ("Which?", "Lung", True)
+    syn = {"images": [encode(1)], "question": "<image>Which?", "options": list("vwxyz")}
+    folder = tmp_path / "medsynvqa_1k" / "data"
+    write_parquet(folder / "train-00000-of-00001.parquet", [{**syn, "answer": "E"}])
+    (q,) = load("medsynvqa_1k:train", folder=tmp_path, max_pixels=12_544)
+    assert (q.stem, q.answer_text, len(q.images)) == ("Which?", "z", 1)
+
+
+def test_a_set_whose_files_were_not_seen_says_what_it_would_need(tmp_path):
+    write_lines(tmp_path / "medreason" / "a.jsonl", [{"question": "Which?", "answer": "x"}])
+    with pytest.raises(OctomedError) as e:
+        load("medreason:train", folder=tmp_path)
+    assert str(e.value) == (
+        "line 1 of a.jsonl has no column 'options', so it is not medreason:train as its card "
+        "describes it: this loader needs the columns dataset_name, id_in_dataset, question, "
+        "answer, options"
+    )

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SOURCES', 'SPLITS', 'NAMED', 'Local', 'Source', 'register', 'find_source', 'Loaded', 'Gallery',
-           'load_report', 'load', 'stream', 'read_chats', 'find_image_files', 'find_image_file', 'find_source_files',
-           'identify_source', 'remember_identities', 'replace_sources', 'tabulate_sources', 'explain_traces']
+           'load_report', 'load', 'read_open', 'stream', 'read_chats', 'find_image_files', 'find_image_file',
+           'find_source_files', 'identify_source', 'remember_identities', 'replace_sources', 'tabulate_sources',
+           'explain_traces']
 
 # %% ../../nbs/data/08_sources.ipynb #21828b17
 import random
@@ -38,12 +39,17 @@ from octomed.data.publishers import (
     from_instruct,
     from_medmcqa,
     from_medqa,
+    from_medreason,
+    from_medsynvqa,
     from_medxpertqa,
     from_mmlu_pro,
     from_mmmu_pro,
     from_nejm,
+    from_openmedreason,
     from_pmc_vqa,
     from_rexvqa,
+    from_slake,
+    from_vqa_rad,
     read_medmcqa,
     read_split,
 )
@@ -57,6 +63,7 @@ from octomed.data.file_readers import (
     read_exams,
     read_folders,
     read_keyed,
+    read_parquet,
     read_rows,
 )
 from .images import store_image, store_images
@@ -102,6 +109,7 @@ class Source:
     pictures_split: str = ""
     hub_file: str | None = None  # the file on the hub, where it holds several tables
     columns: tuple[str, ...] = ()  # columns of the publisher's rows that we need
+    unverified: bool = False  # the files were not seen, and are read as their card describes them
 
     @property
     def spec(self) -> str:
@@ -676,6 +684,130 @@ register(
     )
 )
 
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a08
+_vqa_rad = {
+    "name": "vqa_rad",
+    "category": "multimodal_reasoning",
+    "licence": "CC0",
+    "read": read_parquet,
+    "normal": from_vqa_rad,
+    "hub": "flaviagiammarino/vqa-rad",
+    "columns": ("image", "question", "answer"),
+    "note": (
+        "counts after four duplicates were removed, one of them across the split; copies of one "
+        "image are in both splits; open-ended questions are counted and left out"
+    ),
+}
+for split, role, expected in (("train", "train", 1_793), ("test", "benchmark", 451)):
+    register(
+        Source(
+            **_vqa_rad,
+            split=split,
+            role=role,
+            expected=expected,
+            files=(f"vqa_rad/data/{split}-*.parquet",),
+            hub_split=split,
+        )
+    )
+
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a09
+_slake = {
+    "name": "slake",
+    "category": "multimodal_reasoning",
+    "licence": "CC BY-SA 4.0",
+    "normal": from_slake,
+    "hub": "BoKelvin/SLAKE",
+    "pictures": "slake/imgs",
+    "pictures_split": "-",
+    "columns": ("q_lang", "img_name", "question", "answer"),
+    "note": (
+        "English questions of the publisher's JSON, before any cut (others count 4,918, 1,047 and "
+        "1,059 after theirs); open-ended questions are counted and left out; unpack imgs.zip"
+    ),
+}
+_SLAKE_FILES = (
+    ("train", "train", 4_919, "train"),
+    ("dev", "train", 1_053, "validate"),
+    ("test", "benchmark", 1_061, "test"),
+)
+for split, role, expected, file in _SLAKE_FILES:
+    register(
+        Source(
+            **_slake,
+            split=split,
+            role=role,
+            expected=expected,
+            files=(f"slake/{file}.json",),
+            also=(Local((f"slake/{split}.json",), from_slake),),
+        )
+    )
+
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a10
+register(
+    Source(
+        name="medreason",
+        split="train",
+        category="text_only",
+        role="train",
+        expected=32_682,
+        licence="Apache-2.0",
+        files=("medreason/*.jsonl",),
+        normal=from_medreason,
+        hub="UCSC-VLAA/MedReason",
+        hub_split="train",
+        columns=("dataset_name", "id_in_dataset", "question", "answer", "options"),
+        unverified=True,
+        note=(
+            "its users found questions of benchmarks in it: decontaminate it, or see the part that "
+            "was (Intelligent-Internet/II-Medical-RL, 15,910)"
+        ),
+    )
+)
+
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a11
+_openmedreason = {
+    "name": "openmedreason",
+    "category": "multimodal_reasoning",
+    "licence": "CC BY 4.0",
+    "read": read_parquet,
+    "normal": from_openmedreason,
+    "hub": "neginb/OpenMedReason",
+    "columns": ("image", "question", "reasoning", "answer"),
+    "unverified": True,
+    "note": "gated: ask for access on the hub; also named I4Health/OpenMedReason",
+}
+for split, role, expected in (("train", "train", 150_246), ("test", "benchmark", 1_150)):
+    register(
+        Source(
+            **_openmedreason,
+            split=split,
+            role=role,
+            expected=expected,
+            files=(f"openmedreason/data/{split}-*.parquet",),
+            hub_split=split,
+        )
+    )
+
+for size, expected in (("1K", None), ("2K", None), ("5K", None), ("10K", None), ("13K", 13_087)):
+    register(
+        Source(
+            name=f"medsynvqa_{size.lower()}",
+            split="train",
+            category="multimodal_reasoning",
+            role="train",
+            expected=expected,
+            licence="Apache-2.0",
+            files=(f"medsynvqa_{size.lower()}/data/train-*.parquet",),
+            read=read_parquet,
+            normal=from_medsynvqa,
+            hub=f"MedVLSynther/MedSynVQA-{size}",
+            hub_split="train",
+            columns=("images", "question", "options", "answer"),
+            unverified=True,
+            note="13,087 questions and 14,803 images in the largest",
+        )
+    )
+
 # %% ../../nbs/data/08_sources.ipynb #110ae05e
 @dataclass
 class Loaded:
@@ -696,19 +828,34 @@ class Loaded:
         return dict(Counter(reason for _, reason in self.dropped))
 
 # %% ../../nbs/data/08_sources.ipynb #077428dd
+def _match_files(folder: Path, file: str) -> list[Path]:
+    """The files of a name, in which `*` stands for anything.
+
+    Raises `OctomedError` if pieces are missing of a set whose names say how many there are."""
+    if "*" not in file:
+        return [folder / file]
+    paths = sorted(folder.glob(file))
+    pieces = re.search(r"-of-0*(\d+)", paths[0].name) if paths else None
+    if pieces and len(paths) != int(pieces[1]):
+        raise OctomedError(
+            f"{len(paths)} of the {pieces[1]} pieces of {file} are at hand: download the others"
+        )
+    return paths or [folder / file]
+
+
 def _find_local(s: Source, folder) -> tuple[Local, list[Path]] | None:
     "The first form of a source whose files are all there, and their paths."
     folder = Path(folder) if folder else data_dir()
     if not folder:
         return None
     for form in s.forms:
-        paths = [folder / file for file in form.files]
         try:
+            paths = list(chain.from_iterable(_match_files(folder, file) for file in form.files))
             if paths and all(path.exists() for path in paths):
                 return form, paths
         except OSError as e:
             raise OctomedError(
-                f"{paths[0].name} cannot be read ({e.strerror}): check the permissions of {folder}"
+                f"{form.files[0]} cannot be read ({e.strerror}): check the permissions of {folder}"
             ) from None
     return None
 
@@ -784,6 +931,9 @@ def _read_fields(s: Source, pairs, normal: Callable) -> Iterator[tuple[str, dict
 
     Raises `OctomedError` naming the place of a row that is not as its publisher writes it."""
     writes = f"{s.spec} as its publisher writes it: download the file again"
+    if s.unverified:
+        needed = ", ".join(s.columns)
+        writes = f"{s.spec} as its card describes it: this loader needs the columns {needed}"
     for place, row in pairs:
         if isinstance(row, LeftOut):
             yield place, {"flaw": str(row), "images": (), "origin": place}
@@ -986,12 +1136,15 @@ def _judge_rows(
             yield place, "image cannot be read"
             continue
         shown = {**fields, "images": names}
-        flaw, _ = shown.pop("flaw", ""), shown.pop("places", ())
+        flaw = shown.pop("flaw", "")
+        for name in ("places", "open_answer"):
+            shown.pop(name, None)
         if "options" not in shown:
             yield place, flaw
             continue
         q = Question(**shown, source=s.name, split=s.split, category=s.category)
-        yield place, find_flaw(q, s.role == "benchmark") or flaw or q
+        open_ended = flaw if "open_answer" in fields or not q.options else ""
+        yield place, open_ended or find_flaw(q, s.role == "benchmark") or flaw or q
 
 # %% ../../nbs/data/08_sources.ipynb #5a1e0822
 def _sort_judged(spec: str, where: str, rows: int, judged: list) -> Loaded:
@@ -1048,6 +1201,23 @@ def load(
     "The questions of a source: `load_report` without the report."
     report = load_report(spec, limit, images=images, max_pixels=max_pixels, **options)
     return report.questions
+
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a12
+def read_open(
+    spec: str,  # `name:split`
+    folder=None,  # where the files lie; by default OCTOMED_DATA
+    revision: str | None = None,  # commit of the hub
+) -> Iterator[dict]:  # {"stem", "answer", "images", "origin"}
+    "The open-ended questions of a source, whose answers are free text. `load` leaves them out."
+    _, pairs = _open_rows(find_source(spec), folder, revision, pictures=True)
+    for _, fields in pairs:
+        if "open_answer" in fields:
+            yield {
+                "stem": fields["stem"],
+                "answer": fields["open_answer"],
+                "images": fields["images"],
+                "origin": fields["origin"],
+            }
 
 # %% ../../nbs/data/08_sources.ipynb #4e9e9080
 def _split_blocks(pairs: Iterator, size: int) -> Iterator[list]:
