@@ -245,7 +245,7 @@ def _explain_no_image(data: bytes, name: str) -> str:
         return f"{name} has no pixels, since one of its sides is 0: download it again"
     return f"{name} is not an image that can be read: download it again or leave it out"
 
-# %% ../../nbs/data/02_images.ipynb #ba71e9b2
+# %% ../../nbs/data/02_images.ipynb #5c2e0a24
 def _open_picture(img: Image.Image, name: str) -> Image.Image:
     "A PIL image as RGB, upright. It is not changed."
     turned = _turn_upright(img.copy())
@@ -267,7 +267,7 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
         )
     return _convert_to_rgb(_turn_upright(img), name)
 
-
+# %% ../../nbs/data/02_images.ipynb #ba71e9b2
 def open_image(
     source,  # path, bytes or PIL image
     name: str = "",  # what an error calls it; by default the file's name

@@ -207,7 +207,7 @@ def from_medmcqa(
         type=row.get("choice_type"),
     )
 
-# %% ../../nbs/data/04_publishers.ipynb #4b1d0a02
+# %% ../../nbs/data/04_publishers.ipynb #5c2e0a26
 def _find_first_number(path: Path) -> int:
     """What the `cop` of a file of MedMCQA calls the first option, by its values.
 
@@ -216,9 +216,9 @@ def _find_first_number(path: Path) -> int:
     for _, row in read_rows(path):
         rows, order = rows + 1, order or list(row)
         number = row.get("cop")
-        if number in (0, -1, "0", "-1"):
+        if str(number) in ("0", "-1"):
             return 0
-        if number in (4, "4"):
+        if str(number) == "4":
             return 1
     is_authors = "id" not in order or order.index("id") > order.index("question")
     if not rows or is_authors:
@@ -228,7 +228,7 @@ def _find_first_number(path: Path) -> int:
         "no row has 0 or 4: put the authors' file here, or load the hub's in Python"
     )
 
-
+# %% ../../nbs/data/04_publishers.ipynb #4b1d0a02
 def read_medmcqa(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, row) of a file of MedMCQA, the authors' or rows saved from the hub.
 
@@ -569,7 +569,7 @@ def from_slake(row: dict) -> dict | None:
     )
     return {**fields, "places": (image,)}
 
-# %% ../../nbs/data/04_publishers.ipynb #5c2e0a06
+# %% ../../nbs/data/04_publishers.ipynb #5c2e0a25
 def _split_lettered(text: str) -> tuple[str, dict]:
     "What stands before the lines `A. …`, `B. …`, and the options of these lines."
     parts = re.split(r"(?:^|\n)\s*\(?([A-Z])[.):]\s*", _as_text(text))
@@ -584,7 +584,7 @@ def _find_stated(answer, options: dict) -> str | None:
     text = _as_text(answer).strip()
     return _read_rexvqa_answer(text.rstrip("."), options) if text else None
 
-
+# %% ../../nbs/data/04_publishers.ipynb #5c2e0a06
 def from_medreason(row: dict) -> dict:
     "MedReason: `options` holds lettered lines; rows without them are open-ended."
     _, options = _split_lettered(row["options"])

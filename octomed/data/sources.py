@@ -719,23 +719,27 @@ _slake = {
     "hub": "BoKelvin/SLAKE",
     "pictures": "slake/imgs",
     "pictures_split": "-",
-    "columns": ("q_lang", "img_name", "question", "answer"),
+    "columns": (
+        "q_lang",
+        "img_name",
+        "question",
+        "answer",
+    ),
     "note": (
         "English questions of the publisher's JSON, before any cut (others count 4,918, 1,047 and "
         "1,059 after theirs); open-ended questions are counted and left out; unpack imgs.zip"
     ),
 }
-_SLAKE_FILES = (
-    ("train", "train", 4_919, "train"),
-    ("dev", "train", 1_053, "validate"),
-    ("test", "benchmark", 1_061, "test"),
-)
-for split, role, expected, file in _SLAKE_FILES:
+for split, expected, file in (
+    ("train", 4_919, "train"),
+    ("dev", 1_053, "validate"),
+    ("test", 1_061, "test"),
+):
     register(
         Source(
             **_slake,
             split=split,
-            role=role,
+            role="benchmark" if split == "test" else "train",
             expected=expected,
             files=(f"slake/{file}.json",),
             also=(Local((f"slake/{split}.json",), from_slake),),
@@ -755,7 +759,13 @@ register(
         normal=from_medreason,
         hub="UCSC-VLAA/MedReason",
         hub_split="train",
-        columns=("dataset_name", "id_in_dataset", "question", "answer", "options"),
+        columns=(
+            "dataset_name",
+            "id_in_dataset",
+            "question",
+            "answer",
+            "options",
+        ),
         unverified=True,
         note=(
             "its users found questions of benchmarks in it: decontaminate it, or see the part that "
@@ -772,7 +782,12 @@ _openmedreason = {
     "read": read_parquet,
     "normal": from_openmedreason,
     "hub": "neginb/OpenMedReason",
-    "columns": ("image", "question", "reasoning", "answer"),
+    "columns": (
+        "image",
+        "question",
+        "reasoning",
+        "answer",
+    ),
     "unverified": True,
     "note": "gated: ask for access on the hub; also named I4Health/OpenMedReason",
 }
@@ -788,21 +803,33 @@ for split, role, expected in (("train", "train", 150_246), ("test", "benchmark",
         )
     )
 
-for size, expected in (("1K", None), ("2K", None), ("5K", None), ("10K", None), ("13K", 13_087)):
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a23
+for size in (
+    "1K",
+    "2K",
+    "5K",
+    "10K",
+    "13K",
+):
     register(
         Source(
             name=f"medsynvqa_{size.lower()}",
             split="train",
             category="multimodal_reasoning",
             role="train",
-            expected=expected,
+            expected=13_087 if size == "13K" else None,
             licence="Apache-2.0",
             files=(f"medsynvqa_{size.lower()}/data/train-*.parquet",),
             read=read_parquet,
             normal=from_medsynvqa,
             hub=f"MedVLSynther/MedSynVQA-{size}",
             hub_split="train",
-            columns=("images", "question", "options", "answer"),
+            columns=(
+                "images",
+                "question",
+                "options",
+                "answer",
+            ),
             unverified=True,
             note="13,087 questions and 14,803 images in the largest",
         )
@@ -885,7 +912,7 @@ class Gallery:
         Raises `OctomedError` if it can be one of several images."""
         return _choose_file(self, name)
 
-
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a20
 def _find_split(path: Path) -> str:
     "The one split that the folders of a path name; empty if they name none, or several."
     words = re.findall("[a-z]+", "/".join(path.parts[:-1]).lower())
@@ -901,12 +928,12 @@ def _find_gallery(s: Source, folder) -> Gallery:
     split = s.pictures_split or SPLITS.get(s.split.rstrip("0123456789"), "")
     for path in list_files(folder / s.pictures):
         is_picture = path.suffix.lower() in PICTURES and not path.name.startswith("._")
-        of = _find_split(path.relative_to(folder / s.pictures))
-        if is_picture and (of in ("", split) or split not in SPLITS.values()):
+        folder_split = _find_split(path.relative_to(folder / s.pictures))
+        if is_picture and (folder_split in ("", split) or split not in SPLITS.values()):
             files.setdefault(path.name.lower(), []).append(path)
     return Gallery({name: tuple(paths) for name, paths in files.items()}, split)
 
-
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a21
 def _has_tail(file: Path, tail: list[str]) -> bool:
     "Whether a path ends in these parts, whatever their case."
     return [part.lower() for part in file.parts[-len(tail) :]] == tail
@@ -1005,7 +1032,16 @@ def _make_missing_error(s: Source) -> OctomedError:
         f"under the folder that OCTOMED_DATA names{hint}"
     )
 
-# %% ../../nbs/data/08_sources.ipynb #c387c4ed
+# %% ../../nbs/data/08_sources.ipynb #5c2e0a22
+_NOT_AS_PUBLISHED = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)  # what a reader raises for a file of another form
+
+
 def _read_form(s: Source, form: Local, paths: list[Path]) -> Iterator[tuple[str, dict]]:
     "(place, row) of the files of a source. Raises `OctomedError` for one that cannot be read."
     for path in paths:
@@ -1016,13 +1052,13 @@ def _read_form(s: Source, form: Local, paths: list[Path]) -> Iterator[tuple[str,
                 f"{path.name} cannot be read ({e.strerror or e}): "
                 "check its permissions and its disk"
             ) from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as e:
+        except _NOT_AS_PUBLISHED as e:
             raise OctomedError(
                 f"{path.name} is not a file of {s.spec} as its publisher writes it "
                 f"({type(e).__name__}): download it again"
             ) from None
 
-
+# %% ../../nbs/data/08_sources.ipynb #c387c4ed
 def _open_source(
     s: Source, folder=None, revision=None, streaming=False
 ) -> tuple[str, Iterator[tuple[str, dict]]]:  # where; (place, fields) pairs
@@ -1432,7 +1468,8 @@ def replace_sources(
 # %% ../../nbs/data/08_sources.ipynb #70d882f3
 def _count_rows(s: Source, folder) -> tuple[int, int, Counter]:
     "The rows of a local source, those without an image, and what was left out, by reason."
-    gallery, rows, bare, left_out = _find_gallery(s, folder), 0, 0, Counter()
+    gallery, left_out = _find_gallery(s, folder), Counter()
+    rows, bare = 0, 0
     for _, fields in _open_rows(s, folder)[1]:
         if "origin" in fields and "tags" not in fields:
             left_out[fields["flaw"]] += 1
