@@ -264,7 +264,7 @@ def read_exams(path: Path) -> Iterator[tuple[str, dict]]:
     for exam in exams.values():
         yield from _read_exam(exam, path)
 
-# %% ../../nbs/data/03_file_readers.ipynb #12a773b1
+# %% ../../nbs/data/03_file_readers.ipynb #5c2e0a27
 def list_files(folder: Path) -> list[Path]:
     """All files under a folder, in the order of their paths.
 
@@ -286,7 +286,7 @@ def list_files(folder: Path) -> list[Path]:
         files += [Path(place) / name for name in names]
     return sorted(files)
 
-
+# %% ../../nbs/data/03_file_readers.ipynb #12a773b1
 def _find_no_picture(file: Path, folder: Path) -> LeftOut | None:
     "Why a file among class folders is none of their pictures, or None."
     if file.name.startswith(".") or file.name.lower() in ("thumbs.db", "desktop.ini"):
