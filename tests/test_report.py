@@ -460,3 +460,17 @@ def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path
         "44_samples:"
     ] * 2
     assert any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
+
+
+def test_a_table_of_scores_names_split_prompt_pixels_and_sampling():
+    from octomed.core.recipe import load_recipe
+    from octomed.run.report import describe_scoring
+    from octomed.run.sections import find_sections
+
+    recipe = load_recipe("smoke")
+    section = next(s for s in find_sections(recipe) if s.name.startswith("42"))
+    caption = describe_scoring(section, recipe)
+    common = recipe.common
+    assert f"images of at most {common.max_pixels:,} pixels" in caption
+    assert f"temperature {common.temperature}, top-p {common.top_p}" in caption
+    assert "prompt cot, direct" in caption and "named with its split" in caption

@@ -225,7 +225,7 @@ PICTURES = (
 class LeftOut(str):
     "The reason why something that lies among a source's files is none of its rows."
 
-# %% ../../nbs/data/03_file_readers.ipynb #93bea041
+# %% ../../nbs/data/03_file_readers.ipynb #5c2e0a31
 def _read_exam(exam, path: Path) -> Iterator[tuple[str, dict]]:
     "(place, row) of one exam. Raises `OctomedError` if it is not as its publisher writes it."
     rows = exam.get("data") if isinstance(exam, dict) else None
@@ -244,6 +244,14 @@ def _read_exam(exam, path: Path) -> Iterator[tuple[str, dict]]:
             raise OctomedError(f"{place} has ra 0, and HeadQA counts from 1: download it again")
         yield place, {**row, "exam": exam["name"]}
 
+# %% ../../nbs/data/03_file_readers.ipynb #93bea041
+def _load_json(path: Path):
+    "A file's one value. Raises `ValueError` if it is no JSON, or nested too deeply."
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError from None
+
 
 def read_exams(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, row) of a HeadQA file, with the exam's name added to each row.
@@ -251,8 +259,8 @@ def read_exams(path: Path) -> Iterator[tuple[str, dict]]:
     Raises `OctomedError` for a file without `exams`, and for one whose answers count from 0."""
     path = Path(path)
     try:
-        exams = json.loads(path.read_text(encoding="utf-8-sig"))["exams"]
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        exams = _load_json(path)["exams"]
+    except (ValueError, LookupError, TypeError) as e:
         raise OctomedError(
             f"line {getattr(e, 'lineno', 1)} of {path.name} is not a HeadQA file with `exams`: "
             "download it again"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'KEPT', 'read_results', 'latest_results', 'find_moved_values', 'compare_seeds', 'format_points',
-           'find_inconsistencies', 'describe_inconsistency', 'gather_report', 'claim_row', 'score_row', 'rate_row',
-           'drop_empty_columns', 'describe_run', 'format_report', 'keep_reference', 'show_in_notebook']
+           'find_inconsistencies', 'describe_inconsistency', 'describe_scoring', 'gather_report', 'claim_row',
+           'score_row', 'rate_row', 'drop_empty_columns', 'describe_run', 'format_report', 'keep_reference',
+           'show_in_notebook']
 
 # %% ../../nbs/run/17_report.ipynb #9bdd33a8
 import json
@@ -237,6 +238,21 @@ def _notes(
         )
     return notes
 
+# %% ../../nbs/run/17_report.ipynb #5c2e0a30
+def describe_scoring(section: Section, recipe: Recipe) -> str:
+    "A caption for a table of scores: split, prompt, pixels and sampling, by the recipe."
+    common, forms = recipe.common, ["cot"]
+    if section.module is not None:
+        forms = sorted({arm.form for arm in read_arms(section, recipe).arms.values()})
+    limit = f"{common.benchmark_limit:,}" if common.benchmark_limit else "all"
+    return (
+        f"Each benchmark is named with its split, of which {limit} questions are asked; "
+        f"prompt {', '.join(forms) or 'cot'}; images of at most {common.max_pixels:,} pixels; "
+        f"temperature {common.temperature}, top-p {common.top_p}, at most {common.max_tokens:,} "
+        f"tokens and {common.answer_tokens:,} more after a forced exit. A section may give "
+        "other values, which its parameters show."
+    )
+
 # %% ../../nbs/run/17_report.ipynb #c7a7e013
 def _gather(section: Section, recipe: Recipe, name: str) -> dict | None:
     "A section's results with what the report adds to them; None where there are none."
@@ -251,6 +267,7 @@ def _gather(section: Section, recipe: Recipe, name: str) -> dict | None:
     results["code_moved"] = results["card"].get("code") != code
     results["command"] = f"octomed run {name} --only {section.name}"
     results["figures"] = _figures(folder / "figures", section.name)
+    results["scoring"] = describe_scoring(section, recipe)
     results["diagnostics"] = diagnose(results, _categories_read(section, recipe))
     return results
 
@@ -395,6 +412,7 @@ def _section_lines(r: dict) -> list[str]:
         "",
     ]
     if r["rows"]:
+        lines += [r["scoring"], ""]
         for row_of in (score_row, rate_row):
             lines += [
                 format_table(drop_empty_columns([row_of(row) for row in r["rows"]]), wrap=40),

@@ -326,6 +326,7 @@ def _fact(key: str, value, is_open: bool = False) -> str:
 
 # %% ../../nbs/run/18_report_html.ipynb #ded8ce90
 SHOWN_APART = (
+    "scoring",
     "section",
     "recipe",
     "claims",
@@ -383,7 +384,11 @@ def _section(r: dict) -> str:
         parts += ["<h3>The paper's claims, and ours</h3>", _claims(r["claims"])]
     parts += [_figure(path) for path in r["figures"]]
     if r["rows"]:
-        parts += ["<h3>Accuracy, per cent, and what belongs to it</h3>", _scores(r["rows"])]
+        parts += [
+            "<h3>Accuracy, per cent, and what belongs to it</h3>",
+            _scores(r["rows"]),
+            _element("p", _text(r["scoring"]), class_="soft"),
+        ]
     if r["diagnostics"]:
         items = "".join(_element("li", _text(line)) for line in r["diagnostics"])
         parts.append(f"<h3>Before you believe it</h3><ul>{items}</ul>")
