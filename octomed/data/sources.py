@@ -714,7 +714,6 @@ for split, role, expected in (("train", "train", 1_793), ("test", "benchmark", 4
 _slake = {
     "name": "slake",
     "category": "multimodal_reasoning",
-    "licence": "CC BY-SA 4.0",
     "normal": from_slake,
     "hub": "BoKelvin/SLAKE",
     "pictures": "slake/imgs",
