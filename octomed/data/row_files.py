@@ -312,10 +312,11 @@ class _Values:
                 return value
             except (ValueError, RecursionError) as error:
                 if not (_may_be_cut(error, len(self.text)) and self.read_more()):
-                    raise self.describe(error) from None
+                    raise _describe_fault(self, error) from None
 
-    def describe(self, error: Exception) -> OctomedError:
-        return OctomedError(f"row {self.row} of {self.name} {explain_json_fault(error)}")
+# %% ../../nbs/data/10_row_files.ipynb #d698b2d4
+def _describe_fault(values: _Values, error: Exception) -> OctomedError:
+    return OctomedError(f"row {values.row} of {values.name} {explain_json_fault(error)}")
 
 # %% ../../nbs/data/10_row_files.ipynb #291f7205
 def _may_be_cut(error: Exception, length: int) -> bool:
@@ -338,12 +339,12 @@ def _read_values(path: Path, stream: BinaryIO) -> Iterator[tuple[str, object]]:
             _expect_comma(values)
     values.at += is_array
     if values.next_character():
-        raise values.describe(ValueError())
+        raise _describe_fault(values, ValueError())
 
 
 def _expect_comma(values: _Values):
     if values.text[values.at : values.at + 1] != ",":
-        raise values.describe(ValueError())
+        raise _describe_fault(values, ValueError())
     values.at += 1
 
 # %% ../../nbs/data/10_row_files.ipynb #5c15a9be
