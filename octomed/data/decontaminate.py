@@ -193,6 +193,7 @@ class Report:
     empty_train: int = 0  # training rows without any word
     punctuation: bool = True  # False if it was removed before anything was compared
     picture_keys: tuple[str, ...] = ()  # unknown keys of the training rows that hold pictures
+    bench_picture_keys: tuple[str, ...] = ()  # likewise of the benchmark rows
     stems: list[str] = field(default_factory=list, repr=False)  # of the benchmark rows
 
     @property
@@ -415,6 +416,15 @@ def look_up_rows(index: Index, rows: Iterable[tuple]) -> Part:
     return part
 
 # %% ../../nbs/data/12_decontaminate.ipynb #426e1e57
+def _list_picture_keys(rows: Iterable) -> tuple[str, ...]:
+    "The unknown keys of rows from files that hold pictures."
+    keys = set()
+    for row in rows:
+        if isinstance(row, dict):
+            keys.update(row.get("picture_keys", ()))
+    return tuple(sorted(keys))
+
+
 def _start_report(index: Index, rows: list) -> Report:
     "The report on a benchmark before any training row is looked up."
     stems = [_get_stem(row) for row in rows]
@@ -426,6 +436,7 @@ def _start_report(index: Index, rows: list) -> Report:
         blind=[i for i, length in enumerate(lengths) if length < index.n],
         empty=lengths.count(0),
         punctuation=index.punctuation,
+        bench_picture_keys=_list_picture_keys(rows),
         stems=stems,
     )
 

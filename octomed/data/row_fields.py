@@ -412,5 +412,6 @@ def reduce_row(
         pictures, unknown = read_pictures(row)
     except ValueError as error:
         raise OctomedError(f"{where} {error}") from None
+    unknown = unknown or tuple(row.get("picture_keys") or ())  # of a row that was reduced before
     reduced = {"question": stem, "options": options, "images": pictures}
     return reduced | {"picture_keys": unknown} if unknown else reduced

@@ -523,11 +523,20 @@ def _detect_table(head: bytes) -> str | None:
     return None
 
 
+def _open_raw(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise OctomedError(
+            f"{path} cannot be read ({error.strerror}): give a file of rows"
+        ) from None
+
+
 @contextmanager
 def open_rows(path) -> Iterator[RowFile]:
     "Open a file of rows. Raises `OctomedError` for one that is none."
     path = Path(path)
-    with open(path, "rb") as raw:
+    with _open_raw(path) as raw:
         head, stream = _peek(raw)
         packing = _find_packing(path, head)
         if packing:
