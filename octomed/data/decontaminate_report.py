@@ -50,7 +50,7 @@ def tabulate_pairs(
 
 # %% ../../nbs/data/14_decontaminate_report.ipynb #14e00003
 KEPT = {
-    True: "punctuation kept: --no-punctuation removes it",
+    True: "punctuation kept",
     False: "no punctuation",
 }  # what was done with punctuation, as the table says it
 
@@ -63,12 +63,11 @@ def explain_columns(
     how = KEPT[first.punctuation]
     columns = {
         "rows": "training rows that were read",
-        "flagged": f"rows that share {first.n} words in a row with an item (lower case, {how})",
-        "exact": "rows whose whole stem and pictures are an item's; a row may be flagged as well",
-        "kept": "rows that are neither",
+        "flagged": f"rows that share {first.n} words in a row with an item, {how}",
+        "exact": "rows whose whole stem and pictures are an item's; some are flagged as well",
+        "kept": "rows that are neither flagged nor exact",
         "items": "benchmark items",
-        "blind": f"items under {first.n} words, which only the exact rule can see; "
-        "words stand between blanks",
+        "blind": f"items under {first.n} words, which only the exact rule can see",
     }
     if any(report.empty + report.empty_train for report in reports.values()):
         columns["empty"] = "rows and items without a word, which match nothing"
@@ -77,7 +76,7 @@ def explain_columns(
 # %% ../../nbs/data/14_decontaminate_report.ipynb #14e00006
 def _describe_set(name: str, rows: int, empty: int, picture_keys: tuple) -> Iterator[str]:
     if not rows:
-        yield f"{name} holds no rows"
+        yield f"{name} holds no rows, so nothing is compared"
     if empty:
         verb = "row has" if empty == 1 else "rows have"
         yield f"{name}: {empty:,} {verb} an empty question, which matches nothing"

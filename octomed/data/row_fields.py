@@ -387,9 +387,15 @@ def _read_stem(row, where: str) -> str:
     "The question of a row. Raises `OctomedError` if it has none."
     key = sort_keys(tuple(row)).question if isinstance(row, dict) else None
     stem = row[key] if key else None
-    if not isinstance(stem, str):
+    if key and not isinstance(stem, str):
         raise OctomedError(
-            f"{where} has no text `question`{describe_keys(row)}: add it or remove the row"
+            f"{where} has no text `question` but {json.dumps(stem, default=str)[:60]}: "
+            "mend or remove the row"
+        )
+    if not key:
+        raise OctomedError(
+            f"{where} has no text `question`{describe_keys(row)}: "
+            "give the question this key, or remove the row"
         )
     return stem
 

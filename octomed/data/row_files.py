@@ -380,6 +380,8 @@ def _read_cells(path: Path, delimiter: str, stream: BinaryIO) -> Iterator[tuple[
         ) from None
     except UnicodeDecodeError:
         raise OctomedError(f"{path.name} {NO_UTF8}") from None
+    finally:
+        text.detach()
 
 # %% ../../nbs/data/10_row_files.ipynb #47113c41
 ROWS = 64  # rows of a table that are turned into Python's values at a time

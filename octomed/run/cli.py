@@ -362,6 +362,7 @@ def show_reports(reports: dict):
     print()
     for column, meaning in explain_columns(reports).items():
         print(f"{column:8} {meaning}")
+    print("\nA word ends at a blank; --no-punctuation compares letters and digits only.")
 
 # %% ../../nbs/run/25_cli.ipynb #25c11a02
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
@@ -371,9 +372,7 @@ def decontaminate(
     *,
     against: AgainstFiles,
     n: Annotated[Count, Parameter(help="Words of an n-gram (paper: 16).")] = 16,
-    punctuation: Annotated[
-        bool, Parameter(help="Keep punctuation; without it only letters and digits are compared.")
-    ] = True,
+    no_punctuation: Annotated[bool, Parameter(help="Compare letters and digits only.")] = False,
     json: Json = False,
     recipe: Plugins = "smoke",
     html: Annotated[str | None, Parameter(help="Write the report as one page.")] = None,
@@ -394,7 +393,7 @@ def decontaminate(
     for file in (html, drops):
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
-    reports = decontaminate_sets(train, against, n=n, punctuation=punctuation)
+    reports = decontaminate_sets(train, against, n=n, punctuation=not no_punctuation)
     if html:
         write_page(reports, html)
     if drops:
