@@ -312,7 +312,7 @@ def test_judge_reads_tables_and_packed_files(capsys, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps([row, row], indent=1))
     (tmp_path / "r").write_bytes(gzip.compress((json.dumps(row) + "\r\n").encode() * 2))
     (tmp_path / "r16.jsonl").write_text((json.dumps(row) + "\n") * 2, encoding="utf-16")
-    for file in sorted(tmp_path.iterdir()):
+    for file in filter(Path.is_file, tmp_path.iterdir()):
         code, out, _ = call(capsys, "judge", file)
         assert code == 0 and json.loads(out.splitlines()[-1])["counts"]["correct"] == 2, file
 

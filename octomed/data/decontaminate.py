@@ -111,6 +111,11 @@ def _look_around(index: "Index", blocks: list[str], w: list[str]) -> dict[int, l
     places = {i: index.grams.get(" ".join(w[i : i + n])) for i in sorted(candidates)}
     return {i: at for i, at in places.items() if at}
 
+# %% ../../nbs/data/12_decontaminate.ipynb #12e00006
+def _prepare(index: "Index", stem: str) -> str:
+    "A stem as it is compared."
+    return stem if index.punctuation else strip_punctuation(stem)
+
 # %% ../../nbs/data/12_decontaminate.ipynb #f05ac800
 class Index:
     "The n-grams and the whole stems of benchmarks, in which training rows are looked up."
@@ -125,16 +130,13 @@ class Index:
         self.n, self.m, self.punctuation = _check_length(n), (n + 1) // 2, punctuation
         self.benches = {name: list(rows) for name, rows in benches.items()}
         self.items = _list_items(self.benches)
-        texts = [self.prepare(_get_stem(row)) for _, _, row in self.items]
+        texts = [_prepare(self, _get_stem(row)) for *_, row in self.items]
         stems, normal = list(map(split_words, texts)), list(map(normalise, texts))
         self.starts = list(accumulate(map(len, stems), initial=0))  # of each item, in places
         self.grams = _index_grams(self.starts, stems, n)
         self.stems = _index_stems(normal)
         self.blocks = _list_blocks([*stems, *map(str.split, normal)], n, self.m)
         self.firsts, self.spans = {}, {}  # what was worked out for some items and n-grams
-
-    def prepare(self, stem: str) -> str:
-        return stem if self.punctuation else strip_punctuation(stem)
 
     def find_item(self, place: int) -> int:
         return bisect_right(self.starts, place) - 1
@@ -399,7 +401,7 @@ def look_up_rows(index: Index, rows: Iterable[tuple]) -> Part:
     for place, row in rows:
         if isinstance(row, dict):
             picture_keys.update(row.get("picture_keys", ()))
-        stem = index.prepare(_get_stem(row))
+        stem = _prepare(index, _get_stem(row))
         w = split_words(stem)
         part.rows += 1
         part.short += len(w) < index.n
@@ -428,7 +430,7 @@ def _list_picture_keys(rows: Iterable) -> tuple[str, ...]:
 def _start_report(index: Index, rows: list) -> Report:
     "The report on a benchmark before any training row is looked up."
     stems = [_get_stem(row) for row in rows]
-    lengths = [len(split_words(index.prepare(stem))) for stem in stems]
+    lengths = [len(split_words(_prepare(index, stem))) for stem in stems]
     return Report(
         n=index.n,
         rows=0,

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def _list_tasks(files: list[Path], bar) -> Iterator[tuple]:
         rows = at = 0
         for first, piece, at in cut_pieces(path):
             bar.update(done + at - bar.n)
-            yield first, piece, path.name, base
+            task = (first, piece)
+            yield *task, path.name, base
             rows = first - 1 + piece.count(b"\n") + (not piece.endswith(b"\n"))
         base += rows
         done += at
@@ -256,7 +258,7 @@ def decontaminate_sets(
     benches = {spec: read_set_rows(spec, folder) for spec in bench_specs}
     index = Index(benches, n, punctuation=punctuation)
     by_pair = {}
-    all_files = [path for paths in files.values() for path in paths]
+    all_files = list(chain.from_iterable(files.values()))
     with _start_workers(index, all_files, workers) as pool:
         for train in dict.fromkeys(train_specs):
             if train in SOURCES:
