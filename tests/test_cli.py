@@ -243,7 +243,13 @@ def test_judge_rows_and_counts(capsys, tmp_path):
         ("{", "line 2 of r.jsonl is not JSON"),
         ("[1]", "line 2 of r.jsonl is no object"),
         ({"id": 1}, "line 2 of r.jsonl lacks text"),
-        ({**ROW, "options": ["a"]}, "line 2 of r.jsonl lacks options"),
+        ({**ROW, "options": 4}, "line 2 of r.jsonl lacks options"),
+        ({**ROW, "options": {"A": "yes", "B": None}}, "line 2 of r.jsonl: option B is missing"),
+        ({**ROW, "options": {"A": "yes", "a": "no"}}, "line 2 of r.jsonl has two options for"),
+        ({**ROW, "answer": "B", "answer_idx": "A"}, "line 2 of r.jsonl has two right answers"),
+        ({**ROW, "text": ["a", "b"]}, "line 2 of r.jsonl lacks text"),
+        ({**ROW, "id": 1.5}, "line 2 of r.jsonl: the id 1.5"),
+        ('{"id": 1, "text": "a", "text": "b"}', "line 2 of r.jsonl has the key 'text' twice"),
         ({**ROW, "options": {}}, "line 2 of r.jsonl has no options"),
         ({**ROW, "answer": "E"}, "line 2 of r.jsonl: the answer 'E' is none of the options"),
         ({**ROW, "answer": 2}, "line 2 of r.jsonl: the answer 2"),
@@ -254,6 +260,61 @@ def test_judge_rows_and_counts(capsys, tmp_path):
 def test_judge_bad_row(capsys, tmp_path, bad, sentence):
     code, out, err = call(capsys, "judge", jsonl(tmp_path / "r.jsonl", ROW, bad))
     assert code == 1 and not out and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": ["yes", "no"]},
+        {"options": ["A. yes", "B. no"]},
+        {"options": [{"key": "A", "value": "yes"}, {"key": "B", "value": "no"}]},
+        {"options": {"label": ["A", "B"], "text": ["yes", "no"]}},
+        {"options": '{"A": "yes", "B": "no"}'},
+        {"options": "['yes', 'no']"},
+        {"text": ["\\boxed{B}"]},
+        {"text": None, "response": "\\boxed{B}"},
+        {"text": "so \boxed{B}"},
+        {"text": [{"role": "assistant", "content": "\\boxed{B}"}]},
+        {"answer": "(B)"},
+        {"answer": "no"},
+        {"answer": "B: no"},
+        {"answer": None, "gold": "B"},
+        {"answer": "no", "answer_idx": "B"},
+    ],
+)
+def test_judge_reads_the_usual_forms(capsys, tmp_path, change):
+    row = {**ROW, "answer": "B", **change}
+    code, out, _ = call(capsys, "judge", jsonl(tmp_path / "r.jsonl", row))
+    first = json.loads(out.splitlines()[0])
+    assert code == 0 and first == {"id": "q1", "letter": "B", "status": "correct"}
+
+
+@pytest.mark.parametrize(
+    "key", ["response", "output", "generated_text", "completion", "prediction", "messages"]
+)
+def test_judge_reads_the_usual_names_and_numbers_rows_without_id(capsys, tmp_path, key):
+    text = [{"role": "assistant", "content": "\\boxed{B}"}] if key == "messages" else "\\boxed{B}"
+    row = {key: text, "options": ROW["options"], "answer": "B"}
+    code, out, _ = call(capsys, "judge", jsonl(tmp_path / "r.jsonl", row, row))
+    rows = [json.loads(line) for line in out.splitlines()[:2]]
+    assert code == 0 and [(r["id"], r["status"]) for r in rows] == [(1, "correct"), (2, "correct")]
+
+
+def test_judge_reads_tables_and_packed_files(capsys, tmp_path):
+    import gzip
+
+    import pandas as pd
+
+    row = {"id": "q1", "response": "\\boxed{B}", "A": "yes", "B": "no", "answer": "B"}
+    table = pd.DataFrame([row, row])
+    table.to_csv(tmp_path / "r.csv", index=False)
+    table.to_parquet(tmp_path / "r.parquet")
+    (tmp_path / "r.json").write_text(json.dumps([row, row], indent=1))
+    (tmp_path / "r").write_bytes(gzip.compress((json.dumps(row) + "\r\n").encode() * 2))
+    (tmp_path / "r16.jsonl").write_text((json.dumps(row) + "\n") * 2, encoding="utf-16")
+    for file in filter(Path.is_file, tmp_path.iterdir()):
+        code, out, _ = call(capsys, "judge", file)
+        assert code == 0 and json.loads(out.splitlines()[-1])["counts"]["correct"] == 2, file
 
 
 def test_judge_bad_file(capsys, tmp_path):

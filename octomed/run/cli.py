@@ -7,10 +7,10 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'Several', 'OutFolder', 'PushTo', 'app', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form', 'PlainForm',
            'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show',
            'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options',
-           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'decontaminate', 'bench', 'declare_arm',
-           'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages',
-           'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target', 'export_to_hub', 'hub',
-           'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
+           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'show_reports', 'decontaminate', 'bench',
+           'declare_arm', 'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions',
+           'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target',
+           'export_to_hub', 'hub', 'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -318,7 +318,11 @@ def sources(*, json: Json = False, recipe: Plugins = "smoke"):
 @app.command(help_epilogue=show_example("judge answers.jsonl --think-first"))
 def judge(
     file: Annotated[
-        str, Parameter(help="JSON lines {id, text, options: {letter: text}, answer?}.")
+        str,
+        Parameter(
+            help="Rows {id, text, options, answer?}: JSON lines, a JSON array, CSV, parquet, …; "
+            "options as {letter: text} or a list; usual other names are read."
+        ),
     ],
     /,
     *,
@@ -339,7 +343,8 @@ def judge(
 TrainFiles = Annotated[
     list[str],
     Parameter(
-        help="JSON-lines files with `question` (and `options`), also .gz, of any size; "
+        help="Files with `question` (and `options`, and pictures) of any size: JSON lines, a JSON "
+        "array, CSV, parquet, Arrow, also packed; a folder of one split, or FOLDER:SPLIT; "
         "or registered sources, as SOURCE:SPLIT."
     ),
 ]
@@ -348,6 +353,18 @@ AgainstFiles = Annotated[
 ]
 
 # %% ../../nbs/run/25_cli.ipynb #25c11a01
+def show_reports(reports: dict):
+    "The table of a decontamination, and what its columns count."
+    from octomed.data.decontaminate_report import explain_columns, tabulate_pairs
+    from octomed.run.terminal import format_table
+
+    print(format_table(tabulate_pairs(reports), wrap=200))
+    print()
+    for column, meaning in explain_columns(reports).items():
+        print(f"{column:8} {meaning}")
+    print("\nA word ends at a blank; --no-punctuation compares letters and digits only.")
+
+# %% ../../nbs/run/25_cli.ipynb #25c11a02
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
 def decontaminate(
     train: TrainFiles,
@@ -355,6 +372,7 @@ def decontaminate(
     *,
     against: AgainstFiles,
     n: Annotated[Count, Parameter(help="Words of an n-gram (paper: 16).")] = 16,
+    no_punctuation: Annotated[bool, Parameter(help="Compare letters and digits only.")] = False,
     json: Json = False,
     recipe: Plugins = "smoke",
     html: Annotated[str | None, Parameter(help="Write the report as one page.")] = None,
@@ -366,23 +384,26 @@ def decontaminate(
     from octomed.core.files import write_jsonl
     from octomed.core.recipe import load_recipe
     from octomed.data.decontaminate_files import count_pairs, decontaminate_sets
-    from octomed.data.decontaminate_report import list_drops, write_page
+    from octomed.data.decontaminate_report import list_drops, list_oddities, write_page
+    from octomed.data.row_files import list_row_files
     from octomed.data.sources import SOURCES
 
-    if any(name not in SOURCES and not Path(name).is_file() for name in [*train, *against]):
+    if any(name not in SOURCES and list_row_files(name) is None for name in [*train, *against]):
         load_recipe(recipe)
     for file in (html, drops):
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
-    pairs = decontaminate_sets(train, against, n=n)
+    reports = decontaminate_sets(train, against, n=n, punctuation=not no_punctuation)
     if html:
-        write_page(pairs, html)
+        write_page(reports, html)
     if drops:
-        write_jsonl(drops, list_drops(pairs))
+        write_jsonl(drops, list_drops(reports))
+    for oddity in list_oddities(reports):
+        print(f"octomed: {oddity}", file=sys.stderr)
     if json:
-        show(count_pairs(pairs), as_json=True)
+        show(count_pairs(reports), as_json=True)
     else:
-        show(count_pairs(pairs)["pairs"], as_json=False)
+        show_reports(reports)
 
 # %% ../../nbs/run/25_cli.ipynb #9425641e
 @app.command(help_epilogue=show_example("bench images --small"))
