@@ -26,6 +26,7 @@ from .samples import Request, Sample, Sampling, derive_sample_seed
 from octomed.generate.server_errors import (
     Fault,
     explain_stop,
+    parse_json,
     read_connection_fault,
     read_fault,
     read_wait,
@@ -210,17 +211,25 @@ def _client(self: OpenAIEngine, kind: str, **options):
     return self.server.make_client(kind, timeout=self.timeout, **options)
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #07asks01
+def _list_owners(text: str) -> list[str]:
+    "Who owns the models in a server's list; none if it is no list."
+    try:
+        models = parse_json(text)["data"]
+        return [str(model.get("owned_by")) for model in models]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
 @patch
 def _ask_vllm(self: OpenAIEngine, client) -> bool:
     "Whether the server is vLLM's. Not every server lists its models."
     try:
-        models = self._call(client.models.list)
+        text = self._call(lambda: client.models.with_raw_response.list().text)
     except Fault as fault:
-        if fault.status in (401, 403) or not fault.status:
+        if fault.status in (401, 403) or fault.is_whole:
             raise
         return False
-    models = getattr(models, "data", None)  # a web page has none
-    return any(getattr(model, "owned_by", "") == "vllm" for model in models or ())
+    return "vllm" in _list_owners(text)
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #9ceffc6c
 @patch

@@ -18,7 +18,7 @@ from .server_errors import Fault, find_sentence, parse_json, read_fault
 # %% ../../nbs/generate/08b_server_responses.ipynb #8c000006
 _ENDINGS = {
     "stop": "stop stopped stop_sequence stop_string stop_str stop_token stop_word end end_turn "
-    "end_of_turn end_of_text end_of_sequence end_token eos eos_token eot eot_id eom im_end "
+    "end_of_turn end_of_text end_of_sequence end_token eos eos_token eot eot_id eom im_end s "
     "complete completed done finished finish normal success stopped_eos stopped_word word "
     "tool_calls tool_call tool_use function_call malformed_function_call unexpected_tool_call",
     "length": "length max_tokens max_length max_output_tokens max_completion_tokens "
