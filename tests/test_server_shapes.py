@@ -92,7 +92,14 @@ CONTENTS = {
         THOUGHT,
     ),
     "a reasoning part": (
-        [{"content": [{"type": "reasoning", "text": "so B"}, {"type": "output_text", "text": "B"}]}],
+        [
+            {
+                "content": [
+                    {"type": "reasoning", "text": "so B"},
+                    {"type": "output_text", "text": "B"},
+                ]
+            }
+        ],
         THOUGHT,
     ),
     "reasoning_content": ([{"reasoning_content": "so B"}, {"content": "B"}], THOUGHT),
@@ -114,7 +121,10 @@ CONTENTS = {
     ),
     "null": ([{"content": None, "reasoning_content": None}, {"content": "B"}], "B"),
     "one part": ([{"content": {"type": "text", "text": "B"}}], "B"),
-    "a refusal as a part": ([{"content": [{"type": "refusal", "refusal": "I will not"}]}], "I will not"),
+    "a refusal as a part": (
+        [{"content": [{"type": "refusal", "refusal": "I will not"}]}],
+        "I will not",
+    ),
     "a character in two pieces": ([{"content": "\ud83d"}, {"content": "\ude00"}], "\U0001f600"),
 }
 
@@ -144,16 +154,18 @@ STREAMS = {
     "mixed ends": f"data: {START}\r\n\ndata: {END}\r\r\ndata: [DONE]\n\r\n",
     "no blank": f"data:{START}\n\ndata:{END}\n\ndata:[DONE]\n\n",
     "comments": f": hello\n\n:\n\ndata: {START}\n: ping\n\n:\ndata: {END}\n\ndata: [DONE]\n\n",
-    "an event over lines": f"data: {HALVES[0]}\ndata: {HALVES[1]}\n\ndata: {END}\n\ndata: [DONE]\n\n",
+    "an event over lines": f"data: {HALVES[0]}\ndata: {HALVES[1]}\n\n"
+    f"data: {END}\n\ndata: [DONE]\n\n",
     "empty data": f"data:\n\ndata: {START}\n\ndata: \n\ndata: {END}\n\ndata\n\ndata: [DONE]\n\n",
     "BOM": f"\ufeffdata: {START}\n\ndata: {END}\n\ndata: [DONE]\n\n",
     "other fields": f"id: 1\nretry: 5\nevent: message\nfoo: bar\ndata: {START}\n\ndata: {END}\n\n",
-    "another event": f'event: ping\ndata: {{"type": "ping"}}\n\nevent: x\ndata: y\n\ndata: {START}\n\n'
+    "another event": f'event: ping\ndata: {{"type": "ping"}}\n\nevent: x\ndata: y\n\n'
+    f"data: {START}\n\n"
     f"data: {END}\n\ndata: [DONE]\n\n",
     "no last line": f"data: {START}\n\ndata: {END}",
     "no DONE": f"data: {START}\n\ndata: {END}\n\n",
     "DONE with blanks": f"data: {START}\n\ndata: {END}\n\ndata:   [DONE]  \n\ndata: later\n\n",
-    "error null": f"data: {START[:-1]}, \"error\": null}}\n\ndata: {END[:-1]}, \"error\": {{}}}}\n\n",
+    "error null": f'data: {START[:-1]}, "error": null}}\n\ndata: {END[:-1]}, "error": {{}}}}\n\n',
     "a filter's first chunk": 'data: {"choices": [], "prompt_filter_results": [{}]}\n\n'
     f"data: {START}\n\ndata: {END}\n\ndata: [DONE]\n\n",
 }
@@ -209,7 +221,10 @@ def test_a_connection_that_stays_open_after_the_end_loses_nothing(fake, monkeypa
 
 OOM = "CUDA out of memory"
 STATED = {
-    "an object without `error`": (send_events({"object": "error", "message": OOM, "code": 50001}), OOM),
+    "an object without `error`": (
+        send_events({"object": "error", "message": OOM, "code": 50001}),
+        OOM,
+    ),
     "an error event": (send_bytes(f"event: error\ndata: {OOM}\n\n".encode()), OOM),
     "an error event with JSON": (
         send_bytes(b'event: error\ndata: {"detail": "' + OOM.encode() + b'"}\n\n'),
@@ -218,18 +233,25 @@ STATED = {
     "an error as a text": (send_events({"error": OOM}), OOM),
     "choices null": (send_events({"choices": None, "error_message": OOM, "model": "m"}), OOM),
     "in a choice": (send_events(choice({}, "error", error={"message": OOM, "code": None})), OOM),
-    "after the beginning": (send_events(choice({"content": "B"}), {"error": {"message": OOM}}), OOM),
+    "after the beginning": (
+        send_events(choice({"content": "B"}), {"error": {"message": OOM}}),
+        OOM,
+    ),
     "JSON with status 200": (send_json({"error": {"message": OOM}}), OOM),
     "JSON as an event stream": (send_bytes(json.dumps({"message": OOM}).encode()), OOM),
     "pretty JSON": (send_bytes(json.dumps({"detail": {"reason": OOM}}, indent=2).encode()), OOM),
     "JSON in a text": (send_json({"error": {"message": json.dumps({"detail": OOM})}}), OOM),
     "behind a router": (
-        send_json({"error": {"message": "Provider error", "metadata": {"raw": f'{{"msg": "{OOM}"}}'}}}),
+        send_json(
+            {"error": {"message": "Provider error", "metadata": {"raw": f'{{"msg": "{OOM}"}}'}}}
+        ),
         f"Provider error: {OOM}",
     ),
     "a plain text": (send_bytes(OOM.encode(), "text/plain"), OOM),
     "a web page": (
-        send_bytes(b"<!DOCTYPE html><html><head><title>Log in &amp; go</title></head></html>", "text/html"),
+        send_bytes(
+            b"<!DOCTYPE html><html><head><title>Log in &amp; go</title></head></html>", "text/html"
+        ),
         "a web page, Log in & go",
     ),
     "no choice": (send_json({"id": "x", "model": "fake-1", "choices": []}), "`choices` is empty"),
@@ -248,28 +270,160 @@ def test_the_servers_own_sentence_reaches_the_user(fake, name):
 
 
 REFUSALS = {
-    "FastAPI": (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}, "does not take seed .*FAKE_LEAVE_OUT=seed"),
-    "Mistral": (422, {"object": "error", "message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted"}]}, "type": "invalid_request_error", "code": None}, "does not take stream_options"),
-    "LiteLLM": (400, {"error": {"message": "litellm.BadRequestError: Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "type": None, "param": None, "code": "400"}}, "does not take max_tokens .*Use 'max_completion_tokens' instead"),
-    "Gemini, a field": (400, [{"error": {"code": 400, "message": 'Invalid JSON payload received. Unknown name "seed": Cannot find field.', "status": "INVALID_ARGUMENT"}}], "does not take seed"),
-    "Gemini, a key": (400, [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key.", "status": "INVALID_ARGUMENT"}}], "refuses the key .*set FAKE_API_KEY"),
-    "DeepSeek, a model": (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error"}}, r"has no fake \(Model Not Exist\)"),
-    "OpenRouter, a model": (400, {"error": {"message": "fake is not a valid model ID", "code": 400}}, "fake is not a valid model ID"),
-    "Mistral, a model": (400, {"object": "error", "message": "Invalid model: fake", "code": "1500"}, "has no fake"),
-    "Azure, a model": (404, {"error": {"code": "DeploymentNotFound", "message": "The API deployment for this resource does not exist."}}, "has no fake"),
-    "Ollama, a model": (404, {"error": "model 'fake' not found, try pulling it first"}, "has no fake .*pulling"),
-    "Anthropic, credit": (400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low"}}, "no credit left"),
+    "FastAPI": (
+        422,
+        {
+            "detail": [
+                {
+                    "type": "extra_forbidden",
+                    "loc": ["body", "seed"],
+                    "msg": "Extra inputs are not permitted",
+                }
+            ]
+        },
+        "does not take seed .*FAKE_LEAVE_OUT=seed",
+    ),
+    "Mistral": (
+        422,
+        {
+            "object": "error",
+            "message": {
+                "detail": [
+                    {
+                        "type": "extra_forbidden",
+                        "loc": ["body", "stream_options"],
+                        "msg": "Extra inputs are not permitted",
+                    }
+                ]
+            },
+            "type": "invalid_request_error",
+            "code": None,
+        },
+        "does not take stream_options",
+    ),
+    "LiteLLM": (
+        400,
+        {
+            "error": {
+                "message": "litellm.BadRequestError: Unsupported parameter: 'max_tokens' is "
+                "not supported with this model. Use 'max_completion_tokens' instead.",
+                "type": None,
+                "param": None,
+                "code": "400",
+            }
+        },
+        "does not take max_tokens .*Use 'max_completion_tokens' instead",
+    ),
+    "Gemini, a field": (
+        400,
+        [
+            {
+                "error": {
+                    "code": 400,
+                    "message": "Invalid JSON payload received. "
+                    'Unknown name "seed": Cannot find field.',
+                    "status": "INVALID_ARGUMENT",
+                }
+            }
+        ],
+        "does not take seed",
+    ),
+    "Gemini, a key": (
+        400,
+        [
+            {
+                "error": {
+                    "code": 400,
+                    "message": "API key not valid. Please pass a valid API key.",
+                    "status": "INVALID_ARGUMENT",
+                }
+            }
+        ],
+        "refuses the key .*set FAKE_API_KEY",
+    ),
+    "DeepSeek, a model": (
+        400,
+        {"error": {"message": "Model Not Exist", "type": "invalid_request_error"}},
+        r"has no fake \(Model Not Exist\)",
+    ),
+    "OpenRouter, a model": (
+        400,
+        {"error": {"message": "fake is not a valid model ID", "code": 400}},
+        "fake is not a valid model ID",
+    ),
+    "Mistral, a model": (
+        400,
+        {"object": "error", "message": "Invalid model: fake", "code": "1500"},
+        "has no fake",
+    ),
+    "Azure, a model": (
+        404,
+        {
+            "error": {
+                "code": "DeploymentNotFound",
+                "message": "The API deployment for this resource does not exist.",
+            }
+        },
+        "has no fake",
+    ),
+    "Ollama, a model": (
+        404,
+        {"error": "model 'fake' not found, try pulling it first"},
+        "has no fake .*pulling",
+    ),
+    "Anthropic, credit": (
+        400,
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "Your credit balance is too low"},
+        },
+        "no credit left",
+    ),
     "DeepSeek, credit": (402, {"error": {"message": "Insufficient Balance"}}, "no credit left"),
-    "TGI": (422, {"error": "Input validation error: cannot do that", "error_type": "validation"}, "refuses every request .*cannot do that"),
-    "unknown words": (400, {"errorMessage": "we are not amused"}, r"refuses every request \(we are not amused\)"),
+    "TGI": (
+        422,
+        {"error": "Input validation error: cannot do that", "error_type": "validation"},
+        "refuses every request .*cannot do that",
+    ),
+    "unknown words": (
+        400,
+        {"errorMessage": "we are not amused"},
+        r"refuses every request \(we are not amused\)",
+    ),
     "no JSON": (400, "we are not amused", "refuses every request .*we are not amused"),
     "no words": (400, "", r"refuses every request \(status 400\)"),
     "a number": (422, 7, "refuses every request"),
-    "a proxy's key": (407, "<html><title>407 Proxy Authentication Required</title></html>", "407 Proxy"),
-    "no permission": (403, {"message": "not from your country"}, "refuses the key .*not from your country"),
-    "in the stream": (200, {"error": {"type": "authentication_error", "message": "invalid x-api-key"}}, "refuses the key"),
-    "in the stream, a status": (200, {"error": {"code": 404, "message": "gone fishing"}}, "has no fake"),
-    "budget": (400, {"error": {"message": "max_tokens is too large: this model supports at most 16 completion tokens", "param": "max_tokens"}}, "16 completion tokens"),
+    "a proxy's key": (
+        407,
+        "<html><title>407 Proxy Authentication Required</title></html>",
+        "407 Proxy",
+    ),
+    "no permission": (
+        403,
+        {"message": "not from your country"},
+        "refuses the key .*not from your country",
+    ),
+    "in the stream": (
+        200,
+        {"error": {"type": "authentication_error", "message": "invalid x-api-key"}},
+        "refuses the key",
+    ),
+    "in the stream, a status": (
+        200,
+        {"error": {"code": 404, "message": "gone fishing"}},
+        "has no fake",
+    ),
+    "budget": (
+        400,
+        {
+            "error": {
+                "message": "max_tokens is too large: this model supports at most "
+                "16 completion tokens",
+                "param": "max_tokens",
+            }
+        },
+        "16 completion tokens",
+    ),
 }
 
 
@@ -286,16 +440,78 @@ def test_what_every_request_meets_stops_the_run_and_is_no_outcome(fake, name):
 
 
 OUTCOMES = {
-    "OpenAI": (400, {"error": {"message": "maximum context length is 8 tokens", "code": "context_length_exceeded"}}, "error"),
-    "vLLM": (400, {"object": "error", "message": "'max_tokens' is too large: 64. This model's maximum context length is 70 tokens and your request has 11 input tokens"}, "error"),
-    "in a chunk": (200, {"choices": None, "error_type": "BadRequestError", "error_message": "context length exceeded"}, "error"),
-    "Anthropic": (400, {"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 9 tokens > 8 maximum"}}, "error"),
-    "TGI": (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4999", "error_type": "validation"}, "error"),
+    "OpenAI": (
+        400,
+        {
+            "error": {
+                "message": "maximum context length is 8 tokens",
+                "code": "context_length_exceeded",
+            }
+        },
+        "error",
+    ),
+    "vLLM": (
+        400,
+        {
+            "object": "error",
+            "message": "'max_tokens' is too large: 64. This model's maximum context length is "
+            "70 tokens and your request has 11 input tokens",
+        },
+        "error",
+    ),
+    "in a chunk": (
+        200,
+        {
+            "choices": None,
+            "error_type": "BadRequestError",
+            "error_message": "context length exceeded",
+        },
+        "error",
+    ),
+    "Anthropic": (
+        400,
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": "prompt is too long: 9 tokens > 8 maximum",
+            },
+        },
+        "error",
+    ),
+    "TGI": (
+        422,
+        {
+            "error": "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4999",
+            "error_type": "validation",
+        },
+        "error",
+    ),
     "too large": (413, "<html><title>413 Request Entity Too Large</title></html>", "error"),
     "no sentence for it": (400, {"message": "image 0 cannot be decoded"}, "error"),
-    "Azure's filter": (400, {"error": {"message": "triggering Azure OpenAI's content management policy", "code": "content_filter"}}, "refused"),
-    "a moderation": (403, {"error": {"message": "Your chosen model requires moderation and your input was flagged"}}, "refused"),
-    "Alibaba's filter": (400, {"code": "data_inspection_failed", "message": "Input data may contain inappropriate content."}, "refused"),
+    "Azure's filter": (
+        400,
+        {
+            "error": {
+                "message": "triggering Azure OpenAI's content management policy",
+                "code": "content_filter",
+            }
+        },
+        "refused",
+    ),
+    "a moderation": (
+        403,
+        {"error": {"message": "Your chosen model requires moderation and your input was flagged"}},
+        "refused",
+    ),
+    "Alibaba's filter": (
+        400,
+        {
+            "code": "data_inspection_failed",
+            "message": "Input data may contain inappropriate content.",
+        },
+        "refused",
+    ),
 }
 
 

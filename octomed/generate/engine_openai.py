@@ -183,6 +183,8 @@ def _read_fault(self: OpenAIEngine, e: Exception) -> Fault:
         if e.response.history:  # a request that is sent on loses its body on the way
             fault.sentence += f" (sent on to {e.response.url})"
         return fault
+    if isinstance(e, json.JSONDecodeError):  # where the client expects JSON
+        return read_fault(e.doc)
     if isinstance(e, (openai.APIConnectionError, httpx2.HTTPError)):
         return read_connection_fault(e, self.server)
     raise e

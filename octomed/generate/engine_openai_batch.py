@@ -135,7 +135,7 @@ def _submit(
         batch_id = _check_id(batch)
     except Exception as e:
         fault = self._read_fault(e)
-        if fault.status in (404, 405):
+        if fault.status in (404, 405, 501) or fault.kind == "stated":
             raise OctomedError(
                 f"the server {self.server.name} has no batch files: use an openai: teacher"
             ) from None

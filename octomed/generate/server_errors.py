@@ -9,10 +9,12 @@ __all__ = ['FIELDS', 'parse_json', 'find_sentence', 'Fault', 'read_fault', 'read
 import html
 import json
 import re
+import socket
 import ssl
 import time
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 from .servers import Server
 
@@ -288,6 +290,13 @@ def _judge_refusal(words: str, param: str) -> str:
     return "stop" if is_certain else "unclear"
 
 # %% ../../nbs/generate/08a_server_errors.ipynb #8b000024
+# no request is ever answered otherwise: no credit, no such path, method or service
+_CERTAIN = (
+    402,
+    404,
+    405,
+    501,
+)
 _LONGEST_WAIT = 120.0  # seconds that a run waits for a server that asks for patience
 # of 4xx, those that say nothing of the request: time-outs, conflicts, too early, too many
 _PASSING = (
@@ -303,7 +312,7 @@ def _judge(status: int, words: str, *, param: str, wait: float) -> str:
     "The kind of an error."
     if status in (401, 403):
         return "filtered" if status == 403 and _FILTERED.search(words) else "stop"
-    if wait > _LONGEST_WAIT or status in (402, 404, 405):
+    if wait > _LONGEST_WAIT or status in _CERTAIN:
         return "stop"
     if status == 413:
         return "declined"
@@ -371,6 +380,19 @@ def _explain_tls(e: ssl.SSLError, server: Server) -> str:
         f"if it speaks plain http, set {server.name}_BASE_URL to http://…"
     )
 
+# %% ../../nbs/generate/08a_server_errors.ipynb #8b000037
+def _explain_connection(e: Exception, server: Server) -> str | None:
+    "What a failed connection means, if its cause is known."
+    proxy = server.find_proxy()
+    place = urlsplit(proxy[1] if proxy else server.url)
+    port = place.port or {"https": 443}.get(place.scheme, 80)
+    by = f", through the proxy that {proxy[0]} names, {place.hostname}:{port}" if proxy else ""
+    if isinstance(e, ConnectionRefusedError):
+        return f"nothing listens at {place.hostname}:{port}{by}"
+    if isinstance(e, socket.gaierror):
+        return f"the host {place.hostname} is not known{by}"
+    return f"{e}{by}" if proxy and isinstance(e, OSError) else None
+
 # %% ../../nbs/generate/08a_server_errors.ipynb #8b000033
 def read_connection_fault(e: Exception, server: Server) -> Fault:
     "A failed connection as a `Fault`."
@@ -378,6 +400,10 @@ def read_connection_fault(e: Exception, server: Server) -> Fault:
     for cause in causes:
         if isinstance(cause, ssl.SSLError) and "EOF" not in str(cause):
             return Fault(_explain_tls(cause, server), "stop", is_whole=True)
+    explained = [_explain_connection(cause, server) for cause in causes]
+    explained = [sentence for sentence in explained if sentence]
+    if explained:
+        return Fault(explained[-1])
     texts = [str(cause).strip() or type(cause).__name__ for cause in causes]
     # the client's own words come first and say the least
     plain = ("Connection error.", "Request timed out.", "All connection attempts failed")

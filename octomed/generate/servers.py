@@ -12,6 +12,7 @@ import ssl
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 from fastcore.basics import patch
 
@@ -108,7 +109,7 @@ class Server:
             )
         flaw = _find_address_flaw(url)
         if flaw:
-            raise OctomedError(f"{self.name}_BASE_URL {flaw}")
+            raise OctomedError(self.clean(f"{self.name}_BASE_URL {flaw}"))
         return url
 
     @property
@@ -197,6 +198,20 @@ def _check_proxies():
         flaw = _find_proxy_flaw(address)
         if flaw:
             raise OctomedError(f"{name} {flaw}, or unset {name}")
+
+# %% ../../nbs/generate/08_servers.ipynb #8a0019fa
+@patch
+def find_proxy(self: Server) -> tuple[str, str] | None:
+    "(variable, address) of the proxy through which the server is reached; None if directly."
+    parts, proxies = urlsplit(self.url), _list_proxies()
+    if proxy_bypass(parts.hostname):
+        return None
+    for kind in (f"{parts.scheme}_proxy", "all_proxy"):
+        for name in (kind, kind.upper()):
+            if name in proxies:
+                address = proxies[name]
+                return name, address if "://" in address else f"http://{address}"
+    return None
 
 # %% ../../nbs/generate/08_servers.ipynb #8a0014fa
 def _check_certificates():
