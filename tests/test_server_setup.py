@@ -5,9 +5,10 @@ import socket
 import ssl
 import subprocess
 import threading
+from http.server import ThreadingHTTPServer
 
 import pytest
-from misbehaving import serving
+from misbehaving import Fake, Handler, send_bytes, serving
 from toys import ask
 
 from octomed.core.paths import OctomedError
@@ -149,7 +150,7 @@ def test_certificates_that_are_not_there_are_named_at_once(fake, monkeypatch, tm
 
 @pytest.fixture
 def self_signed(tmp_path):
-    "(port, certificate) of a server whose certificate nobody knows."
+    "(what it does, address, certificate) of a server whose certificate nobody knows."
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed, which makes the certificate")
     key, file = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -157,61 +158,29 @@ def self_signed(tmp_path):
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     files = ["-keyout", str(key), "-out", str(file)]
     subprocess.run([*make, *names, *files], check=True, capture_output=True)
-    with serving() as (fake, url):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file, key)
-        yield fake, url, context, file
-
-
-def serve_tls(url, context):
-    "The port of a TLS server that passes bytes on to a plain one."
-    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def copy(source, target):
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-        except OSError:
-            pass
-        finally:
-            for s in (source, target):
-                try:
-                    s.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
-
-    def accept():
-        while True:
-            try:
-                plain, _ = listener.accept()
-            except OSError:
-                return
-            try:
-                secure = context.wrap_socket(plain, server_side=True)
-            except OSError:
-                continue
-            behind = socket.create_connection((host, int(port)))
-            for pair in ((secure, behind), (behind, secure)):
-                threading.Thread(target=copy, args=pair, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    return listener
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, key)
+    fake = Fake()
+    handler = type("FakeHandler", (Handler,), {"fake": fake})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield fake, f"https://127.0.0.1:{server.server_address[1]}/v1", file
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_certificate_that_is_not_trusted_is_named_at_once(self_signed, monkeypatch):
-    fake, url, context, file = self_signed
-    with serve_tls(url, context) as listener:
-        address = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
-        monkeypatch.setenv("FAKE_BASE_URL", address)
-        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", None)  # no second try
-        with pytest.raises(OctomedError) as failed:
-            list(OpenAIEngine("fake", "FAKE").generate([ask("q1", 1)], Sampling()))
-        assert f"the certificate of {address} is not trusted here (self" in str(failed.value)
-        assert "set SSL_CERT_FILE" in str(failed.value) and not fake.headers
-        monkeypatch.setenv("SSL_CERT_FILE", str(file))
-        (sample,) = OpenAIEngine("fake", "FAKE").generate([ask("q1", 1)], Sampling())
-        assert sample.finish == "stop"
+    fake, address, file = self_signed
+    monkeypatch.setenv("FAKE_BASE_URL", address)
+    monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", None)  # no second try
+    with pytest.raises(OctomedError) as failed:
+        list(OpenAIEngine("fake", "FAKE").generate([ask("q1", 1)], Sampling()))
+    assert f"the certificate of {address} is not trusted here (self" in str(failed.value)
+    assert "set SSL_CERT_FILE" in str(failed.value) and not fake.headers
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    (sample,) = OpenAIEngine("fake", "FAKE").generate([ask("q1", 1)], Sampling())
+    assert sample.finish == "stop"
 
 
 def test_https_to_a_server_that_speaks_http_is_named_at_once(fake, monkeypatch):
@@ -231,8 +200,6 @@ def test_what_a_failed_connection_means_is_named(fake, monkeypatch):
 
 
 def test_a_server_that_sends_requests_elsewhere_is_named(fake, monkeypatch):
-    from misbehaving import Handler, send_bytes
-
     elsewhere = send_bytes(b"", "text/html", 301, Location="/elsewhere")
     fake.hello = elsewhere
     with monkeypatch.context() as m:

@@ -594,3 +594,23 @@ def test_lists_of_models_and_greetings_of_any_shape_are_no_traceback(fake):
         fake.hello = act
         with pytest.raises(OctomedError, match=sentence):
             _ = engine().model
+
+
+def test_a_model_that_thinks_before_its_first_word_is_given_more_room(fake):
+    refusal = "Could not finish the message because max_tokens or model output limit was reached"
+
+    def answer(h, body):
+        if body["max_tokens"] < 100:
+            status(400, refusal)(h, body)
+        else:
+            h.send(completion("Hello"))
+
+    fake.hello = answer
+    assert engine().model == "fake@fake-1"
+
+
+def test_a_greeting_that_is_refused_stops_the_run_with_the_servers_words(fake):
+    fake.hello = status(400, "we are not amused")
+    with pytest.raises(OctomedError, match=r"refuses every request \(we are not amused\)"):
+        draw()
+    assert not fake.asked

@@ -363,3 +363,16 @@ def test_a_server_that_answers_files_with_pages_has_no_batch_files(fake, monkeyp
     monkeypatch.setattr(Handler, "upload", lambda h, data: h.send(b"<html>hi</html>"))
     with pytest.raises(OctomedError, match="has no batch files: use an openai: teacher"):
         list(batches().generate([question("q", 1)], PLAIN))
+
+
+def test_a_status_of_a_batch_that_is_not_known_is_named_once(fake, capsys, monkeypatch):
+    looks = []
+
+    def look(seconds):
+        looks.append(seconds)
+        fake.batch_status = "SUCCESS" if len(looks) > 2 else "marinating"
+
+    fake.batch_status = "marinating"
+    monkeypatch.setattr("octomed.generate.engine_openai_batch.time.sleep", look)
+    assert len(list(batches().generate([question("q", 2)], PLAIN))) == 2
+    assert capsys.readouterr().err.count("is 'marinating', a word that is not known here") == 1

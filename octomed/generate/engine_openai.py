@@ -216,10 +216,12 @@ def _client(self: OpenAIEngine, kind: str, **options):
 def _list_owners(text: str) -> list[str]:
     "Who owns the models in a server's list; none if it is no list."
     try:
-        models = parse_json(text)["data"]
-        return [str(model.get("owned_by")) for model in models]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        models = parse_json(text)
+    except ValueError:
         return []
+    models = models.get("data") if isinstance(models, dict) else None
+    models = models if isinstance(models, list) else []
+    return [str(model.get("owned_by")) for model in models if isinstance(model, dict)]
 
 
 @patch
@@ -235,20 +237,28 @@ def _ask_vllm(self: OpenAIEngine, client) -> bool:
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #9ceffc6c
 @patch
+def _say_hello(self: OpenAIEngine, client, budget: int) -> ServerResponse:
+    "A small response."
+    body = self._select({"model": self.api_name, self._budget: budget})
+    own = {"model": self.api_name, "messages": [{"role": "user", "content": "Hello"}]}
+    further = {name: value for name, value in body.items() if name not in own}
+    reply = ServerResponse()
+    raw = client.chat.completions.with_raw_response
+    reply.take_whole(raw.create(**own, extra_body=further).text)
+    return reply
+
+
+@patch
 def _ask_version(self: OpenAIEngine, client) -> str:
     "The version of the model, as a small response reports it."
-    body = self._select({"model": self.api_name, self._budget: 16})
-    body["messages"] = [{"role": "user", "content": "Hello"}]
-
-    def say_hello():
-        own = {name: body[name] for name in ("model", "messages")}
-        further = {name: value for name, value in body.items() if name not in own}
-        create = client.chat.completions.with_raw_response.create
-        reply = ServerResponse()
-        reply.take_whole(create(**own, extra_body=further).text)
-        return reply
-
-    return self._call(say_hello).model or self.api_name
+    try:
+        reply = self._call(lambda: self._say_hello(client, 16))
+    except Fault as fault:
+        if "could not finish" not in fault.sentence.lower():
+            raise
+        # some models think before they say a word, and refuse a budget that is spent by then
+        reply = self._call(lambda: self._say_hello(client, 2048))
+    return reply.model or self.api_name
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #bc229853
 @patch
@@ -266,9 +276,7 @@ def _look(self: OpenAIEngine):
                 self._model = self.api_name if same else f"{self.api_name}@{self._reported}"
             self._is_vllm = is_vllm
         except Fault as fault:
-            if fault.kind == "stop":
-                raise self._explain_stop(fault) from None
-            trouble = self.server.line(fault.sentence)
+            raise self._explain_stop(fault) from None
         except Unanswered as unanswered:
             trouble = str(unanswered)
     if trouble:
@@ -716,18 +724,23 @@ def _bare(self: OpenAIEngine, e: BaseException | None) -> Exception | None:
     )
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #07backgr
+async def _drain(task: asyncio.Task):
+    "Wait for a task, and then for what it leaves to be cleared away."
+    await asyncio.wait([task])
+    await asyncio.get_running_loop().shutdown_asyncgens()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=GRACE)
+
+
 @contextmanager
 def _in_background(work, out: queue.SimpleQueue):
     "Run a coroutine in a thread and put its task into `out` when it ends; cancel it on leaving."
     loop = asyncio.new_event_loop()
     task = loop.create_task(work)
-
-    def end(task):
-        out.put(task)
-        loop.stop()
-
-    task.add_done_callback(end)
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    task.add_done_callback(out.put)
+    drained = loop.create_task(_drain(task))
+    thread = threading.Thread(target=loop.run_until_complete, args=(drained,), daemon=True)
     thread.start()
     try:
         yield task

@@ -190,7 +190,6 @@ def _read_line(self: OpenAIBatchEngine, line: str, jobs: dict):
     response = row.get("response")
     try:
         reply = _read_body(response if isinstance(response, dict) else {}, row.get("error"))
-        self._check_version(reply)
         self._check_end(reply)
     except Fault as fault:
         return row["custom_id"], fault
@@ -256,6 +255,8 @@ def _read_batch(
     common = self._find_common_fault(record, read)
     record["collected"] = True
     for name, result in read.items():
+        if isinstance(result, ServerResponse):
+            self._check_version(result)
         is_common = common and isinstance(result, Fault)
         sample = None if is_common else self._settle(result, jobs[name], sampling)
         if sample:
@@ -269,7 +270,7 @@ def _read_batch(
 @patch
 def _explain_failure(self: OpenAIBatchEngine, state) -> str:
     reasons = getattr(state.errors, "data", None) or []
-    texts = [reason.message for reason in reasons if reason.message]
+    texts = [getattr(reason, "message", None) or str(reason) for reason in reasons]
     return self.server.line(texts[0] if texts else "no reason given")
 
 
@@ -295,7 +296,38 @@ _ENDED = (
     "expired",
     "cancelled",
     "canceled",
+    "succeeded",
+    "success",
+    "ended",
+    "timeout_exceeded",
 )
+_OPEN = (
+    "validating",
+    "in_progress",
+    "finalizing",
+    "cancelling",
+    "cancellation_requested",
+    "created",
+    "pending",
+    "queued",
+    "running",
+    "preparing",
+)
+
+
+@patch
+def _has_ended(self: OpenAIBatchEngine, record: dict, status: str) -> bool:
+    "Whether a batch has ended. A status that is not known is named, once."
+    if status in _ENDED or status in _OPEN or status in self._reported_ends:
+        return status in _ENDED
+    self._reported_ends.add(status)
+    print(
+        f"  the batch {record['id']} at {self.server.name} is "
+        f"{self.server.line(status)!r}, a word that is not known here: it is looked at again",
+        file=sys.stderr,
+        flush=True,
+    )
+    return False
 
 
 @patch
@@ -305,7 +337,7 @@ def _look_at(self: OpenAIBatchEngine, client, record: dict, *, jobs: dict, sampl
     if state is None:
         return False
     status = state.status.lower()
-    if status not in _ENDED:
+    if not self._has_ended(record, status):
         return True
     if status == "failed":
         self._forget(record)
@@ -313,7 +345,7 @@ def _look_at(self: OpenAIBatchEngine, client, record: dict, *, jobs: dict, sampl
             f"the server {self.server.name} refused the batch file "
             f"({self._explain_failure(state)}): correct that and run again"
         )
-    if status != "completed":
+    if status in ("expired", "cancelled", "canceled", "timeout_exceeded"):
         self._reasons[f"batch {record['id']} is {status}"] += 1
     try:
         yield from self._read_batch(client, record, state, jobs=jobs, sampling=sampling)

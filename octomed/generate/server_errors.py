@@ -332,7 +332,8 @@ def read_fault(
         with suppress(ValueError):
             error = parse_json(error)
     codes = _list_codes(error)
-    sentence = find_sentence(error) or str(error).strip() or f"status {status}"
+    text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+    sentence = find_sentence(error) or text.strip() or f"status {status}"
     known = status if status >= 300 else _find_status(codes)
     words = " ".join([sentence, *codes])
     param = _find_param(error, sentence)
