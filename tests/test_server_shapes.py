@@ -6,12 +6,16 @@ DeepSeek, Azure, OpenRouter, LiteLLM and others send."""
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from misbehaving import chunks, completion, send_bytes, send_events, send_json, serving, status
 from toys import chat
 
 from octomed.core.paths import OctomedError
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.samples import Request, Sampling
+from octomed.generate.server_errors import Fault, read_fault
+from octomed.generate.server_responses import ServerResponse
 
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
 
@@ -614,3 +618,39 @@ def test_a_greeting_that_is_refused_stops_the_run_with_the_servers_words(fake):
     with pytest.raises(OctomedError, match=r"refuses every request \(we are not amused\)"):
         draw()
     assert not fake.asked
+
+
+NAMES = """choices delta message content text type thinking finish_reason stop_reason usage error
+code completion_tokens logprobs logprob model index refusal loc param detail metadata raw"""
+KEYS = st.sampled_from(sorted(set(NAMES.split())))
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("text")
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(KEYS, v), max_leaves=12)
+CHOICES = st.fixed_dictionaries({"choices": st.lists(st.dictionaries(KEYS, VALUES), max_size=2)})
+
+
+@given(CHOICES | VALUES)
+def test_no_shape_is_a_traceback(part):
+    reply = ServerResponse()
+    try:
+        reply.take_whole(part)
+    except Fault as fault:
+        assert fault.sentence
+    else:
+        assert isinstance(reply.whole, str)
+        assert reply.outcome in ("stop", "length", "refused")
+
+
+@given(VALUES, st.sampled_from([200, 400, 422, 500]))
+def test_every_error_has_a_sentence_and_a_kind(error, number):
+    fault = read_fault(error, number)
+    assert fault.sentence.strip()
+    assert fault.kind in ("stop", "declined", "filtered", "unclear", "passing", "stated")
+
+
+def test_an_object_that_is_nested_too_deeply_is_a_fault_with_a_sentence():
+    with pytest.raises(Fault):
+        ServerResponse().take_whole('{"error":' * 200_000)
+    nested = {"message": "deep down"}
+    for _ in range(900):
+        nested = {"error": nested}
+    assert read_fault(nested, 400).sentence

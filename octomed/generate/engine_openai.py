@@ -194,6 +194,15 @@ def _read_fault(self: OpenAIEngine, e: Exception) -> Fault:
 def _explain_stop(self: OpenAIEngine, fault: Fault) -> OctomedError:
     return OctomedError(explain_stop(fault, self.server, self.api_name))
 
+
+@patch
+def _explain_silence(self: OpenAIEngine, trouble: str) -> OctomedError:
+    name = self.server.name
+    return OctomedError(
+        f"the server {name} does not answer ({trouble}): "
+        f"see that {name}_BASE_URL is right and that it is up"
+    )
+
 # %% ../../nbs/generate/09_engine_openai.ipynb #09call01
 @patch
 def _call(self: OpenAIEngine, request):
@@ -266,7 +275,7 @@ def _look(self: OpenAIEngine):
     "Find out once what the server is and which version of the model answers."
     if self._is_vllm is not None:
         return
-    name, trouble = self.server.name, ""
+    trouble = ""
     with hide_frames(), self._client("OpenAI", max_retries=0) as client:
         try:
             is_vllm = self._ask_vllm(client)
@@ -280,10 +289,7 @@ def _look(self: OpenAIEngine):
         except Unanswered as unanswered:
             trouble = str(unanswered)
     if trouble:
-        raise OctomedError(
-            f"the server {name} does not answer ({trouble}): "
-            f"see that {name}_BASE_URL is right and that it is up"
-        )
+        raise self._explain_silence(trouble)
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #0f31021e
 @patch(as_prop=True)
@@ -655,10 +661,12 @@ def count_failure(
         self.out(sample)
     else:
         self.out(failure)
-    is_alike = failure.is_stated and not self.has_answers
-    if not is_alike:
-        wire.begun.set()
-    if self.failed >= (FEW if is_alike else max(3, self.engine.concurrency) + 1):
+    if failure.is_stated and not self.has_answers and not self.engine.keep_failures:
+        if self.failed >= FEW:
+            raise self.engine._explain_silence(str(failure))
+        return
+    wire.begun.set()
+    if self.failed > max(3, self.engine.concurrency):
         raise failure
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #82b0d7fe

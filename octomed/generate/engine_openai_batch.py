@@ -314,6 +314,15 @@ _OPEN = (
     "preparing",
 )
 
+# %% ../../nbs/generate/09a_engine_openai_batch.ipynb #09aended
+# ended before every line was answered
+_UNFINISHED = (
+    "expired",
+    "cancelled",
+    "canceled",
+    "timeout_exceeded",
+)
+
 
 @patch
 def _has_ended(self: OpenAIBatchEngine, record: dict, status: str) -> bool:
@@ -329,7 +338,7 @@ def _has_ended(self: OpenAIBatchEngine, record: dict, status: str) -> bool:
     )
     return False
 
-
+# %% ../../nbs/generate/09a_engine_openai_batch.ipynb #09alooka
 @patch
 def _look_at(self: OpenAIBatchEngine, client, record: dict, *, jobs: dict, sampling: Sampling):
     "The samples of a batch, if it has ended; gives whether it is to be looked at again."
@@ -345,7 +354,7 @@ def _look_at(self: OpenAIBatchEngine, client, record: dict, *, jobs: dict, sampl
             f"the server {self.server.name} refused the batch file "
             f"({self._explain_failure(state)}): correct that and run again"
         )
-    if status in ("expired", "cancelled", "canceled", "timeout_exceeded"):
+    if status in _UNFINISHED:
         self._reasons[f"batch {record['id']} is {status}"] += 1
     try:
         yield from self._read_batch(client, record, state, jobs=jobs, sampling=sampling)

@@ -63,6 +63,7 @@ _TEXTS = (
     "refusal",
     "content",
     "parts",
+    "value",
 )
 
 
@@ -175,7 +176,8 @@ def _read_logprobs(logprobs) -> list[float]:
     "The log-probabilities of a choice's tokens."
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
     tokens = tokens if isinstance(tokens, list) else []
-    return [token["logprob"] for token in tokens if isinstance(token.get("logprob"), (int, float))]
+    values = [token.get("logprob") for token in tokens if isinstance(token, dict)]
+    return [value for value in values if isinstance(value, (int, float))]
 
 
 @patch
@@ -184,17 +186,20 @@ def _take_usage(self: ServerResponse, usage):
         return
     tokens = usage.get("completion_tokens") or usage.get("output_tokens")
     prompt_tokens = usage.get("prompt_tokens") or usage.get("input_tokens")
-    self.tokens = int(tokens or self.tokens)
-    self.prompt_tokens = int(prompt_tokens or self.prompt_tokens)
+    if isinstance(tokens, (int, float)):
+        self.tokens = int(tokens)
+    if isinstance(prompt_tokens, (int, float)):
+        self.prompt_tokens = int(prompt_tokens)
 
 # %% ../../nbs/generate/08b_server_responses.ipynb #8c000018
 @patch
 def take(self: ServerResponse, part: dict):
     "Add a chunk, or a whole response."
-    self.model = part.get("model") or self.model
-    self.fingerprint = part.get("system_fingerprint") or self.fingerprint
-    further = part.get("x_groq")
-    self._take_usage(part.get("usage") or (further or {}).get("usage"))
+    self.model = str(part.get("model") or self.model)
+    self.fingerprint = str(part.get("system_fingerprint") or self.fingerprint)
+    self._take_usage(part.get("usage"))
+    if isinstance(part.get("x_groq"), dict):
+        self._take_usage(part["x_groq"].get("usage"))
     for choice in _list_choices(part):
         self._take_choice(choice)
 
