@@ -213,3 +213,10 @@ def test_no_password_of_an_address_or_a_proxy_is_seen(monkeypatch):
     monkeypatch.setenv("FAKE_API_KEY", "pass-3\n")
     text = Server("FAKE").clean("pass-1 pass-2 pass-3")
     assert text == "[removed] [removed] [removed]"
+
+
+def test_a_word_that_stands_for_no_key_is_left_in_texts(monkeypatch):
+    text = "The bladder is EMPTY, none of the others are."
+    for key in ("EMPTY", "none", "x"):
+        monkeypatch.setenv("FAKE_API_KEY", key)
+        assert Server("FAKE").clean(text) == text

@@ -430,9 +430,14 @@ def explain_stop(fault: Fault, server: Server, model: str) -> str:
         return f"the server {at} refuses the key ({reason}): set {at}_API_KEY"
     if fault.status in (404, 405) or _MODEL.search(words):
         return f"the server {at} has no {model} ({reason}): correct the name or {at}_BASE_URL"
-    if fault.param:
+    if fault.param and _REFUSES.search(words):
         return (
             f"{model} at {at} does not take {fault.param} ({reason}): set "
             f"{at}_LEAVE_OUT={fault.param}, or make its engine with leave_out=('{fault.param}',)"
+        )
+    if fault.param:
+        return (
+            f"{model} at {at} refuses the value of {fault.param} ({reason}): "
+            f"correct it, or leave the field out with {at}_LEAVE_OUT={fault.param}"
         )
     return f"the server {at} refuses every request ({reason}): correct that and run again"

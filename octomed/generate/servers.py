@@ -141,6 +141,13 @@ def key(self: Server) -> str:
     return key
 
 # %% ../../nbs/generate/08_servers.ipynb #8a0008fa
+def _is_secret(value: str) -> bool:
+    """Whether a key or password is worth hiding.
+
+    `EMPTY`, `none` or `ollama` are given to servers that ask for no key, and are words of texts."""
+    return len(value) >= 6 and not value.isalpha()
+
+
 @patch
 def _secrets(self: Server) -> list[str]:
     "What no one may see: the key, and passwords in addresses, the longest first."
@@ -149,7 +156,7 @@ def _secrets(self: Server) -> list[str]:
         user, at, _ = address.partition("//")[2].rpartition("@")
         if at:
             secrets.add(user.partition(":")[2])
-    return sorted(secrets - {""}, key=len, reverse=True)
+    return sorted(filter(_is_secret, secrets), key=len, reverse=True)
 
 
 @patch
