@@ -54,6 +54,7 @@ ADDRESSES = {
     "http://localhost:port/v1": "is no address",
     "http://localhost:99999/v1": "is no address",
     "http://[::1/v1": "is no address",
+    "http://api..example.com/v1": "is no address",
     "http://h/v1/chat/completions": "ends in /chat/completions, which is added to it: "
     "set it to http://h/v1",
     "http://h/v1/chat/completions/": "set it to http://h/v1",

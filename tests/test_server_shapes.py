@@ -544,6 +544,13 @@ def test_a_run_of_nothing_but_long_prompts_is_no_fault_of_every_request(fake):
     assert [s.finish for s in draw([ask(f"q{n}", 2) for n in range(5)])] == ["error"] * 10
 
 
+def test_a_request_whose_control_gets_no_answer_has_none_either(fake):
+    fake.script = [status(400, "we are not amused"), *[status(503, "busy")] * 3]
+    with pytest.raises(OctomedError, match=r"1 samples got no answer from FAKE \(busy\)"):
+        draw([ask(n=3)], retries=2, concurrency=1)
+    assert len(fake.asked) == 6
+
+
 def test_fields_that_a_server_refuses_are_left_out_by_name(fake, monkeypatch):
     monkeypatch.setenv("FAKE_LEAVE_OUT", "seed, stream_options max_tokens")
     (sample,) = draw()

@@ -595,22 +595,31 @@ def _describe_shape(request: Request) -> tuple:
 
 
 @patch
+async def obtain(self: _Run, wire: _Wire, request: Request, index: int) -> Sample:
+    "One sample, also of a fault that is the request's own. Raises `Unanswered`."
+    start, engine = time.time(), self.engine
+    try:
+        sample = await engine._draw(wire, request, index=index, sampling=self.sampling)
+    except Fault as fault:
+        return await self.settle(wire, fault, request=request, index=index, start=start)
+    self.trust[_describe_shape(request)] = _TRUST
+    self.has_answers = True
+    return sample
+
+
+@patch
 async def draw(self: _Run, wire: _Wire, request: Request, index: int):
     "Draw one sample. Raises `Unanswered` when nothing but failures came back."
     start = time.time()
     try:
-        sample = await self.engine._draw(wire, request, index=index, sampling=self.sampling)
-        self.trust[_describe_shape(request)] = _TRUST
-        self.has_answers = True
-    except Fault as fault:
-        sample = await self.settle(wire, fault, request=request, index=index, start=start)
+        sample = await self.obtain(wire, request, index)
     except Unanswered as e:
         seconds = time.time() - start
         self.count_failure(wire, e, request=request, index=index, seconds=seconds)
-        return
-    self.out(sample)
-    self.failed = 0
-    wire.begun.set()
+    else:
+        self.out(sample)
+        self.failed = 0
+        wire.begun.set()
 
 # %% ../../nbs/generate/09_engine_openai.ipynb #09settle
 @patch

@@ -80,7 +80,7 @@ def _find_address_flaw(url: str) -> str | None:
         return f"begins with {scheme}://, but servers are asked over http:// or https://"
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        _ = parts.port, (parts.hostname or "").encode("idna")
     except ValueError as e:
         return f"is no address ({e})"
     return _find_path_flaw(url) if parts.hostname else f"names no host in {url}"
