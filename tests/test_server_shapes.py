@@ -182,6 +182,17 @@ def test_events_are_read_by_the_standard(fake, name):
     assert len(fake.asked) == 1
 
 
+def test_chunks_on_lines_of_their_own_are_read(fake):
+    lines = "\n".join(json.dumps(choice(*part)) for part in (({"content": "B"},), ({}, "eos")))
+    fake.always = send_bytes(lines.encode(), "application/x-ndjson")
+    assert [(s.text, s.finish) for s in draw()] == [("B", "stop")]
+
+
+def test_a_body_that_is_cut_is_asked_again(fake):
+    fake.script = [send_bytes(b'{"choices": [{"message": {"content": "B"', "application/json")]
+    assert draw()[0].finish == "stop" and len(fake.asked) == 2
+
+
 def test_an_event_stream_is_utf8_whatever_the_headers_say(fake):
     data = STREAMS["LF"].encode()
     for kind in ("text/event-stream; charset=iso-8859-1", "text/plain", "application/json"):
@@ -405,8 +416,19 @@ REFUSALS = {
     "no permission": (
         403,
         {"message": "not from your country"},
-        "refuses the key .*not from your country",
+        "refuses the key or its use .*not from your country",
     ),
+    "no permission for a field": (
+        403,
+        {"error": {"message": "You are not allowed to request logprobs from this model"}},
+        "does not take logprobs",
+    ),
+    "a model, in codes": (
+        400,
+        {"code": 1211, "msg": "model does not exist, check the model code"},
+        "has no fake .*check the model code",
+    ),
+    "wrapped": (400, {"result": {"inner": [{"message": "deep down"}]}}, r"\(deep down\)"),
     "in the stream": (
         200,
         {"error": {"type": "authentication_error", "message": "invalid x-api-key"}},

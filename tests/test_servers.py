@@ -81,7 +81,7 @@ def test_fault_10_what_fails_on_the_way_is_asked_again(fake, fault):
 def test_fault_10_a_time_out_is_asked_again(fake):
     gone = threading.Semaphore(0)
     fake.script = [wait_for_hang_up(gone)]
-    e = engine(timeout=60.0)
+    e = engine(timeout=60.0, retries=8)
     assert e.model == "fake@fake-1"
     e.timeout = 1.0
     (sample,) = e.generate([ask(n=1)], PLAIN)

@@ -84,6 +84,17 @@ def _read_object(error: dict, depth: int) -> str:
         sentence = ": ".join(filter(None, [sentence, further]))
     return sentence
 
+# %% ../../nbs/generate/08a_server_errors.ipynb #8b000038
+def _search_sentence(error, depth: int = 0) -> str:
+    "The first sentence anywhere in an object whose own keys have none."
+    if isinstance(error, dict):
+        error = list(error.values())
+    if not isinstance(error, list) or depth > _DEEPEST:
+        return ""
+    inner = [part for part in error if isinstance(part, (dict, list))]
+    sentences = (find_sentence(part) or _search_sentence(part, depth + 1) for part in inner)
+    return next(filter(None, sentences), "")
+
 # %% ../../nbs/generate/08a_server_errors.ipynb #8b000009
 def _read_page(text: str) -> str:
     "The title of a web page, or its words."
@@ -269,6 +280,11 @@ _CREDIT = re.compile(
     r"|payment required|no credit|arrear|balance is not enough",
     re.I,
 )
+_BUSY = re.compile(
+    r"overloaded|rate[ _]?limit|too many requests|try again|capacity|\bbusy\b|unavailable"
+    r"|timed? ?out",
+    re.I,
+)
 _MODEL = re.compile(
     r"(?:model|deployment)s?\b.{0,80}(?:not[ _](?:found|exist|available|loaded|a valid|deployed)"
     r"|n[o']t exist|is unknown|is invalid|no longer)"
@@ -333,14 +349,16 @@ def read_fault(
             error = parse_json(error)
     codes = _list_codes(error)
     text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
-    sentence = find_sentence(error) or text.strip() or f"status {status}"
+    sentence = find_sentence(error) or _search_sentence(error)
+    sentence = sentence or text.strip() or f"status {status}"
     known = status if status >= 300 else _find_status(codes)
     words = " ".join([sentence, *codes])
     param = _find_param(error, sentence)
     kind = _judge(known, words, param=param, wait=wait)
     if not known:  # a refusal shows in its words; other words seldom pass
         refusal = _judge_refusal(words, "")
-        kind = "stated" if refusal == "unclear" else refusal
+        passes = "passing" if _BUSY.search(words) else "stated"
+        kind = passes if refusal == "unclear" else refusal
     return Fault(sentence, kind, status=known, param=param, wait=wait, codes=" ".join(codes))
 
 # %% ../../nbs/generate/08a_server_errors.ipynb #8b000028
@@ -426,7 +444,12 @@ def explain_stop(fault: Fault, server: Server, model: str) -> str:
             f"the account at {at} has no credit left ({reason}): "
             "fill it and run again, nothing is lost"
         )
-    if fault.status in (401, 403) or _KEY.search(words):
+    if fault.status == 403 and not fault.param and not _KEY.search(words):
+        return (
+            f"the server {at} refuses the key or its use ({reason}): "
+            f"set {at}_API_KEY to one that may use {model}"
+        )
+    if fault.status == 401 or _KEY.search(words):
         return f"the server {at} refuses the key ({reason}): set {at}_API_KEY"
     if fault.status in (404, 405) or _MODEL.search(words):
         return f"the server {at} has no {model} ({reason}): correct the name or {at}_BASE_URL"

@@ -233,6 +233,8 @@ def take_whole(self: ServerResponse, part):
         try:
             part = parse_json(part)
         except ValueError:
+            if part.startswith("{"):
+                raise Fault(f"the response is no whole JSON: {part[:80]!r}") from None
             raise read_fault(part) from None
     if not isinstance(part, dict):
         raise read_fault(f"no response but {str(part)[:80]!r}")
@@ -287,7 +289,12 @@ async def _read_events(response):
 @patch
 def take_event(self: ServerResponse, name: str, data: str):
     "Add an event. Raises `Fault` for an error."
-    if name == "body":
+    lines = data.split("\n")
+    if name == "body" and len(lines) > 1 and lines[0].strip().endswith("}"):
+        for line in filter(str.strip, lines):  # a chunk on each line, without `data:`
+            self._take_chunk("message", line)
+        self.is_done = True
+    elif name == "body":
         self.take_whole(data)
     elif name == "error":
         raise read_fault(data)
