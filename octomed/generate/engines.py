@@ -24,7 +24,10 @@ class Engine(Protocol):
     name: str  # how it is run
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Sample]:
-        "Samples as they finish, in any order."
+        """Samples as they finish, in any order.
+
+        When the iterator is closed, nothing more is asked: no request or batch begins, and what
+        is in flight is cancelled."""
 
 # %% ../../nbs/generate/05_engines.ipynb #04make01
 def make_sample(
