@@ -31,7 +31,9 @@ def call(capsys, *argv):
 
 
 def jsonl(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -69,7 +71,7 @@ names = {{"torch", "transformers", "papermill", "pandas", "matplotlib", "dataset
 heavy = names & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
         assert name in done.stdout
@@ -131,14 +133,14 @@ def test_unknown_recipe(capsys, tmp_path, command):
     ],
 )
 def test_malformed_recipe(capsys, tmp_path, text, sentence):
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     code, _out, err = call(capsys, "run", tmp_path / "r.yaml")
     assert code == 2 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_section(capsys, tmp_path):
-    (tmp_path / "r.yaml").write_text("sections: {}")
+    (tmp_path / "r.yaml").write_text("sections: {}", encoding="utf-8")
     code, _, err = call(capsys, "run", tmp_path / "r.yaml", "--only", "42_formatting")
     assert code == 2 and "recipe r has no section 42_formatting" in err
 
@@ -161,7 +163,7 @@ def test_unknown_section(capsys, tmp_path):
 def test_what_would_be_ignored_is_refused(capsys, tmp_path, monkeypatch, line, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(
-        "common: {plugins: [octomed.clinic.questions, octomed.clinic.students]}"
+        "common: {plugins: [octomed.clinic.questions, octomed.clinic.students]}", encoding="utf-8"
     )
     code, _, err = call(capsys, *line.replace("RECIPE", "r.yaml").split())
     assert (
@@ -183,7 +185,7 @@ def test_data_folder_that_is_none(capsys, monkeypatch):
 
 
 def test_store_that_cannot_be_written(capsys, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "file" / "store"))
     monkeypatch.setattr(environment, "list_checks", lambda: {"store": environment.check_store})
     code, out, _ = call(capsys, "check")
@@ -262,7 +264,7 @@ def test_judge_bad_file(capsys, tmp_path):
         assert code == 1 and not out and "cannot be read" in err and "Traceback" not in err
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in call(capsys, "judge", tmp_path / "b.jsonl")[2]
-    (tmp_path / "e.jsonl").write_text("")
+    (tmp_path / "e.jsonl").write_text("", encoding="utf-8")
     assert json.loads(call(capsys, "judge", tmp_path / "e.jsonl")[1])["counts"]["correct"] == 0
 
 
@@ -391,7 +393,7 @@ def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns
             )
         )
     register_teacher("toy/always", Always, "1")
-    (tmp_path / "r.yaml").write_text("common: {bootstrap: 200}")
+    (tmp_path / "r.yaml").write_text("common: {bootstrap: 200}", encoding="utf-8")
     ask = [
         "evaluate",
         "toy/always",
@@ -451,7 +453,7 @@ def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns
 @pytest.fixture
 def results(tmp_path):
     "A recipe of one section with results, made elsewhere."
-    (tmp_path / "r.yaml").write_text("sections: {42_b: {}}")
+    (tmp_path / "r.yaml").write_text("sections: {42_b: {}}", encoding="utf-8")
     write_notebook(tmp_path / "nbs" / "42_b.ipynb")
     claim = {
         "text": "<b>one</b> beats two",
@@ -487,14 +489,14 @@ def results(tmp_path):
     def put(folder, code="old"):
         write_results(folder, [claim], [row], code)
         (folder / "figures" / "42_b.png").write_bytes(b"\x89PNG")
-        (folder / "figures" / "42_b.svg").write_text("<svg/>")
+        (folder / "figures" / "42_b.svg").write_text("<svg/>", encoding="utf-8")
         return tmp_path / "r.yaml"
 
     return put
 
 
 def test_report_needs_results(capsys, tmp_path):
-    (tmp_path / "r.yaml").write_text("sections: {}")
+    (tmp_path / "r.yaml").write_text("sections: {}", encoding="utf-8")
     code, out, err = call(capsys, "report", tmp_path / "r.yaml")
     assert code == 1 and not out and "has no results yet: run `octomed run" in err
 
@@ -531,7 +533,10 @@ def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, result
 
     path = tmp_path / "out" / "reference" / "r" / "results" / "42_b.json"
     path.write_text(
-        path.read_text().replace('"old"', json.dumps(section_digest("42_b", tmp_path / "nbs")))
+        path.read_text(encoding="utf-8").replace(
+            '"old"', json.dumps(section_digest("42_b", tmp_path / "nbs"))
+        ),
+        encoding="utf-8",
     )
     assert "The code has changed" not in call(capsys, "report", recipe)[1]
 
@@ -539,7 +544,7 @@ def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, result
 def test_report_page_is_self_contained(capsys, tmp_path, results):
     recipe = results(tmp_path / "out" / "r")
     code, out, _ = call(capsys, "report", recipe, "--html")
-    page = Path(out.strip()).read_text()
+    page = Path(out.strip()).read_text(encoding="utf-8")
     assert code == 0 and Path(out.strip()) == tmp_path / "out" / "r" / "report.html"
     assert (
         "&lt;b&gt;one&lt;/b&gt; beats two" in page

@@ -49,13 +49,15 @@ def place(tmp_path):
 
     def write(files, package):
         (files / "data").mkdir(parents=True)
-        (files / "data" / "prices.yaml").write_text("prices: 1")
+        (files / "data" / "prices.yaml").write_text("prices: 1", encoding="utf-8")
         (files / "nbs" / "recipes").mkdir(parents=True)
-        (files / "nbs" / "recipes" / "smoke.yaml").write_text("common: {lr: 0.5}")
+        (files / "nbs" / "recipes" / "smoke.yaml").write_text("common: {lr: 0.5}", encoding="utf-8")
         (files / "nbs" / "paper").mkdir()
         source = ["from octomed.core.files import write_json"]
         cell = {"cell_type": "code", "source": source}
-        (files / "nbs" / "paper" / "10_one.ipynb").write_text(json.dumps({"cells": [cell]}))
+        (files / "nbs" / "paper" / "10_one.ipynb").write_text(
+            json.dumps({"cells": [cell]}), encoding="utf-8"
+        )
         ignore = shutil.ignore_patterns("__pycache__", "paper", "clinic", "bench")
         shutil.copytree(root() / "octomed", package, ignore=ignore, dirs_exist_ok=True)
 
@@ -71,7 +73,7 @@ def ask(package, started_in):
         cwd=started_in,
         env=environment | {"PYTHONPATH": str(package.parent)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -106,7 +108,7 @@ def test_an_installed_package_is_no_part_of_the_repository_around_it(place, tmp_
 def test_a_checkout_whose_path_has_a_blank_works(place, tmp_path):
     folder = tmp_path / "my own projects" / "octomed copy"
     place(folder, folder / "octomed")
-    (folder / "settings.ini").write_text("[DEFAULT]\n")
+    (folder / "settings.ini").write_text("[DEFAULT]\n", encoding="utf-8")
     facts = ask(folder / "octomed", tmp_path / "else where")
     assert facts["root"] == str(folder)
     assert facts["shipped"] == "prices: 1"

@@ -211,7 +211,7 @@ def places(own_places, tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_NOTEBOOKS", str(tmp_path / "nbs"))
     (tmp_path / "nbs").mkdir()
     write_notebook(tmp_path / "nbs" / "42_b.ipynb")
-    (tmp_path / "smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}")
+    (tmp_path / "smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}", encoding="utf-8")
     write_notebook(tmp_path / "nbs" / "42_c.ipynb")
     return tmp_path
 
@@ -256,7 +256,7 @@ def test_values_that_the_recipe_gave_otherwise_are_reported(places):
 
     def card(**changed):
         return (out / "cards" / "42_b.json").write_text(
-            json.dumps({"params": {"common": common | changed, "scalars": {}}})
+            json.dumps({"params": {"common": common | changed, "scalars": {}}}), encoding="utf-8"
         )
 
     card()
@@ -358,7 +358,7 @@ def test_the_page_is_well_formed_and_shows_everything(places):
         correlation=0.4,
         statistics=[["named", "9"]],
     )
-    text = write_report_page(str(places / "smoke.yaml")).read_text()
+    text = write_report_page(str(places / "smoke.yaml")).read_text(encoding="utf-8")
     p = Page()
     p.feed(text)
     assert not p.open
@@ -440,7 +440,7 @@ def test_a_vote_shows_both_overalls():
 def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "nowhere"))
     kept = sorted((root() / "outputs" / "reference" / "course" / "results").glob("*.json"))
-    text = write_report_page("course").read_text()
+    text = write_report_page("course").read_text(encoding="utf-8")
     p = Page()
     p.feed(text)
     assert not p.open
@@ -453,9 +453,16 @@ def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path
     from octomed.run.sections import Section
 
     path = tmp_path / "44_samples.ipynb"
-    path.write_text((root() / "nbs" / "paper" / "44_samples.ipynb").read_text())
+    path.write_text(
+        (root() / "nbs" / "paper" / "44_samples.ipynb").read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
     show_in_notebook(Section("44_samples", path), "course")
-    out = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
+    out = [
+        o
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for o in c.get("outputs", [])
+    ]
     assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == [
         "44_samples:"
     ] * 2

@@ -77,13 +77,16 @@ class World:
                     "nbformat": 4,
                     "nbformat_minor": 5,
                 }
-            )
+            ),
+            encoding="utf-8",
         )
         self.values[name] = values or {}
         return self.write()
 
     def write(self, **common):
-        self.recipe.write_text(json.dumps({"common": common, "sections": self.values}))
+        self.recipe.write_text(
+            json.dumps({"common": common, "sections": self.values}), encoding="utf-8"
+        )
         return self
 
     def run(self, **kw):
@@ -93,7 +96,9 @@ class World:
         return {r["section"]: r["state"] for r in status(str(self.recipe), self.nbs)}
 
     def rows(self, name):
-        return json.loads((self.out / "r" / "results" / f"{name}.json").read_text())["rows"]
+        return json.loads(
+            (self.out / "r" / "results" / f"{name}.json").read_text(encoding="utf-8")
+        )["rows"]
 
     def bytes(self):
         return {
@@ -109,7 +114,7 @@ class World:
             env={**os.environ, "OCTOMED_NOTEBOOKS": str(self.nbs), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
 
 
@@ -139,7 +144,9 @@ NEEDS_PROC = pytest.mark.skipif(
 
 def children(pid):
     return [
-        int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()
+        int(p)
+        for t in Path(f"/proc/{pid}/task").glob("*/children")
+        for p in t.read_text(encoding="utf-8").split()
     ]
 
 
@@ -195,7 +202,7 @@ def test_order_by_number_and_published_copies(world):
     assert world.run()["ran"] == ["9_a", "10_b"]
     assert world.rows("9_a") == [{"n": 7}]
     assert world.rows("10_b") == [{"n": 1}]
-    text = (world.out / "r" / "9_a.ipynb").read_text()
+    text = (world.out / "r" / "9_a.ipynb").read_text(encoding="utf-8")
     assert str(world.folder / "store") not in text
     assert "outputs/r" in text
     assert not list(world.nbs.glob("*.failed*"))
@@ -215,7 +222,7 @@ def test_a_failing_cell_is_named_and_the_work_before_it_kept(world):
         world.run()
     assert world.rows("1_a")
     assert world.states() == {"1_a": "done", "2_b": "failed"}
-    assert "ZeroDivisionError" in (world.out / "r" / "run.log").read_text()
+    assert "ZeroDivisionError" in (world.out / "r" / "run.log").read_text(encoding="utf-8")
     world.section("2_b")
     assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]}
     assert world.states()["2_b"] == "done"
@@ -239,7 +246,9 @@ finish('1_a')
         world.run()
     states = [
         c["metadata"]["papermill"]["status"]
-        for c in json.loads((world.out / "r" / "1_a.failed.ipynb").read_text())["cells"]
+        for c in json.loads((world.out / "r" / "1_a.failed.ipynb").read_text(encoding="utf-8"))[
+            "cells"
+        ]
     ]
     assert states == ["completed", "completed", "completed", "failed"]
     assert world.states() == {"1_a": "failed"}
@@ -296,7 +305,7 @@ os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 atomic_write({str(tmp_path / "a.json")!r}, "new and longer")
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert (tmp_path / "a.json").read_text() == "old"
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "old"
 
 
 def test_fault_3_runner_killed(world):
@@ -389,7 +398,7 @@ partial = {"section": 1, "recipe": 1, "rows": []}
 
 def test_fault_6_stale_by_content(world, monkeypatch):
     data = world.folder / "data.csv"
-    data.write_text("a")
+    data.write_text("a", encoding="utf-8")
     declare(monkeypatch, inputs=lambda recipe: [data])
     world.section("1_a", module="fake")
     world.section("2_b")
@@ -401,9 +410,9 @@ def test_fault_6_stale_by_content(world, monkeypatch):
     assert both() == ["done", "done"]
     os.utime(data, (1, 1))
     assert both() == ["done", "done"]  # time is no content
-    data.write_text("b")
+    data.write_text("b", encoding="utf-8")
     assert both() == ["stale", "done"]  # an input of one section
-    data.write_text("a")
+    data.write_text("a", encoding="utf-8")
     assert both() == ["done", "done"]
     world.values["2_b"] = {"n": 2}
     world.write()
@@ -454,7 +463,7 @@ def test_fault_7_two_runners_at_once(world):
     )
     errs = [p.communicate(timeout=40)[1] for p in [world.start(), world.start()] if p.wait(40) == 0]
     assert len(errs) == 2
-    assert count.read_text() == "x"
+    assert count.read_text(encoding="utf-8") == "x"
     assert world.states() == {"1_a": "done"}
 
 
@@ -521,7 +530,7 @@ def test_side_by_side_stops_with_everything_it_started(world):
     assert not [
         p
         for p in children(os.getpid())
-        if "\0octomed.run.cli\0run" in Path(f"/proc/{p}/cmdline").read_text()
+        if "\0octomed.run.cli\0run" in Path(f"/proc/{p}/cmdline").read_text(encoding="utf-8")
     ]
     assert time.time() - begun < 60
     assert set(world.states().values()) == {"missing"}

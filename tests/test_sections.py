@@ -17,7 +17,7 @@ RECIPES = pytest.mark.parametrize("name", list_recipes())
 
 
 def cells(path, kind="code"):
-    every = json.loads(path.read_text())["cells"]
+    every = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in every if cell["cell_type"] == kind]
 
 
@@ -42,7 +42,9 @@ def test_parameters_are_not_exported(path):
     assert not source.lstrip().startswith("#|")
     module = root() / "octomed" / "paper" / f"{path.stem.partition('_')[2]}.py"
     assignments = [
-        node for node in ast.parse(module.read_text()).body if isinstance(node, ast.Assign)
+        node
+        for node in ast.parse(module.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign)
     ]
     targets = chain.from_iterable(node.targets for node in assignments)
     top = {target.id for target in targets if isinstance(target, ast.Name)}
@@ -62,7 +64,7 @@ def test_module_keeps_the_contract(path):
 def test_committed_sections_carry_no_executed_parameters(path):
     tags = chain.from_iterable(cell["metadata"].get("tags", []) for cell in cells(path))
     assert "injected-parameters" not in set(tags)
-    assert "papermill" not in json.loads(path.read_text())["metadata"]
+    assert "papermill" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
 
 
 @EVERY
@@ -87,14 +89,14 @@ def test_recipes_run_in_the_paper_order(name):
 
 def test_no_executed_copy_lies_under_nbs():
     for path in (root() / "nbs").rglob("*.ipynb"):
-        metadata = json.loads(path.read_text())["metadata"]
+        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
         assert '"papermill"' not in json.dumps(metadata), path.name
 
 
 def test_recipe_values_carry_their_reason_or_size():
     "Every recipe is plain YAML: what it holds is what `load_recipe` gives."
     for name in list_recipes():
-        raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text())
+        raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text(encoding="utf-8"))
         assert load_recipe(name).sections == {
             section: values or {} for section, values in raw["sections"].items()
         }

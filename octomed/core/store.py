@@ -143,7 +143,7 @@ def stage(
 def is_finished(folder: Path) -> bool:
     "Whether a folder holds a finished stage: a card, and all files that the card lists."
     try:
-        facts = json.loads((folder / "card.json").read_text())
+        facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     if facts["finished"] < float(os.environ.get("OCTOMED_FRESH", 0)):
@@ -166,7 +166,7 @@ def hold_lock(name: str):
             f"the store cannot be written ({e.strerror}): "
             "point OCTOMED_STORE at a folder of your own"
         ) from e
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -89,7 +89,7 @@ def _prepare_worker(modules: list[str], environment: dict, log: str):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment, OMP_NUM_THREADS="1")
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     for module in modules:
         importlib.import_module(module)

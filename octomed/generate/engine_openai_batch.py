@@ -112,7 +112,9 @@ def _submit(
 @patch
 def _submitted(self: OpenAIBatchEngine, jobs: dict, sampling: Sampling) -> list[dict]:
     "The records of batches that hold something still wanted."
-    records = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))
+    ]
     wanted = []
     for record in records:
         is_wanted = bool(jobs.keys() & set(record["names"]))

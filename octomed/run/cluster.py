@@ -48,7 +48,7 @@ def _read_yaml(path: Path) -> dict:
             "copy nbs/recipes/cluster/default.yaml and name it"
         )
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path.name} is not YAML ({reason}): correct its syntax") from None
@@ -292,7 +292,9 @@ def _requeue(
         job,
         "--format=%T",
     ]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+    )
     if answer.stdout.strip() != "RUNNING":
         return
     if subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0:
@@ -325,7 +327,9 @@ def find_queued(
         return []
     command = ["squeue", "--noheader", "--format=%i"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     known = answer.stdout.split()

@@ -436,7 +436,9 @@ def _dirty() -> bool:
     ]
     if checkout() is None:
         raise OctomedError("reference results are kept in a checkout: clone the repository first")
-    answer = subprocess.run(command, cwd=checkout(), capture_output=True, text=True)
+    answer = subprocess.run(
+        command, cwd=checkout(), capture_output=True, encoding="utf-8", errors="replace"
+    )
     if answer.returncode:
         raise OctomedError("a reference is kept only from a git checkout: clone the project")
     return bool(answer.stdout.strip())

@@ -292,7 +292,7 @@ class _Running:
     def ending(self) -> str:
         "What is shown when the process has ended: its time, or all that it printed."
         if self.process.returncode:
-            return self.output.read_text()
+            return self.output.read_text(encoding="utf-8")
         return f"{self.name} done in {_span(time.time() - self.begun)}"
 
 # %% ../../nbs/run/13_runner.ipynb #d3a7e012
@@ -314,7 +314,7 @@ def _start(section: Section, source: str, folder: Path, jobs: int) -> _Running:
         "OCTOMED_NOTEBOOKS": str(section.path.parent),
     }
     output = folder / section.name
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     return _Running(section.name, process, output, begun=time.time())
 

@@ -211,7 +211,7 @@ def main(
     folder: Path,  # of a student, with its `job.json`
 ):
     "What each process of a run on many processes does."
-    job = json.loads((folder / "job.json").read_text())
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     fields = {**job["schedule"], "freeze": tuple(job["schedule"]["freeze"])}
     make_student(folder, **{**job, "schedule": Schedule(**fields)})
 
