@@ -125,7 +125,7 @@ def lacks_encoding(call):
         return False
     if name in ("read_text", "write_text"):
         return len(call.args) < {"read_text": 1, "write_text": 2}[name]
-    if isinstance(call.func, ast.Name) and name == "open" or name == "fdopen":
+    if (isinstance(call.func, ast.Name) and name == "open") or name == "fdopen":
         modes = [ast.unparse(mode) for mode in call.args[1:2]]
         return "b" not in "".join(modes) + keywords.get("mode", "")
     return keywords.get("text") == "True" and name in ("run", "Popen", "check_output")
