@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import atomic_write
-from ..core.paths import OctomedError, checkout
+from ..core.notebooks import read_notebook
+from ..core.paths import OctomedError
 from ..core.recipe import LOADED_PLUGINS
 from .log import Log, machine_paths, redact
 from .sections import Section
@@ -117,11 +118,17 @@ def _kernel_arguments(section: Section) -> list[str]:
     line = f"from octomed.core.workers import start_server; {start}"
     return ["--log-level=ERROR", f"--IPKernelApp.exec_lines={line}"]
 
+
+def _writable(values: dict) -> dict:
+    "The values that papermill can write. It makes a text of a tuple, so the default stays."
+    return {name: value for name, value in values.items() if json.loads(json.dumps(value)) == value}
+
 # %% ../../nbs/run/12_execute.ipynb #c2a7e011
 def _run_papermill(section: Section, values: dict, log: Log, title: str) -> tuple:
     "(executed notebook, error or None). Raises `OctomedError` where it could not be started."
     import logging
 
+    import nbformat
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -131,13 +138,13 @@ def _run_papermill(section: Section, values: dict, log: Log, title: str) -> tupl
     bar = {"desc": title, "file": sys.stderr, "leave": False}
     try:
         papermill.execute_notebook(
-            str(section.path),
+            nbformat.from_dict(read_notebook(section.path)),
             None,
-            values,
+            _writable(values),
             engine_name="octomed",
             keep=keep,
             kernel_name="python3",
-            cwd=str(checkout() or Path.cwd()),
+            cwd=str(Path.cwd()),
             request_save_on_cell_execute=False,
             autosave_cell_every=0,
             force_raise_errors=True,
