@@ -13,14 +13,13 @@ import inspect
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .code import code_digest
-from .files import disk_error, write_json
+from .files import disk_error, tell, write_json
 from .identity import canonicalize, content_digest, digest, make_card, unkeyed
 from .paths import OctomedError, store_dir
 
@@ -161,16 +160,17 @@ def hold_lock(name: str):
     path = store_dir() / "locks" / f"{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115  # the block below closes it
     except OSError as e:
         raise OctomedError(
             f"the store cannot be written ({e.strerror}): "
             "point OCTOMED_STORE at a folder of your own"
         ) from e
-    with open(path, "w", encoding="utf-8") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"  waiting for another run that makes {name}", file=sys.stderr, flush=True)
+            tell(f"  waiting for another run that makes {name}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -207,7 +207,7 @@ def _make(wanted: Stage, params: dict):
     except OSError as e:
         raise disk_error(e, work) from e
     seconds = time.time() - start
-    print(f"  {wanted.name} {wanted.key} made in {seconds:.0f} s", file=sys.stderr, flush=True)
+    tell(f"  {wanted.name} {wanted.key} made in {seconds:.0f} s")
 
 # %% ../../nbs/core/08_store.ipynb #5948ee46
 def _finish(wanted: Stage, work: Path, seconds: float):

@@ -22,7 +22,13 @@ from multiprocessing import get_context, parent_process
 
 from .devices import has_accelerator, total_memory, usable_cores
 from .files import progress
-from .paths import OctomedError, outputs_dir, store_dir
+from octomed.core.paths import (
+    OctomedError,
+    UsageError,
+    absolute_places,
+    outputs_dir,
+    store_dir,
+)
 from .recipe import LOADED_PLUGINS
 from .store import Stage, run_stage
 
@@ -82,13 +88,14 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _prepare_worker(modules: list[str], environment: dict, log: str):
+def _prepare_worker(modules: list[str], environment: dict, folder: str, log: str):
     "What a worker does first."
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # A kernel that waits for a cell ignores Ctrl-C, and what it starts inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.chdir(folder)
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     for module in modules:
@@ -101,23 +108,32 @@ def _pool(n: int) -> ProcessPoolExecutor:
     "A pool of `n` workers."
     log = store_dir() / "workers.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OCTOMED_OUTPUTS": str(outputs_dir()), **os.environ}
+    environment = {"OCTOMED_OUTPUTS": str(outputs_dir()), **os.environ, **absolute_places()}
     return ProcessPoolExecutor(
         n,
         get_context(_start_method()),
         initializer=_prepare_worker,
-        initargs=(_modules(), environment, str(log)),
+        initargs=(_modules(), environment, os.getcwd(), str(log)),
     )
 
 # %% ../../nbs/core/09_workers.ipynb #5f54cad3
 MEMORY_EACH = 4 * 2**30  # bytes that a worker may need
 
 
+def _read_count(text: str) -> int:
+    "The number in `OCTOMED_WORKERS`. Raises `UsageError` for anything else."
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"OCTOMED_WORKERS={text} is no number of workers: write 1 or more, or unset it"
+        )
+    return int(text)
+
+
 def count_workers() -> int:
     "How many stages run side by side: `OCTOMED_WORKERS`, or what this machine allows."
     wanted = os.environ.get("OCTOMED_WORKERS")
     if wanted:
-        return max(1, int(wanted))
+        return _read_count(wanted)
     if has_accelerator():
         return 1
     memory = total_memory()

@@ -15,12 +15,18 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from ..core.files import write_json
-from ..core.paths import OctomedError, UsageError, shipped_recipes
+from ..core.files import place_error, write_json
+from octomed.core.paths import (
+    OctomedError,
+    UsageError,
+    absolute_places,
+    outputs_dir,
+    shipped_recipes,
+)
 from ..core.recipe import LOADED_PLUGINS, Recipe, load_recipe
 from ..core.store import Stage, is_finished, run_stage
 from .sections import find_sections, read_arms, read_json, recipe_folder, resolve_recipe
@@ -49,7 +55,9 @@ def _read_yaml(path: Path) -> dict:
         )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise place_error(error, path, "read") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path.name} is not YAML ({reason}): correct its syntax") from None
     if not isinstance(raw, dict):
@@ -232,11 +240,16 @@ class Work:
     modules: tuple[str, ...]  # plugins to import
     recipe: str = ""  # of a notebook: the recipe's name or file
     section: str = ""
+    folder: str = ""  # in which it was submitted
+    places: dict = field(default_factory=dict)  # what the environment named there
 
     def make(self):
         """Make what is not there yet.
 
         Raises what a stage raises, and `OctomedError` for code that has changed."""
+        os.environ.update(self.places)
+        if self.folder:
+            os.chdir(self.folder)
         for module in self.modules:
             importlib.import_module(module)
         for name, function in chain.from_iterable(_functions(s).items() for s in self.stages):
@@ -316,6 +329,8 @@ def prepare_work(
         modules=tuple(dict.fromkeys([*recipe.common.plugins, *LOADED_PLUGINS])),
         recipe=source,
         section=job.section,
+        folder=os.getcwd(),
+        places={"OCTOMED_OUTPUTS": str(outputs_dir()), **absolute_places()},
     )
 
 # %% ../../nbs/run/14_cluster.ipynb #ac0bd5be

@@ -59,7 +59,8 @@ def machine_paths(
     shown: str,  # its name in what is kept
 ) -> list[tuple[str, str]]:
     "Folders of this machine, each with the text that is kept instead."
-    return [(str(out), shown), (f"{root()}/", ""), (f"{sys.prefix}/", "")]
+    folders = [root(), sys.prefix, Path.cwd()]
+    return [(str(out), shown), *((f"{folder}/", "") for folder in folders if str(folder) != "/")]
 
 # %% ../../nbs/run/11_log.ipynb #68897ad6
 NOISE = ("Loading weights:", "Writing model shards:")
@@ -76,7 +77,8 @@ class Log:
     def say(self, line: str):
         "Show one line and add it to the log."
         line = redact(line)
-        tqdm.write(line, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            tqdm.write(line, file=sys.stderr)
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:

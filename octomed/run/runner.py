@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..core.code import modules_digest, section_digest
 from ..core.files import atomic_write
-from ..core.paths import OctomedError, UsageError, root, shipped
+from ..core.paths import OctomedError, UsageError, fix_places, root, shipped
 from ..core.recipe import Recipe, load_recipe
 from ..core.store import ExternalInput, Stage, StageFunction, run_stage
 from .execute import SectionFailed, execute
@@ -431,6 +431,7 @@ def run_recipe(
     """Run a recipe's sections in the paper's order, or several at a time.
 
     Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."""
+    fix_places()
     recipe, source = load_recipe(name), resolve_recipe(name)
     todo = _check_recipe(name, recipe, only, notebooks=notebooks)
     started = time.time()
