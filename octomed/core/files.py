@@ -34,6 +34,7 @@ _BAD_PLACES = (
     errno.EACCES,
     errno.EBUSY,
     errno.EEXIST,
+    errno.EFBIG,
     errno.EIO,
     errno.EISDIR,
     errno.ELOOP,

@@ -48,6 +48,12 @@ def _numbered_cells(nb) -> Iterator[tuple]:
         yield number, cell
 
 
+def _first_line(error: BaseException | None) -> str:
+    "An error in one line: its kind, and what it says."
+    message = str(error).strip().splitlines() if error else []
+    return ": ".join([type(error).__name__, *message[:1]])
+
+
 def _fault_of_cell(number: int, cell, error: BaseException | None) -> Fault | None:
     "What went wrong in one cell with code, if anything."
     outputs = cell.get("outputs", [])
@@ -59,7 +65,7 @@ def _fault_of_cell(number: int, cell, error: BaseException | None) -> Fault | No
     if cell.execution_count is None and _is_dead(error):
         return Fault(number, KILLED)
     if cell.execution_count is None:
-        return Fault(number, f"it was not run ({type(error).__name__})")
+        return Fault(number, f"it was not run ({_first_line(error)})")
     return None
 
 # %% ../../nbs/run/12_execute.ipynb #05c8cd8b
@@ -78,8 +84,7 @@ def find_fault(
         return None
     if _is_dead(error):
         return Fault(number, KILLED)
-    message = str(error).splitlines()[0] if str(error) else ""
-    return Fault(number, f"{type(error).__name__}: {message}")
+    return Fault(number, _first_line(error))
 
 # %% ../../nbs/run/12_execute.ipynb #7dfe030a
 def _state(number: int, failed: int | None) -> str:
