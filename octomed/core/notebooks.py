@@ -70,9 +70,14 @@ def _complete_old(notebook: dict) -> dict:
         {**sheet, "cells": [empty.get(cell["cell_type"], {}) | cell for cell in sheet["cells"]]}
         for sheet in notebook["worksheets"]
     ]
-    return {"metadata": {}, "nbformat_minor": 0, **notebook, "worksheets": sheets}
+    return {
+        "metadata": {},
+        "nbformat_minor": 0,
+        **notebook,
+        "worksheets": sheets,
+    }
 
-
+# %% ../../nbs/core/06_notebooks.ipynb #b81f5d0c
 def _upgrade(notebook: dict, file: str) -> dict:
     "A notebook in version 4 of the format. Raises `OctomedError`."
     version = notebook.get("nbformat", 4)

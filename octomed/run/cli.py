@@ -289,21 +289,32 @@ def report(
     recipe: RecipeName,
     /,
     *,
+    everything: Annotated[
+        bool, Parameter(name="--all", help="Every claim and score, not a line for each section.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        Parameter(help="Every claim and score of these sections, such as 42_formatting."),
+    ] = None,
     html: Annotated[bool, Parameter(help="Write outputs/RECIPE/report.html.")] = False,
     json: Json = False,
 ):
     "What a recipe found; sections that were not run show the reference results."
-    from octomed.run.report import format_report, gather_report
+    from octomed.run.report import format_report, format_summary, gather_report
     from octomed.run.report_html import write_report_page
 
     if html and json:
         raise UsageError("--html writes a page and --json prints: choose one")
+    if html and (everything or only):
+        raise UsageError("the page always shows everything: leave out --all and --only")
     if html:
         print(write_report_page(recipe))
     elif json:
-        show(gather_report(recipe), as_json=True)
+        show(gather_report(recipe, only=only), as_json=True)
+    elif everything or only:
+        print(format_report(recipe, only=only))
     else:
-        print(format_report(recipe))
+        print(format_summary(recipe))
 
 # %% ../../nbs/run/25_cli.ipynb #a1805903
 @app.command(help_epilogue=show_example("sources"))
@@ -780,7 +791,8 @@ def prepare_process():
     is_utf8 = locale.getpreferredencoding(False).lower() in ("utf-8", "utf8")
     if not is_utf8 and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        again = [sys.executable, "-X", "utf8"]
+        os.execv(sys.executable, again + sys.orig_argv[1:])
     use_utf8()
 
 
@@ -821,7 +833,12 @@ def describe_os_error(error: OSError) -> str | None:
     if isinstance(file, str | bytes | os.PathLike):
         described = place_error(error, os.fsdecode(file), "read or written")
         return str(described) if isinstance(described, OctomedError) else None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+    if error.errno in (
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENOSPC,
+    ):
         reason = f"the output cannot be written ({error.strerror})"
         return f"{reason}: free some space, or send it elsewhere"
     return None

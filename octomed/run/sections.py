@@ -211,7 +211,7 @@ def _declared(section: Section) -> dict[str, Parameter]:
     cells = [cell for cell in code_cells(section.path) if "parameters" in cell.tags]
     if len(cells) != 1:
         raise OctomedError(
-            f"{section.name}.ipynb has {len(cells)} code cells tagged parameters: tag exactly one"
+            f"{section.name}.ipynb has {len(cells)} cells tagged parameters: tag exactly one"
         )
     parameters = declared_parameters(cells[0])
     missing = {"recipe", "out"} - set(parameters)
