@@ -230,6 +230,18 @@ def _run_notebook(recipe: str, section: str):
     if subprocess.run(command).returncode:
         raise OctomedError(f"the notebook {section} did not run to its end: its log is above")
 
+# %% ../../nbs/run/14_cluster.ipynb #864450e1
+def _settle_where_submitted(folder: str, places: dict[str, str]):
+    "Work in the folder where a job was submitted, so that relative paths mean the same there."
+    os.environ.update(places)
+    try:
+        os.chdir(folder or ".")
+    except OSError as error:
+        raise OctomedError(
+            f"{folder}, where this job was submitted, cannot be entered here ({error.strerror}): "
+            "submit from a folder that all nodes share"
+        ) from None
+
 # %% ../../nbs/run/14_cluster.ipynb #aa141386
 @dataclass(frozen=True)
 class Work:
@@ -247,9 +259,7 @@ class Work:
         """Make what is not there yet.
 
         Raises what a stage raises, and `OctomedError` for code that has changed."""
-        os.environ.update(self.places)
-        if self.folder:
-            os.chdir(self.folder)
+        _settle_where_submitted(self.folder, self.places)
         for module in self.modules:
             importlib.import_module(module)
         for name, function in chain.from_iterable(_functions(s).items() for s in self.stages):

@@ -489,7 +489,7 @@ def _describe_trial(report: dict, reference_page: str) -> str:
     text = f"{mark}. Every number below comes from a run that only tries the code. {advice}"
     return _element("p", text, class_="only-tried")
 
-
+# %% ../../nbs/run/18_report_html.ipynb #4ab9089d
 def render_report(
     report: dict,  # what `gather_report` returns
     reference_page: str = "",  # link to the page of the reference run
@@ -497,7 +497,9 @@ def render_report(
     "The report as one page of HTML."
     trial = _describe_trial(report, reference_page)
     kind = "trial" if trial else "run"
-    notes = "".join(map(_note, report["notes"])) + _others(report)
+    mark = report.get("trial", "").capitalize() or None  # the box above has said so
+    shown_notes = [note for note in report["notes"] if not mark or not note.startswith(mark)]
+    notes = "".join(map(_note, shown_notes)) + _others(report)
     links = "".join(map(_link, report["sections"]))
     shown = "".join(map(_section, report["sections"]))
     odd = "".join(
