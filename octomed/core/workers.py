@@ -113,7 +113,12 @@ def _pool(n: int) -> ProcessPoolExecutor:
         n,
         get_context(_start_method()),
         initializer=_prepare_worker,
-        initargs=(_modules(), environment, os.getcwd(), str(log)),
+        initargs=(
+            _modules(),
+            environment,
+            os.getcwd(),
+            str(log),
+        ),
     )
 
 # %% ../../nbs/core/09_workers.ipynb #5f54cad3

@@ -247,9 +247,9 @@ def _planned_minutes(name: str, notebooks: Path) -> dict[str, float]:
 
     with contextlib.suppress(OctomedError):
         return {
-            row["section"]: max(row["minutes"], LEAST_MINUTES)
+            row["section"]: max(row["minutes"] or 0, LEAST_MINUTES)
             for row in plan(name, notebooks)
-            if row.get("minutes") is not None
+            if row["minutes"] is not None or not row["arms"]
         }
     return {}
 
