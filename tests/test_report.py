@@ -13,14 +13,17 @@ from toys import write_notebook, write_results
 
 from octomed.core.paths import UsageError, root, shipped
 from octomed.core.recipe import Recipe, load_recipe
+from octomed.run import report_html
 from octomed.run.diagnostics import diagnose
 from octomed.run.report import (
     compare_seeds,
     drop_empty_columns,
     find_inconsistencies,
     format_report,
+    format_summary,
     gather_report,
     latest_results,
+    mark_trial,
     rate_row,
     score_row,
     show_in_notebook,
@@ -467,3 +470,55 @@ def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path
         "44_samples:"
     ] * 2
     assert any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
+
+
+# A recipe that only tries the code.
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("smoke", "smoke: not a finding"),
+        ("smoke@2", "smoke: not a finding"),
+        ("/my/smoke.yaml", "smoke: not a finding"),
+        ("course-rehearsal", "rehearsal: not a finding"),
+        ("course", ""),
+        ("smoker", ""),
+    ],
+)
+def test_which_recipes_only_try_the_code(name, mark):
+    assert mark_trial(name) == mark
+
+
+def test_smokes_outcomes_do_not_look_like_results(places):
+    put(places / "out" / "smoke", [claim("a"), claim("b", "disagrees", -0.2)])
+    name = str(places / "smoke.yaml")
+    page = write_report_page(name).read_text(encoding="utf-8")
+    body = page.partition("<body>")[2]
+    assert body.count("smoke: not a finding") >= 4  # two claims, the link, the summary
+    assert '<main class="trial">' in body
+    assert not re.search(r"agrees|undecided|interval of the difference", body)
+    for text in (format_report(name), format_summary(name)):
+        assert "smoke: not a finding" in text
+        assert not re.search(r"\b(agrees|disagrees|undecided)\b", text)
+    assert "octomed report course --html" in body
+
+
+def test_smokes_page_links_the_page_of_the_reference_run(places, monkeypatch):
+    put(places / "out" / "smoke", [claim("a")])
+    put(places / "out" / "reference" / "course", [claim("found by the course")])
+    course = places / "course.yaml"
+    course.write_text("sections: {42_b: {}}", encoding="utf-8")
+    real = report_html.gather_report
+    monkeypatch.setattr(
+        report_html,
+        "gather_report",
+        lambda name, *rest: real(str(course) if name == "course" else name, *rest),
+    )
+    page = write_report_page(str(places / "smoke.yaml"))
+    parsed = Page()
+    parsed.feed(page.read_text(encoding="utf-8"))
+    [link] = [link for link in parsed.links if link.endswith("report.html")]
+    linked = (page.parent / link).read_text(encoding="utf-8")
+    assert "found by the course" in linked
+    assert "not a finding" not in linked

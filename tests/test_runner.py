@@ -14,9 +14,10 @@ import pytest
 
 from octomed.core import identity
 from octomed.core.files import atomic_write
-from octomed.core.paths import OctomedError, UsageError
+from octomed.core.paths import OctomedError, UsageError, root
 from octomed.core.recipe import load_recipe
 from octomed.run.execute import SectionFailed
+from octomed.run.log import Pace, seconds_left
 from octomed.run.runner import notebook_stage, run_recipe, status
 from octomed.run.sections import Section
 
@@ -606,3 +607,111 @@ def test_one_arm(world, monkeypatch):
         world.run(arm="none")
     assert world.run(arm="cot")["ran"] == ["1_a"]
     assert asked == [({"cot": 1}, {"n": 1}, 1)]
+
+
+# Where a run works, and how far it says it is.
+
+WHERE = """
+import os
+from octomed.core.paths import data_dir, outputs_dir, store_dir
+from octomed.core.workers import map_in_workers
+os.environ["OCTOMED_WORKERS"] = "2"
+there = map_in_workers(os.path.abspath, ["x"] * 3, few=1)
+places = [os.getcwd(), str(store_dir()), str(outputs_dir()), str(data_dir()), there[0]]
+pathlib.Path("seen.json").write_text(json.dumps(places), encoding="utf-8")
+finish("1_a")
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_relative_folders_are_those_of_the_command_in_kernels_and_workers(world, jobs):
+    world.section("1_a", body=WHERE)
+    work = world.folder / "typed here"
+    (work / "da ta").mkdir(parents=True)
+    os.rename(world.nbs, work / "nbs")
+    names = {"STORE": "st", "OUTPUTS": "ou", "DATA": "da ta", "NOTEBOOKS": "nbs"}
+    environment = {f"OCTOMED_{name}": value for name, value in names.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "octomed", "run", "../r.yaml", "--jobs", jobs],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(root()), **environment},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((work / "seen.json").read_text(encoding="utf-8"))
+    assert seen == [str(work), *(str(work / name) for name in ("st", "ou", "da ta", "x"))]
+    assert (work / "ou" / "r" / "results" / "1_a.json").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_says_how_far_it_is(world, jobs):
+    for name in ("1_a", "2_b"):
+        world.section(name)
+    world.run(jobs=jobs)
+    lines = [line[20:] for line in (world.out / "r" / "run.log").read_text("utf-8").splitlines()]
+    assert "0 of 2 sections done, about" in lines[0]
+    assert [line for line in lines if "1 of 2 sections done, about" in line]
+    assert [line for line in lines if line.endswith(": 2 of 2 sections done")]
+    assert not [line for line in lines if "of 1 sections" in line]
+
+
+def test_the_time_left_follows_the_run():
+    pace = Pace({"a": 100, "b": 300, "c": None, "d": 100})
+    assert str(pace) == "0 of 4 sections done, time left not known yet"
+    pace.skip("c")
+    assert str(pace) == "1 of 4 sections done, about 8 min left"
+    pace.start("a")
+    pace.begun["a"] -= 50
+    assert 449 <= seconds_left(pace) <= 450
+    assert 49 <= pace.end("a") <= 52
+    assert 199 <= seconds_left(pace) <= 210  # it took half of what was expected
+    pace.start("b")
+    pace.begun["b"] -= 1000
+    assert 60 <= seconds_left(pace) <= 70  # b is late, d takes half
+    pace.at_once = 2
+    assert 45 <= seconds_left(pace) <= 55  # the longest decides
+    pace.end("b")
+    pace.skip("d")
+    assert str(pace) == "4 of 4 sections done"
+
+
+def test_a_run_goes_on_when_nobody_reads_it_any_more(world):
+    world.section("1_a").section("2_b")
+    command = f"{sys.executable} -m octomed run {world.recipe} 2>&1 | head -1"
+    environment = {"PYTHONPATH": str(root()), "OCTOMED_NOTEBOOKS": str(world.nbs)}
+    subprocess.run(
+        ["sh", "-c", command], env={**os.environ, **environment}, capture_output=True, check=True
+    )
+    assert world.states() == {"1_a": "done", "2_b": "done"}
+
+
+@pytest.mark.parametrize(
+    ("source", "leaves"),
+    [
+        ("%%bash\necho hi | grep h && pwd", None),
+        ("files = !ls", None),
+        ("print?", None),
+        ("%%writefile beside.py\nnot python here !", "beside.py"),
+        ("%%time\nx = 1", None),
+        ("await __import__('asyncio').sleep(0)", None),
+    ],
+)
+def test_a_section_runs_what_a_kernel_takes(world, monkeypatch, source, leaves):
+    monkeypatch.chdir(world.folder)
+    world.section("1_a", body="finish('1_a', n=n)", values={"n": 4})
+    path = world.nbs / "1_a.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    nb["cells"].insert(1, {"cell_type": "code", "source": source})
+    del nb["metadata"], nb["nbformat_minor"]
+    path.write_text(json.dumps(nb), encoding="utf-8-sig")
+    assert world.run()["ran"] == ["1_a"]
+    assert world.rows("1_a") == [{"n": 4}]
+    assert leaves is None or (world.folder / leaves).exists()
+
+
+def test_a_tuple_stays_one_in_the_kernel(world):
+    parameters = 'recipe = "smoke"\nout = None\nn = (1, 2)'
+    world.section("1_a", body="finish('1_a', n=type(n).__name__)", parameters=parameters)
+    world.run()
+    assert world.rows("1_a") == [{"n": "tuple"}]

@@ -54,6 +54,22 @@ def test_the_package_is_the_wheels(installed):
     assert str(scripts.parent) in done.stdout
 
 
+def test_the_command_and_the_module_say_their_version(installed):
+    scripts, work = installed
+    versions = [
+        call(*command, "--version", cwd=work).stdout
+        for command in ([scripts / "octomed"], [scripts / "python", "-m", "octomed"])
+    ]
+    assert versions[0] == versions[1] and versions[0].count(".") == 2
+
+
+def test_the_reference_report_needs_no_run(installed):
+    scripts, work = installed
+    page = call(scripts / "octomed", "report", "course", "--html", cwd=work).stdout.strip()
+    assert Path(page) == work / "outputs" / "course" / "report.html"
+    assert "42 · Formatting" in Path(page).read_text(encoding="utf-8")
+
+
 def test_judge(installed):
     scripts, work = installed
     row = {"id": 1, "text": r"\boxed{B}", "options": {"A": "yes", "B": "no"}, "answer": "B"}
