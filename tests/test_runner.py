@@ -715,3 +715,9 @@ def test_a_tuple_stays_one_in_the_kernel(world):
     world.section("1_a", body="finish('1_a', n=type(n).__name__)", parameters=parameters)
     world.run()
     assert world.rows("1_a") == [{"n": "tuple"}]
+
+
+def test_a_magic_that_only_prints_its_error_is_named(world):
+    world.section("1_a", body="# a remark before it\n%%time\nfinish('1_a')")
+    with pytest.raises(SectionFailed, match=r"1_a failed in cell 3 \(UsageError: Line magic"):
+        world.run()

@@ -4,6 +4,7 @@ import ast
 import datetime
 import json
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import yaml
@@ -219,7 +220,7 @@ MARKS = "<<<<<<< HEAD\nx = 1\n=======\nx = 2\n>>>>>>> other"
         ({"text": '{"cells": []}'.encode("utf-16")}, "is not UTF-8 text"),
         ({"metadata": {"kernelspec": {"language": "R"}}}, "is written in R"),
         ({"cell": {"cell_type": "code", "source": 5}}, "cell 1 of 1_a.ipynb has no readable text"),
-        ({"text": '{"cells": []}'}, "has 0 code cells tagged parameters"),
+        ({"text": '{"cells": []}'}, "has 0 cells tagged parameters"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, left, sentence):
@@ -291,3 +292,19 @@ def test_the_folder_of_notebooks_exists(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_NOTEBOOKS", str(tmp_path / "nothing"))
     with pytest.raises(OctomedError, match=r"OCTOMED_NOTEBOOKS names .*, which is no folder"):
         find_sections(Recipe("r", sections={"1_a": {}}))
+
+
+def test_what_a_cell_runs_from_a_file_is_part_of_its_digest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("helper.py").write_text("x = 1", encoding="utf-8")
+    first = digest_of(tmp_path, "%run -i helper.py 3")
+    Path("helper.py").write_text("x = 2", encoding="utf-8")
+    assert digest_of(tmp_path, "%run -i helper.py 3") != first
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, [], {"kernelspec": "python3"}, {"language_info": {"name": "ipython"}}]
+)
+def test_metadata_of_any_shape_are_no_hindrance(tmp_path, metadata):
+    section = leave(tmp_path, BARE, metadata=metadata, nbformat="4", nbformat_minor="x")
+    assert read_defaults(section) == {"recipe": "smoke", "out": None}

@@ -402,4 +402,7 @@ def section_digest(section: str, notebooks: Path | None = None) -> str:
     cells, modules = code_cells(path), set()
     for tree in chain.from_iterable(cell.trees for cell in cells):
         modules |= _imports(tree)
-    return digest([cell.text for cell in cells], modules_digest(modules))
+    texts = [cell.text for cell in cells]
+    files = chain.from_iterable(cell.files for cell in cells)
+    texts += [content_digest(file) for file in files]
+    return digest(texts, modules_digest(modules))

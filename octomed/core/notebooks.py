@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 
@@ -81,7 +82,7 @@ def _complete_old(notebook: dict) -> dict:
 def _upgrade(notebook: dict, file: str) -> dict:
     "A notebook in version 4 of the format. Raises `OctomedError`."
     version = notebook.get("nbformat", 4)
-    if version == 4:
+    if version in (4, "4"):
         return notebook
     import nbformat
 
@@ -100,13 +101,18 @@ def _join(source) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 # %% ../../nbs/core/06_notebooks.ipynb #2e4085cb
+def _mapping(value) -> dict:
+    "A mapping as it is, and an empty one for anything else."
+    return value if isinstance(value, dict) else {}
+
+
 def _complete_metadata(cell: dict) -> dict:
     "A cell's metadata with its tags as a list."
-    metadata = cell.get("metadata") or {}
+    metadata = _mapping(cell.get("metadata"))
     tags = metadata.get("tags") or []
-    return {**metadata, "tags": [tags] if isinstance(tags, str) else tags}
+    return {**metadata, "tags": [tags] if isinstance(tags, str) else list(tags)}
 
-
+# %% ../../nbs/core/06_notebooks.ipynb #d9753fd3
 def _complete_cell(cell: dict, where: str) -> dict:
     "A cell with all that the format asks for. Raises `OctomedError`."
     kind = cell.get("cell_type") if isinstance(cell, dict) else None
@@ -139,8 +145,8 @@ def _with_ids(cells: list[dict]) -> list[dict]:
 # %% ../../nbs/core/06_notebooks.ipynb #181959e4
 def _check_language(metadata: dict, file: str):
     "Raises `OctomedError` for a notebook that is not written in Python."
-    kernel = metadata.get("kernelspec") or {}
-    language = metadata.get("language_info") or {}
+    kernel = _mapping(metadata.get("kernelspec"))
+    language = _mapping(metadata.get("language_info"))
     name = str(kernel.get("language") or language.get("name") or "python")
     if not name.lower().startswith(("python", "ipython")):
         raise OctomedError(f"{file} is written in {name}: a section is a Python notebook")
@@ -155,7 +161,7 @@ def read_notebook(
     cells = notebook.get("cells")
     if not isinstance(cells, list):
         raise OctomedError(f"{path.name} has no cells: save it again from Jupyter")
-    metadata = notebook.get("metadata") or {}
+    metadata = _mapping(notebook.get("metadata"))
     _check_language(metadata, path.name)
     cells = [
         _complete_cell(cell, f"cell {number} of {path.name}")
@@ -224,6 +230,16 @@ def parse_code(source: str, where: str) -> list[ast.Module]:
             trees += parse_code(textwrap.dedent(body), where)
     return trees
 
+# %% ../../nbs/core/06_notebooks.ipynb #9c046b63
+def _magic_files(tree: ast.Module) -> Iterator[Path]:
+    "The files that `%run` runs in a cell."
+    for node in ast.walk(tree):
+        if getattr(getattr(node, "func", None), "attr", "") == "run_line_magic":
+            magic, line = [ast.literal_eval(part) for part in node.args[:2]]
+            if magic == "run":
+                words = (word.strip("'\"") for word in line.split())
+                yield from (Path(word) for word in words if word.endswith((".py", ".ipynb")))
+
 # %% ../../nbs/core/06_notebooks.ipynb #ba258659
 @dataclass(frozen=True, eq=False)
 class CodeCell:
@@ -249,7 +265,13 @@ class CodeCell:
         "The code of the cell and of its magics. Raises `OctomedError`."
         return parse_code(self.source, self.where)
 
+    @property
+    def files(self) -> list[Path]:
+        "The files that the cell runs with `%run`, as far as they are there."
+        files = chain.from_iterable(map(_magic_files, self.trees))
+        return [file for file in files if file.is_file()]
 
+# %% ../../nbs/core/06_notebooks.ipynb #50f926f9
 def code_cells(
     path,  # of the notebook
 ) -> list[CodeCell]:

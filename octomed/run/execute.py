@@ -39,6 +39,18 @@ def _is_dead(error: BaseException | None) -> bool:
     "Whether the error says that the kernel died."
     return "Dead" in type(error).__name__
 
+# %% ../../nbs/run/12_execute.ipynb #f381389e
+def _first_line(error: BaseException | None) -> str:
+    "An error in one line: its kind, and what it says."
+    message = str(error).strip().splitlines() if error else []
+    return ": ".join([type(error).__name__, *message[:1]])
+
+
+def _last_words(outputs: list) -> str:
+    "The last line that a cell wrote to its error stream."
+    texts = [output.text for output in outputs if output.get("name") == "stderr"]
+    return ["it failed without a word", *"".join(texts).strip().splitlines()][-1]
+
 # %% ../../nbs/run/12_execute.ipynb #c2a7e006
 def _numbered_cells(nb) -> Iterator[tuple]:
     "Each cell with its number in the source. The cell that papermill adds shares its number."
@@ -46,12 +58,6 @@ def _numbered_cells(nb) -> Iterator[tuple]:
     for cell in nb.cells:
         number += "injected-parameters" not in cell.metadata.get("tags", [])
         yield number, cell
-
-
-def _first_line(error: BaseException | None) -> str:
-    "An error in one line: its kind, and what it says."
-    message = str(error).strip().splitlines() if error else []
-    return ": ".join([type(error).__name__, *message[:1]])
 
 
 def _fault_of_cell(number: int, cell, error: BaseException | None) -> Fault | None:
@@ -66,6 +72,8 @@ def _fault_of_cell(number: int, cell, error: BaseException | None) -> Fault | No
         return Fault(number, KILLED)
     if cell.execution_count is None:
         return Fault(number, f"it was not run ({_first_line(error)})")
+    if cell.metadata.get("papermill", {}).get("exception"):  # a magic that only prints its error
+        return Fault(number, _last_words(outputs))
     return None
 
 # %% ../../nbs/run/12_execute.ipynb #05c8cd8b
