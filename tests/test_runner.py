@@ -721,3 +721,21 @@ def test_a_magic_that_only_prints_its_error_is_named(world):
     world.section("1_a", body="# a remark before it\n%%time\nfinish('1_a')")
     with pytest.raises(SectionFailed, match=r"1_a failed in cell 3 \(UsageError: Line magic"):
         world.run()
+
+
+def test_a_plugin_in_the_folder_of_the_command_is_found(world):
+    world.section("1_a", body="import my_own_plugin\nfinish('1_a', n=my_own_plugin.n)")
+    (world.folder / "my_own_plugin.py").write_text("n = 5", encoding="utf-8")
+    world.write(plugins=["my_own_plugin"])
+    program = Path(sys.executable).parent / "octomed"
+    if not program.exists():
+        pytest.skip("octomed is not installed beside this interpreter")
+    done = subprocess.run(
+        [str(program), "run", "r.yaml"],
+        cwd=world.folder,
+        env={**os.environ, "PYTHONPATH": str(root()), "OCTOMED_NOTEBOOKS": "nbs"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert world.rows("1_a") == [{"n": 5}]

@@ -797,12 +797,16 @@ def prepare_process():
 
 
 def settle_folders():
-    "Make what the environment names absolute. Raises `OctomedError` in a folder that is gone."
+    """Make what the environment names absolute, and a recipe's plugins here importable.
+
+    Raises `OctomedError` in a folder that is gone."""
     try:
-        os.getcwd()
+        here = os.getcwd()
     except FileNotFoundError:
         raise OctomedError("the folder in which you are is gone: change to another") from None
     fix_places()
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that nothing here hides a package
 
 # %% ../../nbs/run/25_cli.ipynb #db8f02ed
 def describe_usage_error(error: CycloptsError) -> str:
