@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from toys import write_notebook, write_results
 
-from octomed.core.paths import UsageError, root, shipped
+from octomed.core.paths import OctomedError, UsageError, root, shipped
 from octomed.core.recipe import Recipe, load_recipe
 from octomed.run import report_html
 from octomed.run.diagnostics import diagnose
@@ -522,3 +522,29 @@ def test_smokes_page_links_the_page_of_the_reference_run(places, monkeypatch):
     linked = (page.parent / link).read_text(encoding="utf-8")
     assert "found by the course" in linked
     assert "not a finding" not in linked
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is not JSON in line 1"),
+        ('{\n<<<<<<< HEAD\n"claims": []}', "is not JSON in line 2"),
+        ("{}", "lacks section, claims, rows, card"),
+        ("[]", "lacks section, claims, rows, card"),
+    ],
+)
+def test_results_that_cannot_be_read_are_named(places, text, sentence):
+    put(places / "out" / "smoke", [claim("a")])
+    path = places / "out" / "smoke" / "results" / "42_b.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(OctomedError) as caught:
+        gather_report(str(places / "smoke.yaml"))
+    assert str(caught.value).startswith(f"{path} {sentence}")
+    assert "remove it and run its section again" in str(caught.value)
+
+
+def test_results_with_a_byte_order_mark_are_read(places):
+    put(places / "out" / "smoke", [claim("a")])
+    path = places / "out" / "smoke" / "results" / "42_b.json"
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert gather_report(str(places / "smoke.yaml"))["sections"][0]["claims"]

@@ -739,3 +739,12 @@ def test_a_plugin_in_the_folder_of_the_command_is_found(world):
     )
     assert done.returncode == 0, done.stderr
     assert world.rows("1_a") == [{"n": 5}]
+
+
+def test_outputs_that_cannot_be_written_stop_a_run_before_it_starts(world):
+    world.section("1_a", body=f"pathlib.Path({str(world.folder / 'ran')!r}).touch()\nfinish('1_a')")
+    world.out.mkdir(exist_ok=True)
+    (world.out / "r").write_text("", encoding="utf-8")
+    with pytest.raises(OctomedError, match="point OCTOMED_OUTPUTS at a folder of your own"):
+        world.run()
+    assert not (world.folder / "ran").exists()

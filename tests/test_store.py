@@ -13,7 +13,7 @@ import pytest
 from octomed.core import store, workers
 from octomed.core.identity import digest
 from octomed.core.paths import OctomedError
-from octomed.core.store import is_finished
+from octomed.core.store import hold_lock, is_finished
 from octomed.core.workers import _jobs, map_in_workers, run_all
 
 CODE = """
@@ -216,3 +216,16 @@ def test_on_windows_one_sentence_names_the_systems_that_octomed_runs_on():
         "octomed.core.paths.OctomedError: octomed runs on Linux and macOS: "
         "on Windows, install it and run it inside WSL"
     )
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"finished": 1}', '{"finished": "x"}'])
+def test_a_card_that_cannot_be_read_is_of_no_finished_stage(tmp_path, text):
+    (tmp_path / "card.json").write_text(text, encoding="utf-8")
+    assert not is_finished(tmp_path)
+
+
+def test_a_store_whose_locks_are_a_file_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
+    (tmp_path / "locks" / "x.lock").mkdir(parents=True)
+    with pytest.raises(OctomedError, match="the store cannot be written"), hold_lock("x"):
+        pass

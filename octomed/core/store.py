@@ -145,9 +145,13 @@ def is_finished(folder: Path) -> bool:
         facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if facts["finished"] < float(os.environ.get("OCTOMED_FRESH", 0)):
+    facts = facts if isinstance(facts, dict) else {}
+    finished, files = facts.get("finished"), facts.get("files")
+    if not isinstance(finished, float | int) or not isinstance(files, dict):
         return False
-    return all(_has_size(folder / name, size) for name, size in facts["files"].items())
+    if finished < float(os.environ.get("OCTOMED_FRESH", 0)):
+        return False
+    return all(_has_size(folder / name, size) for name, size in files.items())
 
 
 def _has_size(file: Path, size: int) -> bool:

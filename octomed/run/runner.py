@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'TEXT_FILES', 'LEAST_MINUTES', 'check_results', 'failed_note
 
 # %% ../../nbs/run/13_runner.ipynb #f4ae9e33
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.code import modules_digest, section_digest
-from ..core.files import atomic_write, tell
+from ..core.files import atomic_write, place_error, tell
 from ..core.paths import OctomedError, UsageError, fix_places, root, shipped
 from ..core.recipe import Recipe, load_recipe
 from ..core.store import ExternalInput, Stage, StageFunction, run_stage
@@ -58,7 +59,7 @@ def check_results(path: Path, section: Section):
         )
     try:
         missing = set(PARTS) - set(read_json(path))
-    except ValueError:
+    except OctomedError:
         raise SectionFailed(
             f"{section.name} wrote results that are not JSON: end it with `write_results`"
         ) from None
@@ -433,6 +434,17 @@ def _say_end(recipe: Recipe, source: str, ran: list[str], seconds: float, total:
     )
 
 # %% ../../nbs/run/13_runner.ipynb #d3a7e016
+def _check_outputs(recipe: Recipe):
+    "Raises `OctomedError` where a recipe's results could not be written in the end."
+    folder = recipe_folder(recipe)
+    while not folder.exists():
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return
+    code = errno.EACCES if folder.is_dir() else errno.ENOTDIR
+    raise place_error(OSError(code, os.strerror(code)), recipe_folder(recipe))
+
+
 def _check_recipe(name: str, recipe: Recipe, only, notebooks) -> list[Section]:
     "The sections to run. Raises `UsageError` for a recipe that cannot be run as it is."
     todo = find_sections(recipe, only, notebooks)
@@ -461,6 +473,7 @@ def run_recipe(
     fix_places()
     recipe, source = load_recipe(name), resolve_recipe(name)
     todo = _check_recipe(name, recipe, only, notebooks=notebooks)
+    _check_outputs(recipe)
     started = time.time()
     with _stoppable(), _limited_to(minutes), _fresh_stages(fresh):
         try:

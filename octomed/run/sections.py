@@ -36,8 +36,14 @@ from ..core.recipe import Recipe
 
 # %% ../../nbs/run/02_sections.ipynb #f15c24ae
 def read_json(path) -> dict:
-    "The object in a JSON file."
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    "The object in a JSON file that a run has written. Raises `OctomedError`."
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        line = f" in line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise OctomedError(
+            f"{path} is not JSON{line}: restore it, or remove it and run its section again"
+        ) from None
 
 
 def recipe_folder(recipe: Recipe) -> Path:
