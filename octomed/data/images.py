@@ -418,7 +418,7 @@ def _index_path() -> Path:
 def _read_index() -> dict:
     "Known files: file hash → pixel hash. Empty if the index is missing or damaged."
     try:
-        return json.loads(_index_path().read_text())
+        return json.loads(_index_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -53,7 +53,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     Raises `OctomedError` if it cannot be opened."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / "ledger.lock", "w") as lock:
+        with open(path.parent / "ledger.lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             for pragma in _PRAGMAS:

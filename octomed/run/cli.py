@@ -10,11 +10,14 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'show_reports', 'decontaminate', 'bench',
            'declare_arm', 'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions',
            'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target',
-           'export_to_hub', 'hub', 'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
+           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
+           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
+import errno
 import json
+import locale
 import os
 import sys
 import traceback
@@ -25,8 +28,8 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnknownCommandError, validators
 
 import octomed
-from ..core.files import read_jsonl
-from ..core.paths import OctomedError, UsageError
+from ..core.files import place_error, read_jsonl, tell
+from ..core.paths import OctomedError, UsageError, fix_places
 
 # %% ../../nbs/run/25_cli.ipynb #95d523dd
 AtLeastOne = validators.Number(gte=1)
@@ -286,21 +289,32 @@ def report(
     recipe: RecipeName,
     /,
     *,
+    everything: Annotated[
+        bool, Parameter(name="--all", help="Every claim and score, not a line for each section.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        Parameter(help="Every claim and score of these sections, such as 42_formatting."),
+    ] = None,
     html: Annotated[bool, Parameter(help="Write outputs/RECIPE/report.html.")] = False,
     json: Json = False,
 ):
     "What a recipe found; sections that were not run show the reference results."
-    from octomed.run.report import format_report, gather_report
+    from octomed.run.report import format_report, format_summary, gather_report
     from octomed.run.report_html import write_report_page
 
     if html and json:
         raise UsageError("--html writes a page and --json prints: choose one")
+    if html and (everything or only):
+        raise UsageError("the page always shows everything: leave out --all and --only")
     if html:
         print(write_report_page(recipe))
     elif json:
-        show(gather_report(recipe), as_json=True)
+        show(gather_report(recipe, only=only), as_json=True)
+    elif everything or only:
+        print(format_report(recipe, only=only))
     else:
-        print(format_report(recipe))
+        print(format_summary(recipe))
 
 # %% ../../nbs/run/25_cli.ipynb #a1805903
 @app.command(help_epilogue=show_example("sources"))
@@ -677,7 +691,7 @@ app.command(export)
 
 def print_next(text: str):
     "What to do with an export, on the error stream so that `--json` stays JSON."
-    print(text, file=sys.stderr)
+    tell(text)
 
 # %% ../../nbs/run/25_cli.ipynb #2c2c6cde
 @export.command(help_epilogue=show_example("export llamafactory clinic_ward:train --out there"))
@@ -782,6 +796,39 @@ def lm_eval(
     show(rows, as_json=json)
     print_next("README.md has the command of lm_eval")
 
+# %% ../../nbs/run/25_cli.ipynb #3ec9e04a
+def use_utf8():
+    "Print UTF-8; what UTF-8 does not have, half of a surrogate pair, is escaped as JSON does."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    os.environ["PYTHONIOENCODING"] = "utf-8:backslashreplace"
+
+
+def prepare_process():
+    "Make this process and all that it starts read and write UTF-8, whatever the locale is."
+    if sys.stdout is None:  # closed, as by `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    is_utf8 = locale.getpreferredencoding(False).lower() in ("utf-8", "utf8")
+    if not is_utf8 and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        again = [sys.executable, "-X", "utf8"]
+        os.execv(sys.executable, again + sys.orig_argv[1:])
+    use_utf8()
+
+
+def settle_folders():
+    """Make what the environment names absolute, and a recipe's plugins here importable.
+
+    Raises `OctomedError` in a folder that is gone."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise OctomedError("the folder in which you are is gone: change to another") from None
+    fix_places()
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that nothing here hides a package
+
 # %% ../../nbs/run/25_cli.ipynb #db8f02ed
 def describe_usage_error(error: CycloptsError) -> str:
     "One sentence for wrong arguments, which ends on where the right ones are shown."
@@ -795,6 +842,7 @@ def describe_usage_error(error: CycloptsError) -> str:
 # %% ../../nbs/run/25_cli.ipynb #227854ef
 def run_command(arguments: list[str]) -> int:
     "Run a command and return its exit code."
+    settle_folders()
     if not arguments:
         with contextlib.redirect_stdout(sys.stderr):
             app.help_print([])
@@ -803,29 +851,70 @@ def run_command(arguments: list[str]) -> int:
     sys.stdout.flush()
     return code if isinstance(code, int) else 0
 
+# %% ../../nbs/run/25_cli.ipynb #1c4abdd0
+def describe_os_error(error: OSError) -> str | None:
+    "One sentence for a file that cannot be used, or output that goes nowhere; None for others."
+    file = error.filename
+    if isinstance(file, str | bytes | os.PathLike):
+        described = place_error(error, os.fsdecode(file), "read or written")
+        return str(described) if isinstance(described, OctomedError) else None
+    if error.errno in (
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENOSPC,
+    ):
+        reason = f"the output cannot be written ({error.strerror})"
+        return f"{reason}: free some space, or send it elsewhere"
+    return None
+
+
+def describe_error(error: Exception) -> str:
+    "What is shown for an error that no function has foreseen: a sentence, or its traceback."
+    from octomed.run.log import redact
+
+    sentence = None
+    if isinstance(error, OSError):
+        sentence = describe_os_error(error)
+    elif isinstance(error, UnicodeDecodeError):
+        sentence = (
+            f"a file is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        )
+    if sentence:
+        return f"octomed: {redact(sentence)}"
+    return redact("".join(traceback.format_exception(error))).rstrip()
+
+
+def discard_output():
+    "Send what is left to print nowhere, so that Python does not complain of it at its end."
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
 # %% ../../nbs/run/25_cli.ipynb #50c6efe3
 def main(
     argv=None,  # by default the command line
 ) -> int:  # 0 done, 1 failed, 2 wrong usage
     "The command `octomed`."
+    if argv is None:
+        prepare_process()
     try:
         return run_command([str(word) for word in (sys.argv[1:] if argv is None else argv)])
     except CycloptsError as error:
-        print(f"octomed: {describe_usage_error(error)}", file=sys.stderr)
+        tell(f"octomed: {describe_usage_error(error)}")
         return 2
     except OctomedError as error:
-        print(f"octomed: {error}", file=sys.stderr)
+        tell(f"octomed: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("octomed: stopped: run it again to go on", file=sys.stderr)
+        tell("octomed: stopped: run it again to go on")
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
         return 1
-    except Exception:
-        from octomed.run.log import redact
-
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:
+        tell(describe_error(error))
+        if isinstance(error, OSError) and error.filename is None:
+            discard_output()
         return 1
 
 # %% ../../nbs/run/25_cli.ipynb #9557dab0

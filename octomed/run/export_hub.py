@@ -149,7 +149,7 @@ STEPS = (
 def _funnel(step: Stage) -> dict:
     "What a finished stage counted; empty where it counts nothing."
     path = step.folder / "funnel.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _copy_cards(arm: Arm, common: Common, out: Path) -> dict[str, dict]:
@@ -157,7 +157,7 @@ def _copy_cards(arm: Arm, common: Common, out: Path) -> dict[str, dict]:
     funnels = {}
     for name, step in declare_stages(arm, common).items():
         if name in STEPS and isinstance(step, Stage) and step.done:
-            identity = json.loads((step.folder / "card.json").read_text())
+            identity = json.loads((step.folder / "card.json").read_text(encoding="utf-8"))
             write_json(out / "cards" / f"{name}.json", identity)
             funnels[name] = _funnel(step)
     return funnels

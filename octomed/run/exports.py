@@ -15,7 +15,7 @@ from ..core.files import progress, read_jsonl
 from ..core.identity import canonicalize, make_card
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import Common
-from ..core.store import Stage, run_stage
+from ..core.store import ExternalInput, Stage, run_stage
 from ..data.images import image_path
 from ..data.questions import Question
 from ..distill.pools import read_questions
@@ -39,6 +39,8 @@ def base_student_of(
 ) -> Path | str:  # a folder or a hub id
     "The base student of an arm."
     base = rendered.params["base"]
+    if isinstance(base, ExternalInput):
+        return base.path
     return run_stage(base) if isinstance(base, Stage) else base
 
 # %% ../../nbs/run/19_exports.ipynb #c9a7e001

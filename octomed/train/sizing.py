@@ -30,7 +30,7 @@ def load_configuration(
     name, commit = split_revision(student)
     path = shipped("configs", name.replace("/", "--") + ".json")
     if path.exists():
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("source", None)
         return AutoConfig.for_model(**settings)
     if not commit and not Path(name).is_dir():

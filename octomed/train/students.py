@@ -19,7 +19,7 @@ from ..core.files import write_json, write_jsonl
 from ..core.identity import Registry, seed_for, split_revision
 from ..core.paths import OctomedError
 from ..core.recipe import Common
-from ..core.store import stage
+from ..core.store import ExternalInput, stage
 from ..generate.render import Row, count_tokens, load_rows
 from .launch import build_accelerator, build_launch_command, current_execution, launch
 from .loop import SHARDED, complete_execution, fit
@@ -211,7 +211,7 @@ def main(
     folder: Path,  # of a student, with its `job.json`
 ):
     "What each process of a run on many processes does."
-    job = json.loads((folder / "job.json").read_text())
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     fields = {**job["schedule"], "freeze": tuple(job["schedule"]["freeze"])}
     make_student(folder, **{**job, "schedule": Schedule(**fields)})
 
@@ -227,8 +227,8 @@ def register_student(
     STUDENTS[name] = factory
 
 # %% ../../nbs/train/09_students.ipynb #92d27a5b
-def find_base_student(common: Common):  # a stage, or a hub id or folder as text
-    """The base student of a recipe.
+def find_base_student(common: Common):  # a stage, a folder as an input, or a hub id as text
+    """The base student of a recipe; a relative folder is one of the current folder.
 
     Raises `OctomedError` for a clinic name that nobody registered."""
     if common.student in STUDENTS:
@@ -238,7 +238,8 @@ def find_base_student(common: Common):  # a stage, or a hub id or folder as text
             f"no student is registered as {common.student}: choose from "
             f"{', '.join(sorted(STUDENTS))}, and name its plugin in the recipe"
         )
-    return common.student
+    folder = Path(common.student).expanduser()
+    return ExternalInput(folder.resolve()) if folder.is_dir() else common.student
 
 # %% ../../nbs/train/09_students.ipynb #13de0013
 if __name__ == "__main__" and "__file__" in globals():
