@@ -448,15 +448,14 @@ def _split_prompt(
     begin = tokenizer.bos_token_id
     is_chat = not isinstance(prompt, str)
     has_begun = begin is not None and text.startswith(tokenizer.bos_token)
+    adds_begin = bool(text) and not (is_chat or has_begun)
 
     def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=not (is_chat or has_begun))["input_ids"]
+        return tokenizer(part, add_special_tokens=adds_begin)["input_ids"]
 
-    if text:
-        return split_pair(encode, text, continuation)
+    before, after = split_pair(encode, text, continuation)
     first = begin if begin is not None else tokenizer.eos_token_id
-    tokens = tokenize_chat(engine.processor, continuation)
-    return ([first], tokens) if tokens[0] != first else (tokens[:1], tokens[1:])
+    return before or [first], after
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #298e256f
 def _list_rows(engine: TransformersEngine, prompts, continuations) -> dict:

@@ -11,7 +11,6 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from ..core.identity import split_revision
 from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/02_models.ipynb #d53b3ef9
