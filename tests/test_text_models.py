@@ -521,3 +521,222 @@ def test_sizing_counts_each_parameter_once(folders, family):
         )
         and len(check_fit(shape, Load(100, 50))) == 6
     )
+
+
+# --- from the command line
+
+
+@pytest.fixture
+def questions(own_places):
+    "A text-only pool and benchmark, and a benchmark whose questions have pictures."
+    from octomed.data.questions import Question
+    from octomed.data.sources import SOURCES, Source, register
+
+    def make(name, split, n):
+        return [
+            Question(
+                stem=f"{name} {i}: Which of these is it?",
+                options=("fever", "rash"),
+                answer="AB"[i % 2],
+                source=name,
+                split=split,
+                category="text_only",
+                origin=str(i),
+            )
+            for i in range(n)
+        ]
+
+    kinds = [
+        ("toytext", "train", "train", "text_only", 8),
+        ("toytext", "test", "benchmark", "text_only", 4),
+        ("toypics", "test", "benchmark", "multimodal_reasoning", 4),
+        ("toypics", "train", "train", "multimodal_reasoning", 4),
+    ]
+    for name, split, role, category, n in kinds:
+        register(
+            Source(
+                name=name,
+                split=split,
+                category=category,
+                role=role,
+                make=lambda name=name, split=split, n=n, **_: make(name, split, n),
+                revision="1",
+                expected=n,
+            )
+        )
+    yield
+    for name, split, *_ in kinds:
+        del SOURCES[f"{name}:{split}"]
+
+
+def recipe_of(folder, student, **changed):
+    "The path of a small recipe with this student."
+    import yaml
+
+    common = {
+        "student": str(student),
+        "teacher_text": "clinic/reasoner",
+        "teacher_image": "clinic/instruct",
+        "plugins": ["octomed.clinic.students", "octomed.clinic.teachers"],
+        "train": ["toytext:train"],
+        "benchmarks": ["toytext:test"],
+        "batch": 4,
+        "max_tokens": 8,
+        "answer_tokens": 4,
+        "eval_seeds": 2,
+        "cutoff": 1024,
+        **changed,
+    }
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"common": common, "sections": {}}))
+    return str(path)
+
+
+def test_a_text_model_is_evaluated_trained_and_evaluated_again(
+    questions, folders, family, tmp_path, capsys
+):
+    from octomed.run.cli import main
+
+    recipe = recipe_of(tmp_path, folders[family])
+    asked = ["toytext:test", "--recipe", recipe, "--json"]
+    assert main(["evaluate", str(folders[family]), *asked]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows and {row["n"] for row in rows} == {4}
+    train = ["train", "toytext:train", "-k", "0", "--form", "direct", "--recipe", recipe]
+    assert main([*train, "--epochs", "2", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["steps"] == 4
+    assert main(["evaluate", row["folder"], *asked]) == 0
+
+
+def test_the_exports_of_a_text_model(questions, folders, tmp_path, capsys):
+    import yaml
+
+    from octomed.run.cli import main
+
+    recipe = recipe_of(tmp_path, folders["llama"])
+    rest = ["toytext:train", "-k", "0", "--form", "direct", "--recipe", recipe, "--epochs", "1"]
+    for kind in ("student", "hub", "llamafactory"):
+        assert main(["export", kind, *rest, "--out", str(tmp_path / kind)]) == 0, kind
+    student, _ = load_student(tmp_path / "student")
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    assert "pipeline_tag: text-generation" in (tmp_path / "student/README.md").read_text()
+    settings = yaml.safe_load((tmp_path / "llamafactory/train.yaml").read_text())
+    assert not {"template", "default_system", "image_max_pixels"} & set(settings)
+    assert not {name for name in settings if name.startswith("freeze")}
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "llamafactory/traces.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 8 and not any(
+        "<|bos|>" in m["content"] for r in rows for m in r["messages"]
+    )
+
+
+PICTURED = [
+    ("evaluate", ["evaluate", "FOLDER", "toypics:test"]),
+    ("train", ["train", "toypics:train", "-k", "0", "--form", "direct"]),
+    ("distill", ["distill", "toypics:train"]),
+    ("export", ["export", "student", "toypics:train", "--out", "there"]),
+]
+
+
+@pytest.mark.parametrize("words", [words for _, words in PICTURED], ids=[n for n, _ in PICTURED])
+def test_questions_with_pictures_are_refused_before_anything_is_done(
+    words, questions, folders, tmp_path, capsys
+):
+    from octomed.core.paths import store_dir
+    from octomed.run.cli import main
+
+    folder = folders["llama"]
+    recipe = recipe_of(tmp_path, folder)
+    words = [str(folder) if word == "FOLDER" else word for word in words]
+    assert main([*words, "--recipe", recipe]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    spec = next(word for word in words if word.startswith("toypics"))
+    assert line == (
+        f"octomed: {folder.name} reads no images, and {spec} has some: "
+        "leave it out, or name a model that reads images"
+    )
+    assert not list(store_dir().glob("*/*"))
+
+
+def test_a_teacher_for_images_that_reads_none_is_refused(questions, folders, tmp_path, capsys):
+    from octomed.run.cli import main
+
+    teacher = f"transformers:{folders['llama']}@1"
+    recipe = recipe_of(tmp_path, "clinic/tiny", teacher_image=teacher)
+    assert main(["distill", "toypics:train", "--recipe", recipe]) == 2
+    assert "reads no images, and toypics:train has some" in capsys.readouterr().err
+    assert main(["distill", "toytext:train", "--recipe", recipe, "--samples", "1"]) in (0, 1)
+    assert "reads no images" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["train", "benchmarks"])
+def test_a_rehearsal_refuses_what_the_real_student_cannot_read(
+    key, questions, folders, tmp_path, capsys
+):
+    from octomed.run.rehearsal import rehearse
+
+    split = "train" if key == "train" else "test"
+    recipe = recipe_of(tmp_path, folders["llama"], **{key: [f"toypics:{split}"]})
+    with pytest.raises(OctomedError, match="reads no images"):
+        rehearse(recipe)
+
+
+def section(folder):
+    "A folder of notebooks with one section, which has one arm."
+    cells = [
+        ("code", 'recipe = "smoke"\nout = None', ["parameters"]),
+        (
+            "code",
+            "#| export\n"
+            "def arms(recipe):\n"
+            "    from octomed.evaluate.arms import Arm\n"
+            "    sources = tuple((spec, 0) for spec in recipe.common.train)\n"
+            "    return {'one': Arm(sources, form='direct', k=0)}\n",
+            [],
+        ),
+    ]
+    notebook = {
+        "cells": [
+            {
+                "cell_type": kind,
+                "id": f"cell{i}",
+                "metadata": {"tags": tags},
+                "source": source,
+                "outputs": [],
+                "execution_count": None,
+            }
+            for i, (kind, source, tags) in enumerate(cells)
+        ],
+        "metadata": {
+            "kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    folder.mkdir()
+    (folder / "99_mine.ipynb").write_text(json.dumps(notebook))
+    return folder
+
+
+@pytest.mark.parametrize("benchmark, refused", [("toytext:test", False), ("toypics:test", True)])
+def test_a_plan_sizes_a_text_model_and_refuses_pictures(
+    benchmark, refused, questions, folders, tmp_path
+):
+    from octomed.core.recipe import load_recipe
+    from octomed.evaluate.arms import Arm, schedule_of
+    from octomed.run.plan_hours import memory_rows
+    from octomed.run.plan_sections import plan_section
+
+    recipe = load_recipe(recipe_of(tmp_path, folders["qwen"], benchmarks=[benchmark]))
+    arm = Arm((("toytext:train", 0),), form="direct", k=0, schedule=schedule_of(recipe.common, 1.0))
+    if refused:
+        with pytest.raises(OctomedError, match="reads no images, and toypics:test has some"):
+            plan_section(recipe, "mine", {"one": arm})
+        return
+    planned = plan_section(recipe, "mine", {"one": arm})
+    assert planned["training_hours"] is not None and planned["evaluations"] == 1
+    rows = memory_rows(recipe.common.student)
+    assert {row["trained"] for row in rows} == {"all of it"} and len(rows) == 6

@@ -190,10 +190,7 @@ class TransformersEngine:
     def likelihoods(
         self, prompts: list[str | ChatPrompt], continuations: list[list[str]]
     ) -> list[list[Likelihood]]:
-        """For each prompt, the likelihood of each of its continuations.
-
-        Raises `OctomedError` for a text that is too long, and for a continuation without a token.
-        """
+        "For each prompt, the likelihood of each of its continuations. Raises as `_score_all`."
         return _score_all(self, prompts, continuations)
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #05loadne
@@ -528,7 +525,9 @@ def _score_group(engine: TransformersEngine, group: list[tuple], rows: dict):
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #6617f640
 def _score_all(engine: TransformersEngine, prompts, continuations) -> list[list[Likelihood]]:
-    "The likelihoods of all continuations, in their order."
+    """The likelihoods of all continuations, in their order.
+
+    Raises `OctomedError` for a text that is too long, and for a continuation without a token."""
     if len(prompts) != len(continuations):
         raise OctomedError(
             f"{len(prompts)} prompts have {len(continuations)} lists of continuations: "

@@ -45,7 +45,7 @@ _MARK = "qzmarkqz"  # a word that no template writes by itself
 DATE = datetime(2024, 7, 26)  # what templates write as today: the date that Llama's has by default
 
 
-def _plain(message: dict, name: str) -> dict:
+def _as_text(message: dict, name: str) -> dict:
     "A turn whose content is a string. Raises `OctomedError` if it holds an image."
     content = message["content"]
     if isinstance(content, str):
@@ -87,23 +87,27 @@ class TextProcessor:
 
     @cached_property
     def has_system_turn(self) -> bool:
-        "Whether the template writes a system's turn."
-        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "?"}]
-        try:
-            return _MARK in _render(self, messages)
-        except OctomedError:
-            return False
+        return _writes_system(self)
 
     def apply_chat_template(self, messages: list[dict], **options) -> str:
         """A chat as text, by the model's own template.
 
         Raises `OctomedError` for images, and for a chat that the template refuses."""
-        plain = [_plain(message, self.name) for message in messages]
+        plain = [_as_text(message, self.name) for message in messages]
         return _render(self, plain if self.has_system_turn else _fold_system(plain), **options)
 
     def save_pretrained(self, folder):
         "Save the tokenizer as it came."
         self.tokenizer.save_pretrained(folder)
+
+# %% ../../nbs/generate/02_models.ipynb #3780db02
+def _writes_system(processor: TextProcessor) -> bool:
+    "Whether the template writes a system's turn."
+    messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "?"}]
+    try:
+        return _MARK in _render(processor, messages)
+    except OctomedError:
+        return False
 
 # %% ../../nbs/generate/02_models.ipynb #cb691f32
 def _render(processor: TextProcessor, messages: list[dict], **options) -> str:
