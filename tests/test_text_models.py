@@ -350,8 +350,8 @@ def test_the_likeliest_option_by_sum_and_by_byte(engine):
     (scores,) = engine.likelihoods(["It is"], [OPTIONS])
     sums = [score.logprob for score in scores]
     by_byte = [s / len(o.encode()) for s, o in zip(sums, OPTIONS, strict=True)]
-    assert choose_likeliest(scores) == sums.index(max(sums))
-    assert choose_likeliest(scores, OPTIONS) == by_byte.index(max(by_byte))
+    assert choose_likeliest(sums) == sums.index(max(sums))
+    assert choose_likeliest(sums, OPTIONS) == by_byte.index(max(by_byte))
 
 
 # --- training

@@ -10,6 +10,7 @@ __all__ = ['TOGETHER', 'choose_from_nucleus', 'decode_shrinking', 'use_grouped_a
 import time
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 from ..core.devices import device
 from ..core.paths import OctomedError
@@ -438,12 +439,11 @@ def _write_prompt(engine: TransformersEngine, prompt: str | ChatPrompt) -> tuple
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #77f4c28a
 def _split_prompt(
-    engine: TransformersEngine, prompt: str | ChatPrompt, text: str, continuation: str
+    engine: TransformersEngine, text: str, continuation: str, is_chat: bool
 ) -> tuple[list[int], list[int]]:
     "Tokens of a prompt and of its continuation; raw text begins as its tokenizer begins a text."
     tokenizer = engine.processor.tokenizer
     begin = tokenizer.bos_token_id
-    is_chat = not isinstance(prompt, str)
     has_begun = begin is not None and text.startswith(tokenizer.bos_token)
     adds_begin = bool(text) and not (is_chat or has_begun)
 
@@ -460,8 +460,9 @@ def _list_rows(engine: TransformersEngine, prompts, continuations) -> dict:
     rows: dict[tuple, list[_Scored]] = {}
     for number, prompt in enumerate(prompts):
         text, images = _write_prompt(engine, prompt)
+        is_chat = isinstance(prompt, ChatPrompt)
         for place, continuation in enumerate(continuations[number]):
-            before, after = _split_prompt(engine, prompt, text, continuation)
+            before, after = _split_prompt(engine, text, continuation, is_chat=is_chat)
             row = [*before, *after][:-1]
             if len(row) > engine.limit:
                 raise OctomedError(
@@ -514,7 +515,7 @@ def _score_group(engine: TransformersEngine, group: list[tuple], rows: dict):
         left=False,
     ).to(engine.device)
     width = inputs["input_ids"].shape[1]
-    first = min(asked.start for row in group for asked in rows[row])
+    first = min(asked.start for asked in chain.from_iterable(rows[row] for row in group))
     with torch.inference_mode():
         out = engine.net(**inputs, logits_to_keep=width - first, use_cache=False)
     for row, logits in zip(group, out.logits, strict=True):

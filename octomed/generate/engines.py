@@ -181,11 +181,11 @@ def split_pair(
 
 # %% ../../nbs/generate/05_engines.ipynb #8854a3c7
 def choose_likeliest(
-    likelihoods: list[Likelihood],  # of a question's options
+    logprobs: list[float],  # of a question's options
     options: list[str] | None = None,  # divide by the bytes of these texts
 ) -> int:  # its place; the first of several that are equally likely
     "The likeliest option (lm-evaluation-harness: `acc`, and `acc_bytes` with options)."
-    scores = [likelihood.logprob for likelihood in likelihoods]
+    scores = list(logprobs)
     if options:
         sizes = [len(option.encode()) for option in options]
         scores = [score / size for score, size in zip(scores, sizes, strict=True)]

@@ -120,8 +120,15 @@ def _measure_tower(model) -> dict:
     "The fields of a `Shape` about the vision tower; a model that only reads text has none."
     vision = getattr(model.config, "vision_config", None)
     if vision is None:
-        names = ("vision_layers", "vision_hidden", "vision_intermediate", "window", "whole")
-        return {**dict.fromkeys(names, 0), "gated": False, "merge": 1}
+        return {
+            "vision_layers": 0,
+            "vision_hidden": 0,
+            "vision_intermediate": 0,
+            "gated": False,
+            "window": 0,
+            "whole": 0,
+            "merge": 1,
+        }
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     window_side = getattr(vision, "window_size", 0) // patch
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
