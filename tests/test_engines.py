@@ -14,6 +14,7 @@ from octomed.generate import engines
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engine_vllm import VLLMEngine
 from octomed.generate.engines import FORCED, find_teacher_revision, load_teacher
+from octomed.generate.models import TextProcessor
 from octomed.generate.samples import Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
@@ -228,7 +229,7 @@ def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, pict
 
 
 def test_a_text_model_is_given_plain_text_and_refuses_images(stand_in, student, picture):
-    stand_in.processor = stand_in.tokenizer  # a text model has no processor
+    stand_in.processor = TextProcessor(stand_in.tokenizer)
     stand_in.tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     )

@@ -17,6 +17,7 @@ from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/07_engine_vllm.ipynb #af7d1b91
 from .engines import Engine, begin_forced_exit, explain_no_room, make_sample
+from .models import find_turn_end, open_processor, tokenize_chat
 from .samples import FINISHES, Request, Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/generate/07_engine_vllm.ipynb #c89faefa
@@ -76,17 +77,13 @@ class VLLMEngine:
         **options,  # vLLM's own
     ):
         vllm = _import_vllm()
-        from transformers import AutoProcessor
-
         self.model = model
         self.max_pixels = max_pixels
         self.logprobs = logprobs
         self.ahead = ahead
         self.Params = vllm.SamplingParams
-        self.processor = AutoProcessor.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        )
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.processor = open_processor(path, revision)
+        self.tokenizer = self.processor.tokenizer
         self.llm = _load_llm(vllm, path, revision, options=options)
         self.limit = self.llm.model_config.max_model_len
         self.numbers = itertools.count()
@@ -114,7 +111,7 @@ def _load_llm(vllm, path, revision: str | None, *, options: dict):
 # %% ../../nbs/generate/07_engine_vllm.ipynb #45ded611
 @patch
 def _ids(self: VLLMEngine, text: str) -> list[int]:
-    return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenize_chat(self.processor, text)
 
 
 @patch
@@ -188,6 +185,7 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         seed=seed,
         max_tokens=budget,
         stop=list(sampling.stop),
+        stop_token_ids=[find_turn_end(self.processor)],
         include_stop_str_in_output=True,
         logprobs=0 if self.logprobs else None,
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -595,11 +595,12 @@ class EvaluationOptions:
 def declare_benchmark_stages(student: str, benchmarks: tuple[str, ...], common, options) -> dict:
     "Benchmark → the stage that evaluates the model on it."
     from octomed.data.sources import identify_source
-    from octomed.evaluate.evaluate import evaluation, sampling_of, student_of
+    from octomed.evaluate.evaluate import check_images, evaluation, sampling_of, student_of
     from octomed.generate.engines import find_teacher_revision
     from octomed.generate.prompts import load_template
 
     respondent, own_form = student_of(student, common)
+    check_images(respondent, benchmarks)
     form = options.form or own_form
     sampling = sampling_of(common, load_template(form).think_first, options.answer_tokens)
     voted = options.voted or benchmarks

@@ -25,6 +25,7 @@ from ..data.questions import Question
 from ..data.sources import find_source, load
 from ..data.twins import find_question_twins
 from ..evaluate.arms import Arm, declare_stages
+from ..generate.models import TextProcessor, open_processor
 from .exports import Trace, collect_traces, export_card, new_folder, plain_messages
 from ..train.students import STUDENTS
 
@@ -386,14 +387,15 @@ def _training_table(arm: Arm, counts: dict) -> str:
     return _markdown_table(("setting", "value"), list(settings.items()))
 
 
-def _front_matter(base: str) -> str:
+def _front_matter(base: str, only_text: bool) -> str:
     "What the hub reads of a model; `base` is the hub id of the base student, or empty."
+    task = "text-generation" if only_text else "image-text-to-text"
     base_line = f"base_model: {base}\n" if base else ""
     return f"""---
 license: other
 license_name: by-source
 library_name: transformers
-pipeline_tag: image-text-to-text
+pipeline_tag: {task}
 {base_line}tags: [medical, reasoning, distillation, octomed]
 ---"""
 
@@ -405,11 +407,13 @@ def model_card(
     *,
     origin: str,  # as `describe_provenance` writes it
     base: str = "",  # the hub id of the base student, where it has one
+    only_text: bool = False,  # whether the student reads no images
 ) -> str:
     "The README of a student: how it was trained, on what, and how to send it."
     licence = f" The licence of {base} holds too." if base else ""
-    student = base or "A small student of the class Qwen2.5-VL"
-    return f"""{_front_matter(base)}
+    kind = "that only reads text" if only_text else "of the class Qwen2.5-VL"
+    student = base or f"A small student {kind}"
+    return f"""{_front_matter(base, only_text)}
 
 # {name}
 
@@ -468,6 +472,7 @@ def export_student(
         counts,
         origin=origin,
         base="" if Path(base).is_dir() or base in STUDENTS else base,
+        only_text=isinstance(open_processor(out), TextProcessor),
     )
     atomic_write(out / "README.md", text)
     write_json(out / "card.json", export_card(arm, common, counts) | {"contamination": shared})

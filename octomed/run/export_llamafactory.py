@@ -86,30 +86,32 @@ def _check_arm(arm: Arm, rows: int):
         )
 
 # %% ../../nbs/run/20_export_llamafactory.ipynb #aa7e0005
-def _model_settings(model: str, common: Common, freeze: tuple) -> dict:
-    "Which model is trained, and which parts of it."
+def _model_settings(model: str, common: Common, freeze: tuple, only_text: bool) -> dict:
+    "Which model is trained, and which parts of it; one that only reads text has no parts."
     name, revision = split_revision(model)
     settings = {"model_name_or_path": name}
     if revision:
         settings["model_revision"] = revision
+    pixels = {"image_max_pixels": common.max_pixels, "image_min_pixels": 28 * 28}
     return settings | {
         "trust_remote_code": False,
-        "image_max_pixels": common.max_pixels,
-        "image_min_pixels": 28 * 28,
+        **({} if only_text else pixels),
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "full",
-        **frozen_parts(freeze),
+        **({} if only_text else frozen_parts(freeze)),
     }
 
 
-def _data_settings(system: str, cutoff: int) -> dict:
-    "What is read, and where everything is written."
+def _data_settings(system: str | None, cutoff: int) -> dict:
+    """What is read, and where everything is written.
+
+    Without a template, LLaMA-Factory reads the one of the model's own tokenizer."""
+    template = {} if system is None else {"template": "qwen2_vl", "default_system": system}
     return {
         "dataset_dir": ".",
         "dataset": "octomed",
-        "template": "qwen2_vl",
-        "default_system": system,
+        **template,
         "cutoff_len": cutoff,
         "preprocessing_num_workers": 1,
         "overwrite_cache": True,
@@ -148,7 +150,8 @@ def factory_settings(
     arm: Arm,
     common: Common,
     model: str,  # folder or hub id
-    system: str,  # what the student's chat template writes before a chat
+    # what the student's chat template writes before a chat; None for one that only reads text
+    system: str | None,
     devices: int = 1,  # that will train
     per_device: int = 1,  # rows that each device reads at once
 ) -> dict:
@@ -157,7 +160,7 @@ def factory_settings(
     Raises `OctomedError` for a run that it cannot make."""
     _check_arm(arm, devices * per_device)
     return {
-        **_model_settings(model, common, arm.schedule.freeze),
+        **_model_settings(model, common, arm.schedule.freeze, only_text=system is None),
         **_data_settings(system, arm.schedule.cutoff),
         **_training_settings(arm, devices, per_device),
     }
@@ -193,7 +196,9 @@ def _join_trace_text(trace: Trace) -> str:
     "All text of a trace, without its images."
     text = ""
     for message in trace.messages:
-        if not isinstance(message["content"], str):
+        if isinstance(message["content"], str):
+            text += message["content"]
+        else:
             text += "".join(p["text"] for p in message["content"] if p["type"] == "text")
     return text + trace.response
 
@@ -239,15 +244,16 @@ def export_llamafactory(
     "Data, images and configuration of an arm's run for LLaMA-Factory (0.9.5)."
     import yaml
 
+    from octomed.generate.models import TextProcessor
     from octomed.generate.render import load_processor
 
     base = base_student_of(declare_stages(arm, common)["rendered"])
-    is_folder = Path(base).is_dir()
+    is_folder, processor = Path(base).is_dir(), load_processor(base)
     settings = factory_settings(
         arm,
         common,
         model="student" if is_folder else base,
-        system=system_message(load_processor(base)),
+        system=None if isinstance(processor, TextProcessor) else system_message(processor),
         devices=devices,
         per_device=per_device,
     )

@@ -20,6 +20,7 @@ from ..core.identity import Registry, seed_for, split_revision
 from ..core.paths import OctomedError
 from ..core.recipe import Common
 from ..core.store import ExternalInput, stage
+from ..generate.models import open_model, open_processor
 from ..generate.render import Row, count_tokens, load_rows
 from .launch import build_accelerator, build_launch_command, current_execution, launch
 from .loop import SHARDED, complete_execution, fit
@@ -35,26 +36,34 @@ def load_student(
 
     Raises `OctomedError` when the weights are not safetensors, or cannot be loaded."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+    from transformers import logging
 
     logging.disable_progress_bar()
     path, pinned_revision = split_revision(path)
-    options = {"revision": revision or pinned_revision, "trust_remote_code": False}
+    revision = revision or pinned_revision
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise OctomedError(
             f"{Path(path).name} holds no safetensors weights: "
             "save the model with save_pretrained, pickled weights are not read"
         )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype or torch.float32, use_safetensors=True, **options
-        )
-        return model, AutoProcessor.from_pretrained(path, **options)
-    except OSError as error:
+        model = open_model(path, dtype or torch.float32, revision)
+        _mend_generation_config(model)
+        return model, open_processor(path, revision)
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise OctomedError(
             f"the model {path} cannot be loaded ({reason}): give a folder, or download it first"
         ) from error
+
+# %% ../../nbs/train/09_students.ipynb #61beb319
+def _mend_generation_config(model):
+    "Let a model be saved again that ships values for sampling without the word that it samples."
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 # %% ../../nbs/train/09_students.ipynb #12a1245b
 def save_student(
