@@ -26,7 +26,7 @@ from ..data.sources import find_source, load
 from ..data.twins import find_question_twins
 from ..evaluate.arms import Arm, declare_stages
 from ..generate.models import TextProcessor, open_processor
-from .exports import Trace, collect_traces, export_card, new_folder, plain_messages
+from .exports import Trace, collect_traces, export_card, new_folder, plain_chat
 from ..train.students import STUDENTS
 
 # %% ../../nbs/run/21_export_hub.ipynb #473b1a47
@@ -67,7 +67,7 @@ def hub_row(
         for name in question.images
     ]
     return {
-        "messages": [*plain_messages(x.messages), {"role": "assistant", "content": x.response}],
+        "messages": plain_chat(x),
         "images": images,
         "answer": question.answer,
         "options": list(question.options),
