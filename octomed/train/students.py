@@ -220,9 +220,14 @@ def main(
     folder: Path,  # of a student, with its `job.json`
 ):
     "What each process of a run on many processes does."
+    import torch.distributed as dist
+
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     fields = {**job["schedule"], "freeze": tuple(job["schedule"]["freeze"])}
     make_student(folder, **{**job, "schedule": Schedule(**fields)})
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # left open, its threads can abort a process that ends
 
 # %% ../../nbs/train/09_students.ipynb #6580ca49
 STUDENTS = Registry()
