@@ -34,7 +34,7 @@ from octomed.data.row_files import (
     explain_json_fault,
     list_row_files,
     open_rows,
-    parse_json,
+    parse_row_line,
 )
 from .sources import SOURCES, load
 
@@ -95,7 +95,7 @@ def _read_row(line: bytes, n: int, name: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise OctomedError(f"{where} {explain_json_fault(error, line)}") from None
     if line.count(b'"question"') > 1 or line.count(b'"options"') > 1:
-        parse_json(line, where)  # refuses a key that stands twice
+        parse_row_line(line, where)  # refuses a key that stands twice
     return reduce_row(row, where)
 
 # %% ../../nbs/data/13_decontaminate_files.ipynb #ebc8ca20

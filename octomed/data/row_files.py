@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'HEAD', 'PACKINGS', 'PACKED_ENDINGS', 'DAMAGES', 'FOREIGN', 'NO_UTF8', 'LARGEST', 'ROWS', 'ENDINGS',
-           'NO_ROWS', 'Packing', 'RepeatedKey', 'explain_json_fault', 'parse_json', 'RowFile', 'open_rows',
+           'NO_ROWS', 'Packing', 'RepeatedKey', 'explain_json_fault', 'parse_row_line', 'RowFile', 'open_rows',
            'list_splits', 'list_row_files', 'read_row_set']
 
 # %% ../../nbs/data/10_row_files.ipynb #a3df7282
@@ -259,7 +259,7 @@ def explain_json_fault(
     return "is not JSON: mend or remove it"
 
 # %% ../../nbs/data/10_row_files.ipynb #71d6582b
-def parse_json(
+def parse_row_line(
     text: bytes,  # one JSON value
     where: str,  # names its place in an error
 ):
@@ -513,7 +513,7 @@ def _read_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, object]]:
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
             where = f"line {number} of {path.name}"
-            yield where, parse_json(line, where)
+            yield where, parse_row_line(line, where)
 
 # %% ../../nbs/data/10_row_files.ipynb #0f361111
 def _detect_table(head: bytes) -> str | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 
+from fastcore.basics import patch
+
 from ..core.devices import device
 from ..core.paths import OctomedError
 from octomed.generate.engines import (
@@ -19,6 +21,7 @@ from octomed.generate.engines import (
     Engine,
     Likelihood,
     begin_forced_exit,
+    explain_control_token,
     explain_no_room,
     make_sample,
     split_pair,
@@ -169,30 +172,29 @@ class TransformersEngine:
     ):
         from transformers import GenerationConfig, logging
 
+        from octomed.generate.render import ControlTokens, list_image_ids
+
         logging.disable_progress_bar()
         self.model, self.max_pixels, self.batch = model, max_pixels, batch
         self.device = device().type
         self.processor = open_processor(path, revision)
         self.net = _load_net(path, revision, self.device)
         self.ends = list_end_tokens(self.processor, self.net.generation_config)
+        self.own = ControlTokens(self.processor)
+        self.unwritten = list_image_ids(self.processor)
         self.net.generation_config = GenerationConfig()  # sampling is ours, whatever a model ships
         self.limit = getattr(self.net.config.get_text_config(), "max_position_embeddings", 32_768)
 
     def generate(self, requests, sampling: Sampling):
-        "Samples, a batch at a time. A prompt that is too long gives an error sample."
-        jobs = _list_jobs(self, requests)
+        "Samples, a batch at a time. A prompt that cannot be asked gives an error sample."
         longest = self.limit - sampling.max_tokens - sampling.answer_tokens
-        fitting = [job for job in jobs if job.size <= longest]
-        for job in jobs[len(fitting) :]:
-            yield _make_error(self, job, sampling)
-        for start in range(0, len(fitting), self.batch):
-            yield from _answer_batch(self, fitting[start : start + self.batch], sampling)
-
-    def likelihoods(
-        self, prompts: list[str | ChatPrompt], continuations: list[list[str]]
-    ) -> list[list[Likelihood]]:
-        "For each prompt, the likelihood of each of its continuations. Raises as `_score_all`."
-        return _score_all(self, prompts, continuations)
+        jobs = _list_jobs(self, requests, longest)
+        asked = [job for job in jobs if not job.refusal]
+        for job in jobs:
+            if job.refusal:
+                yield _make_error(self, job, sampling)
+        for start in range(0, len(asked), self.batch):
+            yield from _answer_batch(self, asked[start : start + self.batch], sampling)
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #05loadne
 def _load_net(path, revision: str | None, device: str):
@@ -214,19 +216,27 @@ class _Job:
     size: int  # tokens of the prompt
     text: str  # the prompt, image tokens expanded
     images: list[str]  # pixel hashes
+    refusal: str = ""  # why it is not asked
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #645e62dd
-def _list_jobs(engine: TransformersEngine, requests) -> list[_Job]:
+def _list_jobs(engine: TransformersEngine, requests, longest: int) -> list[_Job]:
     "The jobs of all requests, shortest prompt first."
     from octomed.generate.render import list_chat_images, write_chat
 
     jobs = []
     for request in requests:
+        if mark := engine.own.find(request.messages):
+            refusal = explain_control_token(mark)
+            for index in request.indices:
+                jobs.append(_Job(request, index, size=0, text="", images=[], refusal=refusal))
+            continue
         text = write_chat(engine.processor, request.messages, engine.max_pixels)
         images = list_chat_images(request.messages)
         size = len(tokenize_chat(engine.processor, text))
+        refusal = explain_no_room(size) if size > longest else ""
         for index in request.indices:
-            jobs.append(_Job(request, index, size=size, text=text, images=images))
+            job = _Job(request, index, size=size, text=text, images=images, refusal=refusal)
+            jobs.append(job)
     return sorted(jobs, key=lambda job: job.size)
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #0014935b
@@ -236,7 +246,7 @@ def _make_error(engine: TransformersEngine, job: _Job, sampling: Sampling) -> Sa
         job.request,
         job.index,
         sampling=sampling,
-        text=explain_no_room(job.size),
+        text=job.refusal,
         finish="error",
         prompt_tokens=job.size,
     )
@@ -331,6 +341,7 @@ def _complete(
     u = _draw_uniforms(seeds, budget, engine.device)
 
     def choose(scores, rows, step):
+        scores[:, engine.unwritten] = -torch.inf
         return choose_from_nucleus(
             scores, u[rows, step], temperature=sampling.temperature, top_p=sampling.top_p
         )
@@ -540,6 +551,14 @@ def _score_all(engine: TransformersEngine, prompts, continuations) -> list[list[
         for asked, likelihood in _score_group(engine, group, rows):
             scored[asked.prompt][asked.place] = likelihood
     return scored
+
+# %% ../../nbs/generate/06_engine_transformers.ipynb #06likely
+@patch
+def likelihoods(
+    self: TransformersEngine, prompts: list[str | ChatPrompt], continuations: list[list[str]]
+) -> list[list[Likelihood]]:
+    "For each prompt, the likelihood of each of its continuations. Raises as `_score_all`."
+    return _score_all(self, prompts, continuations)
 
 # %% ../../nbs/generate/06_engine_transformers.ipynb #05byname_
 def make_transformers_teacher(model: str, revision: str, max_pixels: int) -> Engine:

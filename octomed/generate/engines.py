@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'KINDS', 'FORCED', 'Engine', 'make_sample', 'register_teacher', 'load_teacher', 'find_teacher_revision',
-           'begin_forced_exit', 'explain_no_room', 'ChatPrompt', 'Likelihood', 'Scorer', 'split_pair',
-           'choose_likeliest']
+           'begin_forced_exit', 'explain_no_room', 'explain_control_token', 'ChatPrompt', 'Likelihood', 'Scorer',
+           'split_pair', 'choose_likeliest']
 
 # %% ../../nbs/generate/05_engines.ipynb #58328176
 import importlib
@@ -139,6 +139,11 @@ def begin_forced_exit(
 def explain_no_room(size: int) -> str:  # prompt tokens
     "The text of the error sample of a prompt that is too long."
     return f"the prompt of {size} tokens leaves no room for the response"
+
+
+def explain_control_token(mark: str) -> str:
+    "The text of the error sample of a prompt that holds a token of the model's own."
+    return f"the question holds {mark}, which is a token of the model's own: it is not asked"
 
 # %% ../../nbs/generate/05_engines.ipynb #640be919
 @dataclass(frozen=True)

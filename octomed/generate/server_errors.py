@@ -53,14 +53,14 @@ def find_sentence(
     if depth > _DEEPEST:
         return ""
     if isinstance(error, str):
-        return _read_text(error, depth)
+        return _unwrap_text(error, depth)
     if isinstance(error, list):
         sentences = [find_sentence(part, depth + 1) for part in error]
         return "; ".join(dict.fromkeys(filter(None, sentences)))
     return _read_object(error, depth) if isinstance(error, dict) else ""
 
 
-def _read_text(text: str, depth: int) -> str:
+def _unwrap_text(text: str, depth: int) -> str:
     "The sentence of a text, which may be JSON or a web page."
     text = text.strip()
     if text.startswith(("{", "[")):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESPONSES', 'CHATS', 'ASSISTANTS', 'CONTENTS', 'BACKSPACED', 'BOXED', 'LOST_BACKSLASH', 'ANSWERS', 'SEVERAL',
-           'unwrap_text', 'read_response', 'read_options', 'find_answer', 'read_id', 'judge_file']
+           'unwrap_text', 'find_response', 'read_options', 'find_answer', 'read_id', 'judge_file']
 
 # %% ../../nbs/run/24_judge_file.ipynb #0308e120
 import re
@@ -81,7 +81,7 @@ def _show(value) -> str:
     return text if len(text) < 60 else f"{text[:60]}…"
 
 
-def read_response(
+def find_response(
     row: dict,
     where: str,  # names the row in an error
 ) -> tuple[str, str]:  # the key, the text
@@ -296,7 +296,7 @@ def _judge_row(row: dict, where: str, think_first: bool, notes: set[str]) -> dic
     "The verdict on the response of one row."
     from octomed.generate.answers import judge
 
-    key, text = read_response(row, where)
+    key, text = find_response(row, where)
     _note_other_response(row, key, notes)
     options = read_options(row, where)
     answer = find_answer(row, options, where)
