@@ -82,7 +82,7 @@ class VLLMEngine:
         ahead: int = 1024,  # samples given to vLLM at a time
         **options,  # vLLM's own
     ):
-        from octomed.generate.render import ControlTokens, list_image_ids
+        from octomed.generate.render import ControlTokens
 
         vllm = _import_vllm()
         self.model = model
@@ -95,7 +95,6 @@ class VLLMEngine:
         self.llm = _load_llm(vllm, path, revision, options=options)
         self.limit = self.llm.model_config.max_model_len
         self.own = ControlTokens(self.processor)
-        self.unwritten = list_image_ids(self.processor)
         self.numbers = itertools.count()
         self.clock = 0.0
 
@@ -195,7 +194,6 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         seed=seed,
         max_tokens=budget,
         stop=list(sampling.stop),
-        logit_bias=dict.fromkeys(self.unwritten, -100.0) or None,
         stop_token_ids=[find_turn_end(self.processor)],
         include_stop_str_in_output=True,
         logprobs=0 if self.logprobs else None,
