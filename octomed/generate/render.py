@@ -101,7 +101,7 @@ IMAGE_MARKS = (
 def list_image_marks(
     processor,  # of a model; a tokenizer alone has none
 ) -> list[str]:  # sorted
-    "The tokens that stand for images; no model may write them itself."
+    "The tokens that stand for images; the transformers engine never draws them."
     marks = {getattr(processor, name, None) for name in IMAGE_MARKS}
     tokenizer = getattr(processor, "tokenizer", processor)
     marks |= {token for token in tokenizer.all_special_tokens if "vision_" in token}
