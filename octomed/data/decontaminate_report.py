@@ -22,6 +22,7 @@ from octomed.data.decontaminate import (
     normalise,
     split_words,
 )
+from .decontaminate_files import count_pairs
 from .questions import check_conserved
 
 # %% ../../nbs/data/14_decontaminate_report.ipynb #14e00002
@@ -30,17 +31,12 @@ def tabulate_pairs(
 ) -> list[dict]:
     "A row for each training set and benchmark; `empty` is left out where nothing is."
     rows = []
-    for (train, bench), report in reports.items():
+    for counts, report in zip(count_pairs(reports)["pairs"], reports.values(), strict=True):
         row = {
-            "train": train,
-            "bench": bench,
-            "n": report.n,
-            "rows": report.rows,
-            "flagged": len(report.flagged),
-            "exact": len(report.exact),
+            **{key: counts[key] for key in counts if key != "blind"},
             "kept": report.rows - len(report.drop),
             "items": report.bench_rows,
-            "blind": len(report.blind),
+            "blind": counts["blind"],
             "empty": report.empty + report.empty_train,
         }
         rows.append(row)
