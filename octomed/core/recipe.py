@@ -189,7 +189,7 @@ def describe_type(schema: dict) -> str:
         return "true or false"
     return _describe_text(schema) if schema["type"] == "string" else _describe_number(schema)
 
-# %% ../../nbs/core/05_recipe.ipynb #85afcaa4
+# %% ../../nbs/core/05_recipe.ipynb #1e9d95af
 def _is_number(text: str) -> bool:
     "Whether a text would be a number without its quotation marks."
     try:
@@ -218,7 +218,8 @@ def _show(value) -> str:
         return "but has no value"
     if isinstance(value, bool):
         return f"not {str(value).lower()}"
-    shown = reprlib.Repr(maxlevel=2, maxlist=3, maxdict=2, maxstring=60, maxlong=40)
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxstring, shown.maxother = 2, 60, 60
     return f"not {shown.repr(value)}"
 
 # %% ../../nbs/core/05_recipe.ipynb #63a9781a
