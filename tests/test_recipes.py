@@ -258,12 +258,22 @@ def test_numbers_are_read_as_yaml_1_2_writes_them_and_keep_one_type(tmp_path):
     assert recipe.scalars("30_dataset")["lr"] == 5e-5
 
 
-def test_a_number_below_zero_in_a_section_is_refused_with_its_line(tmp_path):
-    text = "extends: smoke\nsections:\n  42_formatting:\n    epochs: -1.0\n"
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("42_formatting", "epochs: -1.0", "epochs of 42_formatting must be at least 0, not -1.0"),
+        ("42_formatting", "seeds: 0", "must be a whole number of at least 1, not 0"),
+        ("30_dataset", "lr: 0.0", "must be a number above 0, not 0.0"),
+        ("30_dataset", "epochs: '8'", "must be float, not '8'"),
+    ],
+)
+def test_a_sections_value_out_of_range_is_refused_with_its_line(tmp_path, section, value, message):
+    text = f"extends: smoke\nsections:\n  {section}:\n    {value}\n"
     recipe = load_recipe(write_recipe(tmp_path, text))
-    [section] = find_sections(recipe, "42_formatting")
-    with pytest.raises(UsageError, match=r"mine.yaml line 4: epochs .* must be at least 0"):
-        read_parameters(section, recipe)
+    [own] = find_sections(recipe, section)
+    with pytest.raises(UsageError, match=message) as error:
+        read_parameters(own, recipe)
+    assert str(error.value).startswith("mine.yaml line 4: ")
 
 
 def test_a_few_lines_of_aliases_are_refused_before_they_are_written_out(tmp_path):

@@ -190,7 +190,7 @@ def describe_type(schema: dict) -> str:
     return _describe_text(schema) if schema["type"] == "string" else _describe_number(schema)
 
 # %% ../../nbs/core/05_recipe.ipynb #1e9d95af
-def _is_number(text: str) -> bool:
+def _reads_as_number(text: str) -> bool:
     "Whether a text would be a number without its quotation marks."
     try:
         return isinstance(read_scalar(text, ""), int | float)
@@ -201,7 +201,7 @@ def _is_number(text: str) -> bool:
 def _advise(value, wanted: str) -> str:
     "What to write in place of a value of another type; empty where nothing is plainly meant."
     is_text = isinstance(value, str)
-    if is_text and wanted in ("integer", "number") and _is_number(value):
+    if is_text and wanted in ("integer", "number") and _reads_as_number(value):
         return f": write {value} without quotation marks"
     if is_text and wanted == "array":
         return f": write [{value}]"

@@ -32,7 +32,7 @@ from octomed.core.paths import (
     shipped_notebooks,
     shipped_results,
 )
-from ..core.recipe import Recipe
+from ..core.recipe import Count, Recipe, check_value, common_types
 from ..core.yaml_files import is_yaml_name
 from ..data.sources import check_pools
 
@@ -237,11 +237,14 @@ def read_defaults(section: Section) -> dict:
     return {name: parameter.value for name, parameter in _declared(section).items()}
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0014
-def _check_sign(value, parameter: Parameter, where: str):
-    "Raises `UsageError` for a number below 0 where the default is none."
+def _check_range(name: str, value, parameter: Parameter, where: str):
+    "Raises `UsageError` for a number out of the range that its name or its default implies."
     is_number = type(value) in (int, float) and type(parameter.value) in (int, float)
     if is_number and value < 0 <= parameter.value:
         raise UsageError(f"{where} must be at least 0, not {value}")
+    kind = Count if name == "seeds" else common_types().get(name)
+    if is_number and kind and parameter.value:  # a default of 0 stands for the recipe's own
+        check_value(value, kind, where)
 
 
 def _check_value(value, parameter: Parameter, where: str):
@@ -254,7 +257,6 @@ def _check_value(value, parameter: Parameter, where: str):
             f"{where} is {value}: write a finite number, a text in quotes, true, false, "
             "or a list or mapping of such"
         )
-    _check_sign(value, parameter, where)
 
 
 def read_parameters(section: Section, recipe: Recipe) -> dict:
@@ -271,6 +273,7 @@ def read_parameters(section: Section, recipe: Recipe) -> dict:
             )
         where = f"{recipe.place(section.name, name)}: {name} of {section.name}"
         _check_value(value, own[name], where=where)
+        _check_range(name, value, own[name], where=where)
     return {**{name: parameter.value for name, parameter in own.items()}, **given}
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0016
