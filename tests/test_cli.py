@@ -125,14 +125,14 @@ def test_unknown_recipe(capsys, tmp_path, command):
     [
         ("a: [", "is not YAML"),
         ("comon: {}", "unknown key comon"),
-        ("common: {lr: fast}", "lr must be float"),
-        ("common: {batch: 1.5}", "batch must be int"),
+        ("common: {lr: fast}", "lr must be a number above 0"),
+        ("common: {batch: 1.5}", "batch must be a whole number"),
         ("sections: {42_formating: {}}", "42_formating, which has no notebook"),
         ("common: {speed: 3}", "unknown key speed"),
         ("[1, 2]", "is no recipe"),
         ("sections: [42_formatting]", "is no recipe"),
         ("sections: {42_formatting: 3}", "is no recipe"),
-        ("common: {train: medqa}", "train must be list"),
+        ("common: {train: medqa}", "train must be a list"),
         ("common: {lr: 5e-5}", "runs no section"),
     ],
 )

@@ -212,3 +212,25 @@ def test_a_whole_recipe_is_planned_without_data(own_places, monkeypatch, recipe)
         "53_datasets",
     }
     assert None not in (every["samples"], every["money"], every["minutes"])
+
+
+def test_a_part_of_a_recipe_is_planned(own_places, monkeypatch):
+    from octomed.core.paths import UsageError
+    from octomed.run.plan import plan
+
+    monkeypatch.delenv("OCTOMED_DATA", raising=False)
+    planned = plan("smoke", only="44_samples,42_formatting")
+    assert [row["section"] for row in planned] == ["42_formatting", "44_samples", "in all"]
+    with pytest.raises(UsageError, match="has no section 99_nothing"):
+        plan("smoke", only="99_nothing")
+
+
+def test_a_plan_of_no_questions_divides_by_nothing(own_places, monkeypatch, tmp_path):
+    from octomed.run.plan import plan
+
+    monkeypatch.delenv("OCTOMED_DATA", raising=False)
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: smoke\nsections: {42_formatting: {questions: 0, epochs: 0.0}}")
+    section, in_all = plan(str(path), only="42_formatting")
+    assert (section["section"], in_all["section"]) == ("42_formatting", "in all")
+    assert section["arms"] == in_all["arms"] == 3

@@ -189,15 +189,49 @@ def test_a_name_that_another_section_reads_and_no_recipe_gives_is_reported():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("common: [1, 2]", "mine.yaml is no recipe: write names and values under common"),
-        ("sections: {44_samples: 3}", "mine.yaml is no recipe"),
+        ("common: [1, 2]", "mine.yaml line 1 is no recipe: common holds names and values"),
+        ("sections: {44_samples: 3}", "mine.yaml line 1 is no recipe: section 44_samples"),
         ("- a list", "mine.yaml is no recipe"),
-        ("common: {batchsize: 3}", "mine.yaml has an unknown key batchsize"),
-        ("commun: {batch: 3}", "mine.yaml has an unknown key commun"),
-        ("common: {batch: many}", "mine.yaml: batch must be int, not 'many'"),
-        ("common: {train: medqa}", "mine.yaml: train must be list, not 'medqa'"),
-        ("common: {lr: fast}", "mine.yaml: lr must be float, not 'fast'"),
-        ("common: {", "mine.yaml is not YAML"),
+        ("common: {batchsize: 3}", "line 1 has an unknown key batchsize in common"),
+        ("commun: {batch: 3}", "line 1 has an unknown key commun: did you mean common"),
+        (
+            "common: {batch: many}",
+            "mine.yaml line 1: batch must be a whole number of at least 1, not 'many'",
+        ),
+        (
+            "common: {train: medqa}",
+            "mine.yaml line 1: train must be a list, each entry a text such as medqa:train",
+        ),
+        ("common: {lr: fast}", "mine.yaml line 1: lr must be a number above 0, not 'fast'"),
+        ("common: {", "mine.yaml line 1 is not YAML"),
+        ("", "mine.yaml is empty: write extends: smoke"),
+        ("common: {temperature: -1}", "temperature must be a number of at least 0"),
+        ("common: {temperature: .nan}", "temperature must be a number of at least 0, not nan"),
+        ("common: {top_p: 2}", "top_p must be a number above 0 and at most 1, not 2"),
+        ("common: {top_p: 0}", "top_p must be a number above 0 and at most 1, not 0"),
+        ("common: {warmup: 1}", "warmup must be a number of at least 0 and below 1, not 1"),
+        ("common: {samples: 0}", "samples must be a whole number of at least 1, not 0"),
+        ("common: {batch: 1.5}", "batch must be a whole number of at least 1, not 1.5"),
+        ("common: {batch: true}", "batch must be a whole number of at least 1, not true"),
+        ("common: {batch: '8'}", "write 8 without quotation marks"),
+        ("common: {batch: }", "batch must be a whole number of at least 1, but has no value"),
+        ("common: {lr: .inf}", "lr must be a number above 0, not inf"),
+        ("common: {answer: word}", "answer must be one of letter, text"),
+        ("common: {train: [medqa: train]}", "write medqa:train, without a blank"),
+        ("common: {train: ['a:b', 'a:b']}", "has a:b twice"),
+        ("common: {batch: 010}", "read 010 differently: write a decimal number"),
+        ("common: {batch: 1:30}", "read 1:30 differently"),
+        ("common: {batch: 1_000}", "without underscores"),
+        ("common:\n  lr: 1\n  lr: 2", "line 3 gives lr again, after line 2"),
+        ("common: {batch: 4}\n---\nsections: {}", "several documents"),
+        ("common:\n\tbatch: 4", "indented with a tab"),
+        ("common: {[1]: 2}", "a key must be a name"),
+        ("common: &a {batch: *a}", "contains itself"),
+        ("42_formatting: {questions: 3}", "write it under sections:"),
+        ("common: {42_formatting: {questions: 3}}", "write it under sections:"),
+        ("lr: 1", "write it under common:"),
+        ("extends: mine.yaml", "extends mine.yaml in its turn"),
+        ("extends: curse", "there is no recipe curse"),
         ("common: {plugins: [no_such_module]}", "the plugin no_such_module, which cannot be"),
     ],
 )
@@ -207,3 +241,68 @@ def test_a_malformed_recipe_is_refused_in_one_sentence(tmp_path, text, message):
     with pytest.raises(UsageError, match=message) as error:
         load_recipe(str(path))
     assert "\n" not in str(error.value)
+
+
+def write_recipe(tmp_path, text: str) -> str:
+    "The path of a recipe with this text."
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_numbers_are_read_as_yaml_1_2_writes_them_and_keep_one_type(tmp_path):
+    text = "common: {lr: 1e-4, temperature: 1, batch: 1e2}\nsections: {30_dataset: {lr: 5e-5}}"
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    values = (recipe.common.lr, recipe.common.temperature, recipe.common.batch)
+    assert list(map(repr, values)) == ["0.0001", "1.0", "100"]
+    assert recipe.scalars("30_dataset")["lr"] == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("42_formatting", "epochs: -1.0", "epochs of 42_formatting must be at least 0, not -1.0"),
+        ("42_formatting", "seeds: 0", "must be a whole number of at least 1, not 0"),
+        ("30_dataset", "lr: 0.0", "must be a number above 0, not 0.0"),
+        ("30_dataset", "epochs: '8'", "must be float, not '8'"),
+    ],
+)
+def test_a_sections_value_out_of_range_is_refused_with_its_line(tmp_path, section, value, message):
+    text = f"extends: smoke\nsections:\n  {section}:\n    {value}\n"
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    [own] = find_sections(recipe, section)
+    with pytest.raises(UsageError, match=message) as error:
+        read_parameters(own, recipe)
+    assert str(error.value).startswith("mine.yaml line 4: ")
+
+
+def test_a_few_lines_of_aliases_are_refused_before_they_are_written_out(tmp_path):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 9)]
+    with pytest.raises(UsageError, match="more than 20,000 values"):
+        load_recipe(write_recipe(tmp_path, "\n".join(lines)))
+
+
+def test_a_variant_changes_what_it_names_and_keeps_the_rest(tmp_path):
+    smoke = load_recipe("smoke")
+    text = "extends: smoke\ncommon: {batch: 3}\nsections: {42_formatting: {questions: 30}}"
+    (tmp_path / "base.yaml").write_text(text, encoding="utf-8")
+    variant = load_recipe(write_recipe(tmp_path, "extends: base.yaml\ncommon: {samples: 2}"))
+    assert (variant.common.batch, variant.common.samples) == (3, 2)
+    assert variant.common.lr == smoke.common.lr
+    changed = smoke.scalars("42_formatting") | {"questions": 30}
+    assert variant.scalars("42_formatting") == changed
+    assert variant.sections.keys() == smoke.sections.keys()
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml", encoding="utf-8")
+    with pytest.raises(UsageError, match="in its turn: extend another recipe"):
+        load_recipe(write_recipe(tmp_path, "extends: other.yaml"))
+
+
+def test_a_benchmark_is_no_training_pool(tmp_path):
+    text = "extends: smoke\ncommon:\n  train: ['medqa:test']"
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    with pytest.raises(UsageError, match=r"line 3 trains on medqa:test, which is a benchmark"):
+        find_sections(recipe)

@@ -6,6 +6,7 @@
 __all__ = ['load_prices', 'compute_price', 'Budget', 'read_budget']
 
 # %% ../../nbs/distill/01_cost.ipynb #08b35bdb
+import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -82,12 +83,13 @@ class Budget:
 def _parse_budget(text: str) -> Budget:
     "A budget from a text such as `money=5,tokens=1e6`."
     try:
-        pairs = (part.split("=") for part in text.split(","))
+        pairs = [part.split("=") for part in text.split(",")]
         limits = {unit.strip(): float(amount) for unit, amount in pairs}
     except ValueError:
-        limits = {}
+        pairs, limits = [], {}
     unknown = set(limits) - {"money", "tokens", "seconds"}
-    if not limits or unknown or min(limits.values()) < 0:
+    are_amounts = all(0 <= limit < math.inf for limit in limits.values())
+    if not limits or unknown or not are_amounts or len(limits) < len(pairs):
         raise UsageError(
             f"OCTOMED_BUDGET={text} cannot be read: "
             "write money=5, tokens=1e6 or seconds=600, with commas between"

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
-           'Several', 'OutFolder', 'PushTo', 'app', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form', 'PlainForm',
-           'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show',
-           'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options',
-           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'show_reports', 'decontaminate', 'bench',
-           'declare_arm', 'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions',
-           'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target',
-           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
-           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
+           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form',
+           'PlainForm', 'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions',
+           'TrainingOptions', 'show', 'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions',
+           'check_run_options', 'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'show_reports',
+           'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
+           'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
+           'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process',
+           'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error',
+           'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -153,12 +154,17 @@ def completion(shell: Literal["bash", "zsh", "fish"], /):
     print(app.generate_completion(shell=shell))
 
 # %% ../../nbs/run/25_cli.ipynb #182113bd
+SectionNames = Annotated[
+    str | None, Parameter(help="Sections with commas between them, such as 42_formatting.")
+]
+
+
 @app.command(help_epilogue=show_example("plan course"))
-def plan(recipe: RecipeName, /, *, json: Json = False):
+def plan(recipe: RecipeName, /, *, only: SectionNames = None, json: Json = False):
     "What a recipe will run and cost. Nothing is run."
     from octomed.run.plan import plan as plan_recipe
 
-    planned = plan_recipe(recipe)
+    planned = plan_recipe(recipe, only=only)
     if json:
         show(planned, as_json=True)
     else:
@@ -170,9 +176,7 @@ def plan(recipe: RecipeName, /, *, json: Json = False):
 class RunOptions:
     "How a recipe is run."
 
-    only: Annotated[
-        str | None, Parameter(help="Sections with commas between them, such as 42_formatting.")
-    ] = None
+    only: SectionNames = None
     arm: Annotated[str | None, Parameter(help="Make only this arm's stages.")] = None
     fresh: Annotated[bool, Parameter(help="Make every stage again; no generation is deleted.")] = (
         False
@@ -446,6 +450,7 @@ def declare_arm(
     from dataclasses import replace
 
     from octomed.core.recipe import load_recipe
+    from octomed.data.sources import check_pools
     from octomed.evaluate.arms import Arm
 
     common = load_recipe(options.recipe).common
@@ -454,6 +459,7 @@ def declare_arm(
     pools = sources or common.train
     if not pools:
         raise UsageError(f"recipe {options.recipe} names no training pool: give name:split")
+    check_pools(pools, "the command" if sources else f"recipe {options.recipe}")
     arm = Arm(tuple((pool, options.limit or 0) for pool in pools), form=form, k=k)
     if not k and form != "direct":
         raise UsageError("-k 0 keeps no trace to learn from: add --form direct")

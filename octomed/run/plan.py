@@ -110,11 +110,12 @@ class Plans(list):
 def plan(
     name: str,  # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,  # the folder of the section notebooks
+    only: str | None = None,  # names of sections with commas between them; None: all
 ) -> Plans:
     "What a recipe will run. Nothing is run, and no data is needed."
     recipe, plans, missing = load_recipe(name), Plans(), stand_for_missing()
     with replace_sources(missing), remember_identities():
-        for section in find_sections(recipe, None, notebooks):
+        for section in find_sections(recipe, only, notebooks):
             asked = read_arms(section, recipe)
             planned = plan_section(
                 asked.recipe,

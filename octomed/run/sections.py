@@ -32,7 +32,9 @@ from octomed.core.paths import (
     shipped_notebooks,
     shipped_results,
 )
-from ..core.recipe import Recipe
+from ..core.recipe import Count, Recipe, check_value, common_types
+from ..core.yaml_files import is_yaml_name
+from ..data.sources import check_pools
 
 # %% ../../nbs/run/02_sections.ipynb #f15c24ae
 def read_json(path) -> dict:
@@ -66,7 +68,7 @@ def resolve_recipe(
     name: str,  # a recipe's name, or the path of a YAML file
 ) -> str:
     "What another process, in another folder, loads the same recipe from."
-    return str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+    return str(Path(name).resolve()) if is_yaml_name(name) else name
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0004
 def _keep_recipe(recipe: Recipe) -> Recipe:
@@ -194,6 +196,7 @@ def find_sections(
     """The sections of a recipe in the paper's order.
 
     Raises `UsageError` for a section that the recipe or the project does not have."""
+    check_pools(recipe.common.train, recipe.place("common", "train"))
     folder = Path(notebooks or notebooks_dir())
     names = list(recipe.sections)
     if only:
@@ -234,6 +237,16 @@ def read_defaults(section: Section) -> dict:
     return {name: parameter.value for name, parameter in _declared(section).items()}
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0014
+def _check_range(name: str, value, parameter: Parameter, where: str):
+    "Raises `UsageError` for a number out of the range that its name or its default implies."
+    is_number = type(value) in (int, float) and type(parameter.value) in (int, float)
+    if is_number and value < 0 <= parameter.value:
+        raise UsageError(f"{where} must be at least 0, not {value}")
+    kind = Count if name == "seeds" else common_types().get(name)
+    if is_number and kind and parameter.value:  # a default of 0 stands for the recipe's own
+        check_value(value, kind, where)
+
+
 def _check_value(value, parameter: Parameter, where: str):
     "Raises `UsageError` for a value that the notebook cannot be given, or of another type."
     if not parameter.takes(value):
@@ -258,8 +271,9 @@ def read_parameters(section: Section, recipe: Recipe) -> dict:
                 f"recipe {recipe.name} gives {section.name} a parameter {name} that its notebook "
                 f"does not declare: choose from {', '.join(own) or 'none'}"
             )
-        where = f"recipe {recipe.name}: {name} of {section.name}"
+        where = f"{recipe.place(section.name, name)}: {name} of {section.name}"
         _check_value(value, own[name], where=where)
+        _check_range(name, value, own[name], where=where)
     return {**{name: parameter.value for name, parameter in own.items()}, **given}
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0016
