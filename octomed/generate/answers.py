@@ -150,9 +150,11 @@ def _find_anchors(low: str) -> list[tuple[int, int]]:
 def _read_anchor(text: str, low: str, start: int, end: int) -> _Statement | None:
     "The statement of an anchored phrase, if it states something."
     before = low[max(0, start - _BEFORE) : start]
+    if _NOT_THE_ANSWER.search(before):
+        return None
     stop = text.find("\n", end)
     line = text[end:stop] if stop >= 0 else text[end:]
-    if _states_nothing(line) or _NOT_THE_ANSWER.search(before):
+    if _states_nothing(line):
         return None
     return _Statement(start, end, line, denied=bool(_DENIED.search(before)))
 
@@ -542,13 +544,17 @@ def _read_last_sentence(text: str, options: dict) -> str | None:
     return None
 
 # %% ../../nbs/generate/03_answers.ipynb #50b55e1e
+_EMPTY_END = 300  # the longest last sentence that states nothing
+
+
 def _drop_empty_end(text: str) -> str:
     'The text without a last sentence that states nothing, such as "So the answer is:".'
-    low = _lower(text)
-    anchors = _find_anchors(low)
-    if not anchors or not _states_nothing(text[anchors[-1][1] :]):
+    text = text.rstrip()
+    offset = max(0, len(text) - _EMPTY_END)
+    anchors = _find_anchors(_lower(text[offset:]))
+    if not anchors or not _states_nothing(text[offset + anchors[-1][1] :]):
         return text
-    start = anchors[-1][0]
+    start = offset + anchors[-1][0]
     return text[: max(text.rfind(sign, 0, start) for sign in "\n.!?") + 1]
 
 
@@ -735,6 +741,8 @@ def _find_question_line(text: str, low: str, options: dict, first: int | None) -
 
 def _find_next_question(text: str, options: dict) -> int | None:
     "Where a text begins a new question after its answer."
+    if "\n" not in text and "<|" not in text:
+        return None
     low = _lower(text)
     has_lines = _NEW_QUESTION.search(low)
     turn = _NEW_TURN.search(low) if "<|" in low else None
@@ -807,11 +815,12 @@ def judge(
     options = letter_options(options)
     _check_forms(forms, end_of_think)
     right = _right_letter(answer, options)
-    text = _cut_run_on(_response_text(text), options, end_of_think)
+    text = _response_text(text)
+    if think_first and end_of_think not in text:
+        return Verdict(None, "truncated")
+    text = _cut_run_on(text, options, end_of_think)
     if think_first:
-        _, ended, text = text.rpartition(end_of_think)
-        if not ended:
-            return Verdict(None, "truncated")
+        text = text.rpartition(end_of_think)[2]
     letter = _read_answer(text, options, forms)
     if letter is None:
         return Verdict(None, "unparsed")
