@@ -20,10 +20,11 @@ vllm: install
 	$(BIN)/python tests/vllm_env.py
 
 # The paper, executed: every section of RECIPE (smoke, course), JOBS at a time, then the report.
+# The last lines are the counts and the page; `octomed report RECIPE --all` prints every claim and score.
 reproduce: install
 	$(BIN)/octomed check
 	$(BIN)/octomed run $(RECIPE) --jobs $(JOBS)
-	$(BIN)/octomed report $(RECIPE) --html
+	$(BIN)/octomed report $(RECIPE) --html > /dev/null
 	$(BIN)/octomed report $(RECIPE)
 
 # Is it clean, is it exported, is it still true?

@@ -89,7 +89,7 @@ def exported_files(root: Path = ROOT) -> list[Path]:
     return [
         path
         for path in sorted((root / "octomed").rglob("*.py"))
-        if path.name not in ("_modidx.py", "__init__.py")
+        if path.name not in ("_modidx.py", "__init__.py", "__main__.py")
     ]
 
 

@@ -55,11 +55,15 @@ class Fake:
 
     def __init__(self):
         self.script = []
+        self.always = None  # a misbehaviour in place of every answer to a streamed request
         self.asked = []  # bodies of streamed requests
         self.headers = []
         self.files = {}
         self.batches = {}
         self.owner = "fake"
+        self.models = None  # what is sent in place of the list of models
+        self.hello = None  # what answers the first, small request
+        self.cancelled = []  # ids of batches
         self.answer = lambda body: chunks()  # to a streamed request
         self.complete = lambda body: completion(f"seed {body['seed']}")  # to a line of a batch file
         self.refuses = None  # a key: every request is refused, and the message quotes the key
@@ -78,7 +82,7 @@ class Fake:
             self.asked.append(body)
             self.now += 1
             self.most = max(self.most, self.now)
-            return self.script.pop(0) if self.script else None
+            return self.script.pop(0) if self.script else self.always
 
     def run_batch(self, body):
         "Answer a batch file, in another order and with a broken line at its end."
@@ -150,7 +154,9 @@ class Handler(BaseHTTPRequestHandler):
         self.read()
         kind, _, name = self.path.removeprefix("/v1/").partition("/")
         name = name.split("/")[0]
-        if kind == "models":
+        if kind == "models" and self.fake.models is not None:
+            self.send(self.fake.models)
+        elif kind == "models":
             model = {"id": "fake", "object": "model", "created": 0, "owned_by": self.fake.owner}
             self.send({"object": "list", "data": [model]})
         elif kind == "batches" and name in self.fake.batches:
@@ -167,6 +173,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"error": {"message": message}}, 401)
         elif path == "/chat/completions":
             self.chat(json.loads(data))
+        elif path.endswith("/cancel"):
+            self.fake.cancelled.append(path.split("/")[2])
+            self.send({**self.fake.batches[path.split("/")[2]], "status": "cancelling"})
         elif path == "/files" and self.fake.files is not None:
             self.upload(data)
         elif path == "/batches" and self.fake.files is not None:
@@ -176,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, body):
         if not body.get("stream"):
-            self.send(completion("Hello", model="fake-1"))
+            (self.fake.hello or send_json(completion("Hello", model="fake-1")))(self, body)
             return
         act = self.fake.take(body)
         try:
@@ -231,9 +240,47 @@ def hang_up(h, body):
     h.close_connection = True
 
 
-def slow(h, body):
-    time.sleep(2.5)
-    h.stream(chunks())
+def send_bytes(data, content_type="text/event-stream", number=200, **headers):
+    "Answer with these bytes, whatever they are."
+
+    def act(h, body):
+        h.send_response(number)
+        h.send_header("Content-Type", content_type)
+        for name, value in headers.items():
+            h.send_header(name.replace("_", "-"), value)
+        h.send_header("Connection", "close")
+        h.end_headers()
+        h.wfile.write(data)
+        h.close_connection = True
+
+    return act
+
+
+def send_json(body, number=200, **headers):
+    "Answer with a whole JSON body."
+    return send_bytes(json.dumps(body).encode(), "application/json", number, **headers)
+
+
+def send_events(*parts, end="\n", done=True, last="\n"):
+    "Answer with one event for each part; `end` ends each line."
+    lines = []
+    for part in parts:
+        text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+        lines += [f"data: {text}{end}", end]
+    if done:
+        lines.append(f"data: [DONE]{end}{last}")
+    return send_bytes("".join(lines).encode())
+
+
+def wait_for_hang_up(gone):
+    "Answer nothing until the client has hung up, and count that."
+
+    def act(h, body):
+        h.connection.recv(1)  # gives nothing when the client closes the connection
+        gone.release()
+        h.close_connection = True
+
+    return act
 
 
 def error_in_stream(h, body):

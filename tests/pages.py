@@ -30,7 +30,7 @@ LARGEST = 1 << 20  # bytes of a notebook with its outputs
 
 def all_notebooks() -> list[str]:
     "The library's notebooks, in import order, and the sections."
-    found = ["00_front_door.ipynb"]
+    found = ["00_front_door.ipynb", "01_main.ipynb"]
     for room in (*ROOMS, SECTIONS):
         found += [f"{room}/{path.name}" for path in sorted((NBS / room).glob("*.ipynb"))]
     return found

@@ -1,6 +1,8 @@
 "The command line: exit codes, sentences, JSON shapes, and what a failed command leaves behind."
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,11 @@ from pathlib import Path
 import pytest
 from toys import ToyEngine, write_notebook, write_results
 
-from octomed.core.paths import OctomedError
+import octomed
+from octomed.core.paths import OctomedError, UsageError, root
 from octomed.core.recipe import CATEGORIES
-from octomed.run import environment, judge_file, report, terminal
+from octomed.core.workers import count_workers
+from octomed.run import cli, environment, judge_file, report, terminal
 from octomed.run.cli import main
 
 
@@ -31,7 +35,9 @@ def call(capsys, *argv):
 
 
 def jsonl(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -69,7 +75,7 @@ names = {{"torch", "transformers", "papermill", "pandas", "matplotlib", "dataset
 heavy = names & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
         assert name in done.stdout
@@ -131,14 +137,14 @@ def test_unknown_recipe(capsys, tmp_path, command):
     ],
 )
 def test_malformed_recipe(capsys, tmp_path, text, sentence):
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     code, _out, err = call(capsys, "run", tmp_path / "r.yaml")
     assert code == 2 and sentence in err and err.count("\n") == 1 and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_section(capsys, tmp_path):
-    (tmp_path / "r.yaml").write_text("sections: {}")
+    (tmp_path / "r.yaml").write_text("sections: {}", encoding="utf-8")
     code, _, err = call(capsys, "run", tmp_path / "r.yaml", "--only", "42_formatting")
     assert code == 2 and "recipe r has no section 42_formatting" in err
 
@@ -149,6 +155,8 @@ def test_unknown_section(capsys, tmp_path):
         ("run smoke --minutes 1 --rehearse", "--minutes is for sections that run on this machine"),
         ("run smoke --cluster x.yaml", "add --on slurm"),
         ("report smoke --html --json", "choose one"),
+        ("report smoke --html --all", "the page always shows everything"),
+        ("report smoke --html --only 42_formatting", "the page always shows everything"),
         ("export hub clinic_ward:train --out there --form hybrid", 'Invalid value "hybrid"'),
         ("export lm-eval --recipe RECIPE --out there", "names no benchmark"),
         ("evaluate clinic/tiny --recipe RECIPE", "names no benchmark"),
@@ -161,7 +169,7 @@ def test_unknown_section(capsys, tmp_path):
 def test_what_would_be_ignored_is_refused(capsys, tmp_path, monkeypatch, line, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(
-        "common: {plugins: [octomed.clinic.questions, octomed.clinic.students]}"
+        "common: {plugins: [octomed.clinic.questions, octomed.clinic.students]}", encoding="utf-8"
     )
     code, _, err = call(capsys, *line.replace("RECIPE", "r.yaml").split())
     assert (
@@ -183,7 +191,7 @@ def test_data_folder_that_is_none(capsys, monkeypatch):
 
 
 def test_store_that_cannot_be_written(capsys, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "file" / "store"))
     monkeypatch.setattr(environment, "list_checks", lambda: {"store": environment.check_store})
     code, out, _ = call(capsys, "check")
@@ -243,7 +251,13 @@ def test_judge_rows_and_counts(capsys, tmp_path):
         ("{", "line 2 of r.jsonl is not JSON"),
         ("[1]", "line 2 of r.jsonl is no object"),
         ({"id": 1}, "line 2 of r.jsonl lacks text"),
-        ({**ROW, "options": ["a"]}, "line 2 of r.jsonl lacks options"),
+        ({**ROW, "options": 4}, "line 2 of r.jsonl lacks options"),
+        ({**ROW, "options": {"A": "yes", "B": None}}, "line 2 of r.jsonl: option B is missing"),
+        ({**ROW, "options": {"A": "yes", "a": "no"}}, "line 2 of r.jsonl has two options for"),
+        ({**ROW, "answer": "B", "answer_idx": "A"}, "line 2 of r.jsonl has two right answers"),
+        ({**ROW, "text": ["a", "b"]}, "line 2 of r.jsonl lacks text"),
+        ({**ROW, "id": 1.5}, "line 2 of r.jsonl: the id 1.5"),
+        ('{"id": 1, "text": "a", "text": "b"}', "line 2 of r.jsonl has the key 'text' twice"),
         ({**ROW, "options": {}}, "line 2 of r.jsonl has no options"),
         ({**ROW, "answer": "E"}, "line 2 of r.jsonl: the answer 'E' is none of the options"),
         ({**ROW, "answer": 2}, "line 2 of r.jsonl: the answer 2"),
@@ -256,13 +270,68 @@ def test_judge_bad_row(capsys, tmp_path, bad, sentence):
     assert code == 1 and not out and sentence in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": ["yes", "no"]},
+        {"options": ["A. yes", "B. no"]},
+        {"options": [{"key": "A", "value": "yes"}, {"key": "B", "value": "no"}]},
+        {"options": {"label": ["A", "B"], "text": ["yes", "no"]}},
+        {"options": '{"A": "yes", "B": "no"}'},
+        {"options": "['yes', 'no']"},
+        {"text": ["\\boxed{B}"]},
+        {"text": None, "response": "\\boxed{B}"},
+        {"text": "so \boxed{B}"},
+        {"text": [{"role": "assistant", "content": "\\boxed{B}"}]},
+        {"answer": "(B)"},
+        {"answer": "no"},
+        {"answer": "B: no"},
+        {"answer": None, "gold": "B"},
+        {"answer": "no", "answer_idx": "B"},
+    ],
+)
+def test_judge_reads_the_usual_forms(capsys, tmp_path, change):
+    row = {**ROW, "answer": "B", **change}
+    code, out, _ = call(capsys, "judge", jsonl(tmp_path / "r.jsonl", row))
+    first = json.loads(out.splitlines()[0])
+    assert code == 0 and first == {"id": "q1", "letter": "B", "status": "correct"}
+
+
+@pytest.mark.parametrize(
+    "key", ["response", "output", "generated_text", "completion", "prediction", "messages"]
+)
+def test_judge_reads_the_usual_names_and_numbers_rows_without_id(capsys, tmp_path, key):
+    text = [{"role": "assistant", "content": "\\boxed{B}"}] if key == "messages" else "\\boxed{B}"
+    row = {key: text, "options": ROW["options"], "answer": "B"}
+    code, out, _ = call(capsys, "judge", jsonl(tmp_path / "r.jsonl", row, row))
+    rows = [json.loads(line) for line in out.splitlines()[:2]]
+    assert code == 0 and [(r["id"], r["status"]) for r in rows] == [(1, "correct"), (2, "correct")]
+
+
+def test_judge_reads_tables_and_packed_files(capsys, tmp_path):
+    import gzip
+
+    import pandas as pd
+
+    row = {"id": "q1", "response": "\\boxed{B}", "A": "yes", "B": "no", "answer": "B"}
+    table = pd.DataFrame([row, row])
+    table.to_csv(tmp_path / "r.csv", index=False)
+    table.to_parquet(tmp_path / "r.parquet")
+    (tmp_path / "r.json").write_text(json.dumps([row, row], indent=1))
+    (tmp_path / "r").write_bytes(gzip.compress((json.dumps(row) + "\r\n").encode() * 2))
+    (tmp_path / "r16.jsonl").write_text((json.dumps(row) + "\n") * 2, encoding="utf-16")
+    for file in filter(Path.is_file, tmp_path.iterdir()):
+        code, out, _ = call(capsys, "judge", file)
+        assert code == 0 and json.loads(out.splitlines()[-1])["counts"]["correct"] == 2, file
+
+
 def test_judge_bad_file(capsys, tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         code, out, err = call(capsys, "judge", path)
         assert code == 1 and not out and "cannot be read" in err and "Traceback" not in err
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in call(capsys, "judge", tmp_path / "b.jsonl")[2]
-    (tmp_path / "e.jsonl").write_text("")
+    (tmp_path / "e.jsonl").write_text("", encoding="utf-8")
     assert json.loads(call(capsys, "judge", tmp_path / "e.jsonl")[1])["counts"]["correct"] == 0
 
 
@@ -391,7 +460,7 @@ def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns
             )
         )
     register_teacher("toy/always", Always, "1")
-    (tmp_path / "r.yaml").write_text("common: {bootstrap: 200}")
+    (tmp_path / "r.yaml").write_text("common: {bootstrap: 200}", encoding="utf-8")
     ask = [
         "evaluate",
         "toy/always",
@@ -451,7 +520,7 @@ def test_evaluate_shows_single_samples_the_vote_and_both_overalls_at_120_columns
 @pytest.fixture
 def results(tmp_path):
     "A recipe of one section with results, made elsewhere."
-    (tmp_path / "r.yaml").write_text("sections: {42_b: {}}")
+    (tmp_path / "r.yaml").write_text("sections: {42_b: {}}", encoding="utf-8")
     write_notebook(tmp_path / "nbs" / "42_b.ipynb")
     claim = {
         "text": "<b>one</b> beats two",
@@ -487,21 +556,21 @@ def results(tmp_path):
     def put(folder, code="old"):
         write_results(folder, [claim], [row], code)
         (folder / "figures" / "42_b.png").write_bytes(b"\x89PNG")
-        (folder / "figures" / "42_b.svg").write_text("<svg/>")
+        (folder / "figures" / "42_b.svg").write_text("<svg/>", encoding="utf-8")
         return tmp_path / "r.yaml"
 
     return put
 
 
 def test_report_needs_results(capsys, tmp_path):
-    (tmp_path / "r.yaml").write_text("sections: {}")
+    (tmp_path / "r.yaml").write_text("sections: {}", encoding="utf-8")
     code, out, err = call(capsys, "report", tmp_path / "r.yaml")
     assert code == 1 and not out and "has no results yet: run `octomed run" in err
 
 
 def test_report_as_text_and_json(capsys, tmp_path, results):
     recipe = results(tmp_path / "out" / "r")
-    code, out, _ = call(capsys, "report", recipe)
+    code, out, _ = call(capsys, "report", recipe, "--all")
     assert (
         code == 0
         and "+12.5" in out
@@ -519,6 +588,23 @@ def test_report_as_text_and_json(capsys, tmp_path, results):
     )
 
 
+def test_report_is_a_line_for_each_section_and_ends_on_counts_and_page(capsys, tmp_path, results):
+    recipe = results(tmp_path / "out" / "r")
+    code, out, _ = call(capsys, "report", recipe)
+    *_, hint, counts, page = out.splitlines()
+    assert code == 0 and "+12.5" not in out
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("42_b")] == [
+        ["42_b", "1"]
+    ]
+    assert f"octomed report {recipe} --all" in hint
+    assert counts == "1 sections, 1 claims: 1 agrees, 0 disagrees, 0 undecided"
+    assert page == f"as a page: `octomed report {recipe} --html`"
+    call(capsys, "report", recipe, "--html")
+    page = call(capsys, "report", recipe)[1].splitlines()[-1]
+    assert page == f"the page: {tmp_path / 'out' / 'r' / 'report.html'}"
+    assert "+12.5" in call(capsys, "report", recipe, "--only", "42_b")[1]
+
+
 def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, results):
     recipe = results(tmp_path / "out" / "reference" / "r")
     code, out, _ = call(capsys, "report", recipe)
@@ -531,7 +617,10 @@ def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, result
 
     path = tmp_path / "out" / "reference" / "r" / "results" / "42_b.json"
     path.write_text(
-        path.read_text().replace('"old"', json.dumps(section_digest("42_b", tmp_path / "nbs")))
+        path.read_text(encoding="utf-8").replace(
+            '"old"', json.dumps(section_digest("42_b", tmp_path / "nbs"))
+        ),
+        encoding="utf-8",
     )
     assert "The code has changed" not in call(capsys, "report", recipe)[1]
 
@@ -539,7 +628,7 @@ def test_report_falls_back_to_the_reference_and_says_so(capsys, tmp_path, result
 def test_report_page_is_self_contained(capsys, tmp_path, results):
     recipe = results(tmp_path / "out" / "r")
     code, out, _ = call(capsys, "report", recipe, "--html")
-    page = Path(out.strip()).read_text()
+    page = Path(out.strip()).read_text(encoding="utf-8")
     assert code == 0 and Path(out.strip()) == tmp_path / "out" / "r" / "report.html"
     assert (
         "&lt;b&gt;one&lt;/b&gt; beats two" in page
@@ -604,3 +693,152 @@ def test_columns_align():
         "x              1",
         "long word  1,000",
     ]
+
+
+# What a command finds around it: encodings, full disks, closed pipes, permissions.
+
+
+def start(tmp_path, line, stdout=subprocess.PIPE, cwd=None, **environment):
+    "A finished command in a process of its own."
+    return subprocess.run(
+        [sys.executable, "-m", "octomed", *line.split()],
+        cwd=cwd or tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root()), **environment},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+    )
+
+
+ENCODINGS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "cp1252"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"},
+]
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=str)
+def test_all_text_is_utf8_whatever_the_locale(tmp_path, environment):
+    (tmp_path / "ün").mkdir()
+    jsonl(tmp_path / "ün" / "à.jsonl", {"question": "ob μ ≤ 3 × σ ist – «é»?", "options": ["ß"]})
+    line = "decontaminate ün/à.jsonl --against ün/à.jsonl --drops ün/ö.jsonl --html ün/ö.html"
+    done = start(tmp_path, line, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "ün/à.jsonl" in done.stdout.decode("utf-8")
+    assert "«é»" in (tmp_path / "ün" / "ö.jsonl").read_text(encoding="utf-8")
+    assert "«é»" in (tmp_path / "ün" / "ö.html").read_text(encoding="utf-8")
+
+
+def test_what_utf8_does_not_have_is_escaped(tmp_path):
+    jsonl(tmp_path / "a.jsonl", '{"id": "\\ud83d", "text": "A", "options": {"A": "é"}}')
+    done = start(tmp_path, "judge a.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["id"] == "\ud83d"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("line", ["judge a.jsonl", "run --help", "sources", "completion bash"])
+def test_a_full_disk_under_the_output_is_one_sentence(tmp_path, line):
+    jsonl(tmp_path / "a.jsonl", ROW)
+    with open("/dev/full", "wb") as full:
+        done = start(tmp_path, line, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        "octomed: the output cannot be written (No space left on device): "
+        "free some space, or send it elsewhere\n"
+    )
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    jsonl(tmp_path / "a.jsonl", *[ROW] * 20_000)
+    command = f"{sys.executable} -m octomed judge a.jsonl | head -1"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root())},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert json.loads(done.stdout)["letter"] == "B"
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&-", 2), ("2>&-", 2), ("2>/dev/null", 2), (">&- 2>&-", 2)]
+)
+def test_a_closed_stream_changes_no_exit_code(tmp_path, redirection, code):
+    command = f"{sys.executable} -m octomed run nothing {redirection}"
+    environment = {**os.environ, "PYTHONPATH": str(root())}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == code
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "x.jsonl"), "x.jsonl cannot be read"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "x cannot be read or written"),
+        (FileNotFoundError(errno.ENOENT, "No such file", b"x"), "name another file"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "(Read-only file system)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the output cannot be written"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), "no space left to write x"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "is not UTF-8 text"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(capsys, monkeypatch, tmp_path, error, sentence):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(judge_file, "judge_file", broken)
+    monkeypatch.setattr(cli, "discard_output", lambda: None)
+    code, out, err = call(capsys, "judge", tmp_path / "x")
+    assert code == 1 and not out
+    assert err.startswith("octomed: ") and sentence in err and len(err.splitlines()) == 1
+
+
+def test_a_store_under_a_file_is_one_sentence(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "file" / "store"))
+    code, _, err = call(capsys, "distill", "clinic_ward:train", "--limit", 2)
+    assert code == 1 and "point OCTOMED_STORE at a folder of your own" in err
+    assert "Traceback" not in err
+
+
+def test_outputs_under_a_file_are_one_sentence(capsys, monkeypatch, tmp_path, results):
+    recipe = results(tmp_path / "out" / "reference" / "r")
+    (tmp_path / "out" / "r").write_text("", encoding="utf-8")
+    code, _, err = call(capsys, "report", recipe, "--html")
+    assert code == 1 and "point OCTOMED_OUTPUTS at a folder of your own" in err
+
+
+def test_a_folder_that_is_gone_is_one_sentence(tmp_path):
+    (tmp_path / "gone").mkdir()
+    program = "import sys; from octomed.run.cli import main; sys.exit(main())"
+    command = f"cd gone && rmdir ../gone && {sys.executable} -c '{program}' plan smoke"
+    environment = {**os.environ, "PYTHONPATH": str(root())}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 1
+    assert "the folder in which you are is gone" in done.stderr.decode()
+
+
+def test_a_devices_place_is_written_to(tmp_path):
+    jsonl(tmp_path / "a.jsonl", {"question": "What is this?"})
+    line = "decontaminate a.jsonl --against a.jsonl --drops /dev/stdout --json"
+    done = start(tmp_path, line)
+    first, _, rest = done.stdout.decode().partition("\n")
+    assert json.loads(first)["reason"]
+    assert json.loads(rest)["pairs"][0]["exact"] == 1
+
+
+@pytest.mark.parametrize("workers", ["abc", "0", "-1", "1.5"])
+def test_a_number_of_workers_that_is_none(monkeypatch, workers):
+    monkeypatch.setenv("OCTOMED_WORKERS", workers)
+    with pytest.raises(UsageError, match=f"OCTOMED_WORKERS={workers} is no number of workers"):
+        count_workers()
+
+
+def test_the_version_and_the_module(capsys, tmp_path):
+    assert call(capsys, "--version")[:2] == (0, f"{octomed.__version__}\n")
+    assert start(tmp_path, "--version").stdout.decode() == f"{octomed.__version__}\n"

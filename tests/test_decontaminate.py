@@ -1,10 +1,15 @@
+import base64
 import gzip
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +101,7 @@ def test_equals_the_plain_rule_for_any_n(train, bench, n):
     seen = set().union(*map(grams, bench))
     assert r.flagged == [i for i, t in enumerate(train) if grams(t) & seen]
     assert sorted(r.exact) == [
-        i for i, t in enumerate(train) if normalise(t) in map(normalise, bench)
+        i for i, t in enumerate(train) if normalise(t) and normalise(t) in map(normalise, bench)
     ]
     assert (r.blind, r.blind_train) == (
         [i for i, b in enumerate(bench) if len(b.split()) < n],
@@ -178,7 +183,9 @@ def test_fault_24_the_exact_rule_is_equality_of_normal_forms_whatever_the_letter
     r = decontaminate(rows(*train), rows(*bench), n)
     keys = [normalise(b) for b in bench]
     assert r.exact == {
-        i: keys.index(normalise(t)) for i, t in enumerate(train) if normalise(t) in keys
+        i: keys.index(normalise(t))
+        for i, t in enumerate(train)
+        if normalise(t) and normalise(t) in keys
     }
     assert r.flagged == [
         i
@@ -624,6 +631,292 @@ def test_fault_21_twins_by_pixels_see_through_the_encoding(tmp_path):
     ).train == (0,)
     assert find_twins("abca", "xca").train == (0, 2, 3) and find_twins("abca", "xca").test == (1, 2)
 
+
+# Time by repeats: the work is at most a constant times the text, whatever the text is.
+
+
+def count_steps(train, bench, n):
+    """Instructions of the interpreter in the module while rows are compared.
+
+    Each touches at most n words or one place, so this bounds the visits of tokens."""
+    steps = 0
+
+    def count(frame, event, _):
+        nonlocal steps
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        decontaminate(rows(*train), rows(*bench), n)
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+unit = st.lists(st.sampled_from("abc"), min_size=1, max_size=4)
+periodic = st.builds(
+    lambda parts: " ".join(" ".join(words * times) for words, times in parts),
+    st.lists(st.tuples(unit, st.integers(1, 60)), max_size=3),
+)
+STEPS = 400  # for each word, at 4 visits a word
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(periodic, max_size=4),
+    st.lists(periodic, max_size=4),
+    st.integers(1, 20),
+    st.sampled_from([1, 2, 8, 16]),
+)
+def test_fault_61_steps_are_at_most_a_constant_times_the_text(train, bench, copies, n):
+    train, bench = train * copies, bench * copies
+    words = sum(len(text.split()) + 1 for text in [*train, *bench])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "VISITS", 4)
+        assert count_steps(train, bench, n) <= STEPS * (words + 10)
+
+
+def sparse(size):
+    "One phrase many times over, always between other words."
+    return " ".join(f"p1 p2 p3 p4 p5 p6 p7 p8 x{i}" for i in range(size))
+
+
+REPEATS = {
+    "one token": lambda size: (["say " + "the " * size], ["x " + "the " * size]),
+    "a period of two": lambda size: (["a b " * size], ["b a " * size]),
+    "one token in many rows": lambda size: (["0.0 " * 9] * size, ["0.0 " * 10] * size),
+    "a phrase in many rows": lambda size: (
+        [f"r{i} q1 q2 q3 q4 q5 q6 q7 q8 q9" for i in range(size)],
+        [f"q1 q2 q3 q4 q5 q6 q7 q8 q9 i{i}" for i in range(size)],
+    ),
+    "short rows and a long item": lambda size: (["the " * 8] * size, ["the " * 8 * size]),
+    "a phrase that an item repeats": lambda size: (
+        ["p1 p2 p3 p4 p5 p6 p7 p8"] * size,
+        [sparse(size)],
+    ),
+    "equal short stems": lambda size: (["What is shown?"] * size, ["what is shown?"] * size),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_fault_61_twice_the_text_takes_twice_the_steps(monkeypatch, name):
+    monkeypatch.setattr(module, "VISITS", 4)
+    small, large = (count_steps(*REPEATS[name](size), 8) for size in (150, 300))
+    assert large <= 2.3 * small
+
+
+def test_fault_61_repeated_words_are_matched_as_they_were():
+    train = rows("looping output: " + "the " * 300, "a b " * 40 + "end")
+    bench = rows("x " + "the " * 500, "b a " * 30, "the " * 8)
+    report = decontaminate(train, bench, 8)
+    assert [(m.bench, m.bench_rows) for m in report.matches] == [(0, 2), (1, 1)]
+    assert report.matches[0].share == 500 / 501 and report.matches[1].share == 1
+    assert report.matches[0].text == ("the " * 300).strip()
+
+
+def test_a_phrase_of_very_many_items_is_counted_up_to_the_budget(monkeypatch):
+    bench = rows(*(f"q1 q2 q3 q4 item{i}" for i in range(50)))
+    monkeypatch.setattr(module, "VISITS", 3)
+    (match,) = decontaminate(rows("q1 q2 q3 q4"), bench, 4).matches
+    assert (match.bench, match.bench_rows) == (0, 12)
+
+
+# Pictures, and stems without a word.
+
+PICTURES = {
+    "image": "{}.png",
+    "images": ["{}.png"],
+    "image_path": "{}.png",
+    "image_paths": ["{}.png", "x.png"],
+    "img": "{}.jpg",
+    "img_path": "{}.jpg",
+    "img_name": "{}.jpg",
+    "Figure_path": "{}.jpg",
+    "figure_path": "{}.jpg",
+    "ImagePath": ["{}.png"],
+    "picture": {"path": "{}.png"},
+    "image_1": {"bytes": None, "path": "{}.png"},
+    "question_image": {"url": "http://x/{}"},
+    "image_url": "http://x/{}",
+    "image_id": "{}",
+    "pixel_values": [[0.1, "{}"]],
+}
+
+
+def fill(value, name):
+    if isinstance(value, str):
+        return value.replace("{}", name)
+    if isinstance(value, list):
+        return [fill(item, name) for item in value]
+    return {k: fill(v, name) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("key", PICTURES)
+def test_fault_50_pictures_under_every_usual_key_tell_questions_apart(key):
+    def q(name):
+        return {"question": "What modality is shown?", key: fill(PICTURES[key], name)}
+
+    report = decontaminate([q("one"), q("two")], [q("two")])
+    assert list(report.exact) == [1] and report.picture_keys == ()
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], float("nan"), {"bytes": None, "path": None}])
+def test_fault_50_no_picture_is_no_picture_whatever_it_is_written_as(nothing):
+    train = [{"question": "Why?", "image": nothing}, {"question": "Why?", "image": "a.png"}]
+    assert list(decontaminate(train, rows("why?")).exact) == [0]
+
+
+def test_fault_50_one_picture_in_several_forms_is_one():
+    png = b"\x89PNG\r\n\x1a\n" + bytes(range(200))
+    text = base64.b64encode(png).decode()
+    forms = [
+        {"image": png},
+        {"image": {"bytes": png, "path": "elsewhere.png"}},
+        {"images": [text], "image_path": "other.png", "image_id": 4},
+        {"img": {"url": f"data:image/png;base64,{text}"}},
+        {"jpg": png},
+        {"scan": text},
+    ]
+    train = [{"question": "Why?", **form} for form in forms]
+    assert len(decontaminate(train, train[:1]).exact) == len(forms)
+
+
+def test_fault_50_an_unknown_key_that_looks_like_a_picture_is_reported_once(tmp_path, capsys):
+    from octomed.run.cli import main
+
+    train = [{"question": "Why?", "scan": f"ct/{i}.png", "note": "see x"} for i in range(5)]
+    bench = [{"question": "Why?", "mri_slice": {"bytes": None, "path": "b.dcm"}}]
+    t, b = jsonl(tmp_path / "t.jsonl", train), jsonl(tmp_path / "b.jsonl", bench)
+    assert main(["decontaminate", t, "--against", b, b, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["pairs"][0]["exact"] == 0
+    assert err.count("`scan`") == err.count("`mri_slice`") == 1 and "note" not in err
+
+
+def test_fault_50_a_value_that_is_no_picture_is_refused_by_key(tmp_path):
+    for value in (5, True, 1.5):
+        t = jsonl(tmp_path / "t.jsonl", [{"question": "Why?", "images": value}])
+        with pytest.raises(OctomedError, match=r"line 1 of t\.jsonl has `images`"):
+            decontaminate_sets([t], [t])
+
+
+def test_fault_45_empty_questions_match_nothing_and_are_counted(tmp_path, capsys):
+    from octomed.run.cli import main
+
+    report = decontaminate(rows("", " \t", "real one"), rows("", "real one"))
+    assert (list(report.exact), report.empty_train, report.empty) == ([2], 2, 1)
+    t = jsonl(tmp_path / "t.jsonl", rows("", " ", "real"))
+    assert main(["decontaminate", t, "--against", t]) == 0
+    out, err = capsys.readouterr()
+    table = dict(zip(out.splitlines()[0].split(), out.splitlines()[1].split(), strict=True))
+    assert table["exact"] == "1" and table["kept"] == "2" and table["empty"] == "4"
+    assert "2 rows have an empty question" in err and err.count("\n") == 1
+
+
+def test_fault_45_missing_options_are_no_texts():
+    train = [{"question": "Why?", "options": {"A": "x", "B": None}}]
+    for options in ({"A": "x"}, ["x", float("nan")], "['x']", [{"key": "A", "value": "x"}]):
+        report = decontaminate(train, [{"question": "Why?", "options": options}])
+        assert list(report.exact_options) == [0]
+    assert not decontaminate(train, [{"question": "Why?", "options": ["x", "None"]}]).exact_options
+
+
+# Punctuation, and the table of a terminal.
+
+
+def test_no_punctuation_compares_letters_and_digits_only(tmp_path, capsys):
+    from octomed.run.cli import main
+
+    stem = "A man, 45-years old; coughs: blood?"
+    train = rows("a man 45 YEARS old coughs blood", "A man... 45 years old (coughs) well")
+    assert decontaminate(train, rows(stem), 5).drop == set()
+    report = decontaminate(train, rows(stem), 5, punctuation=False)
+    assert report.flagged == [0, 1] and list(report.exact) == [0]
+    t, b = jsonl(tmp_path / "t.jsonl", train), jsonl(tmp_path / "b.jsonl", rows(stem))
+    page = str(tmp_path / "x.html")
+    command = ["decontaminate", t, "--against", b, "--n", "5", "--no-punctuation", "--html", page]
+    assert main(command) == 0
+    assert "no punctuation" in capsys.readouterr().out
+    html = Path(page).read_text()
+    assert "<mark>A man... 45 years old (coughs)</mark> well" in html and "no punctuation" in html
+
+
+def test_the_table_says_what_each_column_counts(tmp_path, capsys):
+    from octomed.run.cli import main
+
+    train, bench = corpus()
+    t, b = jsonl(tmp_path / "t.jsonl", train), jsonl(tmp_path / "b.jsonl", bench)
+    assert main(["decontaminate", t, "--against", b, "--n", "8"]) == 0
+    head, row, *legend = capsys.readouterr().out.splitlines()
+    counts = dict(zip(head.split(), row.split(), strict=True))
+    report = decontaminate(train, bench, 8)
+    assert counts["kept"] == str(400 - len(report.drop)) and counts["items"] == "60"
+    assert (counts["train"], counts["bench"]) == (t, b)
+    explained = [line.split()[0] for line in legend if line]
+    assert explained[:-1] == [name for name in counts if name not in ("train", "bench", "n")]
+    assert any("items under 8 words" in line for line in legend)
+
+
+# Files of other formats.
+
+
+def test_every_format_gives_the_same_reports(tmp_path, monkeypatch):
+    train, bench = corpus(120)
+    b = jsonl(tmp_path / "b.jsonl", bench)
+    plain = [{"question": row["question"]} for row in train]
+    expected = decontaminate(plain, bench, 8)
+    table = pd.DataFrame(plain)
+    text = "".join(json.dumps(row) + "\n" for row in plain)
+    (tmp_path / "t.json").write_text(json.dumps(plain, indent=1))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t16.jsonl").write_text(text, encoding="utf-16")
+    (tmp_path / "tcr.jsonl").write_bytes(text.replace("\n", "\r").encode())
+    (tmp_path / "shards").mkdir()
+    table[:50].to_parquet(tmp_path / "shards" / "train-00000-of-00002.parquet")
+    table[50:].to_parquet(tmp_path / "shards" / "train-00001-of-00002.parquet")
+    monkeypatch.setattr(files_module.cut_pieces, "__defaults__", (700,))
+    for name in ("t.json", "t.csv", "t.parquet", "t16.jsonl", "tcr.jsonl", "shards"):
+        t = str(tmp_path / name)
+        assert decontaminate_sets([t], [b], 8)[t, b] == expected, name
+        assert decontaminate_sets([b], [t], 8)[b, t].bench_rows == 120
+
+
+def test_pictures_in_a_parquet_file_are_told_apart_by_their_bytes(tmp_path):
+    def write(name, *pictures):
+        cells = [{"bytes": p, "path": "x.png"} for p in pictures]
+        stems = ["What is shown?"] * len(cells)
+        pq.write_table(pa.table({"question": stems, "image": cells}), tmp_path / name)
+        return str(tmp_path / name)
+
+    t, b = write("t.parquet", b"one", b"two"), write("b.parquet", b"two", b"three")
+    assert decontaminate_sets([t], [b])[t, b].exact == {1: 0}
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"question": "a", "question": "b"}', "the key 'question' twice"),
+        ('{"question": 12}', "no text `question` but 12"),
+        ('{"prompt": "a"}', "its keys are prompt"),
+        ('{"question": "a", "options": 4}', "options that are neither a list nor an object"),
+        ("[" * 5000, "nested too deeply"),
+        ('{"question": "a", "x": ' + "9" * 5000 + "}", "too many digits"),
+        ("\0\0\0", "NUL bytes"),
+    ],
+)
+def test_a_bad_line_has_a_sentence_of_its_own(tmp_path, line, sentence):
+    (tmp_path / "t.jsonl").write_text('{"question": "a"}\n' + line + "\n")
+    with pytest.raises(OctomedError, match=f"line 2 of t.jsonl.*{re.escape(sentence)}"):
+        decontaminate_sets([str(tmp_path / "t.jsonl")], [str(tmp_path / "t.jsonl")])
+
+
+# The real sets.
 
 TRAIN, BENCH = (
     ("medqa:train", "medqa:train4", "medqa:dev", "headqa:train", "headqa:dev", "medmcqa:train"),

@@ -14,7 +14,8 @@ from octomed.generate import engines
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engine_vllm import VLLMEngine
 from octomed.generate.engines import FORCED, find_teacher_revision, load_teacher
-from octomed.generate.samples import Sampling, derive_sample_seed
+from octomed.generate.models import TextProcessor
+from octomed.generate.samples import Request, Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
 
@@ -228,7 +229,7 @@ def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, pict
 
 
 def test_a_text_model_is_given_plain_text_and_refuses_images(stand_in, student, picture):
-    stand_in.processor = stand_in.tokenizer  # a text model has no processor
+    stand_in.processor = TextProcessor(stand_in.tokenizer)
     stand_in.tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     )
@@ -280,3 +281,50 @@ def test_without_vllm_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(OctomedError, match="install octomed with its `vllm` extra"):
         VLLMEngine("a-model", "a-model@1")
+
+
+def test_f20_a_question_with_a_token_of_the_model_is_an_error_sample(folder):
+    engine = TransformersEngine(folder, "tiny@1", max_pixels=12_544)
+    asked = [
+        Request(
+            "q1",
+            [{"role": "user", "content": [{"type": "text", "text": "What is <|image_pad|> ?"}]}],
+            "p",
+        ),
+        Request(
+            "q2", [{"role": "user", "content": [{"type": "text", "text": "which is it ?"}]}], "p"
+        ),
+    ]
+    samples = {s.question: s for s in engine.generate(asked, Sampling(max_tokens=3))}
+    assert samples["q1"].finish == "error"
+    assert "<|image_pad|>, which is a token of the model's own" in samples["q1"].text
+    assert samples["q2"].finish != "error"
+
+
+def test_f20_a_model_never_writes_the_tokens_of_an_image(folder):
+    import torch
+
+    engine = TransformersEngine(folder, "tiny@1", max_pixels=12_544)
+    head = engine.net.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[engine.unwritten] = 1.0
+        engine.net.model.language_model.norm.weight.fill_(1.0)
+    asked = [
+        Request(
+            "q",
+            [{"role": "user", "content": [{"type": "text", "text": "which is it ?"}]}],
+            "p",
+            tuple(range(8)),
+        )
+    ]
+    counts = []
+    tokenizer, decode = engine.processor.tokenizer, engine.processor.tokenizer.decode
+
+    def watch(ids, **options):
+        counts.append(len(set(ids) & set(engine.unwritten)))
+        return decode(ids, **options)
+
+    tokenizer.decode = watch
+    list(engine.generate(asked, Sampling(max_tokens=6, top_p=1.0, temperature=1.0)))
+    assert len(counts) >= 8 and not any(counts)

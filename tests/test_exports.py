@@ -19,16 +19,19 @@ from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError, root
 from octomed.core.recipe import Common
 from octomed.core.store import run_stage
+from octomed.data.questions import Question
 from octomed.data.sources import load
 from octomed.distill.pools import take_subset
 from octomed.evaluate.arms import Arm, declare_stages, schedule_of
 from octomed.generate.answers import judge
+from octomed.generate.prompts import load_template
 from octomed.generate.render import load_rows, render_row
 from octomed.generate.samples import Sampling
 from octomed.run import export_llamafactory as factory_module
-from octomed.run.export_hub import check_push, export_dataset, export_student
+from octomed.run import exports as exports_module
+from octomed.run.export_hub import check_push, export_dataset, export_student, hub_row
 from octomed.run.export_llamafactory import export_llamafactory, factory_settings, frozen_parts
-from octomed.run.export_lm_eval import export_tasks, task_name
+from octomed.run.export_lm_eval import export_tasks, task_name, task_row
 from octomed.run.exports import collect_traces
 from octomed.train.students import load_student, register_student
 
@@ -79,6 +82,8 @@ def test_fault_31_over_long_traces_are_dropped_whole_before_others_cut_them(proc
     kept, funnel = collect_traces(short, COMMON)
     assert funnel == {
         "in": len(sizes),
+        "control_tokens": 0,
+        "escaped": 0,
         "over_long": sum(n > short.schedule.cutoff for n in sizes),
         "kept": len(kept),
     }
@@ -203,19 +208,47 @@ def test_freeze_flags_say_what_our_prefixes_freeze(student):
         }
 
 
-def test_a_text_with_a_placeholder_is_dropped_and_counted(tmp_path, monkeypatch):
+def test_f12_a_placeholder_in_a_text_is_escaped_in_every_export(tmp_path, monkeypatch):
     kept, funnel = collect_traces(ARM, COMMON)
-    monkeypatch.setattr(
-        factory_module,
-        "collect_traces",
-        lambda *_: (
-            [replace(kept[0], response="<think>an <image> ?</think>\\boxed{A}"), *kept[1:]],
-            funnel,
-        ),
+    pictured = next(trace for trace in kept if trace.question.images)
+    marked = replace(pictured, response="<think>an <image> ?</think>\\boxed{A}")
+    monkeypatch.setattr(factory_module, "collect_traces", lambda *_: ([marked], funnel))
+    export_llamafactory(ARM, COMMON, tmp_path / "factory")
+    (row,) = read_jsonl(tmp_path / "factory" / "traces.jsonl")
+    hub = hub_row(marked, COMMON.max_pixels)
+    for messages in (row["messages"], hub["messages"]):
+        text = "".join(message["content"] for message in messages)
+        assert text.count("<image>") == len(pictured.question.images) == 1
+        assert "an &lt;image&gt; ?" in messages[-1]["content"]
+
+
+def test_f12_a_question_with_a_placeholder_is_escaped_in_a_task():
+    q = Question(
+        stem="What does <image> mean?",
+        options=("a mark", "nothing"),
+        answer="A",
+        source="made",
+        split="test",
+        category="text_only",
     )
-    counts = export_llamafactory(ARM, COMMON, tmp_path / "out")
-    assert counts["holds_a_placeholder"] == 1
-    assert counts["kept"] == len(kept) - 1 == len(read_jsonl(tmp_path / "out" / "traces.jsonl"))
+    row = task_row(q, load_template("cot"))
+    assert "<image>" not in row["prompt"] and "&lt;image&gt;" in row["prompt"]
+
+
+def test_f20_a_trace_with_a_token_of_the_model_is_left_out_and_counted(tmp_path, monkeypatch):
+    every = exports_module._all_traces
+
+    def with_marks(params, questions):
+        first, second, *rest = every(params, questions)
+        marked = replace(first, response=f"{first.response} <|image_pad|>")
+        content = [{"type": "text", "text": "Is it <|im_end|> over?"}]
+        asked = replace(second, messages=[{"role": "user", "content": content}])
+        return [marked, asked, *rest]
+
+    monkeypatch.setattr(exports_module, "_all_traces", with_marks)
+    kept, funnel = collect_traces(ARM, COMMON)
+    assert funnel["control_tokens"] == 2
+    assert funnel["in"] == len(kept) + 2 == funnel["kept"] + 2
 
 
 def test_an_export_goes_into_a_new_folder_only(factory):

@@ -453,14 +453,166 @@ def test_fault_18_sixteen_bits_keep_their_range():
             128,
             1,
         ]
-    assert open_image(encoded(Image.fromarray(np.full((4, 4), 2560, "uint16")))).getpixel(
-        (0, 0)
-    ) == (10, 10, 10)
     assert open_image(deep_png(np.full((3, 2, 3), (65535, 0, 2560)))).getpixel((1, 1)) == (
         255,
         0,
         10,
     )
+
+
+RAMP = np.arange(4096, dtype="uint16").reshape(64, 64)
+
+
+def tiff(data, bits, photometric=1, kind=1, samples=1, order="<"):
+    "A TIFF file of 64 × 64 values. `kind` is 1 for unsigned, 2 for signed, 3 for fractions."
+    entries = {
+        256: (4, 64),
+        257: (4, 64),
+        258: (3, bits),
+        259: (3, 1),
+        262: (3, photometric),
+        273: (4, 8 + 2 + 12 * 10 + 4),
+        277: (3, samples),
+        278: (4, 64),
+        279: (4, len(data)),
+        339: (3, kind),
+    }
+    parts = [b"II*\0" if order == "<" else b"MM\0*", struct.pack(order + "IH", 8, len(entries))]
+    for tag, (size, value) in entries.items():
+        packed = struct.pack(order + ("I" if size == 4 else "H"), value).ljust(4, b"\0")
+        parts.append(struct.pack(order + "HHI", tag, size, 1) + packed)
+    return b"".join([*parts, bytes(4), data])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_values_that_do_not_fill_sixteen_bits_are_shown_at_their_depth(bits):
+    values = (RAMP << 4 >> (16 - bits)).astype("uint16")
+    shown = (values >> (bits - 8)).astype("uint8")
+    assert (shown.min(), shown.max()) == (0, 255)
+    for data in (
+        encoded(Image.fromarray(values)),
+        encoded(Image.fromarray(values.astype("int32")), "TIFF"),
+        tiff(values.astype("<u2").tobytes(), 16),
+        tiff(values.astype(">u2").tobytes(), 16, order=">"),
+        tiff(values.astype("<i4").tobytes(), 32, kind=2),
+    ):
+        assert np.array_equal(np.asarray(open_image(data))[..., 0], shown)
+
+
+def test_the_depth_is_of_the_type_and_not_of_the_picture():
+    dim = Image.fromarray(np.array([[0, 2000]], "uint16"))
+    bright = Image.fromarray(np.array([[0, 4095]], "uint16"))
+    assert open_image(dim).getpixel((1, 0))[0] == 2000 >> 4
+    assert open_image(bright).getpixel((1, 0))[0] == 255
+
+
+def test_white_may_be_zero_in_sixteen_bits_as_in_eight():
+    shown = open_image(tiff(RAMP.astype("<u2").tobytes(), 16, photometric=0))
+    eight = open_image(tiff((RAMP >> 4).astype("u1").tobytes(), 8, photometric=0))
+    assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((63, 63)) == (0, 0, 0)
+    assert np.array_equal(np.asarray(shown), np.asarray(eight))
+
+
+@pytest.mark.parametrize("largest", [0, 1, 4, 63])
+def test_a_picture_that_would_be_black_is_refused(largest):
+    values = np.full((4, 4), largest, "uint16")
+    with pytest.raises(OctomedError, match=f"no value over {largest} in its 16 bits"):
+        open_image(encoded(Image.fromarray(values)), "m.png")
+
+
+def test_colours_of_sixteen_bits_that_use_only_twelve_are_refused():
+    ramp = np.repeat((RAMP % 4096)[..., None], 3, axis=2)
+    with pytest.raises(OctomedError, match="fills only the lower of its 16 bits"):
+        open_image(deep_png(ramp))
+    assert open_image(deep_png(ramp * 16)).getextrema()[0] == (0, 255)
+
+
+def test_signed_and_fractional_values_are_refused():
+    signed = (RAMP.astype("int32") - 1024).astype("<i2").tobytes()
+    for data in (
+        tiff(signed, 16, kind=2),
+        tiff((RAMP >> 4).astype("u1").tobytes(), 8, kind=2),
+        tiff(RAMP.astype("<f4").tobytes(), 32, kind=3),
+    ):
+        with pytest.raises(OctomedError, match="a window of your choice"):
+            open_image(data)
+
+
+def test_a_picture_that_is_transparent_throughout_is_refused():
+    clear = Image.new("RGBA", (8, 8), (200, 10, 10, 0))
+    palette = Image.new("P", (8, 8), 0)
+    for data in (encoded(clear), encoded(palette, transparency=0), clear, clear.convert("LA")):
+        with pytest.raises(OctomedError, match="transparent throughout, so it would be white"):
+            open_image(data, "t.png")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_a_film_that_begins_with_an_empty_frame_is_refused(kind):
+    dark, shown = Image.new("RGB", NOISE.size), NOISE
+    film = encoded(dark, kind, save_all=True, append_images=[dark, shown])
+    with pytest.raises(OctomedError, match=r"the first of the \d frames of f is empty"):
+        open_image(film, "f")
+    shown_first = encoded(shown, kind, save_all=True, append_images=[dark])
+    assert np.ptp(np.asarray(open_image(shown_first))) > 200
+
+
+MODES = ("1", "L", "P", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "La", "PA")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_pillow_shows_the_picture(mode):
+    steps = {"RGBa": ("RGBA",), "La": ("LA",), "PA": ("P",), "HSV": ("RGB",), "YCbCr": ("RGB",)}
+    img = Image.fromarray((RAMP >> 4).astype("uint8"))
+    for step in (*steps.get(mode, ()), mode):
+        img = img.convert(step)
+    shown = open_image(img)
+    assert shown.mode == "RGB" and shown.getextrema() == ((0, 255),) * 3
+
+
+NO_IMAGES = {
+    "version https://git-lfs.github.com/spec/v1\noid sha256:1": "a pointer of Git LFS",
+    "<svg xmlns='http://www.w3.org/2000/svg'/>": "an SVG drawing",
+    "<?xml version='1.0'?>\n<svg/>": "an SVG drawing",
+    "\ufeff<!DOCTYPE html><html>404</html>": "a web page",
+    "\n<html><body>404</body></html>": "a web page",
+    "\0" * 128 + "DICM\2\0": "a DICOM file",
+    "\0\0\0\x18ftypheic\0\0\0\0": "a HEIC image",
+    "%PDF-1.7\n": "a PDF document",
+    "PK\3\4\x14": "an archive",
+    '{"error": "not found"}': "JSON text",
+}
+
+
+@pytest.mark.parametrize("text", NO_IMAGES)
+def test_a_file_that_is_no_image_is_called_what_it_is(text, tmp_path):
+    (tmp_path / "x.jpg").write_text(text)
+    with pytest.raises(OctomedError, match=r"^x\.jpg is " + NO_IMAGES[text]):
+        open_image(tmp_path / "x.jpg")
+
+
+def test_a_png_without_a_side_is_called_so():
+    data = bytearray(encoded(NOISE))
+    data[16:20] = bytes(4)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(OctomedError, match="w has no pixels, since one of its sides is 0"):
+        open_image(bytes(data), "w")
+
+
+def test_a_tag_that_cannot_be_read_turns_nothing(monkeypatch):
+    from PIL import ImageOps
+
+    def broken(*args, **options):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    assert np.array_equal(open_image(encoded(NOISE)), NOISE)
+
+
+def test_what_shows_nothing_is_taken_in_with_a_warning():
+    with pytest.warns(UserWarning, match="n is nearly black"):
+        store_image(encoded(Image.new("RGB", (60, 60), (3, 9, 15))), name="n")
+    with pytest.warns(UserWarning, match="all its pixels are alike"):
+        store_image(encoded(Image.new("RGB", (60, 60), "red")))
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,19 @@ from html.parser import HTMLParser
 import pytest
 from toys import write_notebook, write_results
 
-from octomed.core.paths import UsageError, root, shipped
+from octomed.core.paths import OctomedError, UsageError, root, shipped
 from octomed.core.recipe import Recipe, load_recipe
+from octomed.run import report_html
 from octomed.run.diagnostics import diagnose
 from octomed.run.report import (
     compare_seeds,
     drop_empty_columns,
     find_inconsistencies,
     format_report,
+    format_summary,
     gather_report,
     latest_results,
+    mark_trial,
     rate_row,
     score_row,
     show_in_notebook,
@@ -211,7 +214,7 @@ def places(own_places, tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_NOTEBOOKS", str(tmp_path / "nbs"))
     (tmp_path / "nbs").mkdir()
     write_notebook(tmp_path / "nbs" / "42_b.ipynb")
-    (tmp_path / "smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}")
+    (tmp_path / "smoke.yaml").write_text("sections: {42_b: {}, 42_c: {}}", encoding="utf-8")
     write_notebook(tmp_path / "nbs" / "42_c.ipynb")
     return tmp_path
 
@@ -256,7 +259,7 @@ def test_values_that_the_recipe_gave_otherwise_are_reported(places):
 
     def card(**changed):
         return (out / "cards" / "42_b.json").write_text(
-            json.dumps({"params": {"common": common | changed, "scalars": {}}})
+            json.dumps({"params": {"common": common | changed, "scalars": {}}}), encoding="utf-8"
         )
 
     card()
@@ -358,7 +361,7 @@ def test_the_page_is_well_formed_and_shows_everything(places):
         correlation=0.4,
         statistics=[["named", "9"]],
     )
-    text = write_report_page(str(places / "smoke.yaml")).read_text()
+    text = write_report_page(str(places / "smoke.yaml")).read_text(encoding="utf-8")
     p = Page()
     p.feed(text)
     assert not p.open
@@ -440,7 +443,7 @@ def test_a_vote_shows_both_overalls():
 def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "nowhere"))
     kept = sorted((root() / "outputs" / "reference" / "course" / "results").glob("*.json"))
-    text = write_report_page("course").read_text()
+    text = write_report_page("course").read_text(encoding="utf-8")
     p = Page()
     p.feed(text)
     assert not p.open
@@ -453,10 +456,109 @@ def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path
     from octomed.run.sections import Section
 
     path = tmp_path / "44_samples.ipynb"
-    path.write_text((root() / "nbs" / "paper" / "44_samples.ipynb").read_text())
+    path.write_text(
+        (root() / "nbs" / "paper" / "44_samples.ipynb").read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
     show_in_notebook(Section("44_samples", path), "course")
-    out = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
+    out = [
+        o
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for o in c.get("outputs", [])
+    ]
     assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == [
         "44_samples:"
     ] * 2
     assert any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
+
+
+def test_a_table_of_scores_names_split_prompt_pixels_and_sampling():
+    from octomed.core.recipe import load_recipe
+    from octomed.run.report import describe_scoring
+    from octomed.run.sections import find_sections
+
+    recipe = load_recipe("smoke")
+    section = next(s for s in find_sections(recipe) if s.name.startswith("42"))
+    caption = describe_scoring(section, recipe)
+    common = recipe.common
+    assert f"images of at most {common.max_pixels:,} pixels" in caption
+    assert f"temperature {common.temperature}, top-p {common.top_p}" in caption
+    assert "prompt cot, direct" in caption and "named with its split" in caption
+
+
+# A recipe that only tries the code.
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("smoke", "smoke: not a finding"),
+        ("smoke@2", "smoke: not a finding"),
+        ("/my/smoke.yaml", "smoke: not a finding"),
+        ("course-rehearsal", "rehearsal: not a finding"),
+        ("course", ""),
+        ("smoker", ""),
+    ],
+)
+def test_which_recipes_only_try_the_code(name, mark):
+    assert mark_trial(name) == mark
+
+
+def test_smokes_outcomes_do_not_look_like_results(places):
+    put(places / "out" / "smoke", [claim("a"), claim("b", "disagrees", -0.2)])
+    name = str(places / "smoke.yaml")
+    page = write_report_page(name).read_text(encoding="utf-8")
+    body = page.partition("<body>")[2]
+    assert body.count("smoke: not a finding") >= 4  # two claims, the link, the summary
+    assert '<main class="trial">' in body
+    assert not re.search(r"agrees|undecided|interval of the difference", body)
+    for text in (format_report(name), format_summary(name)):
+        assert "smoke: not a finding" in text
+        assert not re.search(r"\b(agrees|disagrees|undecided)\b", text)
+    assert "octomed report course --html" in body
+
+
+def test_smokes_page_links_the_page_of_the_reference_run(places, monkeypatch):
+    put(places / "out" / "smoke", [claim("a")])
+    put(places / "out" / "reference" / "course", [claim("found by the course")])
+    course = places / "course.yaml"
+    course.write_text("sections: {42_b: {}}", encoding="utf-8")
+    real = report_html.gather_report
+    monkeypatch.setattr(
+        report_html,
+        "gather_report",
+        lambda name, *rest: real(str(course) if name == "course" else name, *rest),
+    )
+    page = write_report_page(str(places / "smoke.yaml"))
+    parsed = Page()
+    parsed.feed(page.read_text(encoding="utf-8"))
+    [link] = [link for link in parsed.links if link.endswith("report.html")]
+    linked = (page.parent / link).read_text(encoding="utf-8")
+    assert "found by the course" in linked
+    assert "not a finding" not in linked
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is not JSON in line 1"),
+        ('{\n<<<<<<< HEAD\n"claims": []}', "is not JSON in line 2"),
+        ("{}", "lacks section, claims, rows, card"),
+        ("[]", "lacks section, claims, rows, card"),
+    ],
+)
+def test_results_that_cannot_be_read_are_named(places, text, sentence):
+    put(places / "out" / "smoke", [claim("a")])
+    path = places / "out" / "smoke" / "results" / "42_b.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(OctomedError) as caught:
+        gather_report(str(places / "smoke.yaml"))
+    assert str(caught.value).startswith(f"{path} {sentence}")
+    assert "remove it and run its section again" in str(caught.value)
+
+
+def test_results_with_a_byte_order_mark_are_read(places):
+    put(places / "out" / "smoke", [claim("a")])
+    path = places / "out" / "smoke" / "results" / "42_b.json"
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert gather_report(str(places / "smoke.yaml"))["sections"][0]["claims"]

@@ -14,9 +14,10 @@ import pytest
 
 from octomed.core import identity
 from octomed.core.files import atomic_write
-from octomed.core.paths import OctomedError, UsageError
+from octomed.core.paths import OctomedError, UsageError, root
 from octomed.core.recipe import load_recipe
 from octomed.run.execute import SectionFailed
+from octomed.run.log import Pace, seconds_left
 from octomed.run.runner import notebook_stage, run_recipe, status
 from octomed.run.sections import Section
 
@@ -77,13 +78,16 @@ class World:
                     "nbformat": 4,
                     "nbformat_minor": 5,
                 }
-            )
+            ),
+            encoding="utf-8",
         )
         self.values[name] = values or {}
         return self.write()
 
     def write(self, **common):
-        self.recipe.write_text(json.dumps({"common": common, "sections": self.values}))
+        self.recipe.write_text(
+            json.dumps({"common": common, "sections": self.values}), encoding="utf-8"
+        )
         return self
 
     def run(self, **kw):
@@ -93,7 +97,9 @@ class World:
         return {r["section"]: r["state"] for r in status(str(self.recipe), self.nbs)}
 
     def rows(self, name):
-        return json.loads((self.out / "r" / "results" / f"{name}.json").read_text())["rows"]
+        return json.loads(
+            (self.out / "r" / "results" / f"{name}.json").read_text(encoding="utf-8")
+        )["rows"]
 
     def bytes(self):
         return {
@@ -109,7 +115,7 @@ class World:
             env={**os.environ, "OCTOMED_NOTEBOOKS": str(self.nbs), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
 
 
@@ -139,7 +145,9 @@ NEEDS_PROC = pytest.mark.skipif(
 
 def children(pid):
     return [
-        int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()
+        int(p)
+        for t in Path(f"/proc/{pid}/task").glob("*/children")
+        for p in t.read_text(encoding="utf-8").split()
     ]
 
 
@@ -195,7 +203,7 @@ def test_order_by_number_and_published_copies(world):
     assert world.run()["ran"] == ["9_a", "10_b"]
     assert world.rows("9_a") == [{"n": 7}]
     assert world.rows("10_b") == [{"n": 1}]
-    text = (world.out / "r" / "9_a.ipynb").read_text()
+    text = (world.out / "r" / "9_a.ipynb").read_text(encoding="utf-8")
     assert str(world.folder / "store") not in text
     assert "outputs/r" in text
     assert not list(world.nbs.glob("*.failed*"))
@@ -215,7 +223,7 @@ def test_a_failing_cell_is_named_and_the_work_before_it_kept(world):
         world.run()
     assert world.rows("1_a")
     assert world.states() == {"1_a": "done", "2_b": "failed"}
-    assert "ZeroDivisionError" in (world.out / "r" / "run.log").read_text()
+    assert "ZeroDivisionError" in (world.out / "r" / "run.log").read_text(encoding="utf-8")
     world.section("2_b")
     assert world.run() == {"ran": ["2_b"], "skipped": ["1_a"]}
     assert world.states()["2_b"] == "done"
@@ -239,7 +247,9 @@ finish('1_a')
         world.run()
     states = [
         c["metadata"]["papermill"]["status"]
-        for c in json.loads((world.out / "r" / "1_a.failed.ipynb").read_text())["cells"]
+        for c in json.loads((world.out / "r" / "1_a.failed.ipynb").read_text(encoding="utf-8"))[
+            "cells"
+        ]
     ]
     assert states == ["completed", "completed", "completed", "failed"]
     assert world.states() == {"1_a": "failed"}
@@ -296,7 +306,7 @@ os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 atomic_write({str(tmp_path / "a.json")!r}, "new and longer")
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert (tmp_path / "a.json").read_text() == "old"
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "old"
 
 
 def test_fault_3_runner_killed(world):
@@ -389,7 +399,7 @@ partial = {"section": 1, "recipe": 1, "rows": []}
 
 def test_fault_6_stale_by_content(world, monkeypatch):
     data = world.folder / "data.csv"
-    data.write_text("a")
+    data.write_text("a", encoding="utf-8")
     declare(monkeypatch, inputs=lambda recipe: [data])
     world.section("1_a", module="fake")
     world.section("2_b")
@@ -401,9 +411,9 @@ def test_fault_6_stale_by_content(world, monkeypatch):
     assert both() == ["done", "done"]
     os.utime(data, (1, 1))
     assert both() == ["done", "done"]  # time is no content
-    data.write_text("b")
+    data.write_text("b", encoding="utf-8")
     assert both() == ["stale", "done"]  # an input of one section
-    data.write_text("a")
+    data.write_text("a", encoding="utf-8")
     assert both() == ["done", "done"]
     world.values["2_b"] = {"n": 2}
     world.write()
@@ -454,7 +464,7 @@ def test_fault_7_two_runners_at_once(world):
     )
     errs = [p.communicate(timeout=40)[1] for p in [world.start(), world.start()] if p.wait(40) == 0]
     assert len(errs) == 2
-    assert count.read_text() == "x"
+    assert count.read_text(encoding="utf-8") == "x"
     assert world.states() == {"1_a": "done"}
 
 
@@ -521,7 +531,7 @@ def test_side_by_side_stops_with_everything_it_started(world):
     assert not [
         p
         for p in children(os.getpid())
-        if "\0octomed.run.cli\0run" in Path(f"/proc/{p}/cmdline").read_text()
+        if "\0octomed.run.cli\0run" in Path(f"/proc/{p}/cmdline").read_text(encoding="utf-8")
     ]
     assert time.time() - begun < 60
     assert set(world.states().values()) == {"missing"}
@@ -597,3 +607,144 @@ def test_one_arm(world, monkeypatch):
         world.run(arm="none")
     assert world.run(arm="cot")["ran"] == ["1_a"]
     assert asked == [({"cot": 1}, {"n": 1}, 1)]
+
+
+# Where a run works, and how far it says it is.
+
+WHERE = """
+import os
+from octomed.core.paths import data_dir, outputs_dir, store_dir
+from octomed.core.workers import map_in_workers
+os.environ["OCTOMED_WORKERS"] = "2"
+there = map_in_workers(os.path.abspath, ["x"] * 3, few=1)
+places = [os.getcwd(), str(store_dir()), str(outputs_dir()), str(data_dir()), there[0]]
+pathlib.Path("seen.json").write_text(json.dumps(places), encoding="utf-8")
+finish("1_a")
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_relative_folders_are_those_of_the_command_in_kernels_and_workers(world, jobs):
+    world.section("1_a", body=WHERE)
+    work = world.folder / "typed here"
+    (work / "da ta").mkdir(parents=True)
+    os.rename(world.nbs, work / "nbs")
+    names = {"STORE": "st", "OUTPUTS": "ou", "DATA": "da ta", "NOTEBOOKS": "nbs"}
+    environment = {f"OCTOMED_{name}": value for name, value in names.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "octomed", "run", "../r.yaml", "--jobs", jobs],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(root()), **environment},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((work / "seen.json").read_text(encoding="utf-8"))
+    assert seen == [str(work), *(str(work / name) for name in ("st", "ou", "da ta", "x"))]
+    assert (work / "ou" / "r" / "results" / "1_a.json").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_says_how_far_it_is(world, jobs):
+    for name in ("1_a", "2_b"):
+        world.section(name)
+    world.run(jobs=jobs)
+    lines = [line[20:] for line in (world.out / "r" / "run.log").read_text("utf-8").splitlines()]
+    assert "0 of 2 sections done, about" in lines[0]
+    assert [line for line in lines if "1 of 2 sections done, about" in line]
+    assert [line for line in lines if line.endswith(": 2 of 2 sections done")]
+    assert not [line for line in lines if "of 1 sections" in line]
+
+
+def test_the_time_left_follows_the_run():
+    pace = Pace({"a": 100, "b": 300, "c": None, "d": 100})
+    assert str(pace) == "0 of 4 sections done, time left not known yet"
+    pace.skip("c")
+    assert str(pace) == "1 of 4 sections done, about 8 min left"
+    pace.start("a")
+    pace.begun["a"] -= 50
+    assert 449 <= seconds_left(pace) <= 450
+    assert 49 <= pace.end("a") <= 52
+    assert 199 <= seconds_left(pace) <= 210  # it took half of what was expected
+    pace.start("b")
+    pace.begun["b"] -= 1000
+    assert 60 <= seconds_left(pace) <= 70  # b is late, d takes half
+    pace.at_once = 2
+    assert 45 <= seconds_left(pace) <= 55  # the longest decides
+    pace.end("b")
+    pace.skip("d")
+    assert str(pace) == "4 of 4 sections done"
+
+
+def test_a_run_goes_on_when_nobody_reads_it_any_more(world):
+    world.section("1_a").section("2_b")
+    command = f"{sys.executable} -m octomed run {world.recipe} 2>&1 | head -1"
+    environment = {"PYTHONPATH": str(root()), "OCTOMED_NOTEBOOKS": str(world.nbs)}
+    subprocess.run(
+        ["sh", "-c", command], env={**os.environ, **environment}, capture_output=True, check=True
+    )
+    assert world.states() == {"1_a": "done", "2_b": "done"}
+
+
+@pytest.mark.parametrize(
+    ("source", "leaves"),
+    [
+        ("%%bash\necho hi | grep h && pwd", None),
+        ("files = !ls", None),
+        ("print?", None),
+        ("%%writefile beside.py\nnot python here !", "beside.py"),
+        ("%%time\nx = 1", None),
+        ("await __import__('asyncio').sleep(0)", None),
+    ],
+)
+def test_a_section_runs_what_a_kernel_takes(world, monkeypatch, source, leaves):
+    monkeypatch.chdir(world.folder)
+    world.section("1_a", body="finish('1_a', n=n)", values={"n": 4})
+    path = world.nbs / "1_a.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    nb["cells"].insert(1, {"cell_type": "code", "source": source})
+    del nb["metadata"], nb["nbformat_minor"]
+    path.write_text(json.dumps(nb), encoding="utf-8-sig")
+    assert world.run()["ran"] == ["1_a"]
+    assert world.rows("1_a") == [{"n": 4}]
+    assert leaves is None or (world.folder / leaves).exists()
+
+
+def test_a_tuple_stays_one_in_the_kernel(world):
+    parameters = 'recipe = "smoke"\nout = None\nn = (1, 2)'
+    world.section("1_a", body="finish('1_a', n=type(n).__name__)", parameters=parameters)
+    world.run()
+    assert world.rows("1_a") == [{"n": "tuple"}]
+
+
+def test_a_magic_that_only_prints_its_error_is_named(world):
+    world.section("1_a", body="# a remark before it\n%%time\nfinish('1_a')")
+    with pytest.raises(SectionFailed, match=r"1_a failed in cell 3 \(UsageError: Line magic"):
+        world.run()
+
+
+def test_a_plugin_in_the_folder_of_the_command_is_found(world):
+    world.section("1_a", body="import my_own_plugin\nfinish('1_a', n=my_own_plugin.n)")
+    (world.folder / "my_own_plugin.py").write_text("n = 5", encoding="utf-8")
+    world.write(plugins=["my_own_plugin"])
+    program = Path(sys.executable).parent / "octomed"
+    if not program.exists():
+        pytest.skip("octomed is not installed beside this interpreter")
+    done = subprocess.run(
+        [str(program), "run", "r.yaml"],
+        cwd=world.folder,
+        env={**os.environ, "PYTHONPATH": str(root()), "OCTOMED_NOTEBOOKS": "nbs"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert world.rows("1_a") == [{"n": 5}]
+
+
+def test_outputs_that_cannot_be_written_stop_a_run_before_it_starts(world):
+    world.section("1_a", body=f"pathlib.Path({str(world.folder / 'ran')!r}).touch()\nfinish('1_a')")
+    world.out.mkdir(exist_ok=True)
+    (world.out / "r").write_text("", encoding="utf-8")
+    with pytest.raises(OctomedError, match="point OCTOMED_OUTPUTS at a folder of your own"):
+        world.run()
+    assert not (world.folder / "ran").exists()

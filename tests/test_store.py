@@ -13,7 +13,7 @@ import pytest
 from octomed.core import store, workers
 from octomed.core.identity import digest
 from octomed.core.paths import OctomedError
-from octomed.core.store import is_finished
+from octomed.core.store import hold_lock, is_finished
 from octomed.core.workers import _jobs, map_in_workers, run_all
 
 CODE = """
@@ -50,7 +50,7 @@ def student(out, base, seed):
 def stages(tmp_path, monkeypatch):
     "A module of stages that workers can import, in a store of its own, with two workers."
     name = f"staged_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(CODE)
+    (tmp_path / f"{name}.py").write_text(CODE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(workers, "PRELOADED", ())  # these need no torch
@@ -62,7 +62,7 @@ def stages(tmp_path, monkeypatch):
 
 def written(s):
     "What a student wrote: its base, its seed, its process, and a variable of its environment."
-    return (s.folder / "student.txt").read_text().split(" ")
+    return (s.folder / "student.txt").read_text(encoding="utf-8").split(" ")
 
 
 def test_what_is_shared_is_made_once_and_groups_are_made_by_workers(stages, tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_what_is_shared_is_made_once_and_groups_are_made_by_workers(stages, tmp_
     groups = [[stages.student(base=stages.base(n=1), seed=i)] for i in range(4)]
     run_all(groups)
     assert [written(group[0])[:2] for group in groups] == [["1", str(i)] for i in range(4)]
-    assert (tmp_path / "count").read_text() == "base\n"
+    assert (tmp_path / "count").read_text(encoding="utf-8") == "base\n"
     assert str(os.getpid()) not in {written(group[0])[2] for group in groups}
     alone = stages.student(base=stages.base(n=1), seed=4)
     run_all([[alone]])
@@ -161,7 +161,7 @@ def test_fault_2_workers_and_their_server_end_with_the_process(stages, tmp_path,
     )
     waits = tmp_path / "count.waits"
     end = time.time() + 120
-    while not waits.exists() or not waits.read_text():
+    while not waits.exists() or not waits.read_text(encoding="utf-8"):
         assert time.time() < end
         assert process.poll() is None
         time.sleep(0.05)
@@ -184,7 +184,9 @@ def others_in_session(session):
 
 def session_of(pid):
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[3]
+        )
     except (OSError, IndexError):
         return None
 
@@ -208,9 +210,22 @@ def test_many_items_are_worked_on_in_processes_with_the_same_result(monkeypatch,
 
 def test_on_windows_one_sentence_names_the_systems_that_octomed_runs_on():
     code = "import sys\nsys.modules['fcntl'] = None\nimport octomed.core.store"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "octomed.core.paths.OctomedError: octomed runs on Linux and macOS: "
         "on Windows, install it and run it inside WSL"
     )
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"finished": 1}', '{"finished": "x"}'])
+def test_a_card_that_cannot_be_read_is_of_no_finished_stage(tmp_path, text):
+    (tmp_path / "card.json").write_text(text, encoding="utf-8")
+    assert not is_finished(tmp_path)
+
+
+def test_a_store_whose_locks_are_a_file_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
+    (tmp_path / "locks" / "x.lock").mkdir(parents=True)
+    with pytest.raises(OctomedError, match="the store cannot be written"), hold_lock("x"):
+        pass

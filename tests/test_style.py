@@ -115,3 +115,27 @@ def test_every_notebook_opens_with_a_title_and_a_promise():
     for cell in chain(measures.cells(measures.LIBRARY), measures.cells(measures.SECTIONS)):
         first.setdefault(cell.notebook, cell.text)
     assert not [name for name, text in first.items() if not re.match(r"# .+\n\n> .+", text)]
+
+
+def lacks_encoding(call):
+    "Whether a call reads or writes text in the encoding of the machine's locale."
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if "encoding" in keywords:
+        return False
+    if name in ("read_text", "write_text"):
+        return len(call.args) < {"read_text": 1, "write_text": 2}[name]
+    if (isinstance(call.func, ast.Name) and name == "open") or name == "fdopen":
+        modes = [ast.unparse(mode) for mode in call.args[1:2]]
+        return "b" not in "".join(modes) + keywords.get("mode", "")
+    return keywords.get("text") == "True" and name in ("run", "Popen", "check_output")
+
+
+def test_text_is_utf8_whatever_the_locale():
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and lacks_encoding(node)
+    ]
+    assert not wrong

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from toys import chat
 
-from octomed.core.paths import root
+from octomed.core.paths import OctomedError, root
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_transformers import TransformersEngine, _complete
 from octomed.generate.engines import FORCED, begin_forced_exit
@@ -274,6 +274,17 @@ def test_fault_13_sixteen_samples_are_distinct_and_each_has_its_own_seed(offline
 
 def test_the_engine_and_the_server_draw_the_same_samples(offline, served, asked):
     same(offline("many"), ran(served, asked["many"]), "text", "finish", "tokens", "prompt_tokens")
+
+
+def test_what_every_request_meets_stops_the_run_with_the_servers_sentence(served):
+    requests = [ask(f"q{n}", 4) for n in range(4)]
+    for name, sampling, sentence in (
+        ("nobody", DRAWN, "the server TINY has no nobody .*nobody"),
+        ("tiny", Sampling(temperature=-1.0, max_tokens=8), "refuses the value of temperature"),
+        ("tiny", Sampling(max_tokens=100_000), "refuses the value of max_tokens .*100000"),
+    ):
+        with pytest.raises(OctomedError, match=sentence):
+            list(OpenAIEngine(name, "TINY", max_pixels=12_544).generate(requests, sampling))
 
 
 def test_fault_9_missing_indices_are_drawn_as_they_would_have_been(offline, served, asked):

@@ -335,7 +335,7 @@ def _plain(train: list[Path], bench: Path, n: int, folder: Path) -> tuple[Timed,
 
 # %% ../../nbs/bench/02_decontaminate.ipynb #d8178d77
 def _datatrove(words: str, train: list[Path], bench: Path, n: int, folder: Path):
-    (folder / "pipeline.py").write_text(PIPELINE)
+    (folder / "pipeline.py").write_text(PIPELINE, encoding="utf-8")
     (folder / "train").mkdir()
     for file in train:
         os.symlink(file, folder / "train" / file.name)

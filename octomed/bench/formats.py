@@ -64,10 +64,10 @@ def _write_files(folder: Path, rows: int) -> None:
             "answer": "A",
         }
         invented.append(row)
-    (folder / "array.json").write_text(json.dumps(invented, indent=1))
+    (folder / "array.json").write_text(json.dumps(invented, indent=1), encoding="utf-8")
     keyed = {f"q{i}": row for i, row in enumerate(invented)}
-    (folder / "object.json").write_text(json.dumps(keyed))
-    with open(folder / "table.csv", "w", newline="") as file:
+    (folder / "object.json").write_text(json.dumps(keyed), encoding="utf-8")
+    with open(folder / "table.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(invented[0]))
         writer.writeheader()
         writer.writerows(invented)

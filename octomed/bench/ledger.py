@@ -88,7 +88,7 @@ def _append_to_sqlite(folder: Path, samples: list[Sample]) -> None:
 def _append_to_jsonl(folder: Path, samples: list[Sample]) -> None:
     "A JSONL file, forced to disk once a second."
     last = time.perf_counter()
-    with open(folder / "samples.jsonl", "w") as file:
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps(vars(sample)) + "\n")
             if time.perf_counter() - last > 1:

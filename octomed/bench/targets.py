@@ -141,5 +141,5 @@ def tabulate_rows(
     files = sorted(_files(folder), key=lambda p: (order.get(p.stem, len(order)), p.stem))
     rows = []
     for file in files:
-        rows += [check_target(r) for r in json.loads(file.read_text())["rows"]]
+        rows += [check_target(r) for r in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     return rows

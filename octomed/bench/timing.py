@@ -178,7 +178,7 @@ def _family(pid: int) -> list[int]:
     try:
         children = []
         for task in Path(f"/proc/{pid}/task").iterdir():
-            children += (task / "children").read_text().split()
+            children += (task / "children").read_text(encoding="utf-8").split()
     except OSError:
         return [pid]
     family = [pid]
@@ -192,7 +192,9 @@ def _usage(pid: int) -> dict[int, tuple[int, float]]:
     usage = {}
     for member in _family(pid):
         try:
-            fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+            fields = (
+                Path(f"/proc/{member}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            )
             memory = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
             ticks = int(fields[11]) + int(fields[12])
         except (OSError, IndexError):
@@ -250,7 +252,7 @@ def time_command(command: list, **kw) -> Timed:
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         preexec_fn=hold_to_two_cores,
         **kw,
     )
@@ -280,7 +282,9 @@ def _install(name: str, folder: Path, requirements: tuple[str, ...]) -> None:
     make = [*["venv", "--clear", "--python"], sys.executable, folder]
     fill = [*["pip", "install", "--python"], python, *requirements]
     for arguments in (make, fill):
-        done = subprocess.run([uv, *map(str, arguments)], capture_output=True, text=True)
+        done = subprocess.run(
+            [uv, *map(str, arguments)], capture_output=True, encoding="utf-8", errors="replace"
+        )
         if done.returncode:
             reason = find_last_line(done.stderr, otherwise="uv said nothing").strip()
             raise OctomedError(

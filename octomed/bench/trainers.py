@@ -389,7 +389,7 @@ def compute_peer_gradient(
         command += [json.dumps(settings), 0]
         time_command(command, cwd=own, env={**os.environ, **ALONE})
         gradient = load_file(f"{own}/gradient.safetensors")
-        batches = json.loads((Path(own) / "batches.json").read_text())
+        batches = json.loads((Path(own) / "batches.json").read_text(encoding="utf-8"))
     groups = [[_as_our_row(t, rows, *read) for read in batch] for batch in batches]
     return gradient, groups
 
@@ -477,7 +477,7 @@ def run_in_laps(command: list, folder: Path):
     """A trainer that runs and waits; its start and first lap are over.
 
     Each call lets it go on for a lap, and gives its useful tokens per second."""
-    with TemporaryDirectory() as own, TemporaryFile("w+") as errors:
+    with TemporaryDirectory() as own, TemporaryFile("w+", encoding="utf-8") as errors:
         shutil.copytree(folder, own, dirs_exist_ok=True)
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -486,7 +486,7 @@ def run_in_laps(command: list, folder: Path):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
             preexec_fn=hold_to_two_cores,
         )
 

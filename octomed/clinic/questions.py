@@ -114,7 +114,7 @@ def _index():
 
 def load_picture_hashes() -> dict[str, str]:  # name of a drawing: pixel hash
     "The drawings that this store holds."
-    return json.loads(_index().read_text()) if _index().exists() else {}
+    return json.loads(_index().read_text(encoding="utf-8")) if _index().exists() else {}
 
 
 def name_picture(key: tuple) -> str:

@@ -45,7 +45,7 @@ def load_knowledge() -> dict:  # the YAML file
     "The clinic's knowledge as it is shipped."
     import yaml
 
-    return yaml.safe_load(shipped("clinic", "facts_and_phrases.yaml").read_text())
+    return yaml.safe_load(shipped("clinic", "facts_and_phrases.yaml").read_text(encoding="utf-8"))
 
 # %% ../../nbs/clinic/02_world.ipynb #9213f671
 @lru_cache

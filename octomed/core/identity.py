@@ -195,7 +195,9 @@ def describe_hardware() -> str:
 # %% ../../nbs/core/03_identity.ipynb #dadbcf51
 def _ask_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = ["git", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=20
+    )
 
 
 @unkeyed

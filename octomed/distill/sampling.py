@@ -192,7 +192,7 @@ def student_identity(
     folder = Path(student)
     card = folder / "card.json"
     if card.exists():
-        return json.loads(card.read_text())["key"]
+        return json.loads(card.read_text(encoding="utf-8"))["key"]
     if folder.is_dir():
         return f"{folder.resolve().name}@{content_digest(folder)}"
     return str(student)

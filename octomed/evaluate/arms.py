@@ -21,7 +21,7 @@ from ..distill.pools import questions
 from ..distill.rejection import accepted
 from ..distill.sampling import samples, student_samples
 from ..distill.traces import MODES, chats, rendered, rendered_chats
-from .evaluate import evaluation, sampling_of
+from .evaluate import check_images, evaluation, sampling_of
 from ..generate.engines import find_teacher_revision
 from ..generate.samples import Sampling
 
@@ -68,6 +68,7 @@ def _teacher_row(name: str, common: Common) -> tuple[str, str, str]:
 def _teachers(arm: Arm, common: Common, override: str = "") -> dict:
     "The teacher for text and the teacher for images; `override` takes the place of both."
     forced = override or arm.teacher
+    check_images(forced or common.teacher_image, [spec for spec, _ in arm.sources])
     return {
         "text": _teacher_row(forced or common.teacher_text, common),
         "image": _teacher_row(forced or common.teacher_image, common),
@@ -200,6 +201,7 @@ def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
     "The stages of an arm, by name in their order, declared and not run."
     data = asked = _data(arm, common)
     base = _base(arm, common)
+    check_images(base, [spec for spec, _ in arm.sources])
     declared = {"data": data}
     if arm.k:
         declared["samples"] = _teacher_samples(arm, common, data)
@@ -226,10 +228,12 @@ def declare_evaluation(
     mode: str = "",  # the template that a hybrid student is asked with; default: the first
 ) -> Stage:
     "The evaluation of an arm's student on a benchmark, declared and not run."
+    student = declare_stages(arm, common)["student"]
+    check_images(student, [benchmark])
     form = mode or MODES.get(arm.form, (arm.form,))[0]
     grader = (arm.grader or common.grader) if arm.graded else ""
     return evaluation(
-        student=declare_stages(arm, common)["student"],
+        student=student,
         benchmark=benchmark,
         limit=common.benchmark_limit or None,
         form=form,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'LETTERS', 'TASKS', 'engine_here', 'engine_of', 'Respondent', 'find_contender', 'find_respondent',
-           'student_of', 'sampling_of', 'shuffle_options', 'evaluation', 'score_runs', 'score_votes',
+           'student_of', 'check_images', 'sampling_of', 'shuffle_options', 'evaluation', 'score_runs', 'score_votes',
            'score_with_grader', 'compute_rates', 'find_paper_accuracies']
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #e061a902
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..core.store import ExternalInput, Stage, stage
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #27872874
 from ..data.questions import Question
-from ..data.sources import load
+from ..data.sources import find_source, load
 from ..distill.pools import take_subset
 from ..distill.rejection import judge_sample, name_status
 from ..distill.sampling import load_missing_images, make_requests, student_identity
@@ -42,7 +42,9 @@ from ..generate.samples import Sample, Sampling
 # %% ../../nbs/evaluate/02_evaluate.ipynb #11248878
 from ..generate.graders import judge_open_ended
 from ..generate.ledger import Ledger, draw_samples
+from ..generate.models import reads_images
 from ..generate.prompts import Contender, Template, load_contenders, load_template
+from ..train.sizing import load_configuration
 from ..train.students import STUDENTS, find_base_student
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #3f3d086c
@@ -155,6 +157,38 @@ def student_of(
     if name in STUDENTS or name.startswith("clinic/"):
         return find_base_student(replace(common, student=name)), "cot"
     return find_respondent(name)
+
+# %% ../../nbs/evaluate/02_evaluate.ipynb #460c9cfa
+@lru_cache
+def _reads_only_text(model: str) -> bool:
+    "Whether a model is known to read only text."
+    kind, _, name = model.partition(":")
+    try:
+        return not reads_images(load_configuration(name if kind in ENGINES else model))
+    except OctomedError:
+        return False
+
+
+def _name_of(model) -> str:
+    "The name or folder that a model comes from; empty for one that is built here."
+    while isinstance(model, Stage):
+        model = model.params.get("base", "")
+    return str(getattr(model, "path", model))
+
+
+def check_images(
+    model,  # a stage, a folder, a hub id, `vllm:…@revision` or what `student_of` returns
+    specs,  # of the sources that it is to read, name:split
+):
+    "Raise `UsageError` if a model that only reads text is to read a source with images."
+    pictured = [spec for spec in specs if find_source(spec).category != "text_only"]
+    name = _name_of(model)
+    if pictured and name and _reads_only_text(name):
+        shown = Path(name).name if Path(name).is_dir() else name
+        raise UsageError(
+            f"{shown} reads no images, and {', '.join(pictured)} has some: "
+            "leave it out, or name a model that reads images"
+        )
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #2fba4045
 def sampling_of(

@@ -97,7 +97,7 @@ def view_reference(
     path = folder / "results" / f"{section}.json"
     if not path.exists():
         return [{"text/markdown": f"*No reference run of {section} is kept here yet.*"}]
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     lines = [_card_line(results, section), "", *_findings_table(results["claims"])]
     figures = sorted((folder / "figures").glob(f"{section}*.png"))
     images = [{"image/png": b64encode(figure.read_bytes()).decode()} for figure in figures]

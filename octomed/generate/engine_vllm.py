@@ -16,7 +16,14 @@ from fastcore.basics import patch
 from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/07_engine_vllm.ipynb #af7d1b91
-from .engines import Engine, begin_forced_exit, explain_no_room, make_sample
+from octomed.generate.engines import (
+    Engine,
+    begin_forced_exit,
+    explain_control_token,
+    explain_no_room,
+    make_sample,
+)
+from .models import find_turn_end, open_processor, tokenize_chat
 from .samples import FINISHES, Request, Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/generate/07_engine_vllm.ipynb #c89faefa
@@ -75,20 +82,20 @@ class VLLMEngine:
         ahead: int = 1024,  # samples given to vLLM at a time
         **options,  # vLLM's own
     ):
-        vllm = _import_vllm()
-        from transformers import AutoProcessor
+        from octomed.generate.render import ControlTokens, list_image_ids
 
+        vllm = _import_vllm()
         self.model = model
         self.max_pixels = max_pixels
         self.logprobs = logprobs
         self.ahead = ahead
         self.Params = vllm.SamplingParams
-        self.processor = AutoProcessor.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        )
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.processor = open_processor(path, revision)
+        self.tokenizer = self.processor.tokenizer
         self.llm = _load_llm(vllm, path, revision, options=options)
         self.limit = self.llm.model_config.max_model_len
+        self.own = ControlTokens(self.processor)
+        self.unwritten = list_image_ids(self.processor)
         self.numbers = itertools.count()
         self.clock = 0.0
 
@@ -114,7 +121,7 @@ def _load_llm(vllm, path, revision: str | None, *, options: dict):
 # %% ../../nbs/generate/07_engine_vllm.ipynb #45ded611
 @patch
 def _ids(self: VLLMEngine, text: str) -> list[int]:
-    return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenize_chat(self.processor, text)
 
 
 @patch
@@ -188,6 +195,8 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         seed=seed,
         max_tokens=budget,
         stop=list(sampling.stop),
+        logit_bias=dict.fromkeys(self.unwritten, -100.0) or None,
+        stop_token_ids=[find_turn_end(self.processor)],
         include_stop_str_in_output=True,
         logprobs=0 if self.logprobs else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -206,6 +215,8 @@ class _Prepared:
 # %% ../../nbs/generate/07_engine_vllm.ipynb #d37c973c
 @patch
 def _prepare(self: VLLMEngine, request: Request, sampling: Sampling) -> _Prepared:
+    if mark := self.own.find(request.messages):
+        return _Prepared("", 0, refusal=explain_control_token(mark))
     text, images, size = self._prompt(request.messages)
     prepared = _Prepared(text, size)
     if size + sampling.max_tokens + sampling.answer_tokens > self.limit:

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'KINDS', 'FORCED', 'Engine', 'make_sample', 'register_teacher', 'load_teacher', 'find_teacher_revision',
-           'begin_forced_exit', 'explain_no_room']
+           'begin_forced_exit', 'explain_no_room', 'explain_control_token', 'ChatPrompt', 'Likelihood', 'Scorer',
+           'split_pair', 'choose_likeliest']
 
 # %% ../../nbs/generate/05_engines.ipynb #58328176
 import importlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.identity import Registry
@@ -24,7 +26,10 @@ class Engine(Protocol):
     name: str  # how it is run
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Sample]:
-        "Samples as they finish, in any order."
+        """Samples as they finish, in any order.
+
+        When the iterator is closed, nothing more is asked: no request or batch begins, and what
+        is in flight is cancelled."""
 
 # %% ../../nbs/generate/05_engines.ipynb #04make01
 def make_sample(
@@ -134,3 +139,62 @@ def begin_forced_exit(
 def explain_no_room(size: int) -> str:  # prompt tokens
     "The text of the error sample of a prompt that is too long."
     return f"the prompt of {size} tokens leaves no room for the response"
+
+
+def explain_control_token(mark: str) -> str:
+    "The text of the error sample of a prompt that holds a token of the model's own."
+    return f"the question holds {mark}, which is a token of the model's own: it is not asked"
+
+# %% ../../nbs/generate/05_engines.ipynb #640be919
+@dataclass(frozen=True)
+class ChatPrompt:
+    "A chat, and how its answer begins."
+
+    messages: list  # chat messages, as a `Request` has them
+    beginning: str = ""  # of the answer, such as a thought
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    "How likely a model finds a continuation."
+
+    logprob: float  # natural logarithm, summed over its tokens
+    tokens: int  # of the continuation
+    is_greedy: bool  # whether each of its tokens is the likeliest
+
+
+class Scorer(Protocol):
+    "An engine that says how likely given continuations are."
+
+    def likelihoods(
+        self, prompts: list[str | ChatPrompt], continuations: list[list[str]]
+    ) -> list[list[Likelihood]]:
+        "For each prompt, the likelihood of each of its continuations."
+
+# %% ../../nbs/generate/05_engines.ipynb #19ca0afd
+def split_pair(
+    encode,  # text → token ids
+    prompt: str,
+    continuation: str,
+) -> tuple[list[int], list[int]]:  # tokens of the prompt, tokens of the continuation
+    """A prompt and its continuation as tokens (lm-evaluation-harness, `TemplateLM._encode_pair`).
+
+    Raises `OctomedError` for a continuation without a token."""
+    kept = prompt.rstrip()
+    before = encode(kept)
+    after = encode(prompt + continuation)[len(before) :]
+    if not after:
+        raise OctomedError(f"the continuation {continuation!r} has no token: give it some text")
+    return before, after
+
+# %% ../../nbs/generate/05_engines.ipynb #8854a3c7
+def choose_likeliest(
+    logprobs: list[float],  # of a question's options
+    options: list[str] | None = None,  # divide by the bytes of these texts
+) -> int:  # its place; the first of several that are equally likely
+    "The likeliest option (lm-evaluation-harness: `acc`, and `acc_bytes` with options)."
+    scores = list(logprobs)
+    if options:
+        sizes = [len(option.encode()) for option in options]
+        scores = [score / size for score, size in zip(scores, sizes, strict=True)]
+    return scores.index(max(scores))

@@ -53,7 +53,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     Raises `OctomedError` if it cannot be opened."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / "ledger.lock", "w") as lock:
+        with open(path.parent / "ledger.lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             for pragma in _PRAGMAS:
@@ -453,6 +453,13 @@ def _report(desc: str, text: str):
     print(f"  {desc}: {text}", file=sys.stderr, flush=True)
 
 # %% ../../nbs/generate/10_ledger.ipynb #384b03fc
+def _draw_from(engine: Engine, requests: list[Request], sampling: Sampling):
+    """An engine's samples as a generator. Its `close` reaches the engine at once.
+
+    An engine may return an iterator that has none."""
+    yield from engine.generate(requests, sampling)
+
+
 def _keep_all(
     samples,  # as the engine yields them
     keeper: Keeper,
@@ -498,8 +505,7 @@ def top_up(
         with (
             _sigterm(),
             Keeper(ledger, known) as keeper,
-            # an engine may return an iterator without `close`; a generator over it has one
-            contextlib.closing(s for s in engine.generate(todo, sampling)) as samples,
+            contextlib.closing(_draw_from(engine, todo, sampling)) as samples,
         ):
             drawn = _keep_all(samples, keeper, wanted, total=total, desc=desc, stop=stop)
     except KeyboardInterrupt:

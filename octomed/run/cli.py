@@ -7,14 +7,17 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'Several', 'OutFolder', 'PushTo', 'app', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form', 'PlainForm',
            'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show',
            'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options',
-           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'decontaminate', 'bench', 'declare_arm',
-           'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages',
-           'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target', 'export_to_hub', 'hub',
-           'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
+           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'show_reports', 'decontaminate', 'bench',
+           'declare_arm', 'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions',
+           'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target',
+           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
+           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
+import errno
 import json
+import locale
 import os
 import sys
 import traceback
@@ -25,8 +28,8 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnknownCommandError, validators
 
 import octomed
-from ..core.files import read_jsonl
-from ..core.paths import OctomedError, UsageError
+from ..core.files import place_error, read_jsonl, tell
+from ..core.paths import OctomedError, UsageError, fix_places
 
 # %% ../../nbs/run/25_cli.ipynb #95d523dd
 AtLeastOne = validators.Number(gte=1)
@@ -286,21 +289,32 @@ def report(
     recipe: RecipeName,
     /,
     *,
+    everything: Annotated[
+        bool, Parameter(name="--all", help="Every claim and score, not a line for each section.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        Parameter(help="Every claim and score of these sections, such as 42_formatting."),
+    ] = None,
     html: Annotated[bool, Parameter(help="Write outputs/RECIPE/report.html.")] = False,
     json: Json = False,
 ):
     "What a recipe found; sections that were not run show the reference results."
-    from octomed.run.report import format_report, gather_report
+    from octomed.run.report import format_report, format_summary, gather_report
     from octomed.run.report_html import write_report_page
 
     if html and json:
         raise UsageError("--html writes a page and --json prints: choose one")
+    if html and (everything or only):
+        raise UsageError("the page always shows everything: leave out --all and --only")
     if html:
         print(write_report_page(recipe))
     elif json:
-        show(gather_report(recipe), as_json=True)
+        show(gather_report(recipe, only=only), as_json=True)
+    elif everything or only:
+        print(format_report(recipe, only=only))
     else:
-        print(format_report(recipe))
+        print(format_summary(recipe))
 
 # %% ../../nbs/run/25_cli.ipynb #a1805903
 @app.command(help_epilogue=show_example("sources"))
@@ -318,7 +332,11 @@ def sources(*, json: Json = False, recipe: Plugins = "smoke"):
 @app.command(help_epilogue=show_example("judge answers.jsonl --think-first"))
 def judge(
     file: Annotated[
-        str, Parameter(help="JSON lines {id, text, options: {letter: text}, answer?}.")
+        str,
+        Parameter(
+            help="Rows {id, text, options, answer?}: JSON lines, a JSON array, CSV, parquet, …; "
+            "options as {letter: text} or a list; usual other names are read."
+        ),
     ],
     /,
     *,
@@ -339,7 +357,8 @@ def judge(
 TrainFiles = Annotated[
     list[str],
     Parameter(
-        help="JSON-lines files with `question` (and `options`), also .gz, of any size; "
+        help="Files with `question` (and `options`, and pictures) of any size: JSON lines, a JSON "
+        "array, CSV, parquet, Arrow, also packed; a folder of one split, or FOLDER:SPLIT; "
         "or registered sources, as SOURCE:SPLIT."
     ),
 ]
@@ -348,6 +367,18 @@ AgainstFiles = Annotated[
 ]
 
 # %% ../../nbs/run/25_cli.ipynb #25c11a01
+def show_reports(reports: dict):
+    "The table of a decontamination, and what its columns count."
+    from octomed.data.decontaminate_report import explain_columns, tabulate_pairs
+    from octomed.run.terminal import format_table
+
+    print(format_table(tabulate_pairs(reports), wrap=200))
+    print()
+    for column, meaning in explain_columns(reports).items():
+        print(f"{column:8} {meaning}")
+    print("\nA word ends at a blank; --no-punctuation compares letters and digits only.")
+
+# %% ../../nbs/run/25_cli.ipynb #25c11a02
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
 def decontaminate(
     train: TrainFiles,
@@ -355,6 +386,7 @@ def decontaminate(
     *,
     against: AgainstFiles,
     n: Annotated[Count, Parameter(help="Words of an n-gram (paper: 16).")] = 16,
+    no_punctuation: Annotated[bool, Parameter(help="Compare letters and digits only.")] = False,
     json: Json = False,
     recipe: Plugins = "smoke",
     html: Annotated[str | None, Parameter(help="Write the report as one page.")] = None,
@@ -366,23 +398,26 @@ def decontaminate(
     from octomed.core.files import write_jsonl
     from octomed.core.recipe import load_recipe
     from octomed.data.decontaminate_files import count_pairs, decontaminate_sets
-    from octomed.data.decontaminate_report import list_drops, write_page
+    from octomed.data.decontaminate_report import list_drops, list_oddities, write_page
+    from octomed.data.row_files import list_row_files
     from octomed.data.sources import SOURCES
 
-    if any(name not in SOURCES and not Path(name).is_file() for name in [*train, *against]):
+    if any(name not in SOURCES and list_row_files(name) is None for name in [*train, *against]):
         load_recipe(recipe)
     for file in (html, drops):
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
-    pairs = decontaminate_sets(train, against, n=n)
+    reports = decontaminate_sets(train, against, n=n, punctuation=not no_punctuation)
     if html:
-        write_page(pairs, html)
+        write_page(reports, html)
     if drops:
-        write_jsonl(drops, list_drops(pairs))
+        write_jsonl(drops, list_drops(reports))
+    for oddity in list_oddities(reports):
+        print(f"octomed: {oddity}", file=sys.stderr)
     if json:
-        show(count_pairs(pairs), as_json=True)
+        show(count_pairs(reports), as_json=True)
     else:
-        show(count_pairs(pairs)["pairs"], as_json=False)
+        show_reports(reports)
 
 # %% ../../nbs/run/25_cli.ipynb #9425641e
 @app.command(help_epilogue=show_example("bench images --small"))
@@ -560,11 +595,12 @@ class EvaluationOptions:
 def declare_benchmark_stages(student: str, benchmarks: tuple[str, ...], common, options) -> dict:
     "Benchmark → the stage that evaluates the model on it."
     from octomed.data.sources import identify_source
-    from octomed.evaluate.evaluate import evaluation, sampling_of, student_of
+    from octomed.evaluate.evaluate import check_images, evaluation, sampling_of, student_of
     from octomed.generate.engines import find_teacher_revision
     from octomed.generate.prompts import load_template
 
     respondent, own_form = student_of(student, common)
+    check_images(respondent, benchmarks)
     form = options.form or own_form
     sampling = sampling_of(common, load_template(form).think_first, options.answer_tokens)
     voted = options.voted or benchmarks
@@ -656,7 +692,7 @@ app.command(export)
 
 def print_next(text: str):
     "What to do with an export, on the error stream so that `--json` stays JSON."
-    print(text, file=sys.stderr)
+    tell(text)
 
 # %% ../../nbs/run/25_cli.ipynb #2c2c6cde
 @export.command(help_epilogue=show_example("export llamafactory clinic_ward:train --out there"))
@@ -761,6 +797,39 @@ def lm_eval(
     show(rows, as_json=json)
     print_next("README.md has the command of lm_eval")
 
+# %% ../../nbs/run/25_cli.ipynb #3ec9e04a
+def use_utf8():
+    "Print UTF-8; what UTF-8 does not have, half of a surrogate pair, is escaped as JSON does."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    os.environ["PYTHONIOENCODING"] = "utf-8:backslashreplace"
+
+
+def prepare_process():
+    "Make this process and all that it starts read and write UTF-8, whatever the locale is."
+    if sys.stdout is None:  # closed, as by `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    is_utf8 = locale.getpreferredencoding(False).lower() in ("utf-8", "utf8")
+    if not is_utf8 and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        again = [sys.executable, "-X", "utf8"]
+        os.execv(sys.executable, again + sys.orig_argv[1:])
+    use_utf8()
+
+
+def settle_folders():
+    """Make what the environment names absolute, and a recipe's plugins here importable.
+
+    Raises `OctomedError` in a folder that is gone."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise OctomedError("the folder in which you are is gone: change to another") from None
+    fix_places()
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that nothing here hides a package
+
 # %% ../../nbs/run/25_cli.ipynb #db8f02ed
 def describe_usage_error(error: CycloptsError) -> str:
     "One sentence for wrong arguments, which ends on where the right ones are shown."
@@ -774,6 +843,7 @@ def describe_usage_error(error: CycloptsError) -> str:
 # %% ../../nbs/run/25_cli.ipynb #227854ef
 def run_command(arguments: list[str]) -> int:
     "Run a command and return its exit code."
+    settle_folders()
     if not arguments:
         with contextlib.redirect_stdout(sys.stderr):
             app.help_print([])
@@ -782,29 +852,70 @@ def run_command(arguments: list[str]) -> int:
     sys.stdout.flush()
     return code if isinstance(code, int) else 0
 
+# %% ../../nbs/run/25_cli.ipynb #1c4abdd0
+def describe_os_error(error: OSError) -> str | None:
+    "One sentence for a file that cannot be used, or output that goes nowhere; None for others."
+    file = error.filename
+    if isinstance(file, str | bytes | os.PathLike):
+        described = place_error(error, os.fsdecode(file), "read or written")
+        return str(described) if isinstance(described, OctomedError) else None
+    if error.errno in (
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENOSPC,
+    ):
+        reason = f"the output cannot be written ({error.strerror})"
+        return f"{reason}: free some space, or send it elsewhere"
+    return None
+
+
+def describe_error(error: Exception) -> str:
+    "What is shown for an error that no function has foreseen: a sentence, or its traceback."
+    from octomed.run.log import redact
+
+    sentence = None
+    if isinstance(error, OSError):
+        sentence = describe_os_error(error)
+    elif isinstance(error, UnicodeDecodeError):
+        sentence = (
+            f"a file is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        )
+    if sentence:
+        return f"octomed: {redact(sentence)}"
+    return redact("".join(traceback.format_exception(error))).rstrip()
+
+
+def discard_output():
+    "Send what is left to print nowhere, so that Python does not complain of it at its end."
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
 # %% ../../nbs/run/25_cli.ipynb #50c6efe3
 def main(
     argv=None,  # by default the command line
 ) -> int:  # 0 done, 1 failed, 2 wrong usage
     "The command `octomed`."
+    if argv is None:
+        prepare_process()
     try:
         return run_command([str(word) for word in (sys.argv[1:] if argv is None else argv)])
     except CycloptsError as error:
-        print(f"octomed: {describe_usage_error(error)}", file=sys.stderr)
+        tell(f"octomed: {describe_usage_error(error)}")
         return 2
     except OctomedError as error:
-        print(f"octomed: {error}", file=sys.stderr)
+        tell(f"octomed: {error}")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("octomed: stopped: run it again to go on", file=sys.stderr)
+        tell("octomed: stopped: run it again to go on")
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
         return 1
-    except Exception:
-        from octomed.run.log import redact
-
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:
+        tell(describe_error(error))
+        if isinstance(error, OSError) and error.filename is None:
+            discard_output()
         return 1
 
 # %% ../../nbs/run/25_cli.ipynb #9557dab0

@@ -15,12 +15,18 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from ..core.files import write_json
-from ..core.paths import OctomedError, UsageError, shipped_recipes
+from ..core.files import place_error, write_json
+from octomed.core.paths import (
+    OctomedError,
+    UsageError,
+    absolute_places,
+    outputs_dir,
+    shipped_recipes,
+)
 from ..core.recipe import LOADED_PLUGINS, Recipe, load_recipe
 from ..core.store import Stage, is_finished, run_stage
 from .sections import find_sections, read_arms, read_json, recipe_folder, resolve_recipe
@@ -48,8 +54,10 @@ def _read_yaml(path: Path) -> dict:
             "copy nbs/recipes/cluster/default.yaml and name it"
         )
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise place_error(error, path, "read") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path.name} is not YAML ({reason}): correct its syntax") from None
     if not isinstance(raw, dict):
@@ -222,6 +230,18 @@ def _run_notebook(recipe: str, section: str):
     if subprocess.run(command).returncode:
         raise OctomedError(f"the notebook {section} did not run to its end: its log is above")
 
+# %% ../../nbs/run/14_cluster.ipynb #864450e1
+def _settle_where_submitted(folder: str, places: dict[str, str]):
+    "Work in the folder where a job was submitted, so that relative paths mean the same there."
+    os.environ.update(places)
+    try:
+        os.chdir(folder or ".")
+    except OSError as error:
+        raise OctomedError(
+            f"{folder}, where this job was submitted, cannot be entered here ({error.strerror}): "
+            "submit from a folder that all nodes share"
+        ) from None
+
 # %% ../../nbs/run/14_cluster.ipynb #aa141386
 @dataclass(frozen=True)
 class Work:
@@ -232,11 +252,14 @@ class Work:
     modules: tuple[str, ...]  # plugins to import
     recipe: str = ""  # of a notebook: the recipe's name or file
     section: str = ""
+    folder: str = ""  # in which it was submitted
+    places: dict = field(default_factory=dict)  # what the environment named there
 
     def make(self):
         """Make what is not there yet.
 
         Raises what a stage raises, and `OctomedError` for code that has changed."""
+        _settle_where_submitted(self.folder, self.places)
         for module in self.modules:
             importlib.import_module(module)
         for name, function in chain.from_iterable(_functions(s).items() for s in self.stages):
@@ -292,7 +315,9 @@ def _requeue(
         job,
         "--format=%T",
     ]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+    )
     if answer.stdout.strip() != "RUNNING":
         return
     if subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0:
@@ -314,6 +339,8 @@ def prepare_work(
         modules=tuple(dict.fromkeys([*recipe.common.plugins, *LOADED_PLUGINS])),
         recipe=source,
         section=job.section,
+        folder=os.getcwd(),
+        places={"OCTOMED_OUTPUTS": str(outputs_dir()), **absolute_places()},
     )
 
 # %% ../../nbs/run/14_cluster.ipynb #ac0bd5be
@@ -325,7 +352,9 @@ def find_queued(
         return []
     command = ["squeue", "--noheader", "--format=%i"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     known = answer.stdout.split()

@@ -85,12 +85,13 @@ def check_kernel() -> str:
 def check_store() -> str:
     "The store can be written to and has room. Raises `OctomedError` otherwise."
     import shutil
+    import tempfile
 
-    from octomed.core.files import atomic_write
     from octomed.core.paths import store_dir
 
     try:
-        atomic_write(store_dir() / ".check", "ok").unlink()
+        store_dir().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=store_dir()).close()
     except OSError as error:
         raise OctomedError(
             f"cannot be written ({error.strerror}): point OCTOMED_STORE at a folder of your own"

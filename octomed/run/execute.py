@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.files import atomic_write
-from ..core.paths import OctomedError, checkout
+from ..core.notebooks import read_notebook
+from ..core.paths import OctomedError
 from ..core.recipe import LOADED_PLUGINS
 from .log import Log, machine_paths, redact
 from .sections import Section
@@ -38,6 +39,18 @@ def _is_dead(error: BaseException | None) -> bool:
     "Whether the error says that the kernel died."
     return "Dead" in type(error).__name__
 
+# %% ../../nbs/run/12_execute.ipynb #f381389e
+def _first_line(error: BaseException | None) -> str:
+    "An error in one line: its kind, and what it says."
+    message = str(error).strip().splitlines() if error else []
+    return ": ".join([type(error).__name__, *message[:1]])
+
+
+def _last_words(outputs: list) -> str:
+    "The last line that a cell wrote to its error stream."
+    texts = [output.text for output in outputs if output.get("name") == "stderr"]
+    return ["it failed without a word", *"".join(texts).strip().splitlines()][-1]
+
 # %% ../../nbs/run/12_execute.ipynb #c2a7e006
 def _numbered_cells(nb) -> Iterator[tuple]:
     "Each cell with its number in the source. The cell that papermill adds shares its number."
@@ -58,7 +71,9 @@ def _fault_of_cell(number: int, cell, error: BaseException | None) -> Fault | No
     if cell.execution_count is None and _is_dead(error):
         return Fault(number, KILLED)
     if cell.execution_count is None:
-        return Fault(number, f"it was not run ({type(error).__name__})")
+        return Fault(number, f"it was not run ({_first_line(error)})")
+    if cell.metadata.get("papermill", {}).get("exception"):  # a magic that only prints its error
+        return Fault(number, _last_words(outputs))
     return None
 
 # %% ../../nbs/run/12_execute.ipynb #05c8cd8b
@@ -77,8 +92,7 @@ def find_fault(
         return None
     if _is_dead(error):
         return Fault(number, KILLED)
-    message = str(error).splitlines()[0] if str(error) else ""
-    return Fault(number, f"{type(error).__name__}: {message}")
+    return Fault(number, _first_line(error))
 
 # %% ../../nbs/run/12_execute.ipynb #7dfe030a
 def _state(number: int, failed: int | None) -> str:
@@ -117,11 +131,17 @@ def _kernel_arguments(section: Section) -> list[str]:
     line = f"from octomed.core.workers import start_server; {start}"
     return ["--log-level=ERROR", f"--IPKernelApp.exec_lines={line}"]
 
+
+def _writable(values: dict) -> dict:
+    "The values that papermill can write. It makes a text of a tuple, so the default stays."
+    return {name: value for name, value in values.items() if json.loads(json.dumps(value)) == value}
+
 # %% ../../nbs/run/12_execute.ipynb #c2a7e011
 def _run_papermill(section: Section, values: dict, log: Log, title: str) -> tuple:
     "(executed notebook, error or None). Raises `OctomedError` where it could not be started."
     import logging
 
+    import nbformat
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -131,13 +151,13 @@ def _run_papermill(section: Section, values: dict, log: Log, title: str) -> tupl
     bar = {"desc": title, "file": sys.stderr, "leave": False}
     try:
         papermill.execute_notebook(
-            str(section.path),
+            nbformat.from_dict(read_notebook(section.path)),
             None,
-            values,
+            _writable(values),
             engine_name="octomed",
             keep=keep,
             kernel_name="python3",
-            cwd=str(checkout() or Path.cwd()),
+            cwd=str(Path.cwd()),
             request_save_on_cell_execute=False,
             autosave_cell_every=0,
             force_raise_errors=True,

@@ -25,7 +25,8 @@ from ..data.questions import Question
 from ..data.sources import find_source, load
 from ..data.twins import find_question_twins
 from ..evaluate.arms import Arm, declare_stages
-from .exports import Trace, collect_traces, export_card, new_folder, plain_messages
+from ..generate.models import TextProcessor, open_processor
+from .exports import Trace, collect_traces, export_card, new_folder, plain_chat
 from ..train.students import STUDENTS
 
 # %% ../../nbs/run/21_export_hub.ipynb #473b1a47
@@ -66,7 +67,7 @@ def hub_row(
         for name in question.images
     ]
     return {
-        "messages": [*plain_messages(x.messages), {"role": "assistant", "content": x.response}],
+        "messages": plain_chat(x),
         "images": images,
         "answer": question.answer,
         "options": list(question.options),
@@ -149,7 +150,7 @@ STEPS = (
 def _funnel(step: Stage) -> dict:
     "What a finished stage counted; empty where it counts nothing."
     path = step.folder / "funnel.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _copy_cards(arm: Arm, common: Common, out: Path) -> dict[str, dict]:
@@ -157,7 +158,7 @@ def _copy_cards(arm: Arm, common: Common, out: Path) -> dict[str, dict]:
     funnels = {}
     for name, step in declare_stages(arm, common).items():
         if name in STEPS and isinstance(step, Stage) and step.done:
-            identity = json.loads((step.folder / "card.json").read_text())
+            identity = json.loads((step.folder / "card.json").read_text(encoding="utf-8"))
             write_json(out / "cards" / f"{name}.json", identity)
             funnels[name] = _funnel(step)
     return funnels
@@ -386,14 +387,15 @@ def _training_table(arm: Arm, counts: dict) -> str:
     return _markdown_table(("setting", "value"), list(settings.items()))
 
 
-def _front_matter(base: str) -> str:
+def _front_matter(base: str, only_text: bool) -> str:
     "What the hub reads of a model; `base` is the hub id of the base student, or empty."
+    task = "text-generation" if only_text else "image-text-to-text"
     base_line = f"base_model: {base}\n" if base else ""
     return f"""---
 license: other
 license_name: by-source
 library_name: transformers
-pipeline_tag: image-text-to-text
+pipeline_tag: {task}
 {base_line}tags: [medical, reasoning, distillation, octomed]
 ---"""
 
@@ -405,11 +407,13 @@ def model_card(
     *,
     origin: str,  # as `describe_provenance` writes it
     base: str = "",  # the hub id of the base student, where it has one
+    only_text: bool = False,  # whether the student reads no images
 ) -> str:
     "The README of a student: how it was trained, on what, and how to send it."
     licence = f" The licence of {base} holds too." if base else ""
-    student = base or "A small student of the class Qwen2.5-VL"
-    return f"""{_front_matter(base)}
+    kind = "that only reads text" if only_text else "of the class Qwen2.5-VL"
+    student = base or f"A small student {kind}"
+    return f"""{_front_matter(base, only_text)}
 
 # {name}
 
@@ -468,6 +472,7 @@ def export_student(
         counts,
         origin=origin,
         base="" if Path(base).is_dir() or base in STUDENTS else base,
+        only_text=isinstance(open_processor(out), TextProcessor),
     )
     atomic_write(out / "README.md", text)
     write_json(out / "card.json", export_card(arm, common, counts) | {"contamination": shared})

@@ -76,6 +76,8 @@ def memory_rows(
     load = Load(8192, sample=sample, visual=2048)
     ways = {"all of it": PARTS, "without tower and projector": LANGUAGE}
     shape, rows = shape_or_none(student), []
+    if not shape.vision_layers:
+        del ways["without tower and projector"]
     for way, parts in ways.items():
         for row in check_fit(shape, load, parts):
             rows.append({"student": student, "trained": way, **row})

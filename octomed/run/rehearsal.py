@@ -32,6 +32,7 @@ from octomed.data.sources import (
     register,
     replace_sources,
 )
+from ..evaluate.evaluate import check_images
 from ..generate.engine_openai import serve_locally
 from .sections import find_sections, read_defaults
 
@@ -328,6 +329,7 @@ def rehearse(
     from octomed.run.runner import run_recipe
 
     recipe = load_recipe(name)
+    check_images(recipe.common.student, [*recipe.common.train, *recipe.common.benchmarks])
     folder = outputs_dir() / f"{recipe.name}-rehearsal"
     handfuls = folder / "questions"
     with _environment(**_own_places(folder)):

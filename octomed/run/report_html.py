@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE_STYLE', 'TABLE_STYLE', 'SCREEN_STYLE', 'STYLE', 'BANNER', 'PARTS', 'NUMBERS', 'CLAIM_COLUMNS', 'FACTS', 'OPEN',
-           'SHOWN_APART', 'OUTCOMES', 'TABLES', 'render_report', 'write_report_page']
+           'SHOWN_APART', 'REFERENCE', 'OUTCOMES', 'TABLES', 'render_report', 'write_report_page']
 
 # %% ../../nbs/run/18_report_html.ipynb #ca3ff8f8
 import base64
@@ -14,9 +14,10 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.files import atomic_write
-from ..core.paths import outputs_dir
+from ..core.paths import OctomedError, outputs_dir
 from octomed.run.report import (
     claim_row,
+    count_outcomes,
     describe_inconsistency,
     describe_run,
     drop_empty_columns,
@@ -28,7 +29,8 @@ from octomed.run.report import (
 # %% ../../nbs/run/18_report_html.ipynb #6cff9495
 PAGE_STYLE = """
 :root{color-scheme:light;--ink:#1d2733;--soft:#5c6875;--rule:#dde3e8;--wash:#f5f7f9;
---yes:#0b6e4f;--no:#a4262c;--open:#6b5b00}*{box-sizing:border-box}body{margin:0;color:var(--ink);
+--yes:#0b6e4f;--no:#a4262c;--open:#6b5b00;--grey:#77818c}*{box-sizing:border-box}
+body{margin:0;color:var(--ink);
 background:#fff;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:68rem;margin:0 auto;padding:1.25rem}
 h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0 .25rem}
@@ -65,6 +67,10 @@ td[data-k=paper]{min-width:7rem}dl{display:grid;grid-template-columns:max-conten
 gap:.2rem 1rem;font-size:.9rem;margin:.5rem 0}dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}details{margin:.5rem 0}details .wide{margin:.4rem 0 .9rem}
 summary{cursor:pointer;color:var(--soft)}
+.trial h2,.trial h3,.trial figure,.trial table,.trial table th,.trial summary{color:var(--grey)}
+.trial figure img{filter:grayscale(1);opacity:.45}.trial .mark{color:var(--grey);font-style:italic;
+font-weight:400;white-space:normal}.trial .only-tried{background:#eceff2;border-left:4px solid
+var(--grey);padding:.75rem 1rem;margin:1rem 0;border-radius:4px}
 """
 
 # %% ../../nbs/run/18_report_html.ipynb #h8a7e002
@@ -150,9 +156,9 @@ CLAIM_COLUMNS = (
 )
 
 # %% ../../nbs/run/18_report_html.ipynb #92a7d520
-def _claim(claim: dict) -> str:
-    "A claim as a row of the table."
-    row = claim_row(claim)
+def _claim(claim: dict, trial: str = "") -> str:
+    "A claim as a row of the table; `trial` stands in place of its outcome."
+    row = claim_row(claim, trial)
     limit = ""
     if claim.get("not_proved"):
         limit = _element("span", f"Does not prove: {_text(claim['not_proved'])}", class_="proof")
@@ -166,19 +172,24 @@ def _claim(claim: dict) -> str:
         _element("td", _text(row["paper"] or "no such arm"), data_k="paper"),
         _element("td", _text(row["ours"]), class_="num", data_k="ours, points"),
         _element("td", _text(row["interval"]), class_="num", data_k="95 % interval"),
-        _element("td", outcome, class_=f"outcome {outcome}", data_k="outcome"),
+        _element(
+            "td",
+            outcome,
+            class_="outcome mark" if trial else f"outcome {outcome}",
+            data_k="outcome",
+        ),
         *(_element("td", value, class_="num", data_k=key) for key, value in numbers.items()),
     ]
     return _element("tr", "".join(cells))
 
 
-def _claims(claims: list[dict]) -> str:
+def _claims(claims: list[dict], trial: str = "") -> str:
     "The claims of a section with their outcomes."
     head = [
         _element("th", title, class_="num" if title in NUMBERS else "text")
         for title in CLAIM_COLUMNS
     ]
-    return _table(head, [_claim(claim) for claim in claims], class_="claims")
+    return _table(head, [_claim(claim, trial) for claim in claims], class_="claims")
 
 # %% ../../nbs/run/18_report_html.ipynb #7b1e0854
 def _score(row: dict, shown: dict, keys: list[str]) -> str:
@@ -326,6 +337,7 @@ def _fact(key: str, value, is_open: bool = False) -> str:
 
 # %% ../../nbs/run/18_report_html.ipynb #ded8ce90
 SHOWN_APART = (
+    "scoring",
     "section",
     "recipe",
     "claims",
@@ -337,6 +349,7 @@ SHOWN_APART = (
     "command",
     "figures",
     "diagnostics",
+    "trial",
 )
 
 # %% ../../nbs/run/18_report_html.ipynb #b537beba
@@ -380,10 +393,14 @@ def _section(r: dict) -> str:
     if r["code_moved"]:
         parts.append('<p class="note">The code has changed since this was made.</p>')
     if r["claims"]:
-        parts += ["<h3>The paper's claims, and ours</h3>", _claims(r["claims"])]
+        parts += ["<h3>The paper's claims, and ours</h3>", _claims(r["claims"], r.get("trial", ""))]
     parts += [_figure(path) for path in r["figures"]]
     if r["rows"]:
-        parts += ["<h3>Accuracy, per cent, and what belongs to it</h3>", _scores(r["rows"])]
+        parts += [
+            "<h3>Accuracy, per cent, and what belongs to it</h3>",
+            _scores(r["rows"]),
+            _element("p", _text(r["scoring"]), class_="soft"),
+        ]
     if r["diagnostics"]:
         items = "".join(_element("li", _text(line)) for line in r["diagnostics"])
         parts.append(f"<h3>Before you believe it</h3><ul>{items}</ul>")
@@ -393,10 +410,11 @@ def _section(r: dict) -> str:
     return "\n".join([*parts, "<h3>Card</h3>", _card(r)])
 
 # %% ../../nbs/run/18_report_html.ipynb #62d6d7cf
-def _tally(claims: list[dict]) -> str:
-    "How many claims have each outcome."
-    outcomes = [claim["outcome"] for claim in claims]
-    counts = {name: outcomes.count(name) for name in ("agrees", "disagrees", "undecided")}
+def _tally(claims: list[dict], trial: str = "") -> str:
+    "How many claims have each outcome; `trial` stands in place of that."
+    if trial and claims:
+        return _element("span", trial, class_="mark")
+    counts = count_outcomes(claims)
     parts = [_element("span", f"{n} {name}", class_=name) for name, n in counts.items() if n]
     return " · ".join(parts)
 
@@ -418,6 +436,7 @@ def _others(report: dict) -> str:
     return _fact("Outcomes that changed under other seeds", rows, is_open=True)
 
 # %% ../../nbs/run/18_report_html.ipynb #h8a7e018
+REFERENCE = "course"  # the recipe whose results the project keeps
 OUTCOMES = (
     "<p>Every claim was written down before its run. Its outcome is <em>agrees</em> if the 95 % "
     "interval of the difference lies beyond zero on the claimed side, or wholly inside the "
@@ -438,7 +457,7 @@ def _note(note: str) -> str:
 
 def _link(r: dict) -> str:
     "A link to a section with the outcomes of its claims."
-    small = _element("small", _tally(r["claims"]) or "no claims")
+    small = _element("small", _tally(r["claims"], r.get("trial", "")) or "no claims")
     return _element("a", f"{_name(r['section'])} {small}", href=f"#{r['section']}")
 
 
@@ -459,15 +478,33 @@ def _summary(report: dict) -> str:
     paper = '<a href="https://arxiv.org/abs/2511.23269">arXiv 2511.23269</a>'
     return (
         f'<p class="soft">Recipe {_text(report["recipe"])} · {len(report["sections"])} sections · '
-        f"{len(claims)} claims: {_tally(claims)} · after {paper}</p>"
+        f"{len(claims)} claims: {_tally(claims, report.get('trial', ''))} · after {paper}</p>"
     )
 
 # %% ../../nbs/run/18_report_html.ipynb #b0188df7
+def _describe_trial(report: dict, reference_page: str) -> str:
+    "What a page says first whose recipe only tries the code: nothing here is a finding."
+    if not report.get("trial"):
+        return ""
+    advice = "What the reference run found: <code>octomed report course --html</code>."
+    if reference_page:
+        link = _element("a", "the report of the reference run", href=reference_page)
+        advice = f"What was found is in {link}."
+    mark = _element("strong", _text(report["trial"].capitalize()))
+    text = f"{mark}. Every number below comes from a run that only tries the code. {advice}"
+    return _element("p", text, class_="only-tried")
+
+# %% ../../nbs/run/18_report_html.ipynb #4ab9089d
 def render_report(
     report: dict,  # what `gather_report` returns
+    reference_page: str = "",  # link to the page of the reference run
 ) -> str:
     "The report as one page of HTML."
-    notes = "".join(map(_note, report["notes"])) + _others(report)
+    trial = _describe_trial(report, reference_page)
+    kind = "trial" if trial else "run"
+    mark = report.get("trial", "").capitalize() or None  # the box above has said so
+    shown_notes = [note for note in report["notes"] if not mark or not note.startswith(mark)]
+    notes = "".join(map(_note, shown_notes)) + _others(report)
     links = "".join(map(_link, report["sections"]))
     shown = "".join(map(_section, report["sections"]))
     odd = "".join(
@@ -475,10 +512,10 @@ def render_report(
     )
     return f"""<!doctype html>
 <html lang="en">{_head(report)}
-<body><main><h1>The data recipe of OctoMed, run again</h1>
+<body><main class="{kind}"><h1>The data recipe of OctoMed, run again</h1>
 {_summary(report)}
-<p class="banner"><strong>Not medical advice.</strong> {BANNER}</p>{notes}
-{OUTCOMES}
+<p class="banner"><strong>Not medical advice.</strong> {BANNER}</p>{trial}{notes}
+{"" if trial else OUTCOMES}
 <nav>{links}</nav>
 {shown}
 <h2 id="paper">The paper's own tables</h2><p>{TABLES}</p><ul>{odd}</ul>
@@ -486,10 +523,25 @@ def render_report(
 """
 
 # %% ../../nbs/run/18_report_html.ipynb #53284c5d
+def _write_reference_page(notebooks: Path | None) -> str:
+    "The link to the course's page, which is written if it is not there; empty without results."
+    page = outputs_dir() / REFERENCE / "report.html"
+    if not page.exists():
+        try:
+            atomic_write(page, render_report(gather_report(REFERENCE, notebooks)))
+        except OctomedError:
+            return ""
+    return f"../{REFERENCE}/{page.name}"
+
+
 def write_report_page(
     name: str,  # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,
 ) -> Path:
-    "Write `outputs/<recipe>/report.html`. Raises `OctomedError` when there are no results."
+    """Write `outputs/<recipe>/report.html`. Raises `OctomedError` when there are no results.
+
+    The page of a recipe that only tries the code links to the course's, which needs no run."""
     report = gather_report(name, notebooks)
-    return atomic_write(outputs_dir() / report["recipe"] / "report.html", render_report(report))
+    link = _write_reference_page(notebooks) if report["trial"] else ""
+    page = outputs_dir() / report["recipe"] / "report.html"
+    return atomic_write(page, render_report(report, link))

@@ -8,11 +8,9 @@ __all__ = ['PARAMETERS', 'NOTHING', 'read_json', 'recipe_folder', 'reference_fol
            'read_arms']
 
 # %% ../../nbs/run/02_sections.ipynb #08072906
-import ast
 import importlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
@@ -20,9 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
+from octomed.core.notebooks import (
+    Parameter,
+    code_cells,
+    declared_parameters,
+    is_plain,
+)
 from octomed.core.paths import (
     OctomedError,
     UsageError,
+    named_folder,
     outputs_dir,
     shipped_notebooks,
     shipped_results,
@@ -31,8 +36,14 @@ from ..core.recipe import Recipe
 
 # %% ../../nbs/run/02_sections.ipynb #f15c24ae
 def read_json(path) -> dict:
-    "The object in a JSON file."
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    "The object in a JSON file that a run has written. Raises `OctomedError`."
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        line = f" in line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise OctomedError(
+            f"{path} is not JSON{line}: restore it, or remove it and run its section again"
+        ) from None
 
 
 def recipe_folder(recipe: Recipe) -> Path:
@@ -48,7 +59,7 @@ def reference_folder(recipe: Recipe) -> Path:
 # %% ../../nbs/run/02_sections.ipynb #26b1ed61
 def notebooks_dir() -> Path:
     "The folder of the section notebooks: `OCTOMED_NOTEBOOKS`, by default `nbs/paper/`."
-    return Path(os.environ.get("OCTOMED_NOTEBOOKS") or shipped_notebooks()).resolve()
+    return named_folder("OCTOMED_NOTEBOOKS") or shipped_notebooks()
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0019
 def resolve_recipe(
@@ -147,20 +158,22 @@ class Section:
     path: Path  # of the notebook
 
     @property
-    def cells(self) -> list[dict]:
-        "The notebook's cells."
-        return read_json(self.path)["cells"]
-
-    @property
-    def code(self) -> list[str]:
-        "The text of the notebook's code cells."
-        return ["".join(cell["source"]) for cell in self.cells if cell["cell_type"] == "code"]
-
-    @property
     def module(self) -> ModuleType | None:
-        "The module that the notebook exports; None if it exports none."
-        exported = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(self.code), re.M)
-        return importlib.import_module(f"octomed.{exported[1]}") if exported else None
+        """The module that the notebook exports; None if it exports none.
+
+        Raises `OctomedError` for a notebook that cannot be read, or a module that is not there."""
+        code = "\n".join(cell.source for cell in code_cells(self.path))
+        exported = re.search(r"^#\|\s*default_exp\s+(\S+)", code, re.M)
+        if not exported:
+            return None
+        name = f"octomed.{exported[1]}"
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            raise OctomedError(
+                f"{self.path.name} exports {name}, which cannot be imported ({e}): "
+                "run nbdev_export, or remove its line default_exp"
+            ) from None
 
     @cached_property
     def interface(self) -> Interface:
@@ -197,52 +210,48 @@ def find_sections(
     return sections
 
 # %% ../../nbs/run/02_sections.ipynb #18f4c107
-def _check_tags(section: Section):
-    "Raises `OctomedError` unless exactly one cell has the tag `parameters`."
-    count = sum("parameters" in cell["metadata"].get("tags", []) for cell in section.cells)
-    if count != 1:
-        raise OctomedError(
-            f"{section.name}.ipynb has {count} cells tagged parameters: tag exactly one"
-        )
-
-
-def read_defaults(section: Section) -> dict:
-    """Names and defaults in the section's cell tagged `parameters`.
+def _declared(section: Section) -> dict[str, Parameter]:
+    """What the section's cell tagged `parameters` declares.
 
     Raises `OctomedError` unless there is exactly one such cell, with `recipe` and `out` in it."""
-    import papermill
-
-    _check_tags(section)
-    inspected = papermill.inspect_notebook(str(section.path))
-    missing = {"recipe", "out"} - set(inspected)
+    cells = [cell for cell in code_cells(section.path) if "parameters" in cell.tags]
+    if len(cells) != 1:
+        raise OctomedError(
+            f"{section.name}.ipynb has {len(cells)} cells tagged parameters: tag exactly one"
+        )
+    parameters = declared_parameters(cells[0])
+    missing = {"recipe", "out"} - set(parameters)
     if missing:
         raise OctomedError(
             f"the parameters cell of {section.name}.ipynb lacks "
             f"{' and '.join(sorted(missing))}: add it"
         )
-    try:
-        return {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
-    except (ValueError, SyntaxError):
-        raise OctomedError(
-            f"the parameters cell of {section.name}.ipynb holds more than plain values: "
-            "keep it to numbers, strings, lists"
-        ) from None
+    return parameters
+
+
+def read_defaults(section: Section) -> dict:
+    "Names and defaults in the section's cell tagged `parameters`. Raises `OctomedError`."
+    return {name: parameter.value for name, parameter in _declared(section).items()}
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0014
-def _check_type(name: str, value, default, where: str):
-    "Raises `UsageError` for a value of another type than the default. An int may be a float."
-    kind = type(default)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if default is not None and not fits:
-        raise UsageError(f"{where} must be {kind.__name__}, not {value!r}")
+def _check_value(value, parameter: Parameter, where: str):
+    "Raises `UsageError` for a value that the notebook cannot be given, or of another type."
+    if not parameter.takes(value):
+        kinds = ["None" if kind is type(None) else kind.__name__ for kind in parameter.kinds]
+        raise UsageError(f"{where} must be {' or '.join(kinds)}, not {value!r}")
+    if not is_plain(value):
+        raise UsageError(
+            f"{where} is {value}: write a finite number, a text in quotes, true, false, "
+            "or a list or mapping of such"
+        )
 
 
 def read_parameters(section: Section, recipe: Recipe) -> dict:
     """The section's parameters: the recipe's values over the notebook's defaults.
 
     Raises `UsageError` for a name or a type that the notebook does not declare."""
-    defaults, given = read_defaults(section), recipe.scalars(section.name)
-    own = {name: value for name, value in defaults.items() if name not in ("recipe", "out")}
+    declared, given = _declared(section), recipe.scalars(section.name)
+    own = {name: value for name, value in declared.items() if name not in ("recipe", "out")}
     for name, value in given.items():
         if name not in own:
             raise UsageError(
@@ -250,8 +259,8 @@ def read_parameters(section: Section, recipe: Recipe) -> dict:
                 f"does not declare: choose from {', '.join(own) or 'none'}"
             )
         where = f"recipe {recipe.name}: {name} of {section.name}"
-        _check_type(name, value, default=own[name], where=where)
-    return {**own, **given}
+        _check_value(value, own[name], where=where)
+    return {**{name: parameter.value for name, parameter in own.items()}, **given}
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0016
 @dataclass(frozen=True)

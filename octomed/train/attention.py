@@ -67,6 +67,7 @@ def _varlen(
     longest: int,  # tokens of the longest sample
     scale: float,
     causal: bool,
+    window: int | None = None,  # tokens that a token sees, itself among them; None: all before it
 ):  # (1, tokens, heads, width of a head)
     "PyTorch's variable-length attention."
     import torch
@@ -84,18 +85,34 @@ def _varlen(
         longest,
         longest,
         scale=scale,
-        window_size=(-1, 0 if causal else -1),
+        window_size=(window - 1 if window else -1, 0 if causal else -1),
         enable_gqa=q.shape[1] != k.shape[1],
     )[None]
 
 # %% ../../nbs/train/03_attention.ipynb #7a03c004
-def _sample_by_sample(module, query, key, value, lengths: list[int], **options):
+def _window_mask(length: int, window: int | None, device):
+    "Which tokens a token of one sample sees in a sliding window; None where it sees all before it."
+    import torch
+
+    if not window or length <= window:
+        return None
+    places = torch.arange(length, device=device)
+    distance = places[:, None] - places[None]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _sample_by_sample(
+    module, query, key, value, lengths: list[int], window: int | None = None, **options
+):
     "Attention by PyTorch's ordinary kernel, one sample after the other."
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     samples = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=False)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in samples]
+    outputs = []
+    for q, k, v in samples:
+        mask = _window_mask(q.shape[2], window, device=q.device)
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, 1)
 
 # %% ../../nbs/train/03_attention.ipynb #6e8b6d4d
@@ -111,6 +128,7 @@ def packed_attention(
     position_ids=None,
     cu_seq_lens_q=None,
     max_length_q=None,
+    sliding_window=None,
     **kwargs,
 ):
     "Attention within each sample of a packed row, and within each window of the vision tower."
@@ -128,8 +146,10 @@ def packed_attention(
         return sdpa_attention_forward(module, **qkv, **sdpa)
     borders, lengths = _bounds(position_ids)
     if module.config._attn_implementation == "octomed_flash":
-        return _varlen(**qkv, borders=borders, longest=max(lengths), **varlen), None
-    return _sample_by_sample(module, **qkv, lengths=lengths, **sdpa, is_causal=causal), None
+        varlen |= {"longest": max(lengths), "window": sliding_window}
+        return _varlen(**qkv, borders=borders, **varlen), None
+    sdpa |= {"lengths": lengths, "window": sliding_window, "is_causal": causal}
+    return _sample_by_sample(module, **qkv, **sdpa), None
 
 # %% ../../nbs/train/03_attention.ipynb #7a03c006
 def _is_packed(query, key, attention_mask, position_ids) -> bool:
@@ -170,7 +190,8 @@ def use_packed_attention(
     for registered in ("octomed_flash", "octomed_split"):
         AttentionInterface.register(registered, packed_attention)
         AttentionMaskInterface.register(registered, packed_mask)
-    model.set_attn_implementation(dict.fromkeys(model.config.sub_configs, name))
+    parts = model.config.sub_configs
+    model.set_attn_implementation(dict.fromkeys(parts, name) if parts else name)
     return name
 
 # %% ../../nbs/train/03_attention.ipynb #edb4ba17
@@ -192,7 +213,7 @@ def check_isolation(model, processor) -> float:  # relative to the size of the s
             torch.no_grad(),
             torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.is_cuda),
         ):
-            return model.model(**batch).last_hidden_state[0, -len(sample.input_ids) :].float()
+            return model.base_model(**batch).last_hidden_state[0, -len(sample.input_ids) :].float()
 
     alone = states([sample])
     size = alone.abs().max()
@@ -213,8 +234,9 @@ def _random_row(model, n: int, seed: int) -> Row:
     import torch
 
     config = model.config
-    special = (config.image_token_id, config.video_token_id)
-    words = [i for i in range(min(1000, config.text_config.vocab_size)) if i not in special]
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    vocabulary = config.get_text_config().vocab_size
+    words = [i for i in range(min(1000, vocabulary)) if i not in special]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(words), (n,), generator=generator)
     return Row([words[i] for i in drawn], 0, [])

@@ -222,7 +222,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def _is_complete(path: Path) -> bool:
     "Whether a checkpoint has all files that it lists, in their full size."
     try:
-        sizes = json.loads((path / "state.json").read_text())["files"]
+        sizes = json.loads((path / "state.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return False
     files = {path / name: size for name, size in sizes.items()}
@@ -239,7 +239,7 @@ def read_checkpoint(
     "Read a checkpoint. Raises `OctomedError` if another number of processes wrote it."
     from safetensors.torch import load_file
 
-    facts = json.loads((path / "state.json").read_text())
+    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
     written_by = len(facts["files"])
     if written_by != ranks:
         raise OctomedError(

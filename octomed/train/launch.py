@@ -236,7 +236,7 @@ def _read_configuration(config: Path) -> dict:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(config).read_text())
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except OSError as error:
         raise OctomedError(
             f"the accelerate configuration {config} cannot be read ({error.strerror}): "

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.files import progress
 from ..core.identity import digest
 from ..core.paths import OctomedError
+from ..generate.models import TextProcessor
 from ..generate.render import PixelCache, Row, collate
 from .attention import check_isolation, choose_attention, use_packed_attention
 from octomed.train.checkpoints import (
@@ -37,7 +38,7 @@ from octomed.train.launch import (
 )
 from .objective import move_to_device, normalise_loss, objective_class, prepare_packed
 from .optimizers import build_optimizers, train_low_rank
-from .packing import group_packed
+from .packing import can_pack, group_packed
 from .schedule import Schedule, deal_groups, draw_batches, group_padded, learning_rate
 
 # %% ../../nbs/train/08_loop.ipynb #de0e51c6
@@ -49,7 +50,9 @@ def prepare_padded(processor, rows: list[Row], pixels: PixelCache) -> tuple:
     batch = collate(processor, ids, images, pixels=pixels)
     start = torch.tensor([max(1, row.prompt) for row in rows])[:, None]
     in_response = torch.arange(batch["input_ids"].shape[1])[None] >= start
-    is_text = batch["mm_token_type_ids"] == 0
+    is_text = batch["input_ids"] != processor.image_token_id
+    if isinstance(processor, TextProcessor):
+        del batch["mm_token_type_ids"]
     trained = in_response & batch["attention_mask"].bool() & is_text
     return batch | {"use_cache": False}, trained.flatten().nonzero()[:, 0]
 
@@ -76,12 +79,12 @@ def complete_execution(
     """An execution with nothing left open.
 
     Raises `OctomedError` if a model that cannot be packed is asked to be."""
-    can_pack = hasattr(model.model, "get_rope_index")
-    if how.pack and not can_pack:
+    packable = can_pack(model)
+    if how.pack and not packable:
         raise OctomedError(
             f"{type(model).__name__} gives no M-RoPE positions: train it padded, with pack=0"
         )
-    pack = can_pack if how.pack is None else how.pack
+    pack = packable if how.pack is None else how.pack
     attention = ""
     if pack:
         attention = how.attention or choose_attention(device, _dtype(schedule, device))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..core.identity import split_revision
 from ..core.paths import OctomedError, shipped
+from ..generate.models import find_model_class
 
 # %% ../../nbs/train/10_sizing.ipynb #073e09a4
 def load_configuration(
@@ -30,7 +31,7 @@ def load_configuration(
     name, commit = split_revision(student)
     path = shipped("configs", name.replace("/", "--") + ".json")
     if path.exists():
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("source", None)
         return AutoConfig.for_model(**settings)
     if not commit and not Path(name).is_dir():
@@ -96,32 +97,52 @@ class Shape:
 def measure_shape(model) -> Shape:
     """The shape of a model, with weights or on the meta device.
 
-    Tied embeddings count once, as the head, since that is multiplied with."""
+    Tied embeddings are parameters once, and multiplied with as the head."""
     parameters, matrices = _count_by_part(model)
-    text, vision = model.config.text_config, model.config.vision_config
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    window_side = getattr(vision, "window_size", 0) // patch
-    depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
-    downsampling = round(1 / getattr(model.config, "downsample_ratio", 0.5))
-    names = [name for name, _ in model.named_parameters()]
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
     return Shape(
         parameters=parameters,
         matrices=matrices,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        queries=text.num_attention_heads * head_width,
-        keys=text.num_key_value_heads * head_width,
-        intermediate=text.intermediate_size,
+        queries=heads * head_width,
+        keys=key_heads * head_width,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
-        vision_layers=depth,
-        vision_hidden=vision.hidden_size,
-        vision_intermediate=vision.intermediate_size,
-        gated=any("gate_proj" in name and part_of(name) == "tower" for name in names),
-        window=window_side**2,
-        whole=len(vision.fullatt_block_indexes) if window_side else depth,
-        merge=getattr(vision, "spatial_merge_size", downsampling) ** 2,
+        **_measure_tower(model),
     )
+
+# %% ../../nbs/train/10_sizing.ipynb #349652b0
+def _measure_tower(model) -> dict:
+    "The fields of a `Shape` about the vision tower; a model that only reads text has none."
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return {
+            "vision_layers": 0,
+            "vision_hidden": 0,
+            "vision_intermediate": 0,
+            "gated": False,
+            "window": 0,
+            "whole": 0,
+            "merge": 1,
+        }
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    window_side = getattr(vision, "window_size", 0) // patch
+    depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
+    downsampling = round(1 / getattr(model.config, "downsample_ratio", 0.5))
+    names = [name for name, _ in model.named_parameters()]
+    return {
+        "vision_layers": depth,
+        "vision_hidden": vision.hidden_size,
+        "vision_intermediate": vision.intermediate_size,
+        "gated": any("gate_proj" in name and part_of(name) == "tower" for name in names),
+        "window": window_side**2,
+        "whole": len(vision.fullatt_block_indexes) if window_side else depth,
+        "merge": getattr(vision, "spatial_merge_size", downsampling) ** 2,
+    }
 
 # %% ../../nbs/train/10_sizing.ipynb #7a10c001
 def _count_by_part(model) -> tuple[dict, dict]:  # parameters, entries of matrices
@@ -141,10 +162,10 @@ def _count_by_part(model) -> tuple[dict, dict]:  # parameters, entries of matric
 def load_shape(student: str) -> Shape:  # a folder, or `owner/model@commit`
     "The shape of a student by its configuration alone."
     import torch
-    from transformers import AutoModelForImageTextToText
 
+    config = load_configuration(student)
     with torch.device("meta"):
-        return measure_shape(AutoModelForImageTextToText.from_config(load_configuration(student)))
+        return measure_shape(find_model_class(config).from_config(config))
 
 # %% ../../nbs/train/10_sizing.ipynb #89dd68fe
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ..core.files import write_json, write_jsonl
 from ..core.identity import Registry, seed_for, split_revision
 from ..core.paths import OctomedError
 from ..core.recipe import Common
-from ..core.store import stage
+from ..core.store import ExternalInput, stage
+from ..generate.models import open_model, open_processor
 from ..generate.render import Row, count_tokens, load_rows
 from .launch import build_accelerator, build_launch_command, current_execution, launch
 from .loop import SHARDED, complete_execution, fit
@@ -35,26 +36,34 @@ def load_student(
 
     Raises `OctomedError` when the weights are not safetensors, or cannot be loaded."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+    from transformers import logging
 
     logging.disable_progress_bar()
     path, pinned_revision = split_revision(path)
-    options = {"revision": revision or pinned_revision, "trust_remote_code": False}
+    revision = revision or pinned_revision
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise OctomedError(
             f"{Path(path).name} holds no safetensors weights: "
             "save the model with save_pretrained, pickled weights are not read"
         )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype or torch.float32, use_safetensors=True, **options
-        )
-        return model, AutoProcessor.from_pretrained(path, **options)
-    except OSError as error:
+        model = open_model(path, dtype or torch.float32, revision)
+        _mend_generation_config(model)
+        return model, open_processor(path, revision)
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise OctomedError(
             f"the model {path} cannot be loaded ({reason}): give a folder, or download it first"
         ) from error
+
+# %% ../../nbs/train/09_students.ipynb #61beb319
+def _mend_generation_config(model):
+    "Let a model be saved again that ships values for sampling without the word that it samples."
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 # %% ../../nbs/train/09_students.ipynb #12a1245b
 def save_student(
@@ -211,9 +220,14 @@ def main(
     folder: Path,  # of a student, with its `job.json`
 ):
     "What each process of a run on many processes does."
-    job = json.loads((folder / "job.json").read_text())
+    import torch.distributed as dist
+
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     fields = {**job["schedule"], "freeze": tuple(job["schedule"]["freeze"])}
     make_student(folder, **{**job, "schedule": Schedule(**fields)})
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # left open, its threads can abort a process that ends
 
 # %% ../../nbs/train/09_students.ipynb #6580ca49
 STUDENTS = Registry()
@@ -227,8 +241,8 @@ def register_student(
     STUDENTS[name] = factory
 
 # %% ../../nbs/train/09_students.ipynb #92d27a5b
-def find_base_student(common: Common):  # a stage, or a hub id or folder as text
-    """The base student of a recipe.
+def find_base_student(common: Common):  # a stage, a folder as an input, or a hub id as text
+    """The base student of a recipe; a relative folder is one of the current folder.
 
     Raises `OctomedError` for a clinic name that nobody registered."""
     if common.student in STUDENTS:
@@ -238,7 +252,8 @@ def find_base_student(common: Common):  # a stage, or a hub id or folder as text
             f"no student is registered as {common.student}: choose from "
             f"{', '.join(sorted(STUDENTS))}, and name its plugin in the recipe"
         )
-    return common.student
+    folder = Path(common.student).expanduser()
+    return ExternalInput(folder.resolve()) if folder.is_dir() else common.student
 
 # %% ../../nbs/train/09_students.ipynb #13de0013
 if __name__ == "__main__" and "__file__" in globals():

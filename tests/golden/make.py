@@ -46,7 +46,9 @@ def questions(store: Path) -> dict:
             row = json.loads(line)
             by_source.setdefault(f"{row['source']}:{row['split']}", set()).add(row["id"])
     for file in store.glob("stages/*/rows.jsonl"):
-        benchmark = json.loads((file.parent / "card.json").read_text())["params"].get("benchmark")
+        benchmark = json.loads((file.parent / "card.json").read_text(encoding="utf-8"))[
+            "params"
+        ].get("benchmark")
         for line in file.read_text(encoding="utf-8").splitlines():
             question = json.loads(line).get("question")
             if benchmark and question:
@@ -108,7 +110,7 @@ if __name__ == "__main__":
     given = arguments.parse_args()
     made = golden(given.outputs, given.store)
     if given.against:
-        kept = json.loads(given.against.read_text())
+        kept = json.loads(given.against.read_text(encoding="utf-8"))
         if given.pinned:
             kept, made = pinned(kept), pinned(made)
         found = differences(kept, made)
