@@ -254,9 +254,6 @@ def plain_read(form, content, options):
     if form == "boxed":
         content = content.replace(r"\boxed", "")
 
-    def named(x):
-        return next((o for o in options if o.upper() == x.upper()), None)
-
     def texts(x):
         words = plain_words(x)
         if len(words) == 1 and words.isascii() and words.isalpha():
@@ -267,18 +264,23 @@ def plain_read(form, content, options):
     if letters:
         return (letters[0] if len(letters) == 1 else None), True
     letter_and_rest = plain_letter(content)
-    if form == "whole" and letter_and_rest and letter_and_rest[1]:
-        rest = plain_words(letter_and_rest[1])
-        if not any(rest == plain_words(o) for o in options.values()):
-            return None, False
     if form == "phrase":
         letters = texts(re.split(r"[.;,]\s", content)[0])
         if letters or not letter_and_rest:
             return (letters[0] if len(letters) == 1 else None), False
     if not letter_and_rest:
         return None, form != "whole"
-    letter = named(letter_and_rest[0])
-    own = letter and plain_words(letter_and_rest[1]) in ("", plain_words(options[letter]))
+    return plain_lettered(form, *letter_and_rest, options)
+
+
+def plain_lettered(form, letter, rest, options):
+    letter, rest = (
+        next((o for o in options if o.upper() == letter.upper()), None),
+        plain_words(rest),
+    )
+    if form == "whole" and rest and rest not in map(plain_words, options.values()):
+        return None, False
+    own = letter and rest in ("", plain_words(options[letter]))
     return letter, letter is None or (own and form != "phrase")
 
 

@@ -113,7 +113,7 @@ _PHRASES = {
 _NOT_THE_ANSWER = re.compile(r"\b(?:wrong|incorrect|false|bad|not|not the)[ \t*]++\Z")
 # "I do not think that the answer is B", "whether the answer is B"
 _DENIED = re.compile(
-    r"""(?:\b(?:not|never|cannot|hardly|doubt|doubtful|unsure|unclear|false|wrong)|n['’]t)
+    r"""(?:\b(?:not|never|cannot|hardly|doubt|doubtful|unsure|unclear|false|wrong)|n['\u2019]t)
         (?:[ \t]++(?:think|believe|say|agree|mean|true|certain|sure|clear|convinced|quite|yet))*+
         (?:[ \t]++(?:that|if|whether))?+[ \t]++\Z
         |\b(?:if|whether|unless)[ \t]++\Z""",
@@ -227,47 +227,37 @@ def _skip_own_text(rest: str, option: str) -> int:
     return len(rest) if is_beginning else 0
 
 # %% ../../nbs/generate/03_answers.ipynb #b6d5f234
-# words whose letter is no option's
-_LETTERED = frozenset(
-    """amphotericin apo apolipoprotein botulinum chain child class coenzyme complex cyclosporin
-    cyclosporine ciclosporin factor fig figure flu grade group groups haemophilia hemophilia hep
-    hepatitis image immunoglobulin influenza lead lipoprotein meningitidis panel part penicillin
-    phase protein pugh segment stage strain streptococci streptococcus subtype table toxin type
-    types vitamin vitamins zone""".split()
+# words whose letter is no option's, such as *vitamin*
+_LETTERED = re.compile(
+    r"""\b(?:amphotericin|apo(?:lipoprotein)?|botulinum|chain|child|class|coenzyme|complex
+        |c[iy]closporine?|factor|fig(?:ure)?|flu|grade|groups?|ha?emophilia|hep(?:atitis)?|image
+        |immunoglobulin|influenza|lead|lipoprotein|meningitidis|panel|part|penicillin|phase|protein
+        |pugh|segment|stage|strain|streptococc(?:i|us)|subtype|table|toxin|types?|vitamins?|zone)
+        \W*\Z""",
+    re.X | re.I,
 )
-_JOINS = frozenset(
-    """also alternatively and but instead maybe nor not option or perhaps plus possibly rather than
-    then through to versus vs wait with choice either neither both no answer answers""".split()
+# words and signs after which a letter may be the next one of a list
+_JOINED = re.compile(
+    r"""(?:\A|[,/&+;:?(\[–—-]|\b(?:also|alternatively|and|answers?|both|but|choice|either|instead
+        |maybe|neither|nor?|not|option|or|perhaps|plus|possibly|rather|than|then|through|to|versus
+        |vs|wait|with)\W*)\s*\Z""",
+    re.X | re.I,
 )
-_LONE = re.compile(r"(?<![\w'’])(?<!\w-)([A-Za-z])(?![\w'’])(?!-\w)")
-_LAST_WORD = re.compile(r"(\w+)\W*\Z")
+
+# %% ../../nbs/generate/03_answers.ipynb #bfa5289e
+_LONE = re.compile(r"(?<![\w'\u2019])(?<!\w-)([A-Za-z])(?![\w'\u2019])(?!-\w)")
 _ARTICLE = re.compile(r"\s+(?!(?:and|or|but|nor|is|are|was|because|since|if|not|too|also)\b)[a-z]")
 _GENUS = re.compile(r"\.\s?(?!(?:and|but|nor|not|maybe|then|wait)\b)[a-z]{3}")
 _LISTED = re.compile(r"\s*(?:\Z|[.,;:)\]/&+?!]|(?:and|or|nor)\b)")
 
 # %% ../../nbs/generate/03_answers.ipynb #86c8647b
-def _follows_join(before: str) -> bool:
-    "Whether a letter may be the next one of a list."
-    before = before.rstrip()
-    if not before or before[-1] in ",/&+;:?([–—-":
-        return True
-    word = _LAST_WORD.search(before[-20:])
-    return bool(word) and word[1].casefold() in _JOINS
-
-
-def _is_lettered(before: str) -> bool:
-    "Whether the word before a letter is one such as *vitamin*, whose letter is no option's."
-    word = _LAST_WORD.search(before[-30:])
-    return bool(word) and word[1].casefold() in _LETTERED and not before.endswith(("(", "["))
-
-
 def _is_option_mark(letter: str, before: str, after: str, options: dict) -> bool:
     "Whether a letter that stands alone names an option."
     if after[:1] in (")", "]", ":"):
         return True
     if letter.islower() or letter == "I":
-        return _follows_join(before) and bool(_LISTED.match(after))
-    if letter == "A" and _ARTICLE.match(after) and not _follows_join(before[-1:]):
+        return bool(_JOINED.search(before) and _LISTED.match(after))
+    if letter == "A" and _ARTICLE.match(after) and not _JOINED.search(before[-1:] or " "):
         return False
     if _GENUS.match(after):
         return letter in options and _skip_own_text(after, options[letter]) > 0
@@ -288,10 +278,10 @@ def _names_other(text: str, letter: str, options: dict) -> bool:
     for match in _LONE.finditer(text):
         before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() :]
         joined = text[lettered_end : match.start()] if lettered_end >= 0 else None
-        if _is_lettered(before) or (joined and joined.strip(" ,/") in ("", "and", "or")):
+        if _LETTERED.search(before) or (joined and joined.strip(" ,/") in ("", "and", "or")):
             lettered_end = match.end()
             continue
-        is_unit = match[1] in in_text and not _follows_join(before)
+        is_unit = match[1] in in_text and not _JOINED.search(before)
         is_letter = match[1].upper() in letters and not is_unit
         if is_letter and _is_option_mark(match[1], before, after, options):
             return True
@@ -301,11 +291,14 @@ def _names_other(text: str, letter: str, options: dict) -> bool:
 _NO = r"""no(?:pe)?(?=\s*(?:[,.;:!?–—-]|\Z)|\s+(?:it|that|this|wait|the\s+answer|not|sorry)\b)
     |not\b|never\b|neither\b|wait\b(?!\s+(?:and|for|until)\b)|hmm+\b|oops\b|sorry\b|correction\b
     |scratch\b|rather\b(?!\s+than)|on\s+second\s+thoughts?\b|i\s+mean\b"""
-_WRONG = r"""(?:not\b|n['’]t\b|wrong|incorrect|false|untrue|unlikely|impossible|excluded|rejected
-    |eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong|an?\s+incorrect)"""
-_IS = r"""(?:is|are|was|were|(?:w|c|sh)ould\s+be|can\s+be|must\s+be|has\s+been|seems|appears|looks)"""
+_WRONG = r"""(?:not\b|n['\u2019]t\b|wrong|incorrect|false|untrue|unlikely|impossible|excluded
+    |rejected|eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong|an?\s+incorrect)"""
+_IS = (
+    r"""(?:is|are|was|were|(?:w|c|sh)ould\s+be|can\s+be|must\s+be|has\s+been|seems|appears|looks)"""
+)
 # what is said of an option's text, and not of its letter, need not be about the answer
-_WRONG_TEXT = r"""(?:(?:not|n['’]t)\s+(?:the\s+|a\s+)?(?:correct|right|best|answer|it|likely|possible)\b
+_WRONG_TEXT = r"""(?:(?:not|n['\u2019]t)\s+(?:the\s+|a\s+)?
+        (?:correct|right|best|answer|it|likely|possible)\b
     |wrong|incorrect|false|untrue|unlikely|excluded|rejected|eliminated|ruled\s+out)"""
 _TEXT_TAKEN_BACK = re.compile(
     rf"""[\s,;:.()\[\]"'–—-]*+(?:
@@ -318,7 +311,7 @@ _TAKEN_BACK = re.compile(
         \?|(?:{_NO})|(?:or|and|nor)\W*\Z|{_WRONG}
         |(?:(?:which|that|this|it)\s+)?(?:(?:one|option|choice|answer)\s+)?
          (?:{_IS}(?:\s+\w+ly)?\s*{_WRONG}
-            |(?:does|do|did|can|could|would)\s*(?:not|n['’]t)\b|cannot\b))""",
+            |(?:does|do|did|can|could|would)\s*(?:not|n['\u2019]t)\b|cannot\b))""",
     re.X | re.I,
 )
 
@@ -513,7 +506,7 @@ _SENTENCE_END = re.compile(r"(?<=[\w)\]\"”'][\w)\]\"”'])[.!?]\s+(?=[A-Z(\"�
 _DENIES = re.compile(
     r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out|unlike(?:ly)?
         |eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than|than|versus|vs)\b
-        |n['’]t\b|\b(?:or|and|either)\W*\Z""",
+        |n['\u2019]t\b|\b(?:or|and|either)\W*\Z""",
     re.X | re.I,
 )
 _SENTENCE = 1000  # the longest last sentence that is read, without the option's text
@@ -595,7 +588,9 @@ def _option_text(letter: str, value) -> str:
 def _letter_list(options) -> dict:
     "Texts in order, under their letters."
     if options is None or isinstance(options, str | bytes | Number):
-        raise OctomedError(f"{options!r} is no list of options: give {{letter: text}}, or the texts")
+        raise OctomedError(
+            f"{options!r} is no list of options: give {{letter: text}}, or the texts"
+        )
     if len(options) > 26:
         raise OctomedError(f"{len(options)} options have no letters: give at most 26")
     return dict(zip(string.ascii_uppercase, options, strict=False))
