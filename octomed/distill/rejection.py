@@ -21,7 +21,13 @@ from .pools import read_questions
 from .sampling import read_samples
 from ..generate.answers import Verdict, judge, score
 from ..generate.graders import judge_open_ended
-from ..generate.prompts import Template, convert_to_boxed, load_template
+from octomed.generate.prompts import (
+    END_OF_THINK,
+    Template,
+    convert_to_boxed,
+    format_boxed,
+    load_template,
+)
 from ..generate.samples import Sample
 
 # %% ../../nbs/distill/04_rejection.ipynb #a8435506
@@ -85,13 +91,27 @@ def write_in_box(
     answer: str,  # `letter` or `text`
     letter: str | None = None,  # of the option; None: the known answer's
 ) -> str:
-    """What the student's box contains for an option.
+    """What the student's box contains for an option: its text only if it is read as that option.
 
     Raises `OctomedError` for any other `answer`."""
     if answer not in ("letter", "text"):
         raise OctomedError(f"a student cannot answer with its {answer}: choose letter or text")
     letter = letter or q.answer
-    return letter if answer == "letter" else q.letters[letter]
+    if answer == "letter":
+        return letter
+    text = q.letters[letter]
+    return text if judge(format_boxed(text), q.letters).letter == letter else letter
+
+
+def _write_target(sample: Sample, q: Question, box: str, letter: str, end_of_think: str) -> str:
+    "The response that a student learns, which the parser reads as this letter."
+    for content in (box, letter):
+        target = convert_to_boxed(sample.text, content, end_of_think)
+        if judge(target, q.letters, think_first=True).letter == letter:
+            return target
+    # the explanation misleads the parser, so only the thinking is kept
+    thinking, mark, _ = target.rpartition(END_OF_THINK)
+    return f"{thinking}{mark}\n\n{format_boxed(letter)}"
 
 # %% ../../nbs/distill/04_rejection.ipynb #70d58269
 def name_status(s: Sample, v: Verdict) -> str:
@@ -99,15 +119,29 @@ def name_status(s: Sample, v: Verdict) -> str:
     return s.finish if s.finish in ("refused", "error") else v.status
 
 # %% ../../nbs/distill/04_rejection.ipynb #f38c83df
-def _traces(q: Question, pairs: list[tuple[Sample, Verdict]], kept: list[int], answer: str):
+def _read_end_marks(folder: Path) -> dict[str, str]:
+    "How the thinking ends in the samples of each question."
+    asked = read_jsonl(folder / "requests.jsonl")
+    return {row["question"]: _template(row["template"]).end_of_think for row in asked}
+
+
+def _traces(
+    q: Question,
+    pairs: list[tuple[Sample, Verdict]],
+    kept: list[int],
+    answer: str,
+    end_of_think: str,
+):
     "The rows of one question's accepted samples."
     for index in kept:
         sample, verdict = pairs[index]
+        box = write_in_box(q, answer, verdict.letter)
+        target = _write_target(sample, q, box=box, letter=verdict.letter, end_of_think=end_of_think)
         yield {
             "question": q.id,
             "index": index,
             "model": sample.model,
-            "response": convert_to_boxed(sample.text, write_in_box(q, answer, verdict.letter)),
+            "response": target,
             "tokens": sample.tokens,
         }
 
@@ -145,12 +179,12 @@ def accepted(out, questions, samples, k, answer, keep="correct"):
     `keep`: one of KEEP; `answer`: see `write_in_box`."""
     qs = {q.id: q for q in read_questions(questions)}
     drawn = judge_samples(list(qs.values()), samples)
-    rows, over_k = [], 0
+    marks, rows, over_k = _read_end_marks(samples), [], 0
     for id, pairs in drawn.items():
         verdicts = [v for _, v in pairs]
         kept = accept(verdicts, k, keep)
         over_k += len(accept(verdicts, len(verdicts), keep)) - len(kept)
-        rows += _traces(qs[id], pairs, kept=kept, answer=answer)
+        rows += _traces(qs[id], pairs, kept=kept, answer=answer, end_of_think=marks[id])
     write_jsonl(out / "traces.jsonl", rows)
     write_json(out / "funnel.json", _funnel(qs, drawn, rows, over_k=over_k))
     if not rows:

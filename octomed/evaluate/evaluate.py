@@ -291,7 +291,13 @@ def _grade(
         for index in _unread(row):
             items.append((q, f"{q.answer}: {q.answer_text}", samples[index].text))
             places.append((row, index))
-    verdicts = judge_open_ended(items, grader, think_first=template.think_first, reasoning=False)
+    verdicts = judge_open_ended(
+        items,
+        grader,
+        think_first=template.think_first,
+        reasoning=False,
+        end_of_think=template.end_of_think,
+    )
     for (row, index), verdict in zip(places, verdicts, strict=False):
         row["graded"][index] = verdict.status
 

@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Number
 
 from ..core.files import read_jsonl
 from ..core.identity import seed_for
@@ -107,19 +108,73 @@ _PHRASES = {
     for word, rest in _ANCHORS.items()
 }
 
+# %% ../../nbs/generate/03_answers.ipynb #083f88c7
+# an answer that the label before the phrase calls wrong is no statement
+_NOT_THE_ANSWER = re.compile(r"\b(?:wrong|incorrect|false|bad|not|not the)[ \t*]++\Z")
+# "I do not think that the answer is B", "whether the answer is B"
+_DENIED = re.compile(
+    r"""(?:\b(?:not|never|cannot|hardly|doubt|doubtful|unsure|unclear|false|wrong)|n['\u2019]t)
+        (?:[ \t]++(?:think|believe|say|agree|mean|true|certain|sure|clear|convinced|quite|yet))*+
+        (?:[ \t]++(?:that|if|whether))?+[ \t]++\Z
+        |\b(?:if|whether|unless)[ \t]++\Z""",
+    re.X,
+)
+_BEFORE = 80  # how many characters before a phrase are looked at
+
+# %% ../../nbs/generate/03_answers.ipynb #625434bb
+@dataclass(frozen=True)
+class _Statement:
+    "An anchored phrase that states something."
+
+    start: int
+    end: int  # where its content begins
+    line: str  # the rest of its line
+    denied: bool  # "I do not think that the answer is …"
+
+
+def _states_nothing(line: str) -> bool:
+    return not any(map(str.isalnum, line.replace(r"\boxed", ""))) and "?" not in line
+
+# %% ../../nbs/generate/03_answers.ipynb #9c417e25
+def _find_anchors(low: str) -> list[tuple[int, int]]:
+    "Where the anchored phrases of a lower-case text begin and end, in order."
+    if not any(noun in low for noun in ("answer", "option", "choice")):
+        return []
+    places = []
+    for word, pattern in _PHRASES.items():
+        if word in low:
+            places += [match.span() for match in pattern.finditer(low)]
+    return sorted(places, key=lambda place: (place[1], place[0]))
+
+
+def _read_anchor(text: str, low: str, start: int, end: int) -> _Statement | None:
+    "The statement of an anchored phrase, if it states something."
+    before = low[max(0, start - _BEFORE) : start]
+    if _NOT_THE_ANSWER.search(before):
+        return None
+    stop = text.find("\n", end)
+    line = text[end:stop] if stop >= 0 else text[end:]
+    if _states_nothing(line):
+        return None
+    return _Statement(start, end, line, denied=bool(_DENIED.search(before)))
+
+
+def _last_statement(text: str) -> _Statement | None:
+    "The last anchored phrase that states something."
+    low = _lower(text)
+    for start, end in reversed(_find_anchors(low)):
+        statement = _read_anchor(text, low, start, end)
+        if statement:
+            return statement
+    return None
+
 # %% ../../nbs/generate/03_answers.ipynb #dbec498b
 def find_phrase(
     text: str,  # a response
 ) -> str | None:
-    'The rest of the line after the last "the answer is" or "Answer:".'
-    low = _lower(text)
-    if not any(noun in low for noun in ("answer", "option", "choice")):
-        return None
-    ends = []
-    for word, pattern in _PHRASES.items():
-        if word in low:
-            ends += [match.end() for match in pattern.finditer(low)]
-    return text[max(ends) :].split("\n", 1)[0] if ends else None
+    'The rest of the line after the last "the answer is" or "Answer:" that states something.'
+    statement = _last_statement(text)
+    return statement.line if statement else None
 
 # %% ../../nbs/generate/03_answers.ipynb #046200d9
 _MARKUP = re.compile(r"\\(?:(?:text|math)[a-z]*+|left|right|[()\[\]])|<\|[a-z_]*+\|>|\$|\{|\}|\*|`")
@@ -135,43 +190,410 @@ def _fold(text: str) -> str:
     folded = unicodedata.normalize("NFC", _clean(text)).casefold()
     return folded.strip("()[] ").removesuffix(".").strip("()[] ")
 
+
+_WORD = re.compile(r"\w+")
+
+
+@lru_cache(maxsize=1024)
+def _fold_words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(_fold(text)))
+
 # %% ../../nbs/generate/03_answers.ipynb #5480a04b
+_ASCII_LETTERS = frozenset(string.ascii_letters)
+
+
+def _letters_of_text(text: str, options: dict) -> list[str]:
+    "The letters of the options with exactly this text. A single letter is a letter and no text."
+    folded = _fold(text)
+    if not folded or folded in _ASCII_LETTERS:
+        return []
+    return [letter for letter, option in options.items() if _fold(option) == folded]
+
+
 def _match_option_text(text: str, options: dict) -> str | None:
     "The letter of the only option with exactly this text."
-    folded = _fold(text)
-    letters = [letter for letter, option in options.items() if _fold(option) == folded]
-    return letters[0] if folded and len(letters) == 1 else None
+    letters = _letters_of_text(text, options)
+    return letters[0] if len(letters) == 1 else None
+
+# %% ../../nbs/generate/03_answers.ipynb #e14b3662
+def _skip_own_text(rest: str, option: str) -> int:
+    "Where a text ends that follows the letter of its option; 0 if the option's text is not there."
+    own = _fold_words(option)
+    matches = list(_WORD.finditer(rest))
+    words = tuple(match[0].casefold() for match in matches)
+    if own and words[: len(own)] == own:
+        return matches[len(own) - 1].end()
+    is_beginning = bool(words) and own[: len(words)] == words
+    return len(rest) if is_beginning else 0
+
+# %% ../../nbs/generate/03_answers.ipynb #b6d5f234
+# words whose letter is no option's, such as *vitamin*
+_LETTERED = re.compile(
+    r"""\b(?:amphotericin|apo(?:lipoprotein)?|botulinum|chain|child|class|coenzyme|complex
+        |c[iy]closporine?|factor|fig(?:ure)?|flu|grade|groups?|ha?emophilia|hep(?:atitis)?|image
+        |immunoglobulin|influenza|lead|lipoprotein|meningitidis|panel|part|penicillin|phase|protein
+        |pugh|segment|stage|strain|streptococc(?:i|us)|subtype|table|toxin|types?|vitamins?|zone)
+        \W*\Z""",
+    re.X | re.I,
+)
+# words and signs after which a letter may be the next one of a list
+_JOINED = re.compile(
+    r"""(?:\A|[,/&+;:?(\[–—-]|\b(?:also|alternatively|and|answers?|both|but|choice|either|instead
+        |maybe|neither|nor?|not|option|or|perhaps|plus|possibly|rather|than|then|through|to|versus
+        |vs|wait|with)\W*)\s*\Z""",
+    re.X | re.I,
+)
+
+# %% ../../nbs/generate/03_answers.ipynb #bfa5289e
+_LONE = re.compile(r"(?<![\w'\u2019])(?<!\w-)([A-Za-z])(?![\w'\u2019])(?!-\w)")
+_ARTICLE = re.compile(r"\s+(?!(?:and|or|but|nor|is|are|was|because|since|if|not|too|also)\b)[a-z]")
+_GENUS = re.compile(r"\.\s?(?!(?:and|but|nor|not|maybe|then|wait)\b)[a-z]{3}")
+_LISTED = re.compile(r"\s*(?:\Z|[.,;:)\]/&+?!]|(?:and|or|nor)\b)")
+
+# %% ../../nbs/generate/03_answers.ipynb #86c8647b
+def _is_option_mark(letter: str, before: str, after: str, options: dict) -> bool:
+    "Whether a letter that stands alone names an option."
+    if after[:1] in (")", "]", ":"):
+        return True
+    if letter.islower() or letter == "I":
+        return bool(_JOINED.search(before) and _LISTED.match(after))
+    if letter == "A" and _ARTICLE.match(after) and not _JOINED.search(before[-1:] or " "):
+        return False
+    if _GENUS.match(after):
+        return letter in options and _skip_own_text(after, options[letter]) > 0
+    return True
+
+# %% ../../nbs/generate/03_answers.ipynb #f9aeb64b
+@lru_cache(maxsize=1024)
+def _own_letters(option: str) -> frozenset[str]:
+    "The letters that stand alone in an option's text, such as a unit."
+    return frozenset(match[1] for match in _LONE.finditer(option))
 
 
+def _names_other(text: str, letter: str, options: dict) -> bool:
+    "Whether a text names an option by another letter than this one."
+    letters = {key.upper() for key in options} - {letter.upper()}
+    in_text = _own_letters(options[letter])
+    lettered_end = -1
+    for match in _LONE.finditer(text):
+        before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() :]
+        joined = text[lettered_end : match.start()] if lettered_end >= 0 else None
+        if _LETTERED.search(before) or (joined and joined.strip(" ,/") in ("", "and", "or")):
+            lettered_end = match.end()
+            continue
+        is_unit = match[1] in in_text and not _JOINED.search(before)
+        is_letter = match[1].upper() in letters and not is_unit
+        if is_letter and _is_option_mark(match[1], before, after, options):
+            return True
+    return False
+
+# %% ../../nbs/generate/03_answers.ipynb #59b6112c
+_NO = r"""no(?:pe)?(?=\s*(?:[,.;:!?–—-]|\Z)|\s+(?:it|that|this|wait|the\s+answer|not|sorry)\b)
+    |not\b|never\b|neither\b|wait\b(?!\s+(?:and|for|until)\b)|hmm+\b|oops\b|sorry\b|correction\b
+    |scratch\b|rather\b(?!\s+than)|on\s+second\s+thoughts?\b|i\s+mean\b"""
+_WRONG = r"""(?:not\b|n['\u2019]t\b|wrong|incorrect|false|untrue|unlikely|impossible|excluded
+    |rejected|eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong|an?\s+incorrect)"""
+_IS = (
+    r"""(?:is|are|was|were|(?:w|c|sh)ould\s+be|can\s+be|must\s+be|has\s+been|seems|appears|looks)"""
+)
+# what is said of an option's text, and not of its letter, need not be about the answer
+_WRONG_TEXT = r"""(?:(?:not|n['\u2019]t)\s+(?:the\s+|a\s+)?
+        (?:correct|right|best|answer|it|likely|possible)\b
+    |wrong|incorrect|false|untrue|unlikely|excluded|rejected|eliminated|ruled\s+out)"""
+_TEXT_TAKEN_BACK = re.compile(
+    rf"""[\s,;:.()\[\]"'–—-]*+(?:
+        \?|(?!not\b|never\b)(?:{_NO})|(?:or|and|nor|not)\W*\Z|{_WRONG_TEXT}
+        |(?:(?:which|that|this|it)\s+)?{_IS}(?:\s+\w+ly)?\s*{_WRONG_TEXT})""",
+    re.X | re.I,
+)
+_TAKEN_BACK = re.compile(
+    rf"""[\s,;:.()\[\]"'–—-]*+(?:
+        \?|(?:{_NO})|(?:or|and|nor)\W*\Z|{_WRONG}
+        |(?:(?:which|that|this|it)\s+)?(?:(?:one|option|choice|answer)\s+)?
+         (?:{_IS}(?:\s+\w+ly)?\s*{_WRONG}
+            |(?:does|do|did|can|could|would)\s*(?:not|n['\u2019]t)\b|cannot\b))""",
+    re.X | re.I,
+)
+
+# %% ../../nbs/generate/03_answers.ipynb #5cc6a17b
+_REJECTED = re.compile(
+    r"""\b(?:(?:is|are|was|be|seems)\s+(?:\w+\s+)?(?:wrong|incorrect|false|ruled\s+out|excluded)
+        |not\s+(?:the\s+)?(?:correct|right|best|answer))\b""",
+    re.X | re.I,
+)
+_OF_OTHERS = re.compile(r"\b(?:others?|rest|remaining|alternatives|distractors|options)\b", re.I)
+
+
+def _is_taken_back(text: str, letter: str, has_text: bool) -> bool:
+    "Whether what follows a letter, or its option's text, negates or corrects it."
+    if (_TEXT_TAKEN_BACK if has_text else _TAKEN_BACK).match(text):
+        return True
+    if re.search(rf"\bnot\s+[(\[]?{letter}\b", text, re.I):
+        return True
+    rejected = _REJECTED.search(text)
+    return bool(rejected) and not _OF_OTHERS.search(text[: rejected.start()])
+
+# %% ../../nbs/generate/03_answers.ipynb #e7175e08
+_JOINED_TEXT = re.compile(r"[\s,]*+(?:and|or|nor|plus|[/&+])\s+(?:also\s+|maybe\s+)?", re.I)
+
+
+def _joins_other_text(text: str, letter: str, options: dict) -> bool:
+    "Whether a text begins on “and” or “or” and the text of another option."
+    join = _JOINED_TEXT.match(text)
+    if not join:
+        return False
+    words = _fold_words(text[join.end() :])
+    for other, option in options.items():
+        own = _fold_words(option)
+        if other != letter and own and words[: len(own)] == own:
+            return True
+    return False
+
+
+def _contradicts(text: str, letter: str, options: dict, has_text: bool = False) -> bool:
+    "Whether what follows a letter, or its option's text, makes the letter doubtful."
+    return bool(text) and (
+        _is_taken_back(text, letter, has_text)
+        or _names_other(text, letter, options)
+        or _joins_other_text(text, letter, options)
+    )
+
+# %% ../../nbs/generate/03_answers.ipynb #3f4247f7
+def _find_letter(letter: str, options: dict) -> str | None:
+    return next((key for key in options if key.upper() == letter.upper()), None)
+
+
+def _begins_other_text(cleaned: str, letter: str, options: dict) -> bool:
+    "Whether a text that begins on a letter begins as another option's text does."
+    words = _fold_words(cleaned)
+    for other, option in options.items():
+        own = _fold_words(option)
+        shared = min(len(own), len(words))
+        if other != letter and shared > 1 and own[:shared] == words[:shared]:
+            return True
+    return False
+
+
+def _read_lettered(cleaned: str, options: dict) -> str | None:
+    "The option whose letter a text begins with, if the rest leaves no doubt."
+    match = _LETTER.match(cleaned)
+    letter = _find_letter(match[1], options) if match else None
+    if letter is None:
+        return None
+    rest = cleaned[match.end() :]
+    own = _skip_own_text(rest, options[letter])
+    if not own and _begins_other_text(cleaned, letter, options):
+        return None
+    return None if _contradicts(rest[own:], letter, options, has_text=own > 0) else letter
+
+# %% ../../nbs/generate/03_answers.ipynb #9447d3c0
 def read_option(
     content: str,  # what a form holds
     options: dict[str, str],  # letter to text
 ) -> str | None:  # a letter of the options
-    "The option that a form's content names: by its letter, else by its exact text."
-    match = _LETTER.match(_clean(content))
-    if not match:
-        return _match_option_text(content, options)
-    return next((letter for letter in options if letter.upper() == match[1].upper()), None)
+    "The option that a form's content names: by its exact text, else by its letter."
+    letters = _letters_of_text(content, options)
+    if letters:
+        return letters[0] if len(letters) == 1 else None
+    return _read_lettered(_clean(content), options)
 
 # %% ../../nbs/generate/03_answers.ipynb #90ea094a
+_LEADER = re.compile(r"[\s.…:–—>-]++(?=[(\[]*+[A-Za-z](?:[)\].:\s]|\Z))")
+_NEXT_SENTENCE = re.compile(r"[.!?](?=\s|\Z)")
+_NEW_SENTENCE = re.compile(r"\s*(?=[A-Z(\[“\"])")
+
+
+def _split_statement(rest: str, mark: str) -> tuple[str, str]:
+    "What belongs to a letter's sentence, and what follows it; `mark` is the sign after the letter."
+    if mark == "." and _NEW_SENTENCE.match(rest):
+        return "", rest
+    stop = _NEXT_SENTENCE.search(rest)
+    if not stop:
+        return rest, ""
+    return rest[: stop.end()].removesuffix("."), rest[stop.end() :]
+
+# %% ../../nbs/generate/03_answers.ipynb #36c7fcf3
+_SECOND_THOUGHT = re.compile(
+    rf"""[\s*]*+(?:but\s+)?(?:{_NO}
+        |(?:that|this|it|the\s+answer)\s+{_IS}(?:\s+\w+ly)?\s*{_WRONG})""",
+    re.X | re.I,
+)
+_ADDITION = re.compile(
+    r"[\s*]*+(?:or|and|maybe|perhaps|possibly|alternatively|also|actually|but|as well as)\b", re.I
+)
+_LIST_ITEM = re.compile(r"[\s(\[*•–-]*+([A-Za-z])(?:[)\].:,;/&\s*]++|\Z)")
+
+
+def _continues_list(text: str, letter: str, options: dict) -> bool:
+    "Whether a text begins on another option's letter, alone or with that option's text."
+    item = _LIST_ITEM.match(text)
+    other = _find_letter(item[1], options) if item else None
+    if other is None or other == letter:
+        return False
+    rest = text[item.end() :]
+    own = _skip_own_text(rest, options[other])
+    if own:
+        return not rest[own:] or rest[own] in ".;"
+    return not rest or bool(re.match(r"(?:and|or|nor)\b", rest)) or bool(_LETTER.match(rest))
+
+
+def _is_reconsidered(text: str, letter: str, options: dict) -> bool:
+    "Whether the sentence after an answer takes it back or adds another."
+    stop = _NEXT_SENTENCE.search(text)
+    sentence = text[: stop.start()] if stop else text
+    if _SECOND_THOUGHT.match(text) or _continues_list(text, letter, options):
+        return True
+    again = re.match(rf"\W*(?:(?:option|choice|answer)\s+)?\b{letter}\b\W*", text, re.I)
+    again = again.end() if again else 0
+    own = again + _skip_own_text(text[again:], options[letter])
+    if own and _TEXT_TAKEN_BACK.match(text, own):
+        return True
+    return bool(_ADDITION.match(text)) and _names_other(sentence, letter, options)
+
+# %% ../../nbs/generate/03_answers.ipynb #eab48c10
+_TEXT_ENDS = re.compile(r"[)\]]*+(?:\Z|[.;,]\s)")
+
+
+def _begin_with_text(line: str, options: dict) -> str | None:
+    "The option whose whole text a line begins with; the longest if there are several."
+    folded, best = _fold(line), {}
+    for letter, option in options.items():
+        text = _fold(option)
+        is_text = len(text) > 1 and folded.startswith(text)
+        if is_text and _TEXT_ENDS.match(folded, len(text)):
+            best.setdefault(len(text), []).append(letter)
+    letters = best[max(best)] if best else []
+    return letters[0] if len(letters) == 1 else None
+
+# %% ../../nbs/generate/03_answers.ipynb #a849e81b
 def _read_phrase(content: str, options: dict) -> str | None:
-    if _LETTER.match(_clean(content)):
-        return read_option(content, options)
-    first_sentence = re.split(r"[.;,]\s", content, maxsplit=1)[0]
-    return _match_option_text(content, options) or _match_option_text(first_sentence, options)
+    "The option that a phrase names; `content` is the rest of its line, and the next line."
+    line, _, following = content.partition("\n")
+    cleaned = _clean(line)
+    letter = _match_option_text(line, options) or _begin_with_text(line, options)
+    if letter:
+        rest, mark = cleaned, ""
+    else:
+        cleaned = cleaned[_end(_LEADER.match(cleaned)) :]
+        match = _LETTER.match(cleaned)
+        letter = _find_letter(match[1], options) if match else None
+        if letter is None:
+            return None
+        rest, mark = cleaned[match.end() :], match[0].rstrip()[-1]
+    own = _skip_own_text(rest, options[letter])
+    if mark and not own and _begins_other_text(cleaned, letter, options):
+        return None
+    statement, later = _split_statement(rest[own:], "" if own else mark)
+    if _contradicts(statement, letter, options, has_text=own > 0):
+        return None
+    later = later if later.strip() else _clean(following)
+    return None if _is_reconsidered(later, letter, options) else letter
+
+
+def _end(match) -> int:
+    return match.end() if match else 0
+
+# %% ../../nbs/generate/03_answers.ipynb #653faf10
+def _cut(content: str, options: dict) -> str:
+    content = content.strip()
+    longest = max(map(len, options.values()), default=0)
+    limit = 4 * longest + 100
+    return content if len(content) <= limit else content[:limit] + "…"
+
+# %% ../../nbs/generate/03_answers.ipynb #f34ff5a0
+_MARKED = re.compile(r"(?<![^\W_])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])[)\].:])[\s:]*+")
+_SENTENCE_END = re.compile(r"(?<=[\w)\]\"”'][\w)\]\"”'])[.!?]\s+(?=[A-Z(\"“])")
+_DENIES = re.compile(
+    r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out|unlike(?:ly)?
+        |eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than|than|versus|vs)\b
+        |n['\u2019]t\b|\b(?:or|and|either)\W*\Z""",
+    re.X | re.I,
+)
+_SENTENCE = 1000  # the longest last sentence that is read, without the option's text
+
+
+def _last_lines(tail: str) -> tuple[str, str]:
+    "The last line that is not blank, and the one before it, without markup."
+    lines = [line for line in map(_clean, tail.split("\n")) if line]
+    return lines[-1] if lines else "", lines[-2] if len(lines) > 1 else ""
+
+# %% ../../nbs/generate/03_answers.ipynb #d69ee46e
+def _read_last_sentence(text: str, options: dict) -> str | None:
+    "The option whose letter and whole text end a response."
+    longest = max(map(len, options.values()), default=0)
+    line, line_before = _last_lines(text.rstrip()[-(longest + _SENTENCE) :])
+    for match in list(_MARKED.finditer(line))[-4:]:
+        letter = _find_letter(match[1] or match[2], options)
+        rest = _fold(line[match.end() :])
+        if letter is None or not rest or rest != _fold(options[letter]):
+            continue
+        before = line[: match.start()]
+        if not before.strip(" -•"):
+            before = line_before + " "
+        ends = list(_SENTENCE_END.finditer(before))
+        sentence = before[ends[-1].end() :] if ends else before
+        is_doubtful = _DENIES.search(sentence) or _names_other(sentence, letter, options)
+        return None if is_doubtful or line.endswith("?") else letter
+    return None
+
+# %% ../../nbs/generate/03_answers.ipynb #50b55e1e
+_EMPTY_END = 300  # the longest last sentence that states nothing
+
+
+def _drop_empty_end(text: str) -> str:
+    'The text without a last sentence that states nothing, such as "So the answer is:".'
+    text = text.rstrip()
+    offset = max(0, len(text) - _EMPTY_END)
+    anchors = _find_anchors(_lower(text[offset:]))
+    if not anchors or not _states_nothing(text[offset + anchors[-1][1] :]):
+        return text
+    start = offset + anchors[-1][0]
+    return text[: max(text.rfind(sign, 0, start) for sign in "\n.!?") + 1]
 
 
 def _read_whole(text: str, options: dict) -> str | None:
-    cleaned = _clean(text)
-    match = _LETTER.match(cleaned)
+    text = _drop_empty_end(text)
+    short = _cut(text, options)
+    match = _LETTER.match(_clean(short))
     if match:
-        rest = cleaned[match.end() :].strip(" :.)]")
+        rest = _clean(short)[match.end() :].strip(" :.)]")
         if not rest or _fold(rest) in map(_fold, options.values()):
-            return read_option(text, options)
-    return _match_option_text(text, options)
+            return read_option(short, options)
+    return _match_option_text(short, options) or _read_last_sentence(text, options)
 
 # %% ../../nbs/generate/03_answers.ipynb #713f1473
 _LETTERS = frozenset(string.ascii_letters)
+
+
+def _is_missing(value) -> bool:
+    "Whether a value is how a file or a table writes a missing one: None, NaN, NA."
+    if value is None:
+        return True
+    return not isinstance(value, str) and str(value) in ("nan", "NaT", "<NA>")
+
+
+def _option_text(letter: str, value) -> str:
+    if isinstance(value, str):
+        return value
+    if _is_missing(value):
+        raise OctomedError(
+            f"option {letter} has no text ({value}): write its text, or leave the option out"
+        )
+    if not isinstance(value, Number):
+        kind = type(value).__name__
+        raise OctomedError(f"option {letter} is a {kind} and no text: write its text")
+    return str(value)
+
+# %% ../../nbs/generate/03_answers.ipynb #b6aa75a4
+def _letter_list(options) -> dict:
+    "Texts in order, under their letters."
+    if options is None or isinstance(options, str | bytes | Number):
+        raise OctomedError(
+            f"{options!r} is no list of options: give {{letter: text}}, or the texts"
+        )
+    if len(options) > 26:
+        raise OctomedError(f"{len(options)} options have no letters: give at most 26")
+    return dict(zip(string.ascii_uppercase, options, strict=False))
 
 
 def letter_options(
@@ -179,35 +601,48 @@ def letter_options(
 ) -> dict[str, str]:
     """Options under their letters.
 
-    Raises `OctomedError` for more than 26 options, or for a key that is not one letter."""
+    Raises `OctomedError` for more than 26 options, for a key that is not one letter, for two keys
+    that differ in case only, and for an option without a text."""
     if not isinstance(options, dict):
-        if len(options) > 26:
-            raise OctomedError(f"{len(options)} options have no letters: give at most 26")
-        options = dict(zip(string.ascii_uppercase, options, strict=False))
+        options = _letter_list(options)
     misnamed = [key for key in options if key not in _LETTERS]
     if misnamed:
         raise OctomedError(f"an option is named {misnamed[0]!r}: name each by one letter")
-    return {letter: str(text) for letter, text in options.items()}
+    if len({key.upper() for key in options}) < len(options):
+        twice = next(key for key in options if key.islower() and key.upper() in options)
+        raise OctomedError(
+            f"options are named {twice.upper()} and {twice}, which answers cannot tell apart: "
+            "rename one"
+        )
+    return {letter: _option_text(letter, value) for letter, value in options.items()}
 
 # %% ../../nbs/generate/03_answers.ipynb #2698388e
 def _read_box(content: str, options: dict) -> str | None:
     return read_option(content.replace(r"\boxed", ""), options)
 
 
-def _cut(content: str, options: dict) -> str:
-    content = content.strip()
-    longest = max(map(len, options.values()), default=0)
-    limit = 4 * longest + 100
-    return content if len(content) <= limit else content[:limit] + "…"
+def _find_with_next_line(text: str) -> str | None:
+    "The content of the last statement, and the next line that is not blank."
+    statement = _last_statement(text)
+    if not statement:
+        return None
+    if statement.denied:
+        return "not " + statement.line
+    after = text[statement.end + len(statement.line) :]
+    following = re.match(r"\s*([^\n]*)", after)[1]
+    return f"{statement.line[:_LONGEST_LINE]}\n{following[:_LONGEST_LINE]}"
 
 # %% ../../nbs/generate/03_answers.ipynb #03finder
+_LONGEST_LINE = 10_000  # characters of a line that are read
+
 # form: (how its content is found, how its content is read)
 _FINDERS = {
     "boxed": (find_boxed, _read_box),
     "answer": (find_tagged, read_option),
-    "phrase": (find_phrase, _read_phrase),
+    "phrase": (_find_with_next_line, _read_phrase),
     "whole": (str, _read_whole),
 }
+_BOUNDED = ("boxed", "answer")  # forms whose content is cut
 
 
 def _read_answer(text: str, options: dict, forms) -> str | None:
@@ -216,19 +651,147 @@ def _read_answer(text: str, options: dict, forms) -> str | None:
         find, read_content = _FINDERS[form]
         content = find(text)
         if content is not None:
-            return read_content(_cut(content, options), options)
+            content = _cut(content, options) if form in _BOUNDED else content
+            return read_content(content, options)
     return None
+
+# %% ../../nbs/generate/03_answers.ipynb #367072e0
+_NEW_QUESTION = re.compile(
+    r"""\n[ \t>\#*_-]*+(?:
+        (?:(?:next|new|another|second|follow-up)[ ])?(?:question|problem|exercise)\b
+         [ \t]*+(?:\#|no\.?|number)?[ \t]*+\d*+(?:[ \t]*+of[ \t]*+\d++)?
+         (?:[ \t*_]*+(?:[:.)\]]|(?=\n)|\Z)|[ \t]++[–—-][ \t])
+        |(?:human|user|instruction)[ \t*_]*+:
+        |\[inst\])
+     |\n[ \t]*+\**+q[ \t]*+\d*+[*]*+[:.)]""",
+    re.X,
+)
+_NEW_TURN = re.compile(r"<\|(?:im_start\|>\s*+user|start_header_id\|>\s*+user|user\|>)")
+_FIRST_OPTION = r"\s*+[(\[*]*+a[)\].:][ \t*]*+([^\n]*+)"
+_BLOCKS = (
+    re.compile(
+        r"\n[ \t>#*_-]*+(?:answer )?(?:options|choices)[ \t*_]*+:[ \t*_]*+\n?" + _FIRST_OPTION
+    ),
+    re.compile(r"\?[ \t*_]*+\n" + _FIRST_OPTION),
+)
+
+# %% ../../nbs/generate/03_answers.ipynb #3950c7c1
+_FILLED = re.compile(r"\\boxed\s*+\{\s*+[^\s}]|<answer>\s*+[^\s<]")
+
+
+def _first_answer(text: str, low: str) -> int | None:
+    "Where the first answer of a text begins: a box, a tag or a phrase that is not empty."
+    filled = _FILLED.search(low)
+    first = filled.start() if filled else None
+    for start, end in _find_anchors(low):
+        if first is not None and end > first:
+            break
+        if _read_anchor(text, low, start, end):
+            return end
+    return first
+
+# %% ../../nbs/generate/03_answers.ipynb #a6035d19
+def _is_own_block(block, options: dict) -> bool:
+    "Whether a block of options begins with the question's own first option."
+    first = next((_fold(option) for option in options.values()), "")
+    written = _fold(block[1])
+    return written.startswith(first) or (bool(written) and first.startswith(written))
+
+
+def _find_blocks(low: str, options: dict, first: int) -> list[int]:
+    "Where blocks of another question's options begin, after the first answer."
+    places = []
+    for pattern in _BLOCKS:
+        for block in pattern.finditer(low, first):
+            if not _is_own_block(block, options):
+                gap = low.rfind("\n\n", first, block.start())
+                places.append(gap if gap >= 0 else block.start())
+                break
+    return places
+
+# %% ../../nbs/generate/03_answers.ipynb #5cd93894
+_FULL_STOP = re.compile(r"[.!?][\s*\"')\]]*\n\s*\Z")
+
+
+def _follows_no_answer(text: str, low: str, options: dict, line, is_first: bool) -> bool:
+    "Whether a line begins a new question although no form holds an answer before it."
+    start = line.start()
+    if is_first and _read_whole(text[:start], options):
+        return True
+    is_ended = _FULL_STOP.search(text[max(0, start - 40) : start + 1])
+    if not is_ended or "question" not in line[0]:
+        return False
+    blocks = [pattern.search(low, start, start + 3000) for pattern in _BLOCKS]
+    return not any(block and _is_own_block(block, options) for block in blocks)
+
+
+def _find_question_line(text: str, low: str, options: dict, first: int | None) -> list[int]:
+    "Where the first line begins that opens a new question; `first` is where an answer begins."
+    for number, line in enumerate(_NEW_QUESTION.finditer(low)):
+        is_answered = first is not None and line.start() >= first
+        if is_answered or _follows_no_answer(text, low, options, line, is_first=number == 0):
+            return [line.start()]
+    return []
+
+
+def _find_next_question(text: str, options: dict) -> int | None:
+    "Where a text begins a new question after its answer."
+    if "\n" not in text and "<|" not in text:
+        return None
+    low = _lower(text)
+    has_lines = _NEW_QUESTION.search(low)
+    turn = _NEW_TURN.search(low) if "<|" in low else None
+    if not has_lines and not turn and not any(pattern.search(low) for pattern in _BLOCKS):
+        return None
+    first = _first_answer(text, low)
+    places = _find_question_line(text, low, options, first) if has_lines else []
+    if first is not None:
+        places += _find_blocks(low, options, first)
+    if turn and turn.start():
+        places.append(turn.start())
+    return min(places, default=None)
+
+# %% ../../nbs/generate/03_answers.ipynb #4e45300d
+def _cut_run_on(text: str, options: dict, end_of_think: str) -> str:
+    "The text without the new question that follows its answer; a thought may ask what it likes."
+    start = text.find(end_of_think)
+    start = start + len(end_of_think) if start >= 0 else 0
+    while True:
+        stop = text.find(end_of_think, start)
+        part = text[start:stop] if stop >= 0 else text[start:]
+        place = _find_next_question(part, options)
+        if place is not None:
+            return text[: start + place]
+        if stop < 0:
+            return text
+        start = stop + len(end_of_think)
 
 # %% ../../nbs/generate/03_answers.ipynb #03right1
 def _right_letter(answer: str | None, options: dict) -> str | None:
-    if not answer:
+    if _is_missing(answer) or answer == "":
         return None
     for letter in options:
-        if letter.upper() == answer.strip().upper():
+        if letter.upper() == str(answer).strip().upper():
             return letter
     raise OctomedError(
         f"the answer {answer!r} is none of the options {', '.join(options)}: correct the question"
     )
+
+
+def _response_text(text) -> str:
+    if isinstance(text, str):
+        return text
+    if _is_missing(text):
+        return ""
+    raise OctomedError(f"a response is text and no {type(text).__name__}: give its text")
+
+
+def _check_forms(forms, end_of_think: str):
+    unknown = set(forms) - set(FORMS)
+    if unknown:
+        raise OctomedError(f"there is no form {min(unknown)!r}: choose from {', '.join(FORMS)}")
+    if not end_of_think:
+        raise OctomedError("the end-of-think is empty: give the mark that ends the thinking")
 
 # %% ../../nbs/generate/03_answers.ipynb #8151f9a2
 def judge(
@@ -242,17 +805,17 @@ def judge(
 ) -> Verdict:
     """ŷ of a response and its status (eq. 1).
 
-    Raises `OctomedError` for an unknown form or an answer that is no option."""
+    Raises `OctomedError` for an unknown form, an answer that is no option, an option without a
+    text, or a response that is no text."""
     options = letter_options(options)
-    text = text or ""
-    unknown = set(forms) - set(FORMS)
-    if unknown:
-        raise OctomedError(f"there is no form {min(unknown)!r}: choose from {', '.join(FORMS)}")
+    _check_forms(forms, end_of_think)
     right = _right_letter(answer, options)
+    text = _response_text(text)
+    if think_first and end_of_think not in text:
+        return Verdict(None, "truncated")
+    text = _cut_run_on(text, options, end_of_think)
     if think_first:
-        _, ended, text = text.rpartition(end_of_think)
-        if not ended:
-            return Verdict(None, "truncated")
+        text = text.rpartition(end_of_think)[2]
     letter = _read_answer(text, options, forms)
     if letter is None:
         return Verdict(None, "unparsed")
@@ -334,6 +897,7 @@ def measure_extraction_agreement(
         options = letter_options(options)
         theirs = theirs or None
         ours = judge(text, options, **how).letter
+        text = _cut_run_on(text, options, how.get("end_of_think", END_OF_THINK))
         kind = _compare_letters(text, options, ours=ours, theirs=theirs)
         counts[kind] += 1
         if kind != "same":
@@ -348,20 +912,17 @@ def measure_extraction_agreement(
 
 # %% ../../nbs/generate/03_answers.ipynb #14cb94ff
 def _mmlu_pro(path) -> list[tuple]:
-    rows = []
-    for row in read_jsonl(path):
-        answer = row["generated_text"].split("\n\nQuestion:")[0]
-        rows.append((answer, row["options"], row["pred"]))
-    return rows
+    return [(row["generated_text"], row["options"], row["pred"]) for row in read_jsonl(path)]
 
 
 def _mmmu_pro(path) -> list[tuple]:
     from ast import literal_eval
 
-    return [
-        (row["response"], literal_eval(row["options"]), row["pred_indexs"])
-        for row in read_jsonl(path)
-    ]
+    rows = []
+    for row in read_jsonl(path):
+        options = list(map(str, literal_eval(row["options"])))
+        rows.append((row["response"], options, row["pred_indexs"]))
+    return rows
 
 # %% ../../nbs/generate/03_answers.ipynb #03publis
 def load_published_answers(

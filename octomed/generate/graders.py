@@ -301,11 +301,11 @@ def keep_moderate(
     return kept, dropped
 
 # %% ../../nbs/generate/11_graders.ipynb #e8b02700
-def _final(response: str, think_first: bool, reasoning: bool) -> str | None:
+def _final(response: str, think_first: bool, reasoning: bool, end_of_think: str) -> str | None:
     "The part of a response that a grader sees; None for a thought without an end."
-    if think_first and END_OF_THINK not in response:
+    if think_first and end_of_think not in response:
         return None
-    shown = response if reasoning else response.rpartition(END_OF_THINK)[2]
+    shown = response if reasoning else response.rpartition(end_of_think)[2]
     return shown.strip()
 
 
@@ -317,10 +317,14 @@ def judge_open_ended(
     grader: str | Engine = "clinic/grader",
     think_first: bool = False,  # do the responses' models think before they answer
     reasoning: bool = True,  # does the grader see the thought too (eq. 1 allows it)
+    end_of_think: str = END_OF_THINK,  # how the responses' models end their thinking
     **kw,  # further arguments of `grade_items`
 ) -> list[Verdict]:
     "Whether each response means its reference."
-    shown = [_final(response, think_first, reasoning) for _, _, response in items]
+    shown = [
+        _final(response, think_first, reasoning=reasoning, end_of_think=end_of_think)
+        for _, _, response in items
+    ]
     gradable = [
         (question, {"reference": reference, "response": text})
         for (question, reference, _), text in zip(items, shown, strict=True)

@@ -347,6 +347,13 @@ def judge(
     think_first: Annotated[
         bool, Parameter(help="The model thinks first: only what follows </think> counts.")
     ] = False,
+    end_of_think: Annotated[
+        str,
+        Parameter(
+            help="Another mark that ends the thinking, or its name: think, thinking, thought, "
+            "huatuogpt-o1, medgemma, magistral, gpt-oss, …"
+        ),
+    ] = "</think>",
     json: Annotated[bool, Parameter(help="Print JSON lines, as without it.")] = False,
 ):
     "Say what the parser reads in each response of a file."
@@ -354,7 +361,7 @@ def judge(
 
     from octomed.run.judge_file import judge_file
 
-    for row in judge_file(file, think_first=think_first):
+    for row in judge_file(file, think_first, end_of_think):
         print(dumps(row))
 
 # %% ../../nbs/run/25_cli.ipynb #4b4a8897

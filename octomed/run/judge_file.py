@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESPONSES', 'CHATS', 'ASSISTANTS', 'CONTENTS', 'BACKSPACED', 'BOXED', 'LOST_BACKSLASH', 'ANSWERS', 'SEVERAL',
-           'unwrap_text', 'find_response', 'read_options', 'find_answer', 'read_id', 'judge_file']
+           'NO_MARK', 'unwrap_text', 'find_response', 'read_options', 'find_answer', 'read_id', 'judge_file']
 
 # %% ../../nbs/run/24_judge_file.ipynb #0308e120
 import re
@@ -291,8 +291,17 @@ def _note_other_response(row: dict, key: str, notes: set[str]):
     if others:
         notes.add(SEVERAL.format(key, others[0]))
 
+# %% ../../nbs/run/24_judge_file.ipynb #94df0b02
+from ..generate.prompts import END_OF_THINK, find_end_of_think
+
+# %% ../../nbs/run/24_judge_file.ipynb #14c3fce7
+NO_MARK = (
+    "none of the {} responses holds {}, so each counts as truncated: leave out --think-first, "
+    "or name the mark that ends their thinking by --end-of-think"
+)
+
 # %% ../../nbs/run/24_judge_file.ipynb #0402cfad
-def _judge_row(row: dict, where: str, think_first: bool, notes: set[str]) -> dict:
+def _judge_row(row: dict, where: str, how: dict, notes: set[str]) -> dict:
     "The verdict on the response of one row."
     from octomed.generate.answers import judge
 
@@ -301,7 +310,7 @@ def _judge_row(row: dict, where: str, think_first: bool, notes: set[str]) -> dic
     options = read_options(row, where)
     answer = find_answer(row, options, where)
     try:
-        verdict = judge(_restore_boxes(text, notes), options, answer, think_first=think_first)
+        verdict = judge(_restore_boxes(text, notes), options, answer, **how)
     except OctomedError as error:
         raise OctomedError(f"{where}: {error}") from None
     number = read_id(row, _find_number(where), where)
@@ -311,18 +320,23 @@ def _judge_row(row: dict, where: str, think_first: bool, notes: set[str]) -> dic
 def judge_file(
     path,  # rows {id, text, options, answer?}, in any format, under the usual names
     think_first: bool = False,  # only what follows the end of the thought counts
+    end_of_think: str = END_OF_THINK,  # a mark, or a name of `THINKING_MARKS`
 ) -> list[dict]:  # rows {id, letter, status}, then {"counts": {status: n}}
     """The verdict on each response of a file. Raises `OctomedError` that names the file and line.
 
     What a person should know of the file as a whole goes to standard error."""
     from octomed.generate.answers import STATUSES
 
+    end_of_think = find_end_of_think(end_of_think)
+    how = {"think_first": think_first, "end_of_think": end_of_think}
     counts, notes, rows = dict.fromkeys(STATUSES, 0), set(), []
     for where, row in _number_rows(path):
-        rows.append(_judge_row(row, where, think_first=think_first, notes=notes))
+        rows.append(_judge_row(row, where, how=how, notes=notes))
         counts[rows[-1]["status"]] += 1
     if not rows:
         notes.add(f"{Path(path).name} holds no rows")
+    elif counts["truncated"] == len(rows):
+        notes.add(NO_MARK.format(len(rows), end_of_think))
     for note in sorted(notes):
         print(f"octomed: {note}", file=sys.stderr)
     return [*rows, {"counts": counts}]
