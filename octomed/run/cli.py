@@ -7,10 +7,10 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'Several', 'OutFolder', 'PushTo', 'app', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form', 'PlainForm',
            'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show',
            'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options',
-           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'decontaminate', 'bench', 'declare_arm',
-           'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages',
-           'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target', 'export_to_hub', 'hub',
-           'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
+           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'write_near', 'decontaminate', 'bench',
+           'declare_arm', 'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions',
+           'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target',
+           'export_to_hub', 'hub', 'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -347,6 +347,21 @@ AgainstFiles = Annotated[
     list[str], Several, Parameter(help="Benchmarks: files or sources of the same kinds.")
 ]
 
+# %% ../../nbs/run/25_cli.ipynb #5e13d001
+def write_near(path: str, pairs, n: int):
+    "Write the near copies that the exact rules keep, and warn of them."
+    from octomed.core.files import write_jsonl
+    from octomed.data.near_duplicates import list_near_sets
+
+    rows = list_near_sets(pairs, n)
+    write_jsonl(path, rows)
+    if rows:
+        print(
+            f"{len(rows):,} kept rows are near copies of a benchmark item: "
+            f"read them in {path} and decide which to drop",
+            file=sys.stderr,
+        )
+
 # %% ../../nbs/run/25_cli.ipynb #25c11a01
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
 def decontaminate(
@@ -361,6 +376,9 @@ def decontaminate(
     drops: Annotated[
         str | None, Parameter(help="Write every drop with its reason and matched words.")
     ] = None,
+    near: Annotated[
+        str | None, Parameter(help="Write near copies that these rules keep, to judge by eye.")
+    ] = None,
 ):
     "Find training questions that share words, or a whole stem, with a benchmark."
     from octomed.core.files import write_jsonl
@@ -371,7 +389,7 @@ def decontaminate(
 
     if any(name not in SOURCES and not Path(name).is_file() for name in [*train, *against]):
         load_recipe(recipe)
-    for file in (html, drops):
+    for file in (html, drops, near):
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
     pairs = decontaminate_sets(train, against, n=n)
@@ -379,6 +397,8 @@ def decontaminate(
         write_page(pairs, html)
     if drops:
         write_jsonl(drops, list_drops(pairs))
+    if near:
+        write_near(near, pairs, n=n)
     if json:
         show(count_pairs(pairs), as_json=True)
     else:
