@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
-           'Several', 'OutFolder', 'PushTo', 'app', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form', 'PlainForm',
-           'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show',
-           'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options',
-           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'write_near', 'decontaminate', 'bench',
-           'declare_arm', 'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions',
-           'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next', 'llamafactory', 'Target',
-           'export_to_hub', 'hub', 'student', 'lm_eval', 'describe_usage_error', 'run_command', 'main']
+           'Several', 'OutFolder', 'PushTo', 'app', 'TrainFiles', 'AgainstFiles', 'NearFile', 'DistillK', 'Form',
+           'PlainForm', 'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions',
+           'TrainingOptions', 'show', 'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions',
+           'check_run_options', 'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'write_near',
+           'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
+           'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
+           'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'describe_usage_error',
+           'run_command', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -348,6 +349,11 @@ AgainstFiles = Annotated[
 ]
 
 # %% ../../nbs/run/25_cli.ipynb #5e13d001
+NearFile = Annotated[
+    str | None, Parameter(help="Write near copies that these rules keep, to judge by eye.")
+]
+
+
 def write_near(path: str, pairs, n: int):
     "Write the near copies that the exact rules keep, and warn of them."
     from octomed.core.files import write_jsonl
@@ -376,9 +382,7 @@ def decontaminate(
     drops: Annotated[
         str | None, Parameter(help="Write every drop with its reason and matched words.")
     ] = None,
-    near: Annotated[
-        str | None, Parameter(help="Write near copies that these rules keep, to judge by eye.")
-    ] = None,
+    near: NearFile = None,
 ):
     "Find training questions that share words, or a whole stem, with a benchmark."
     from octomed.core.files import write_jsonl
