@@ -21,8 +21,8 @@ CASE = (
     "is 38.4 °C. A radiograph shows a cavity in the right upper lobe. Which drug is given first?"
 )
 RETOLD = (
-    "Night sweats and a dry cough have troubled a 52-year-old baker for three weeks. The radiograph "
-    "shows a right upper lobe cavity; his temperature is 38.4 °C. Which drug is given first?"
+    "Night sweats and a dry cough have troubled a 52-year-old baker for three weeks. The "
+    "radiograph shows a right upper lobe cavity; his temperature is 38.4 °C. Which drug is given first?"
 )
 OTHERS = [{"question": f"Which of the following is true about organ {i}?"} for i in range(30)]
 

@@ -52,8 +52,8 @@ def hash_picture(
 # %% ../../nbs/data/13_near_duplicates.ipynb #86dd1fd0
 def count_different_bits(here: np.ndarray, there: np.ndarray) -> np.ndarray:
     "Rows × rows: how many bits of two sets of hashes differ."
-    here, there = here.astype(np.float32), there.astype(np.float32)
-    return (here @ (1 - there).T + (1 - here) @ there.T).astype(np.int32)
+    a, b = here.astype(np.float32), there.astype(np.float32)
+    return (a @ (1 - b).T + (1 - a) @ b.T).astype(np.int32)
 
 # %% ../../nbs/data/13_near_duplicates.ipynb #363016b1
 PICTURE_TYPES = (
@@ -333,9 +333,9 @@ def draw_pairs(
     axes = fig.subplots(lines, 6, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for n, (here, there, heading) in enumerate(pairs):
+    for n, (left, right, heading) in enumerate(pairs):
         line, column = divmod(n, 3)
-        for axis, image in zip(axes[line, 2 * column :], (here, there), strict=False):
+        for axis, image in zip(axes[line, 2 * column :], (left, right), strict=False):
             axis.imshow(open_picture(image).convert("L").resize((200, 200)), cmap="gray")
         axes[line, 2 * column].set_title(heading, fontsize=8, loc="left")
     return fig

@@ -470,13 +470,13 @@ def list_label_errors(train: list[Question], test: list[Question], near: dict) -
     "Near twins whose labels differ: one of the two is the publisher's error."
     rows = []
     for row, copy in near.items():
-        here, there = test[row], train[copy.other]
-        if here.answer_text != there.answer_text:
+        asked, twin = test[row], train[copy.other]
+        if asked.answer_text != tasked.answer_text:
             error = {
-                "test image": here.origin,
-                "label": here.answer_text,
-                "training image": there.origin,
-                "its label": there.answer_text,
+                "test image": asked.origin,
+                "label": asked.answer_text,
+                "training image": tasked.origin,
+                "its label": tasked.answer_text,
                 "different bits": copy.score,
             }
             rows.append(error)
