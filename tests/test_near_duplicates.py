@@ -22,7 +22,8 @@ CASE = (
 )
 RETOLD = (
     "Night sweats and a dry cough have troubled a 52-year-old baker for three weeks. The "
-    "radiograph shows a right upper lobe cavity; his temperature is 38.4 °C. Which drug is given first?"
+    "radiograph shows a right upper lobe cavity; his temperature is 38.4 °C. "
+    "Which drug is given first?"
 )
 OTHERS = [{"question": f"Which of the following is true about organ {i}?"} for i in range(30)]
 

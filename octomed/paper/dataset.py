@@ -471,12 +471,12 @@ def list_label_errors(train: list[Question], test: list[Question], near: dict) -
     rows = []
     for row, copy in near.items():
         asked, twin = test[row], train[copy.other]
-        if asked.answer_text != tasked.answer_text:
+        if asked.answer_text != twin.answer_text:
             error = {
                 "test image": asked.origin,
                 "label": asked.answer_text,
-                "training image": tasked.origin,
-                "its label": tasked.answer_text,
+                "training image": twin.origin,
+                "its label": twin.answer_text,
                 "different bits": copy.score,
             }
             rows.append(error)
