@@ -7,8 +7,9 @@ __all__ = ['TEXT_TRAIN', 'TEXT_BENCH', 'PAPER', 'NAMES', 'SHOWN', 'UNKNOWN', 'TR
            'are_askable', 'count_expected', 'count_tagged', 'count_listed', 'make_panel', 'make_panels',
            'measure_agreement', 'run_pilot', 'summarise', 'clinic_facts', 'composition_figure', 'compute_open_part',
            'find_contamination', 'count_by_source', 'describe_pair', 'count_by_pair', 'list_matches', 'find_image_keys',
-           'find_image_twins', 'count_repeats', 'claim_of_twins', 'claims', 'mri_student', 'arms', 'benchmarks',
-           'scope', 'inputs', 'paper_rows', 'figure']
+           'find_image_twins', 'count_repeats', 'pair_images', 'find_near_twins', 'name_parts', 'list_label_errors',
+           'claim_of_twins', 'claims', 'mri_student', 'arms', 'benchmarks', 'scope', 'inputs', 'paper_rows',
+           'standardise', 'draw_images', 'score_parts', 'figure']
 
 # %% ../../nbs/paper/30_dataset.ipynb #52b3b6d6
 from collections import Counter
@@ -17,10 +18,13 @@ from functools import partial
 from itertools import chain
 from statistics import median
 
+import numpy as np
+
 from ..core.paths import OctomedError
 from ..core.recipe import CATEGORIES, Common, Recipe
 from ..data.decontaminate import Index, look_up_rows, report_parts
 from ..data.decontaminate_report import count_drops, list_drops
+from ..data.near_duplicates import draw_pairs, find_near_pictures
 from ..data.questions import Question
 from octomed.data.sources import (
     NAMED,
@@ -435,6 +439,49 @@ def count_repeats(
         "labels in conflict": sum(map(len, torn)),
     }
 
+# %% ../../nbs/paper/30_dataset.ipynb #5e300001
+def pair_images(questions: list[Question], rows) -> list[tuple]:
+    "(place, image) of the questions at these places."
+    return [(row, questions[row].images[0]) for row in rows]
+
+
+def find_near_twins(
+    train: list[Question],
+    test: list[Question],
+) -> dict[int, object]:  # place of a test question without a pixel twin → its `NearCopy`
+    "The nearest training image of the test images that only look like one."
+    pixels = {q.images[0] for q in train}
+    rest = [row for row, q in enumerate(test) if q.images[0] not in pixels]
+    copies, _ = find_near_pictures(pair_images(test, rest), pair_images(train, range(len(train))))
+    return {copy.row: copy for copy in copies}
+
+# %% ../../nbs/paper/30_dataset.ipynb #5e300002
+def name_parts(train: list[Question], test: list[Question], near: dict) -> list[str]:
+    "For each test question the nearest kind of twin that it has in training."
+    pixels = {q.images[0] for q in train}
+    parts = []
+    for row, q in enumerate(test):
+        kind = near[row].kind if row in near else "no twin"
+        parts.append("same pixels" if q.images[0] in pixels else kind)
+    return parts
+
+# %% ../../nbs/paper/30_dataset.ipynb #5e300003
+def list_label_errors(train: list[Question], test: list[Question], near: dict) -> list[dict]:
+    "Near twins whose labels differ: one of the two is the publisher's error."
+    rows = []
+    for row, copy in near.items():
+        asked, twin = test[row], train[copy.other]
+        if asked.answer_text != twin.answer_text:
+            error = {
+                "test image": asked.origin,
+                "label": asked.answer_text,
+                "training image": twin.origin,
+                "its label": twin.answer_text,
+                "different bits": copy.score,
+            }
+            rows.append(error)
+    return rows
+
 # %% ../../nbs/paper/30_dataset.ipynb #84aa9462
 def claim_of_twins(text: str, benchmark: str, **more) -> Claim:
     "All training images against those without a twin by pixels."
@@ -561,6 +608,70 @@ def paper_rows() -> dict:
     """
     percent = find_paper_number(1, "Brain Tumor", "direct", category="multimodal_classification")
     return {("no twin by bytes", TEST): percent / 100}
+
+# %% ../../nbs/paper/30_dataset.ipynb #5e300007
+def standardise(
+    scores: np.ndarray,  # (questions,)
+    labels: np.ndarray,  # class of each
+    inside: np.ndarray,  # which questions are of the part
+    shares: dict[str, float],  # class → its share of the whole test set
+    counts: np.ndarray,  # how often each question was drawn
+) -> float:
+    "The score of a part as if its classes were as frequent as in the whole test set."
+    total = 0.0
+    for label, share in shares.items():
+        weights = counts * inside * (labels == label)
+        if not weights.sum():
+            return float("nan")
+        total += share * (scores * weights).sum() / weights.sum()
+    return total / sum(shares.values())
+
+# %% ../../nbs/paper/30_dataset.ipynb #5e300008
+def draw_images(
+    images: list[str],  # what the questions show; equal ones are drawn together
+    labels: np.ndarray,  # class of each
+    rng,
+) -> np.ndarray:  # how often each question was drawn
+    "Distinct images, drawn with replacement within each class."
+    _, clusters = np.unique(images, return_inverse=True)
+    counts = np.zeros(len(images))
+    for label in np.unique(labels):
+        members = np.unique(clusters[labels == label])
+        drawn = rng.choice(members, len(members))
+        times = np.bincount(drawn, minlength=clusters.max() + 1)
+        counts += times[clusters] * (labels == label)
+    return counts
+
+# %% ../../nbs/paper/30_dataset.ipynb #5e300009
+def score_parts(
+    scores: np.ndarray,  # (questions,) of one arm, in the order of the test set
+    test: list[Question],
+    kinds: list[str],  # of `name_parts`
+    n: int = 2000,  # resamples
+) -> list[dict]:
+    """Images with and without a twin: score, and score at the classes of the whole test set.
+
+    Classes that a part lacks are left out of both. Distinct images are resampled in each class.
+    """
+    labels, kinds = np.array([q.answer_text for q in test]), np.array(kinds)
+    parts = {"same pixels": kinds == "same pixels", "no twin": kinds == "no twin"}
+    common = set.intersection(*(set(labels[inside]) for inside in parts.values()))
+    shares = {str(label): float((labels == label).mean()) for label in sorted(common)}
+    rng, rows = np.random.default_rng(0), []
+    draws = [draw_images([q.images[0] for q in test], labels, rng=rng) for _ in range(n)]
+    for part, inside in parts.items():
+        compute = partial(standardise, scores, labels, inside, shares=shares)
+        low, high = np.nanquantile([compute(counts=counts) for counts in draws], (0.025, 0.975))
+        row = {
+            "part": part,
+            "n": int(inside.sum()),
+            "score": float(scores[inside].mean()),
+            "standardised": compute(counts=np.ones(len(test))),
+            "low": float(low),
+            "high": float(high),
+        }
+        rows.append(row)
+    return rows
 
 # %% ../../nbs/paper/30_dataset.ipynb #059e3a97
 def figure(results: dict):

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
-           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'DistillK', 'Form',
-           'PlainForm', 'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export', 'StageOptions',
-           'TrainingOptions', 'show', 'show_default', 'show_example', 'check', 'completion', 'plan', 'RunOptions',
-           'check_run_options', 'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'show_reports',
-           'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
-           'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
-           'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process',
-           'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error',
-           'discard_output', 'main']
+           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
+           'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export',
+           'StageOptions', 'TrainingOptions', 'show', 'show_default', 'show_example', 'check', 'completion', 'plan',
+           'RunOptions', 'check_run_options', 'submit_jobs', 'run', 'status', 'report', 'sources', 'judge',
+           'write_near', 'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts',
+           'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate',
+           'print_next', 'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8',
+           'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error',
+           'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -377,6 +377,26 @@ AgainstFiles = Annotated[
     list[str], Several, Parameter(help="Benchmarks: files or sources of the same kinds.")
 ]
 
+# %% ../../nbs/run/25_cli.ipynb #5e13d001
+NearFile = Annotated[
+    str | None, Parameter(help="Write near copies that these rules keep, to judge by eye.")
+]
+
+
+def write_near(path: str, pairs, n: int):
+    "Write the near copies that the exact rules keep, and warn of them."
+    from octomed.core.files import write_jsonl
+    from octomed.data.near_duplicates import list_near_sets
+
+    rows = list_near_sets(pairs, n)
+    write_jsonl(path, rows)
+    if rows:
+        print(
+            f"{len(rows):,} kept rows are near copies of a benchmark item: "
+            f"read them in {path} and decide which to drop",
+            file=sys.stderr,
+        )
+
 # %% ../../nbs/run/25_cli.ipynb #25c11a01
 def show_reports(reports: dict):
     "The table of a decontamination, and what its columns count."
@@ -404,6 +424,7 @@ def decontaminate(
     drops: Annotated[
         str | None, Parameter(help="Write every drop with its reason and matched words.")
     ] = None,
+    near: NearFile = None,
 ):
     "Find training questions that share words, or a whole stem, with a benchmark."
     from octomed.core.files import write_jsonl
@@ -415,7 +436,7 @@ def decontaminate(
 
     if any(name not in SOURCES and list_row_files(name) is None for name in [*train, *against]):
         load_recipe(recipe)
-    for file in (html, drops):
+    for file in (html, drops, near):
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
     reports = decontaminate_sets(train, against, n=n, punctuation=not no_punctuation)
@@ -423,6 +444,8 @@ def decontaminate(
         write_page(reports, html)
     if drops:
         write_jsonl(drops, list_drops(reports))
+    if near:
+        write_near(near, reports, n=n)
     for oddity in list_oddities(reports):
         print(f"octomed: {oddity}", file=sys.stderr)
     if json:
