@@ -261,7 +261,12 @@ def check_value(
     return checked
 
 # %% ../../nbs/core/06_recipe.ipynb #ca2b8552
-PARTS = ("extends", "common", "sections")
+PARTS = (
+    "$schema",  # for editors
+    "extends",
+    "common",
+    "sections",
+)
 
 
 @cache
@@ -412,6 +417,8 @@ def _find_recipe(name: str, folder: Path) -> tuple[Path, int | None]:
     path = folder / Path(name).expanduser() if is_yaml_name(name) else None
     if path is None and re.fullmatch(r"[\w-]+(@[0-9]{1,12})?", name):
         path = shipped_recipes(f"{plain}.yaml")
+    if path is None and (folder / Path(name).expanduser()).is_dir():
+        raise UsageError(f"{name} is a folder: name a YAML file in it")
     if path is None or not path.exists():
         raise UsageError(
             f"there is no recipe {name}: choose from {', '.join(list_recipes())}, "

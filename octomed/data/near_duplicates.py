@@ -29,7 +29,7 @@ from octomed.data.decontaminate import (
 from .decontaminate_files import read_set_rows
 from .images import open_image
 from .questions import Question
-from .row_fields import list_pictures, reduce_row
+from .row_fields import gather_pictures, reduce_row
 from .row_files import list_row_files, open_rows
 from .sources import SOURCES
 
@@ -272,7 +272,7 @@ def _list_images(row) -> list:
     "The images of a `Question`, of a dict, or of a row of `read_near_rows`."
     if isinstance(row, Question):
         return list(row.images)
-    return row["hashed"] if "hashed" in row else list_pictures(row)
+    return row["hashed"] if "hashed" in row else gather_pictures(row)
 
 
 def _pair_pictures(rows: list) -> list[tuple]:
@@ -309,7 +309,7 @@ def read_near_rows(
             raise OctomedError(f"{file} can be read only once: save it as a file, then name that")
         with open_rows(file) as opened:
             for where, row in opened.rows():
-                images = [_locate(image, file.parent) for image in list_pictures(row)]
+                images = [_locate(image, file.parent) for image in gather_pictures(row)]
                 hashed = [hash_image(image) for image in images]
                 rows.append({**reduce_row(row, where), "hashed": hashed})
     return rows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS_OF_PICTURES', 'LONG', 'is_missing', 'pair_options', 'RowKeys', 'sort_keys', 'gather_options',
-           'identify_pictures', 'looks_like_picture', 'read_pictures', 'list_pictures', 'describe_keys', 'reduce_row']
+           'identify_pictures', 'looks_like_picture', 'read_pictures', 'gather_pictures', 'describe_keys', 'reduce_row']
 
 # %% ../../nbs/data/11_row_fields.ipynb #bb5df483
 import base64
@@ -403,7 +403,7 @@ def _list_values(value) -> list:
     return [value]
 
 
-def list_pictures(
+def gather_pictures(
     row: dict,
 ) -> list:  # bytes, paths, or image objects
     "The pictures of a row, to be opened; those that only have an id are left out."

@@ -7,8 +7,8 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
            'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords',
            'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show', 'show_default',
-           'show_example', 'check', 'completion', 'plan', 'RunOptions', 'check_run_options', 'submit_jobs', 'run',
-           'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports', 'show_reports',
+           'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs',
+           'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports', 'show_reports',
            'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
            'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
            'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process',
@@ -170,6 +170,14 @@ def plan(recipe: RecipeName, /, *, only: SectionNames = None, json: Json = False
         show(planned, as_json=True)
     else:
         print(planned)
+
+# %% ../../nbs/run/25_cli.ipynb #5c4e3a01
+@app.command(help_epilogue=show_example("schema > schema.json"))
+def schema():
+    "Print the JSON Schema of recipes, with which editors complete and check them."
+    from octomed.run.recipe_schema import make_recipe_schema
+
+    show(make_recipe_schema(), as_json=True)
 
 # %% ../../nbs/run/25_cli.ipynb #f5e94a16
 @Parameter(name="*")
