@@ -147,8 +147,9 @@ def _find_anchors(low: str) -> list[tuple[int, int]]:
     return sorted(places, key=lambda place: (place[1], place[0]))
 
 
-def _read_anchor(text: str, low: str, start: int, end: int) -> _Statement | None:
+def _read_anchor(text: str, low: str, place: tuple[int, int]) -> _Statement | None:
     "The statement of an anchored phrase, if it states something."
+    start, end = place
     before = low[max(0, start - _BEFORE) : start]
     if _NOT_THE_ANSWER.search(before):
         return None
@@ -162,8 +163,8 @@ def _read_anchor(text: str, low: str, start: int, end: int) -> _Statement | None
 def _last_statement(text: str) -> _Statement | None:
     "The last anchored phrase that states something."
     low = _lower(text)
-    for start, end in reversed(_find_anchors(low)):
-        statement = _read_anchor(text, low, start, end)
+    for place in reversed(_find_anchors(low)):
+        statement = _read_anchor(text, low, place)
         if statement:
             return statement
     return None
@@ -283,7 +284,7 @@ def _names_other(text: str, letter: str, options: dict) -> bool:
             continue
         is_unit = match[1] in in_text and not _JOINED.search(before)
         is_letter = match[1].upper() in letters and not is_unit
-        if is_letter and _is_option_mark(match[1], before, after, options):
+        if is_letter and _is_option_mark(match[1], before, after=after, options=options):
             return True
     return False
 
@@ -292,7 +293,8 @@ _NO = r"""no(?:pe)?(?=\s*(?:[,.;:!?–—-]|\Z)|\s+(?:it|that|this|wait|the\s+an
     |not\b|never\b|neither\b|wait\b(?!\s+(?:and|for|until)\b)|hmm+\b|oops\b|sorry\b|correction\b
     |scratch\b|rather\b(?!\s+than)|on\s+second\s+thoughts?\b|i\s+mean\b"""
 _WRONG = r"""(?:not\b|n['\u2019]t\b|wrong|incorrect|false|untrue|unlikely|impossible|excluded
-    |rejected|eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong|an?\s+incorrect)"""
+    |rejected|eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong
+    |an?\s+incorrect)"""
 _IS = (
     r"""(?:is|are|was|were|(?:w|c|sh)ould\s+be|can\s+be|must\s+be|has\s+been|seems|appears|looks)"""
 )
@@ -504,8 +506,9 @@ def _cut(content: str, options: dict) -> str:
 _MARKED = re.compile(r"(?<![^\W_])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])[)\].:])[\s:]*+")
 _SENTENCE_END = re.compile(r"(?<=[\w)\]\"”'][\w)\]\"”'])[.!?]\s+(?=[A-Z(\"“])")
 _DENIES = re.compile(
-    r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out|unlike(?:ly)?
-        |eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than|than|versus|vs)\b
+    r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out
+        |unlike(?:ly)?|eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than
+        |than|versus|vs)\b
         |n['\u2019]t\b|\b(?:or|and|either)\W*\Z""",
     re.X | re.I,
 )
@@ -683,11 +686,11 @@ def _first_answer(text: str, low: str) -> int | None:
     "Where the first answer of a text begins: a box, a tag or a phrase that is not empty."
     filled = _FILLED.search(low)
     first = filled.start() if filled else None
-    for start, end in _find_anchors(low):
-        if first is not None and end > first:
+    for place in _find_anchors(low):
+        if first is not None and place[1] > first:
             break
-        if _read_anchor(text, low, start, end):
-            return end
+        if _read_anchor(text, low, place):
+            return place[1]
     return first
 
 # %% ../../nbs/generate/04_answers.ipynb #a6035d19
@@ -713,11 +716,9 @@ def _find_blocks(low: str, options: dict, first: int) -> list[int]:
 _FULL_STOP = re.compile(r"[.!?][\s*\"')\]]*\n\s*\Z")
 
 
-def _follows_no_answer(text: str, low: str, options: dict, line, is_first: bool) -> bool:
+def _follows_no_answer(text: str, low: str, options: dict, line) -> bool:
     "Whether a line begins a new question although no form holds an answer before it."
     start = line.start()
-    if is_first and _read_whole(text[:start], options):
-        return True
     is_ended = _FULL_STOP.search(text[max(0, start - 40) : start + 1])
     if not is_ended or "question" not in line[0]:
         return False
@@ -728,12 +729,14 @@ def _follows_no_answer(text: str, low: str, options: dict, line, is_first: bool)
 def _find_question_line(text: str, low: str, options: dict, first: int | None) -> list[int]:
     "Where the first line begins that opens a new question; `first` is where an answer begins."
     for number, line in enumerate(_NEW_QUESTION.finditer(low)):
-        is_answered = first is not None and line.start() >= first
-        if is_answered or _follows_no_answer(text, low, options, line, is_first=number == 0):
-            return [line.start()]
+        start = line.start()
+        is_answered = first is not None and start >= first
+        is_whole = number == 0 and _read_whole(text[:start], options)
+        if is_answered or is_whole or _follows_no_answer(text, low, options=options, line=line):
+            return [start]
     return []
 
-
+# %% ../../nbs/generate/04_answers.ipynb #5cd93895
 def _find_next_question(text: str, options: dict) -> int | None:
     "Where a text begins a new question after its answer."
     if "\n" not in text and "<|" not in text:
@@ -744,7 +747,7 @@ def _find_next_question(text: str, options: dict) -> int | None:
     if not has_lines and not turn and not any(pattern.search(low) for pattern in _BLOCKS):
         return None
     first = _first_answer(text, low)
-    places = _find_question_line(text, low, options, first) if has_lines else []
+    places = _find_question_line(text, low, options=options, first=first) if has_lines else []
     if first is not None:
         places += _find_blocks(low, options, first)
     if turn and turn.start():
