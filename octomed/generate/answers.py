@@ -42,8 +42,8 @@ _BOX = re.compile(r"\\boxed\s*+\{((?:[^{}\\]++|\\(?![{}])|\{[^{}\\]*+\})*+)\}")
 _BRACES = re.compile(r"\\boxed\s*+\{|\\\{|\\\}|\{|\}")
 
 # %% ../../nbs/generate/04_answers.ipynb #be29daff
-def _last_balanced_box(text: str) -> str | None:
-    "The content of the last box that is closed, by one pass over all braces."
+def _last_balanced_box(text: str) -> tuple[int, int] | None:
+    "Where the content of the last box that is closed lies, by one pass over all braces."
     # one entry for each open brace: where its box's content begins, or None for a plain brace
     open_braces = []
     last = None
@@ -56,20 +56,26 @@ def _last_balanced_box(text: str) -> str | None:
         elif token[-1] == "{" and token != r"\{":
             is_box = len(token) > 1
             open_braces.append(match.end() if is_box else None)
-    return text[slice(*last)] if last else None
+    return last
 
 # %% ../../nbs/generate/04_answers.ipynb #cc784d09
-def find_boxed(
-    text: str,  # a response, of any length
-) -> str | None:  # its content, as written
-    r"The content of the last balanced `\boxed{}`, the outermost if boxes are nested."
+def _locate_box(text: str) -> tuple[int, int] | None:
+    "Where the content of the last balanced box begins and ends."
     start = text.rfind(r"\boxed")
     if start < 0:
         return None
     match = _BOX.match(text, start)
     if match and text.find("}", match.end()) < 0:
-        return match[1]
+        return match.span(1)
     return _last_balanced_box(text)
+
+
+def find_boxed(
+    text: str,  # a response, of any length
+) -> str | None:  # its content, as written
+    r"The content of the last balanced `\boxed{}`, the outermost if boxes are nested."
+    place = _locate_box(text)
+    return text[slice(*place)] if place else None
 
 # %% ../../nbs/generate/04_answers.ipynb #0195d7cd
 def _lower(text: str) -> str:
@@ -77,18 +83,30 @@ def _lower(text: str) -> str:
     return text.replace("İ", "I").lower()
 
 # %% ../../nbs/generate/04_answers.ipynb #e6d5068b
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_CUT_TAG = re.compile(r"<(?:/(?:a(?:n(?:s(?:w(?:er?)?)?)?)?)?)?\Z")  # a closing tag that was cut
+
+
+def _locate_tag(text: str) -> tuple[int, int] | None:
+    "Where the content of the last tag begins and ends."
+    low = _lower(text) if "<" in text else ""
+    tag = low.rfind(_OPEN)
+    if tag < 0:
+        return None
+    start = tag + len(_OPEN)
+    end = low.find(_CLOSE, start)
+    if end < 0:
+        cut = _CUT_TAG.search(low, max(start, len(low) - len(_CLOSE)))
+        end = cut.start() if cut else len(text)
+    return start, end
+
+
 def find_tagged(
     text: str,  # a response
 ) -> str | None:
     "The content of the last `<answer>`, up to its closing tag or the end."
-    if "<" not in text:
-        return None
-    low = _lower(text)
-    tag = low.rfind("<answer>")
-    if tag < 0:
-        return None
-    end = low.find("</answer>", tag)
-    return text[tag + len("<answer>") : end if end >= 0 else None]
+    place = _locate_tag(text)
+    return text[slice(*place)] if place else None
 
 # %% ../../nbs/generate/04_answers.ipynb #2fc78e0a
 _SAYS = r"""\s++(?:(?:final|correct|best|right|closest|most\s++\w++)\s++){0,2}
@@ -179,11 +197,13 @@ def find_phrase(
 
 # %% ../../nbs/generate/04_answers.ipynb #046200d9
 _MARKUP = re.compile(r"\\(?:(?:text|math)[a-z]*+|left|right|[()\[\]])|<\|[a-z_]*+\|>|\$|\{|\}|\*|`")
+# LaTeX's blanks; two tildes strike a text through
+_BLANK = re.compile(r"\\[ ,;~]|(?<!~)~(?!~)")
 _LETTER = re.compile(r"[\s(\[]*+([A-Za-z])(?:[\s)\]]*+\Z|[)\]:.])")
 
 
 def _clean(text: str) -> str:
-    return " ".join(_MARKUP.sub("", re.sub(r"\\[ ,;~]|~", " ", text)).split())
+    return " ".join(_MARKUP.sub("", _BLANK.sub(" ", text)).split())
 
 # %% ../../nbs/generate/04_answers.ipynb #9d80a81c
 @lru_cache(maxsize=1024)  # the samples of one question share its options
@@ -217,14 +237,21 @@ def _match_option_text(text: str, options: dict) -> str | None:
     return letters[0] if len(letters) == 1 else None
 
 # %% ../../nbs/generate/04_answers.ipynb #e14b3662
+def _skip_whole_text(rest: str, option: str) -> int:
+    "Where an option's text ends with which a text begins; 0 if it does not."
+    own = _fold_words(option)
+    matches = list(_WORD.finditer(rest))[: len(own)]
+    words = tuple(match[0].casefold() for match in matches)
+    return matches[-1].end() if own and words == own else 0
+
+
 def _skip_own_text(rest: str, option: str) -> int:
     "Where a text ends that follows the letter of its option; 0 if the option's text is not there."
-    own = _fold_words(option)
-    matches = list(_WORD.finditer(rest))
-    words = tuple(match[0].casefold() for match in matches)
-    if own and words[: len(own)] == own:
-        return matches[len(own) - 1].end()
-    is_beginning = bool(words) and own[: len(words)] == words
+    whole = _skip_whole_text(rest, option)
+    if whole:
+        return whole
+    words = tuple(word.casefold() for word in _WORD.findall(rest))
+    is_beginning = bool(words) and _fold_words(option)[: len(words)] == words
     return len(rest) if is_beginning else 0
 
 # %% ../../nbs/generate/04_answers.ipynb #b6d5f234
@@ -336,18 +363,22 @@ def _is_taken_back(text: str, letter: str, has_text: bool) -> bool:
     return bool(rejected) and not _OF_OTHERS.search(text[: rejected.start()])
 
 # %% ../../nbs/generate/04_answers.ipynb #e7175e08
-_JOINED_TEXT = re.compile(r"[\s,]*+(?:and|or|nor|plus|[/&+])\s+(?:also\s+|maybe\s+)?", re.I)
+_JOINT = re.compile(
+    r"[\s,;/&+]*+((?:(?:and|or|nor|plus|not|but|also|maybe|rather\s+than|instead\s+of)\s++)*+)",
+    re.I,
+)
+_TEXT_STOPS = re.compile(r"\s*(?:\Z|[,;.:/&+)]|(?:and|or|nor)\b)", re.I)
 
 
 def _joins_other_text(text: str, letter: str, options: dict) -> bool:
-    "Whether a text begins on “and” or “or” and the text of another option."
-    join = _JOINED_TEXT.match(text)
-    if not join:
+    "Whether a text goes on with “and”, a comma or the like, and the text of another option."
+    joint = _JOINT.match(text)
+    if not joint[0].strip():
         return False
-    words = _fold_words(text[join.end() :])
+    rest = text[joint.end() :]
     for other, option in options.items():
-        own = _fold_words(option)
-        if other != letter and own and words[: len(own)] == own:
+        own = _skip_whole_text(rest, option) if other != letter else 0
+        if own and (joint[1] or _TEXT_STOPS.match(rest, own)):
             return True
     return False
 
@@ -439,6 +470,23 @@ def _continues_list(text: str, letter: str, options: dict) -> bool:
     return not rest or bool(re.match(r"(?:and|or|nor)\b", rest)) or bool(_LETTER.match(rest))
 
 
+def _continues_with_text(text: str, letter: str, options: dict) -> bool:
+    "Whether the next sentence is no more than another option's text."
+    stop = re.search(r"[.;](?=\s|\Z)|\n", text)
+    sentence = text[: stop.start()] if stop else text
+    addition = _ADDITION.match(sentence)
+    sentence = sentence[addition.end() if addition else 0 :].strip("-–•* \t")
+    return _match_option_text(sentence, options) not in (None, letter)
+
+# %% ../../nbs/generate/04_answers.ipynb #36c7fcf4
+_ALSO = re.compile(
+    r"""\b(?:also|both|equally|too|as\s+well)\b.*?\b(?:correct|right|true|valid|possible|acceptable
+        |applies|apply|answers?)\b|\b(?:correct|right|true|valid|possible)\s+(?:too|as\s+well)\b""",
+    re.X | re.I | re.S,
+)
+_DENIED_ALSO = re.compile(r"\b(?:not|wrong|incorrect|false|in(?:correct|valid))\b|n['\u2019]t\b", re.I)
+
+
 def _is_reconsidered(text: str, letter: str, options: dict) -> bool:
     "Whether the sentence after an answer takes it back or adds another."
     stop = _NEXT_SENTENCE.search(text)
@@ -450,7 +498,8 @@ def _is_reconsidered(text: str, letter: str, options: dict) -> bool:
     own = again + _skip_own_text(text[again:], options[letter])
     if own and _TEXT_TAKEN_BACK.match(text, own):
         return True
-    return bool(_ADDITION.match(text)) and _names_other(sentence, letter, options)
+    is_added = _ALSO.search(sentence) and not _DENIED_ALSO.search(sentence)
+    return bool(_ADDITION.match(text) or is_added) and _names_other(sentence, letter, options)
 
 # %% ../../nbs/generate/04_answers.ipynb #eab48c10
 _TEXT_ENDS = re.compile(r"[)\]]*+(?:\Z|[.;,]\s)")
@@ -472,8 +521,9 @@ def _read_phrase(content: str, options: dict) -> str | None:
     "The option that a phrase names; `content` is the rest of its line, and the next line."
     line, _, following = content.partition("\n")
     cleaned = _clean(line)
-    letter = _match_option_text(line, options) or _begin_with_text(line, options)
-    if letter:
+    by_text = _match_option_text(line, options) or _begin_with_text(line, options)
+    letter = by_text
+    if by_text:
         rest, mark = cleaned, ""
     else:
         cleaned = cleaned[_end(_LEADER.match(cleaned)) :]
@@ -489,6 +539,8 @@ def _read_phrase(content: str, options: dict) -> str | None:
     if _contradicts(statement, letter, options, has_text=own > 0):
         return None
     later = later if later.strip() else _clean(following)
+    if by_text and _continues_with_text(later, letter, options):
+        return None
     return None if _is_reconsidered(later, letter, options) else letter
 
 
@@ -508,7 +560,8 @@ _SENTENCE_END = re.compile(r"(?<=[\w)\]\"”'][\w)\]\"”'])[.!?]\s+(?=[A-Z(\"�
 _DENIES = re.compile(
     r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out
         |unlike(?:ly)?|eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than
-        |than|versus|vs)\b
+        |than|versus|vs|hardly|scarcely|doubt\w*|distractors?|worst|avoid\w*|contraindicated
+        |reject\w*|dismiss\w*|discard\w*|inappropriate|if|whether|unless)\b
         |n['\u2019]t\b|\b(?:or|and|either)\W*\Z""",
     re.X | re.I,
 )
