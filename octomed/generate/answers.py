@@ -484,7 +484,9 @@ _ALSO = re.compile(
         |applies|apply|answers?)\b|\b(?:correct|right|true|valid|possible)\s+(?:too|as\s+well)\b""",
     re.X | re.I | re.S,
 )
-_DENIED_ALSO = re.compile(r"\b(?:not|wrong|incorrect|false|in(?:correct|valid))\b|n['\u2019]t\b", re.I)
+_DENIED_ALSO = re.compile(
+    r"\b(?:not|wrong|incorrect|false|in(?:correct|valid))\b|n['\u2019]t\b", re.I
+)
 
 
 def _is_reconsidered(text: str, letter: str, options: dict) -> bool:
@@ -673,6 +675,9 @@ def letter_options(
     return {letter: _option_text(letter, value) for letter, value in options.items()}
 
 # %% ../../nbs/generate/04_answers.ipynb #2698388e
+_LONGEST_LINE = 10_000  # characters of a line that are read
+
+
 def _read_box(content: str, options: dict) -> str | None:
     return read_option(content.replace(r"\boxed", ""), options)
 
@@ -688,41 +693,125 @@ def _find_with_next_line(text: str) -> str | None:
     following = re.match(r"\s*([^\n]*)", after)[1]
     return f"{statement.line[:_LONGEST_LINE]}\n{following[:_LONGEST_LINE]}"
 
-# %% ../../nbs/generate/04_answers.ipynb #03finder
-_LONGEST_LINE = 10_000  # characters of a line that are read
+# %% ../../nbs/generate/04_answers.ipynb #2698389b
+_AROUND = 80  # how many characters before and after a container are looked at
+_OUTSIDE = r"[\s$*\\()\[\]_]*"  # markup around a container
+_DENIED_BEFORE = re.compile(
+    rf"""(?:\b(?:not|never|neither|nor|except|than|instead\s+of)|n['\u2019]t)(?:\s+the)?
+        {_OUTSIDE}:?{_OUTSIDE}\Z""",
+    re.X | re.I,
+)
+_DENIED_AFTER = re.compile(
+    rf"""{_OUTSIDE}[.,;?!–—-]?\s*(?:
+        (?<=[?,–—-])\s*no\b(?=\W*(?:\Z|that|this|it|wrong))
+        |(?:(?:that|this|it|which)\s+)?{_IS}(?:\s+\w+ly)?\s*{_WRONG_TEXT}
+        |can(?:not|['\u2019]t)\s+be\b)""",
+    re.X | re.I,
+)
+_JOINER = r"(?:\\text\s*\{)?\s*(?:and/or|and|or|nor|[,;/&+]\s*(?:and|or)?)\s*\}?"
+_ENDS_ON_JOINER = re.compile(rf"{_JOINER}{_OUTSIDE}\Z", re.I)
+_JOINED_BEFORE = re.compile(rf"{_OUTSIDE}\.?\s*{_JOINER}{_OUTSIDE}", re.I)
+_JOINED_AFTER = re.compile(
+    rf"{_OUTSIDE}{_JOINER}{_OUTSIDE}([A-Za-z])(?:[)\]]|[.,;$*]*(?:\s*\Z|\s*\n)|[.,;]\s)", re.I
+)
 
-# form: (how its content is found, how its content is read)
-_FINDERS = {
-    "boxed": (find_boxed, _read_box),
-    "answer": (find_tagged, read_option),
-    "phrase": (_find_with_next_line, _read_phrase),
-    "whole": (str, _read_whole),
+# %% ../../nbs/generate/04_answers.ipynb #2698389c
+@dataclass(frozen=True)
+class _Container:
+    "A box or a pair of tags."
+
+    start: int
+    begin: int  # where its content begins
+    stop: int  # where its content ends
+    end: int
+
+
+_LOCATE = {
+    "boxed": _locate_box,
+    "answer": _locate_tag,
 }
-_BOUNDED = ("boxed", "answer")  # forms whose content is cut
+
+
+def _find_container(text: str, form: str) -> _Container | None:
+    "The last container of a form."
+    place = _LOCATE[form](text)
+    if place is None:
+        return None
+    begin, stop = place
+    if form == "boxed":
+        return _Container(text.rfind(r"\boxed", 0, begin), begin, stop, end=stop + 1)
+    is_closed = text[stop : stop + len(_CLOSE)].lower() == _CLOSE
+    end = stop + len(_CLOSE) if is_closed else len(text)
+    return _Container(begin - len(_OPEN), begin, stop, end=end)
+
+# %% ../../nbs/generate/04_answers.ipynb #2698389d
+def _is_disowned(text: str, box: _Container) -> bool:
+    "Whether the words before or after a container deny what it holds."
+    before = text[max(0, box.start - _AROUND) : box.start]
+    after = text[box.end : box.end + _AROUND]
+    return bool(_DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))
+
+
+def _list_joined(text: str, box: _Container, form: str, options: dict) -> list[str | None]:
+    "The letters that “and”, “or” or a comma join to the last container."
+    after = _JOINED_AFTER.match(text[box.end : box.end + _AROUND])
+    if after:
+        return [_find_letter(after[1], options)]
+    before = text[: box.start]
+    if not _ENDS_ON_JOINER.search(before[-_AROUND:]):
+        return []
+    other = _find_container(before, form)
+    if other is None or not _JOINED_BEFORE.fullmatch(before[other.end :]):
+        return []
+    return [read_option(before[other.begin : other.stop], options)]
+
+# %% ../../nbs/generate/04_answers.ipynb #03finder
+def _read_container(text: str, box: _Container, form: str, options: dict) -> str | None:
+    "The letter in the last container, unless the words around it leave a doubt."
+    content = _cut(text[box.begin : box.stop], options)
+    letter = _read_box(content, options) if form == "boxed" else read_option(content, options)
+    if letter is None or _is_disowned(text, box):
+        return None
+    joined = _list_joined(text, box, form=form, options=options)
+    return letter if set(joined) <= {None, letter} else None
 
 
 def _read_answer(text: str, options: dict, forms) -> str | None:
     "The letter in the first form that is present."
     for form in forms:
-        find, read_content = _FINDERS[form]
-        content = find(text)
-        if content is not None:
-            content = _cut(content, options) if form in _BOUNDED else content
-            return read_content(content, options)
+        if form == "whole":
+            return _read_whole(text, options)
+        if form == "phrase":
+            statement = _find_with_next_line(text)
+            if statement is not None:
+                return _read_phrase(statement, options)
+            continue
+        box = _find_container(text, form)
+        if box:
+            return _read_container(text, box, form=form, options=options)
     return None
 
 # %% ../../nbs/generate/04_answers.ipynb #367072e0
 _NEW_QUESTION = re.compile(
     r"""\n[ \t>\#*_-]*+(?:
-        (?:(?:next|new|another|second|follow-up)[ ])?(?:question|problem|exercise)\b
+        (?:(?:next|new|another|second|follow-up)[ ])?(?:question|problem|exercise
+         |vignette|stem|frage|pregunta|pergunta|domanda|вопрос|问题|題目|题目|問題|質問)\b
          [ \t]*+(?:\#|no\.?|number)?[ \t]*+\d*+(?:[ \t]*+of[ \t]*+\d++)?
-         (?:[ \t*_]*+(?:[:.)\]]|(?=\n)|\Z)|[ \t]++[–—-][ \t])
+         (?:[ \t*_]*+(?:[:\uff1a.)\]]|(?=\n)|\Z)|[ \t]++[–—-][ \t])
         |(?:human|user|instruction)[ \t*_]*+:
+        |(?:example|case|item|task|scenario)[ ]?\#?\d++[ \t*_]*+(?:[:.)]|(?=\n))
         |\[inst\])
      |\n[ \t]*+\**+q[ \t]*+\d*+[*]*+[:.)]""",
     re.X,
 )
+
+# %% ../../nbs/generate/04_answers.ipynb #367072e1
 _NEW_TURN = re.compile(r"<\|(?:im_start\|>\s*+user|start_header_id\|>\s*+user|user\|>)")
+# what ends a text, after which some models go on
+_END_OF_TEXT = re.compile(
+    r"</s>|<\|(?:endoftext|end_of_text|eot_id|im_end)\|>|<end_of_turn>|\[inst\]"
+)
+_ASKED = re.compile(r"\n[ \t]*+\n[^\n]*\?[ \t*_]*+\n\s*+[#*_ \t]*+answer[ \t*_]*+[:\uff1a]")
 _FIRST_OPTION = r"\s*+[(\[*]*+a[)\].:][ \t*]*+([^\n]*+)"
 _BLOCKS = (
     re.compile(
@@ -763,7 +852,8 @@ def _find_blocks(low: str, options: dict, first: int) -> list[int]:
                 gap = low.rfind("\n\n", first, block.start())
                 places.append(gap if gap >= 0 else block.start())
                 break
-    return places
+    asked = _ASKED.search(low, first)
+    return [*places, asked.start()] if asked else places
 
 # %% ../../nbs/generate/04_answers.ipynb #5cd93894
 _FULL_STOP = re.compile(r"[.!?][\s*\"')\]]*\n\s*\Z")
@@ -790,17 +880,28 @@ def _find_question_line(text: str, low: str, options: dict, first: int | None) -
     return []
 
 # %% ../../nbs/generate/04_answers.ipynb #5cd93895
+def _find_end_of_text(text: str, low: str, options: dict, first: int | None) -> list[int]:
+    "Where a mark that ends a text follows an answer."
+    mark = _END_OF_TEXT.search(low, first or 0)
+    if mark and (first is not None or _read_whole(text[: mark.start()], options)):
+        return [mark.start()]
+    return []
+
+
 def _find_next_question(text: str, options: dict) -> int | None:
     "Where a text begins a new question after its answer."
-    if "\n" not in text and "<|" not in text:
+    if "\n" not in text and "<" not in text:
         return None
     low = _lower(text)
     has_lines = _NEW_QUESTION.search(low)
-    turn = _NEW_TURN.search(low) if "<|" in low else None
-    if not has_lines and not turn and not any(pattern.search(low) for pattern in _BLOCKS):
+    turn = _NEW_TURN.search(low)
+    patterns = (_END_OF_TEXT, _ASKED, *_BLOCKS)
+    if not has_lines and not turn and not any(pattern.search(low) for pattern in patterns):
         return None
     first = _first_answer(text, low)
-    places = _find_question_line(text, low, options=options, first=first) if has_lines else []
+    places = _find_end_of_text(text, low, options=options, first=first)
+    if has_lines:
+        places += _find_question_line(text, low, options=options, first=first)
     if first is not None:
         places += _find_blocks(low, options, first)
     if turn and turn.start():
