@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Number
+from typing import NamedTuple
 
 from ..core.files import read_jsonl
 from ..core.identity import seed_for
@@ -420,15 +421,21 @@ def _read_lettered(cleaned: str, options: dict) -> str | None:
     return None if _contradicts(rest[own:], letter, options, has_text=own > 0) else letter
 
 # %% ../../nbs/generate/04_answers.ipynb #9447d3c0
+@lru_cache(maxsize=4096)  # the samples of one question say the same few things
+def _read_content(content: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
+    options = dict(pairs)
+    letters = _letters_of_text(content, options)
+    if letters:
+        return letters[0] if len(letters) == 1 else None
+    return _read_lettered(_clean(content), options)
+
+
 def read_option(
     content: str,  # what a form holds
     options: dict[str, str],  # letter to text
 ) -> str | None:  # a letter of the options
     "The option that a form's content names: by its exact text, else by its letter."
-    letters = _letters_of_text(content, options)
-    if letters:
-        return letters[0] if len(letters) == 1 else None
-    return _read_lettered(_clean(content), options)
+    return _read_content(content, tuple(options.items()))
 
 # %% ../../nbs/generate/04_answers.ipynb #90ea094a
 _LEADER = re.compile(r"[\s.…:–—>-]++(?=[(\[]*+[A-Za-z](?:[)\].:\s]|\Z))")
@@ -521,6 +528,12 @@ def _begin_with_text(line: str, options: dict) -> str | None:
 # %% ../../nbs/generate/04_answers.ipynb #a849e81b
 def _read_phrase(content: str, options: dict) -> str | None:
     "The option that a phrase names; `content` is the rest of its line, and the next line."
+    return _read_line(content, tuple(options.items()))
+
+
+@lru_cache(maxsize=1024)
+def _read_line(content: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
+    options = dict(pairs)
     line, _, following = content.partition("\n")
     cleaned = _clean(line)
     by_text = _match_option_text(line, options) or _begin_with_text(line, options)
@@ -579,6 +592,9 @@ def _last_lines(tail: str) -> tuple[str, str]:
 def _read_last_sentence(text: str, options: dict) -> str | None:
     "The option whose letter and whole text end a response."
     longest = max(map(len, options.values()), default=0)
+    end = _fold(text.rstrip()[-2 * longest - 100 :])
+    if not end.endswith(tuple(filter(None, map(_fold, options.values())))):
+        return None
     line, line_before = _last_lines(text.rstrip()[-(longest + _SENTENCE) :])
     for match in list(_MARKED.finditer(line))[-4:]:
         letter = _find_letter(match[1] or match[2], options)
@@ -716,8 +732,7 @@ _JOINED_AFTER = re.compile(
 )
 
 # %% ../../nbs/generate/04_answers.ipynb #2698389c
-@dataclass(frozen=True)
-class _Container:
+class _Container(NamedTuple):
     "A box or a pair of tags."
 
     start: int
@@ -749,7 +764,7 @@ def _is_disowned(text: str, box: _Container) -> bool:
     "Whether the words before or after a container deny what it holds."
     before = text[max(0, box.start - _AROUND) : box.start]
     after = text[box.end : box.end + _AROUND]
-    return bool(_DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))
+    return bool(_DENIED_BEFORE.search(before) or (after and _DENIED_AFTER.match(after)))
 
 
 def _list_joined(text: str, box: _Container, form: str, options: dict) -> list[str | None]:
@@ -757,9 +772,9 @@ def _list_joined(text: str, box: _Container, form: str, options: dict) -> list[s
     after = _JOINED_AFTER.match(text[box.end : box.end + _AROUND])
     if after:
         return [_find_letter(after[1], options)]
-    before = text[: box.start]
-    if not _ENDS_ON_JOINER.search(before[-_AROUND:]):
+    if not _ENDS_ON_JOINER.search(text[max(0, box.start - _AROUND) : box.start]):
         return []
+    before = text[: box.start]
     other = _find_container(before, form)
     if other is None or not _JOINED_BEFORE.fullmatch(before[other.end :]):
         return []
@@ -890,7 +905,8 @@ def _find_end_of_text(text: str, low: str, options: dict, first: int | None) -> 
 
 def _find_next_question(text: str, options: dict) -> int | None:
     "Where a text begins a new question after its answer."
-    if "\n" not in text and "<" not in text:
+    inner = text.strip()
+    if "\n" not in inner and not any(sign in inner for sign in ("<|", "</s", "<end")):
         return None
     low = _lower(text)
     has_lines = _NEW_QUESTION.search(low)
@@ -911,8 +927,12 @@ def _find_next_question(text: str, options: dict) -> int | None:
 # %% ../../nbs/generate/04_answers.ipynb #4e45300d
 def _cut_run_on(text: str, options: dict, end_of_think: str) -> str:
     "The text without the new question that follows its answer; a thought may ask what it likes."
-    start = text.find(end_of_think)
-    start = start + len(end_of_think) if start >= 0 else 0
+    return _cut_after(text, options, end_of_think, end=text.find(end_of_think))
+
+
+def _cut_after(text: str, options: dict, end_of_think: str, *, end: int) -> str:
+    "The same, where the first end of a thought is known; -1 if there is none."
+    start = end + len(end_of_think) if end >= 0 else 0
     while True:
         stop = text.find(end_of_think, start)
         part = text[start:stop] if stop >= 0 else text[start:]
@@ -925,6 +945,8 @@ def _cut_run_on(text: str, options: dict, end_of_think: str) -> str:
 
 # %% ../../nbs/generate/04_answers.ipynb #03right1
 def _right_letter(answer: str | None, options: dict) -> str | None:
+    if answer in options:
+        return answer
     if _is_missing(answer) or answer == "":
         return None
     for letter in options:
@@ -968,9 +990,10 @@ def judge(
     _check_forms(forms, end_of_think)
     right = _right_letter(answer, options)
     text = _response_text(text)
-    if think_first and end_of_think not in text:
+    end = text.find(end_of_think)
+    if think_first and end < 0:
         return Verdict(None, "truncated")
-    text = _cut_run_on(text, options, end_of_think)
+    text = _cut_after(text, options, end_of_think, end=end)
     if think_first:
         text = text.rpartition(end_of_think)[2]
     letter = _read_answer(text, options, forms)
