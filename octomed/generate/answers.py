@@ -461,6 +461,9 @@ _SECOND_THOUGHT = re.compile(
 _ADDITION = re.compile(
     r"[\s*]*+(?:or|and|maybe|perhaps|possibly|alternatively|also|actually|but|as well as)\b", re.I
 )
+_DENIED_ALSO = re.compile(
+    r"\b(?:not|wrong|incorrect|false|in(?:correct|valid))\b|n['\u2019]t\b", re.I
+)
 _LIST_ITEM = re.compile(r"[\s(\[*•–-]*+([A-Za-z])(?:[)\].:,;/&\s*]++|\Z)")
 
 
@@ -474,7 +477,9 @@ def _continues_list(text: str, letter: str, options: dict) -> bool:
     own = _skip_own_text(rest, options[other])
     if own:
         return not rest[own:] or rest[own] in ".;"
-    return not rest or bool(re.match(r"(?:and|or|nor)\b", rest)) or bool(_LETTER.match(rest))
+    if re.match(r"(?:and|or|nor)\b", rest):
+        return not _DENIED_ALSO.search(_NEXT_SENTENCE.split(text)[0])
+    return not rest or bool(_LETTER.match(rest))
 
 
 def _continues_with_text(text: str, letter: str, options: dict) -> bool:
@@ -490,9 +495,6 @@ _ALSO = re.compile(
     r"""\b(?:also|both|equally|too|as\s+well)\b.*?\b(?:correct|right|true|valid|possible|acceptable
         |applies|apply|answers?)\b|\b(?:correct|right|true|valid|possible)\s+(?:too|as\s+well)\b""",
     re.X | re.I | re.S,
-)
-_DENIED_ALSO = re.compile(
-    r"\b(?:not|wrong|incorrect|false|in(?:correct|valid))\b|n['\u2019]t\b", re.I
 )
 
 
@@ -858,16 +860,16 @@ def _is_own_block(block, options: dict) -> bool:
     return written.startswith(first) or (bool(written) and first.startswith(written))
 
 
-def _find_blocks(low: str, options: dict, first: int) -> list[int]:
-    "Where blocks of another question's options begin, after the first answer."
+def _find_blocks(low: str, options: dict, start: int) -> list[int]:
+    "Where blocks of another question's options begin, or a question with its answer."
     places = []
     for pattern in _BLOCKS:
-        for block in pattern.finditer(low, first):
+        for block in pattern.finditer(low, start):
             if not _is_own_block(block, options):
-                gap = low.rfind("\n\n", first, block.start())
+                gap = low.rfind("\n\n", start, block.start())
                 places.append(gap if gap >= 0 else block.start())
                 break
-    asked = _ASKED.search(low, first)
+    asked = _ASKED.search(low, start)
     return [*places, asked.start()] if asked else places
 
 # %% ../../nbs/generate/04_answers.ipynb #5cd93894
@@ -888,19 +890,21 @@ def _find_question_line(text: str, low: str, options: dict, first: int | None) -
     "Where the first line begins that opens a new question; `first` is where an answer begins."
     for number, line in enumerate(_NEW_QUESTION.finditer(low)):
         start = line.start()
+        before = text[:start].rstrip("\n\t -*_#=>")  # a rule across the page is no text
         is_answered = first is not None and start >= first
-        is_whole = number == 0 and _read_whole(text[:start], options)
+        is_whole = number == 0 and _read_whole(before, options)
         if is_answered or is_whole or _follows_no_answer(text, low, options=options, line=line):
-            return [start]
+            return [len(before)]
     return []
 
 # %% ../../nbs/generate/04_answers.ipynb #5cd93895
-def _find_end_of_text(text: str, low: str, options: dict, first: int | None) -> list[int]:
-    "Where a mark that ends a text follows an answer."
-    mark = _END_OF_TEXT.search(low, first or 0)
-    if mark and (first is not None or _read_whole(text[: mark.start()], options)):
-        return [mark.start()]
-    return []
+def _find_marks(low: str, options: dict, start: int) -> list[int]:
+    "Where a text ends, or another question's options begin."
+    places = _find_blocks(low, options, start)
+    mark = _END_OF_TEXT.search(low, start)
+    if mark and re.search(r"\w", low[mark.end() :]):
+        places.append(mark.start())
+    return places
 
 
 def _find_next_question(text: str, options: dict) -> int | None:
@@ -911,17 +915,17 @@ def _find_next_question(text: str, options: dict) -> int | None:
     low = _lower(text)
     has_lines = _NEW_QUESTION.search(low)
     turn = _NEW_TURN.search(low)
-    patterns = (_END_OF_TEXT, _ASKED, *_BLOCKS)
-    if not has_lines and not turn and not any(pattern.search(low) for pattern in patterns):
+    marks = _find_marks(low, options, start=0)
+    if not has_lines and not turn and not marks:
         return None
     first = _first_answer(text, low)
-    places = _find_end_of_text(text, low, options=options, first=first)
+    places = [turn.start()] if turn and turn.start() else []
     if has_lines:
         places += _find_question_line(text, low, options=options, first=first)
-    if first is not None:
-        places += _find_blocks(low, options, first)
-    if turn and turn.start():
-        places.append(turn.start())
+    if marks and first is not None:
+        places += _find_marks(low, options, start=first)
+    if marks and (first is None or min(marks) < first) and _read_whole(text[: min(marks)], options):
+        places.append(min(marks))
     return min(places, default=None)
 
 # %% ../../nbs/generate/04_answers.ipynb #4e45300d
