@@ -201,7 +201,10 @@ def plain_tagged(text):
         return None
     content = text[at[-1] + 8 :]
     ends = [i for i in range(len(content)) if content[i : i + 9].lower() == "</answer>"]
-    return content[: ends[0]] if ends else content
+    cuts = [i for i in range(1, 9) if content.lower().endswith("</answer>"[:i])]
+    if ends:
+        return content[: ends[0]]
+    return content[: -cuts[-1]] if cuts else content
 
 
 PLAIN_PHRASE = re.compile(
@@ -223,8 +226,9 @@ def plain_phrase(text):
 
 
 def plain_markup(text):
-    for blank in (r"\ ", r"\,", r"\;", r"\~", "~"):
+    for blank in (r"\ ", r"\,", r"\;", r"\~"):
         text = text.replace(blank, " ")
+    text = re.sub("(?<!~)~(?!~)", " ", text)
     text = re.sub(r"\\(text|math)[a-z]*|\\left|\\right|\\[][()]|<\|[a-z_]*\|>|[${}*`]", "", text)
     return " ".join(text.split())
 
@@ -297,6 +301,8 @@ def plain_judge(text, options, think_first=False, forms=FORMS):
     contents = [(form, finders[form](text)) for form in forms]
     form, content = next(((f, c) for f, c in contents if c is not None), (None, None))
     letter, certain = (None, True) if content is None else plain_read(form, content, options)
+    if re.search(r"(?:\}|</answer>|<answer>[^<]*)\W*[;:]", text, re.I):
+        certain = False  # a list of containers
     return Verdict(letter, "parsed" if letter else "unparsed"), certain, form, text
 
 
@@ -406,6 +412,21 @@ HOSTILE = {
     "ends of thinking": "</think>" * 125_000,
     "full stops": "the answer is x" + ". " * 500_000,
     "most": "the most " * 110_000,
+    "boxes in a list": r"\boxed{A} and " * 70_000,
+    "tags in a list": "<answer>A</answer>, " * 50_000,
+    "questions": "\nQuestion: x" * 80_000,
+    "questions after full stops": "It is.\nQuestion: x\n" * 50_000,
+    "questions with answers": "\n\nWhich?\nAnswer: " * 50_000,
+    "blank lines": "\n \n\t" * 200_000,
+    "question marks": "\n\n" + "? " * 500_000,
+    "options": "\nOptions:\nA: " * 70_000,
+    "ends of text": "</s>" * 250_000,
+    "turns": "<|im_start|>user" * 60_000,
+    "letters in a list": "Answer: " + "A, " * 330_000,
+    "letters on lines": "Answer:\n" + "A\n" * 500_000,
+    "a denied list": "The answer is A. " + "B and C are wrong " * 55_000,
+    "joiners": r"\boxed{A}" + " and" * 250_000,
+    "marks of letters": "(A) " * 250_000,
 }
 
 

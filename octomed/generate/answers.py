@@ -886,15 +886,19 @@ def _follows_no_answer(text: str, low: str, options: dict, line) -> bool:
     return not any(block and _is_own_block(block, options) for block in blocks)
 
 
+def _drop_rule(text: str) -> str:
+    "A text without the blanks, and the rule across the page, at its end."
+    return text.rstrip("\n\t -*_#=>")
+
+
 def _find_question_line(text: str, low: str, options: dict, first: int | None) -> list[int]:
     "Where the first line begins that opens a new question; `first` is where an answer begins."
     for number, line in enumerate(_NEW_QUESTION.finditer(low)):
         start = line.start()
-        before = text[:start].rstrip("\n\t -*_#=>")  # a rule across the page is no text
         is_answered = first is not None and start >= first
-        is_whole = number == 0 and _read_whole(before, options)
+        is_whole = number == 0 and _read_whole(_drop_rule(text[:start]), options)
         if is_answered or is_whole or _follows_no_answer(text, low, options=options, line=line):
-            return [len(before)]
+            return [len(_drop_rule(text[:start]))]
     return []
 
 # %% ../../nbs/generate/04_answers.ipynb #5cd93895
