@@ -1,5 +1,6 @@
 "The parser against its golden corpus, its properties, a time bound, and real models' answers."
 
+import json
 import os
 import random
 import re
@@ -14,12 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octomed.core.files import read_jsonl
-from octomed.core.paths import OctomedError, shipped
+from octomed.core.paths import OctomedError, shipped, shipped_results
 from octomed.generate.answers import (
     AGREEMENT,
     STATUSES,
     Verdict,
+    _cut_run_on,
     _lower,
+    find_boxed,
+    find_phrase,
+    find_tagged,
     judge,
     letter_options,
     load_published_answers,
@@ -525,27 +530,81 @@ def test_agreement_names_what_differs_and_why():
 REAL = Path(os.environ.get("OCTOMED_DATA") or "none")
 
 
-@pytest.mark.skipif(
+AGREED = json.loads(shipped_results("soak", "answers.json").read_text(encoding="utf-8"))
+needs_real_answers = pytest.mark.skipif(
     not (REAL / "mmlu_pro_health").is_dir() or not (REAL / "mmmu_pro").is_dir(),
     reason="OCTOMED_DATA does not hold mmlu_pro_health and mmmu_pro",
 )
+
+
+@needs_real_answers
 def test_real_answers_agree_with_their_publishers_extraction():
-    n = {
-        model: (len(rows), measure_extraction_agreement(rows)[0])
-        for model, rows in load_published_answers(REAL).items()
-    }
-    assert len(n) == 16 and all(sum(kinds.values()) == total for total, kinds in n.values())
-    text = {m: x for m, x in n.items() if not m.startswith("gpt-4o")}
-    assert all(
-        k["same"] + k["guessed"] >= 0.97 * total
-        for m, (total, k) in text.items()
-        if m != "Qwen1.5-7B-Chat"
-    ), text
-    assert (
-        sum(k["different"] for _, k in text.values()) <= 20
-        and sum(k["guessed"] for _, k in text.values()) >= 90
-    )
-    assert (
-        n["gpt-4o_standard_10opt_cot"][1]["same"] >= 0.98 * 1730
-        and n["gpt-4o_standard_10opt_direct"][1]["guessed"] >= 30
-    )
+    """Each count is that of the reference file, which `tests/soak/answers.py` makes again.
+
+    Two models have a lower bound: they often name several letters, which is no answer, and their
+    publisher takes the first."""
+    published = load_published_answers(REAL)
+    assert published.keys() == AGREED["models"].keys() and len(published) == 16
+    least = {"Qwen1.5-7B-Chat": 0.84, "Mistral-7B-Instruct-v0.2": 0.93}
+    for model, rows in published.items():
+        n = measure_extraction_agreement(rows)[0]
+        assert n == AGREED["models"][model]["now"] and sum(n.values()) == len(rows), model
+        if not model.startswith("gpt-4o"):
+            assert n["same"] + n["guessed"] >= least.get(model, 0.97) * len(rows), model
+            assert n["different"] <= 7
+
+
+def test_the_reference_of_real_answers_adds_up():
+    models, changes = AGREED["models"], AGREED["changes"]
+    total = dict.fromkeys(("before", "now"), 0)
+    for model, counts in models.items():
+        now, before = counts["now"]["same"], counts["before"]["same"]
+        rows = changes.get(model, [])
+        gained = sum(row["now"] == row["theirs"] != row["before"] for row in rows)
+        lost = sum(row["before"] == row["theirs"] != row["now"] for row in rows)
+        assert now == before + gained - lost, model
+        total["before"] += before
+        total["now"] += now
+    kinds = {what: sum(AGREED["kinds"][what].values()) for what in AGREED["kinds"]}
+    assert total["now"] - total["before"] == kinds["gained"] - kinds["lost"]
+    assert sum(kinds.values()) == sum(map(len, changes.values()))
+
+
+def test_each_lost_agreement_is_several_letters_a_denial_or_a_reading_of_our_own():
+    for rows in AGREED["changes"].values():
+        for row in rows:
+            assert row["kind"] in AGREED["judgements"]
+            lost = row["before"] == row["theirs"] != row["now"]
+            if lost and row["kind"] == "several letters":
+                # the publisher's letter is the first of those that the answer names, or none
+                assert len(row["marks"]) > 1 and row["theirs"] in (None, row["marks"][0])
+            elif lost:
+                assert row["kind"] in ("denied letter", "read by us alone")
+
+
+_STATED = re.compile(r"[(\[]([A-J])[)\]]|(?<![\w-])([A-J])(?=[.:)])")
+
+
+def letters_stated(text, options, letter):
+    "The letters that the sentence of an answer marks, apart from its own and its option's text."
+    text = _cut_run_on(text, options, "</think>")
+    content = find_boxed(text) or find_tagged(text) or find_phrase(text) or ""
+    sentence = re.split(r"(?<!\b[A-J])\.\s", content)[0]
+    own = sentence.find(options[letter])
+    if own >= 0:
+        sentence = sentence[:own] + sentence[own + len(options[letter]) :]
+    return {a or b for a, b in _STATED.findall(sentence)} - {letter}
+
+
+@needs_real_answers
+def test_no_real_answer_that_is_credited_names_two_letters():
+    credited, doubtful = 0, []
+    for model, rows in load_published_answers(REAL).items():
+        for number, (text, options, _) in enumerate(rows):
+            options = letter_options(options)
+            letter = judge(text, options).letter
+            if letter:
+                credited += 1
+                if letters_stated(text, options, letter):
+                    doubtful.append((model, number))
+    assert credited > 14_000 and doubtful == []
