@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 
 from octomed.core.paths import OctomedError, UsageError
+from octomed.data.questions import Question
 from octomed.data.sources import SOURCES, load
-from octomed.distill.rejection import _write_target, write_in_box
+from octomed.distill.rejection import _write_target, judge_open_samples, write_in_box
 from octomed.generate.answers import _fold, judge, letter_options
+from octomed.generate.graders import read_rating, read_verdict
 from octomed.generate.prompts import (
     END_OF_THINK,
     THINKING_MARKS,
@@ -565,6 +567,16 @@ def test_an_explanation_that_misleads_the_parser_is_not_taught(explanation, answ
     assert read(target, think_first=True) == "B" and "Spindle cells." in target
 
 
+@pytest.mark.parametrize("run_on", NEXT)
+def test_a_new_question_after_the_answer_is_not_taught(run_on):
+    q = ask_directly(TISSUE)
+    text = f"<think>Spindle cells.</think>It is pink.\n\nAnswer: B{run_on}<answer>C</answer>"
+    sample = Sample("q", "m", "p", "s", index=0, text=text, finish="stop", tokens=1)
+    target = _write_target(sample, q, box="B", letter="B", end_of_think=END_OF_THINK)
+    assert target.startswith("<think>Spindle cells.</think>\n\nIt is pink.")
+    assert target.endswith("\\boxed{B}") and "next" not in target and "nerve" not in target
+
+
 # ends of thinking
 
 
@@ -587,6 +599,51 @@ def test_a_template_names_its_end_of_think_by_name_or_as_it_is(tmp_path):
     path.write_text(lines + "kimmi", encoding="utf-8")
     with pytest.raises(UsageError, match="there is no end-of-think 'kimmi'"):
         load_template(str(path))
+
+
+@pytest.mark.parametrize("name", THINKING_MARKS)
+def test_a_grader_is_read_after_its_thought_whatever_ends_it(name):
+    begin, end = THINKING_MARKS[name]
+    text = f"{begin} <rating>3</rating>? <verdict>no</verdict> {end}\n<rating>7</rating>"
+    assert read_rating(text) == 7 and read_verdict(f"{text}<verdict>yes</verdict>") is True
+
+
+def test_an_open_answer_is_graded_after_the_thought_of_its_own_model():
+    class Grader:
+        "A grader that says yes to what it is not shown a thought of."
+
+        model, name = "grader@1", "toy"
+
+        def generate(self, requests, sampling):
+            for request in requests:
+                shown = str(request.messages)
+                word = "no" if "Spindle cells" in shown else "yes"
+                yield Sample(
+                    request.question,
+                    self.model,
+                    request.prompt,
+                    sampling.key,
+                    index=0,
+                    text=f"<verdict>{word}</verdict>",
+                    finish="stop",
+                    tokens=1,
+                )
+
+    q = Question(
+        stem="Which tissue is it?",
+        options=tuple(TISSUE.values()),
+        answer="B",
+        source="toy",
+        split="test",
+        category="text_only",
+    )
+    text = "◁think▷Spindle cells.◁/think▷ Stroma."
+    sample = Sample(q.id, "m", "p", "s", index=0, text=text, finish="stop", tokens=1)
+    how = {"grader": Grader(), "reasoning": False}
+    pairs = judge_open_samples([(q, "Stroma")], {q.id: [sample]}, end_of_think="◁/think▷", **how)
+    assert pairs[q.id][0][1].status == "correct"
+    pairs = judge_open_samples([(q, "Stroma")], {q.id: [sample]}, **how)
+    assert pairs[q.id][0][1].status == "truncated"
 
 
 # real questions

@@ -20,8 +20,8 @@ from octomed.generate.answers import (
     AGREEMENT,
     STATUSES,
     Verdict,
-    _cut_run_on,
     _lower,
+    cut_run_on,
     find_boxed,
     find_phrase,
     find_tagged,
@@ -582,18 +582,21 @@ def test_each_lost_agreement_is_several_letters_a_denial_or_a_reading_of_our_own
                 assert row["kind"] in ("denied letter", "read by us alone")
 
 
-_STATED = re.compile(r"[(\[]([A-J])[)\]]|(?<![\w-])([A-J])(?=[.:)])")
+_STATED = re.compile(
+    r"""[(\[]([A-J])[)\]]|(?<![\w'-])([A-J])(?=[.:),]|\s+(?:and|or)\b|\W*\Z)
+    |\b(?:and|or|not)\s+[(\[]?([A-J])\b(?!-)""",
+    re.X,
+)
 
 
 def letters_stated(text, options, letter):
-    "The letters that the sentence of an answer marks, apart from its own and its option's text."
-    text = _cut_run_on(text, options, "</think>")
-    content = find_boxed(text) or find_tagged(text) or find_phrase(text) or ""
+    "The letters that the sentence of an answer marks, apart from its own and its option's."
+    text = cut_run_on(text, options, "</think>")
+    last_line = text.strip().splitlines()[-1]
+    content = find_boxed(text) or find_tagged(text) or find_phrase(text) or last_line
     sentence = re.split(r"(?<!\b[A-J])\.\s", content)[0]
-    own = sentence.find(options[letter])
-    if own >= 0:
-        sentence = sentence[:own] + sentence[own + len(options[letter]) :]
-    return {a or b for a, b in _STATED.findall(sentence)} - {letter}
+    marks = {"".join(parts) for parts in _STATED.findall(sentence)}
+    return marks - {letter} - set(re.findall(r"\b[A-J]\b", options[letter]))
 
 
 @needs_real_answers

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'AGREEMENT', 'Verdict', 'find_boxed', 'find_tagged', 'find_phrase', 'read_option', 'letter_options',
-           'judge', 'score', 'tally', 'Vote', 'majority_vote', 'measure_extraction_agreement', 'load_published_answers']
+           'cut_run_on', 'judge', 'score', 'tally', 'Vote', 'majority_vote', 'measure_extraction_agreement',
+           'load_published_answers']
 
 # %% ../../nbs/generate/04_answers.ipynb #cd2c31bf
 import re
@@ -933,7 +934,11 @@ def _find_next_question(text: str, options: dict) -> int | None:
     return min(places, default=None)
 
 # %% ../../nbs/generate/04_answers.ipynb #4e45300d
-def _cut_run_on(text: str, options: dict, end_of_think: str) -> str:
+def cut_run_on(
+    text: str,  # a response
+    options: dict[str, str],  # letter to text
+    end_of_think: str = END_OF_THINK,  # how the model ends its thinking
+) -> str:
     "The text without the new question that follows its answer; a thought may ask what it likes."
     return _cut_after(text, options, end_of_think, end=text.find(end_of_think))
 
@@ -1085,7 +1090,7 @@ def measure_extraction_agreement(
         options = letter_options(options)
         theirs = theirs or None
         ours = judge(text, options, **how).letter
-        text = _cut_run_on(text, options, how.get("end_of_think", END_OF_THINK))
+        text = cut_run_on(text, options, how.get("end_of_think", END_OF_THINK))
         kind = _compare_letters(text, options, ours=ours, theirs=theirs)
         counts[kind] += 1
         if kind != "same":

@@ -259,10 +259,16 @@ def grade_unread(
     asked = []
     for evaluated, run in iterate_runs(wanted, rows):
         asked += find_unread(evaluated, run)
-    for thinks in (True, False):
-        own = [item for item in asked if item[4].think_first == thinks]
+    for template in {item[4].name: item[4] for item in asked}.values():
+        own = [item for item in asked if item[4].name == template.name]
         shown = [(q, f"{q.answer}: {q.answer_text}", text) for _, _, q, text, _ in own]
-        verdicts = judge_open_ended(shown, grader, thinks, reasoning=False)
+        verdicts = judge_open_ended(
+            shown,
+            grader,
+            think_first=template.think_first,
+            reasoning=False,
+            end_of_think=template.end_of_think,
+        )
         for (row, run, *_), verdict in zip(own, verdicts, strict=True):
             row["statuses"][run] = verdict.status
     return type(results)(results.common, rows)

@@ -57,7 +57,7 @@ def list_ids(data: Path) -> dict[str, list]:
 
 def find_statement(text: str, options: dict) -> str:
     "The line, or the content, that this parser reads an answer in."
-    text = parser._cut_run_on(text, options, END_OF_THINK)
+    text = parser.cut_run_on(text, options, END_OF_THINK)
     content = parser.find_boxed(text) or parser.find_tagged(text) or parser.find_phrase(text)
     lines = text.strip().splitlines() or [""]
     return content if content is not None else lines[-1]
