@@ -246,6 +246,14 @@ def test_an_empty_last_tag_decides():
         "The answer is A. Or C.",
         "The answer is A. Also C.",
         "The answer is B. However, C could also be correct.",
+        "The answer is Tumor. Stroma is also possible.",
+        "The answer is (A). It could also be (B).",
+        "The answer is (A); (B) is also correct.",
+        "The answer is (A). Oh wait, it's (B).",
+        "The answer is (A). Correction: (B).",
+        "The answer is (A), I mean (B).",
+        "The answer is (A)\n\nor\n\n(B)",
+        "The answer is between A and B.",
         "The answer is B. Wait, that is wrong.",
         "The answer is B. Hmm, no.",
         "The answer is (B). (B) is wrong.",
@@ -331,6 +339,35 @@ def test_the_beginning_of_a_text_is_no_text(content):
     options = {**GERMS, "F": "S. pneumoniae"}
     assert set(read_in_every_form(content, options)) <= {None, content[0]}
     assert read(format_boxed("E. coli"), options) is None
+
+
+ODD = [
+    ({"A": "Yes", "B": "No"}, "B", ["B) No", "B. No", "No", "no.", "(B) No, because it is."]),
+    ({"A": "Vitamin A", "C": "Vitamin C"}, "C", ["Vitamin C", "(C) Vitamin C", "C: vitamin c"]),
+    ({"A": "Give no drug", "B": "Do not operate"}, "B", ["B: Do not operate", "Do not operate"]),
+    ({"A": "I and II", "B": "II only", "C": "A, B and D"}, "C", ["C. A, B and D", "A, B and D"]),
+    ({"A": "I and II", "B": "II only", "C": "A, B and D"}, "A", ["I and II", "(A) I and II"]),
+    ({"A": "5 mg", "B": "0.5 mg", "C": "50 mg"}, "B", ["0.5 mg", "(B) 0.5 mg", r"0.5\text{ mg}"]),
+    (
+        {"A": "Hepatitis B", "B": "Hepatitis A"},
+        "A",
+        ["Hepatitis B", "A: hepatitis B", "A) Hepatitis B"],
+    ),
+    (
+        {"A": "Neither", "D": "None of the above"},
+        "D",
+        ["None of the above", "D. None of the above"],
+    ),
+    ({"A": "All except B", "B": "B. cereus"}, "A", ["All except B", "A: All except B"]),
+]
+
+
+@pytest.mark.parametrize("options, letter, contents", ODD)
+def test_odd_texts_name_their_option(options, letter, contents):
+    for content in contents:
+        assert read(format_boxed(content), options) == letter
+        assert read(f"<answer>{content}</answer>", options) == letter
+        assert read(f"Answer: {content}", options) == letter
 
 
 def test_the_public_example_of_a_genus():

@@ -308,6 +308,10 @@ def plain_judge(text, options, think_first=False, forms=FORMS):
     letter, certain = (None, True) if content is None else plain_read(form, content, options)
     if re.search(r"(?:\}|</answer>|<answer>[^<]*)\W*[;:]", text, re.I):
         certain = False  # a list of containers
+    if form == "phrase" and content.strip() and text.rpartition(content)[2].strip():
+        certain = False  # the next line may go on with a list
+    if form == "whole" and PLAIN_PHRASE.search(text):
+        certain = False  # it may end on a phrase that states nothing
     return Verdict(letter, "parsed" if letter else "unparsed"), certain, form, text
 
 
@@ -321,7 +325,9 @@ def test_fault_38_agrees_with_a_plain_reader(text, options, think_first, forms, 
     elif verdict.letter not in (None, plain.letter):
         # a phrase after dots, or a last sentence that ends on a letter and its text
         assert form in ("phrase", "whole")
-        assert form == "phrase" or plain_ends_on_option(read, verdict.letter, options)
+        ends_on_nothing = bool(PLAIN_PHRASE.search(read))
+        is_known = ends_on_nothing or plain_ends_on_option(read, verdict.letter, options)
+        assert form == "phrase" or is_known
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=[r["note"] for r in GOLDEN])
@@ -431,6 +437,8 @@ HOSTILE = {
     "letters on lines": "Answer:\n" + "A\n" * 500_000,
     "a denied list": "The answer is A. " + "B and C are wrong " * 55_000,
     "joiners": r"\boxed{A}" + " and" * 250_000,
+    "also": "The answer is A. " + "also " * 200_000,
+    "also right": "The answer is A. " + "right " * 80_000 + "also " * 80_000,
     "marks of letters": "(A) " * 250_000,
 }
 

@@ -455,7 +455,7 @@ def _split_statement(rest: str, mark: str) -> tuple[str, str]:
 
 # %% ../../nbs/generate/04_answers.ipynb #36c7fcf3
 _SECOND_THOUGHT = re.compile(
-    rf"""[\s*]*+(?:but\s+)?(?:{_NO}
+    rf"""[\s*]*+(?:(?:but|oh|ah|well)\b[\s,]*+)?(?:{_NO}|let\s+me\s+re-?(?:consider|think)\b
         |(?:that|this|it|the\s+answer)\s+{_IS}(?:\s+\w+ly)?\s*{_WRONG})""",
     re.X | re.I,
 )
@@ -492,26 +492,48 @@ def _continues_with_text(text: str, letter: str, options: dict) -> bool:
     return _match_option_text(sentence, options) not in (None, letter)
 
 # %% ../../nbs/generate/04_answers.ipynb #36c7fcf4
-_ALSO = re.compile(
-    r"""\b(?:also|both|equally|too|as\s+well)\b.*?\b(?:correct|right|true|valid|possible|acceptable
-        |applies|apply|answers?)\b|\b(?:correct|right|true|valid|possible)\s+(?:too|as\s+well)\b""",
-    re.X | re.I | re.S,
+_ONLY_JOINS = re.compile(r"\W*(?:and|or|and/or)\W*\Z", re.I)
+_ALSO = re.compile(r"\b(?:also|both|equally|too|as\s+well)\b", re.I)
+_RIGHT = re.compile(
+    r"\b(?:correct|right|true|valid|possible|acceptable|applies|apply|answers?|be)\b", re.I
 )
 
 
+def _adds_option(sentence: str) -> bool:
+    "Whether a sentence adds to an answer: “also (C)”, “(C) is right as well”."
+    if _ADDITION.match(sentence):
+        return True
+    says_also = _ALSO.search(sentence) and _RIGHT.search(sentence)
+    return bool(says_also) and not _DENIED_ALSO.search(sentence)
+
+
+def _begins_with_other(sentence: str, letter: str, options: dict) -> bool:
+    "Whether a sentence begins on another option's text."
+    return any(
+        _skip_whole_text(sentence, option) for other, option in options.items() if other != letter
+    )
+
+# %% ../../nbs/generate/04_answers.ipynb #36c7fcf5
 def _is_reconsidered(text: str, letter: str, options: dict) -> bool:
     "Whether the sentence after an answer takes it back or adds another."
     stop = _NEXT_SENTENCE.search(text)
     sentence = text[: stop.start()] if stop else text
-    if _SECOND_THOUGHT.match(text) or _continues_list(text, letter, options):
+    if (
+        _SECOND_THOUGHT.match(text)
+        or _ONLY_JOINS.match(text)
+        or _continues_list(text, letter, options)
+    ):
         return True
     again = re.match(rf"\W*(?:(?:option|choice|answer)\s+)?\b{letter}\b\W*", text, re.I)
     again = again.end() if again else 0
     own = again + _skip_own_text(text[again:], options[letter])
     if own and _TEXT_TAKEN_BACK.match(text, own):
         return True
-    is_added = _ALSO.search(sentence) and not _DENIED_ALSO.search(sentence)
-    return bool(_ADDITION.match(text) or is_added) and _names_other(sentence, letter, options)
+    if _adds_option(sentence):
+        return _names_other(sentence, letter, options) or _begins_with_other(
+            sentence, letter, options
+        )
+    return False
 
 # %% ../../nbs/generate/04_answers.ipynb #eab48c10
 _TEXT_ENDS = re.compile(r"[)\]]*+(?:\Z|[.;,]\s)")
@@ -633,8 +655,8 @@ def _read_whole(text: str, options: dict) -> str | None:
     short = _cut(text, options)
     match = _LETTER.match(_clean(short))
     if match:
-        rest = _clean(short)[match.end() :].strip(" :.)]")
-        if not rest or _fold(rest) in map(_fold, options.values()):
+        rest = _fold(_clean(short)[match.end() :].strip(" :.)]"))
+        if not rest or rest in map(_fold, options.values()):
             return read_option(short, options)
     return _match_option_text(short, options) or _read_last_sentence(text, options)
 
