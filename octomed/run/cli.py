@@ -6,14 +6,14 @@
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
            'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
            'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords',
-           'Tracker', 'StudentName', 'export', 'StageOptions', 'TrainingOptions', 'show', 'show_default',
+           'Tracker', 'StudentName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show', 'show_default',
            'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs',
            'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports', 'show_reports',
            'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
            'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
-           'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process',
-           'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error',
-           'discard_output', 'main']
+           'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8',
+           'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error',
+           'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -794,6 +794,46 @@ def llamafactory(
     row = write_export(arm, common, out, devices=devices, per_device=per_device)
     show([row], as_json=options.json)
     print_next(f"`cd {out} && llamafactory-cli train train.yaml` trains")
+
+# %% ../../nbs/run/25_cli.ipynb #26b10001
+@export.command(help_epilogue=show_example("export samples medqa:train --samples 16 --out all"))
+def samples(
+    *sources: Sources,
+    out: OutFolder,
+    format: Annotated[Literal["jsonl", "parquet"], Parameter(help="Of the rows.")] = "jsonl",
+    options: StageOptions = StageOptions(),
+):
+    "All samples that distill drew, right or wrong, with gold and verdict."
+    from octomed.run.export_samples import export_samples
+
+    arm, common = declare_arm(sources, options)
+    show([export_samples(arm, common, out, form=format)], as_json=options.json)
+    print_next(f"samples.{format} has a row for each sample; images lie in images/")
+
+
+PREFERENCES = "export preferences medqa:train --samples 16 --format trl --out pairs"
+
+
+@export.command(help_epilogue=show_example(PREFERENCES))
+def preferences(
+    *sources: Sources,
+    out: OutFolder,
+    format: Annotated[Literal["trl", "llamafactory"], Parameter(help="Whose format.")] = "trl",
+    pairs: Annotated[CountOrZero, Parameter(help="Most pairs of a question; 0: all.")] = 0,
+    student: Annotated[str, Parameter(help="Base student; default: the recipe's.")] = "",
+    options: StageOptions = StageOptions(),
+):
+    "Pairs of a right and a wrong sample of one question."
+    from dataclasses import replace
+
+    from octomed.evaluate.arms import schedule_of
+    from octomed.run.export_samples import export_preferences
+
+    arm, common = declare_arm(sources, options)
+    arm = replace(arm, student=student, schedule=schedule_of(common, 1.0))
+    row = export_preferences(arm, common, out, form=format, most=pairs)
+    show([row], as_json=options.json)
+
 
 # %% ../../nbs/run/25_cli.ipynb #69525cf2
 @dataclass(frozen=True)
