@@ -834,7 +834,6 @@ def preferences(
     row = export_preferences(arm, common, out, form=format, most=pairs)
     show([row], as_json=options.json)
 
-
 # %% ../../nbs/run/25_cli.ipynb #69525cf2
 @dataclass(frozen=True)
 class Target:

@@ -82,10 +82,12 @@ def _question_fields(q: Question) -> dict:
     }
 
 
+# %% ../../nbs/run/26_export_samples.ipynb #26a1009b
 def sample_row(
     q: Question,
     sample: Sample,
     verdict: Verdict,
+    *,
     sampling: Sampling,
 ) -> dict:
     "A sample as a row."
@@ -123,6 +125,7 @@ def _count_statuses(rows: list[dict]) -> dict[str, int]:
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
+# %% ../../nbs/run/26_export_samples.ipynb #26a1010b
 def export_samples(
     arm: Arm,
     common: Common,
@@ -137,8 +140,9 @@ def export_samples(
     drawn = find_drawn(arm, common)
     questions, judged = judge_drawn(drawn)
     out, rows = new_folder(out), []
+    sampling = drawn.params["sampling"]
     for id, pairs in judged.items():
-        rows += [sample_row(questions[id], s, v, drawn.params["sampling"]) for s, v in pairs]
+        rows += [sample_row(questions[id], s, v, sampling=sampling) for s, v in pairs]
     _write_rows(rows, out, form)
     images = copy_images([questions[id] for id in judged], out, common.max_pixels)
     counts = {"questions": len(judged), "samples": len(rows), **_count_statuses(rows)}
@@ -218,17 +222,12 @@ def _typed_messages(messages: list) -> list[dict]:
     return typed
 
 
-def _reply(trace: Trace) -> dict:
-    "The response of a trace as a message."
-    return {"role": "assistant", "content": escape_placeholders(trace.response)}
-
-
 def trl_row(
     right: Trace,
     wrong: Trace,
     max_pixels: int = 0,  # the area at which the images are stored; 0: a file of text alone
 ) -> dict:
-    "A pair as TRL's row; replies have typed parts where the prompt has them."
+    "A pair as TRL's row; contents are lists of parts in a file with images, else texts."
     shape = _typed_messages if max_pixels else plain_messages
     row = {
         "prompt": shape(right.messages),
@@ -250,7 +249,7 @@ def _write_trl(pairs: list, common: Common, out: Path) -> int:
     max_pixels, text = common.max_pixels if with_images else 0, Value("string")
     content = [{"type": text, "text": text}] if with_images else text
     chat = [{"role": text, "content": content}]
-    columns = {"prompt": chat, "chosen": chat, "rejected": chat, "question": text}
+    columns = dict.fromkeys(("prompt", "chosen", "rejected"), chat) | {"question": text}
     if with_images:
         columns["images"] = Sequence(Image())
     rows = [trl_row(right, wrong, max_pixels) for right, wrong in pairs]
@@ -264,6 +263,11 @@ PAIR_COLUMNS = {
     "rejected": "rejected",
     "images": "images",
 }
+
+
+def _reply(trace: Trace) -> dict:
+    "The response of a trace as a message."
+    return {"role": "assistant", "content": escape_placeholders(trace.response)}
 
 
 def _factory_pair(right: Trace, wrong: Trace) -> dict:
