@@ -419,7 +419,7 @@ def test_interrupt(capsys, monkeypatch, tmp_path):
 def test_a_student_that_is_not_there(capsys, tmp_path):
     code, _, err = call(capsys, "evaluate", "clinic/none", "clinic_ward:test", "--limit", "2")
     assert (
-        code == 1
+        code == 2
         and "no student is registered as clinic/none: choose from" in err
         and "Traceback" not in err
     )

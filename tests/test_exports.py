@@ -442,7 +442,7 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
             [
                 "export",
                 "llamafactory",
-                BENCHES[0],
+                "clinic_ward:train",
                 "--student",
                 "tests/blank",
                 "--epochs",
@@ -467,7 +467,7 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
             [
                 "export",
                 "hub",
-                BENCHES[0],
+                "clinic_ward:train",
                 "--student",
                 "tests/blank",
                 "--name",
@@ -479,8 +479,16 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
         == 0
     )
     capsys.readouterr()
-    assert main(["export", "hub", BENCHES[0], *common, str(tmp_path / "h")]) == 2
+    assert main(["export", "hub", "clinic_ward:train", *common, str(tmp_path / "h")]) == 2
     assert capsys.readouterr().err == "octomed: h is there and not empty: name a new folder\n"
+
+
+def test_a_benchmark_is_not_exported_as_training_data(tmp_path, capsys):
+    from octomed.run.cli import main
+
+    assert main(["export", "hub", "medqa:test", "--out", str(tmp_path / "b")]) == 2
+    assert "which is a benchmark: choose a training split" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_student_goes_with_its_card_and_loads(tmp_path):
@@ -585,7 +593,7 @@ def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(
 ):
     from octomed.run.cli import main
 
-    ask = ["export", "hub", BENCHES[0], "--student", "tests/blank", "--limit", "2"]
+    ask = ["export", "hub", "clinic_ward:train", "--student", "tests/blank", "--limit", "2"]
     assert main([*ask, "--out", str(tmp_path / "a")]) == 0
     assert not fake_hub.sent
     assert "nothing was sent" in capsys.readouterr().err

@@ -10,7 +10,10 @@ MedQA in `OCTOMED_DATA`:
 
     python tests/soak/real_model.py [FOLDER] [PART ...]
         FOLDER holds weights, environments and what is done already (.soak-real-model by default);
-        writes outputs/reference/soak/real_model.json
+        a PART that is named is measured again; writes outputs/reference/soak/real_model.json
+
+It needs `make vllm`, and takes some 80 minutes of two slow cores. What was measured is kept, so the
+same command goes on after a stop.
 """
 
 import hashlib
@@ -164,6 +167,7 @@ def compare_likelihoods(engine, questions, theirs: list[dict], choices) -> dict:
     minutes = (time.time() - started) / 60
     by_id = {row["doc"]["id"]: row for row in theirs}
     furthest, same, same_by_length, right, differing = 0.0, 0, 0, 0, []
+    chosen, closest = Counter(), math.inf  # options that are chosen; best before second
     for question, scores, texts in zip(questions, ours, continuations, strict=True):
         row = by_id[question.id]
         theirs_here = [float(reply[0]) for reply in row["filtered_resps"]]
@@ -172,10 +176,13 @@ def compare_likelihoods(engine, questions, theirs: list[dict], choices) -> dict:
         place = choose_likeliest(scores)
         label = row["doc"]["label"]
         right += place == label
+        chosen["ABCDEFGHIJ"[place]] += 1
+        second, best = sorted(theirs_here)[-2:]
+        closest = min(closest, best - second)
         # the harness's `acc_norm`: by characters
         by_length = [score / len(text[1:]) for score, text in zip(scores, texts, strict=True)]
         same_by_length += (choose_likeliest(by_length) == label) == bool(row["acc_norm"])
-        agrees = (place == label) == bool(row["acc"])
+        agrees = place == theirs_here.index(max(theirs_here))
         same += agrees
         if not agrees:
             differing.append({"id": question.id, "ours": scores, "theirs": theirs_here})
@@ -184,9 +191,11 @@ def compare_likelihoods(engine, questions, theirs: list[dict], choices) -> dict:
         "accuracy_ours": right / len(questions),
         "accuracy_theirs": sum(row["acc"] for row in theirs) / len(theirs),
         "accuracy_by_length_theirs": sum(row["acc_norm"] for row in theirs) / len(theirs),
-        "same_verdict": same,
+        "same_option": same,
         "same_verdict_by_length": same_by_length,
         "largest_difference": furthest,
+        "smallest_margin": closest,
+        "chosen": dict(sorted(chosen.items())),
         "differing": differing,
         "minutes_ours": round(minutes, 1),
     }
@@ -282,6 +291,32 @@ def evaluate_here(student, sampling) -> list[dict]:
     return read_jsonl(run_stage(stage) / "rows.jsonl")
 
 
+def read_texts(sampling) -> dict[str, dict[str, str]]:
+    "Model → question → the text of its response under these settings, from the ledger."
+    import sqlite3
+
+    from octomed.core.paths import store_dir
+
+    texts = {}
+    with sqlite3.connect(store_dir() / "ledger.sqlite") as ledger:
+        query = "SELECT model, question, text FROM samples WHERE sampling = ?"
+        for model, question, text in ledger.execute(query, (sampling.key,)):
+            texts.setdefault(model, {})[question] = text
+    return texts
+
+
+def compare_texts(texts: dict[str, dict[str, str]]) -> dict:
+    "How many responses are the same text, and after how many characters the others part."
+    [here, served] = texts.values()
+    parted = []
+    for question in here:
+        a, b = here[question], served[question]
+        if a != b:
+            same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            parted.append(min(len(a), len(b)) if same is None else same)
+    return {"same_text": len(here) - len(parted), "parted_after_characters": sorted(parted)}
+
+
 def summarise(rows: list[dict]) -> dict:
     statuses = Counter(row["statuses"][0] for row in rows)
     tokens = sum(row["tokens"][0] for row in rows)
@@ -315,7 +350,7 @@ def measure_generation(work: Path) -> dict:
     return {
         "transformers": {**summarise(here), "minutes": round(minutes_here, 1)},
         "server": {**summarise(served), "minutes": round(minutes_served, 1)},
-        "same_tokens": sum(a["tokens"] == b["tokens"] for a, b in pairs),
+        **compare_texts(read_texts(greedy)),
         "same_letter": sum(a["letters"] == b["letters"] for a, b in pairs),
     }
 
@@ -328,6 +363,22 @@ def expected_by_guessing(rows: list[dict]) -> float:
     written = Counter(letter for row in rows for letter in row["letters"])
     asked = sum(written.values())
     return sum(written[row["answer"]] / asked for row in rows) / len(rows)
+
+
+def resample_acceptance(rows: list[dict], n: int = 10_000) -> list[float]:
+    "The 95 % interval of the acceptance; questions are resampled with all their samples."
+    import numpy as np
+
+    shares = np.array([np.mean([x == row["answer"] for x in row["letters"]]) for row in rows])
+    drawn = np.random.default_rng(0).integers(len(rows), size=(n, len(rows)))
+    return [round(float(x), 4) for x in np.quantile(shares[drawn].mean(1), (0.025, 0.975))]
+
+
+def expect_pass_counts(rows: list[dict], share: float) -> dict[int, float]:
+    "How many questions would have 0, 1, … right samples if each were right with this probability."
+    n = SAMPLES
+    chances = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
+    return {k: round(len(rows) * chance, 2) for k, chance in enumerate(chances)}
 
 
 def judge_drawn(questions, folder: Path) -> list[dict]:
@@ -396,8 +447,15 @@ def measure_rejection(work: Path) -> dict:
     asked = read_questions(run_stage(stages["pool"]))
     rows = judge_drawn(asked, run_stage(stages["drawn"]))
     parsed = sum(letter is not None for row in rows for letter in row["letters"])
+    right = [sum(letter == row["answer"] for letter in row["letters"]) for row in rows]
     return {
         "funnel": funnel,
+        "acceptance": sum(right) / (SAMPLES * len(rows)),
+        "acceptance_interval": resample_acceptance(rows),
+        "questions_by_right_samples": dict(sorted(Counter(right).items())),
+        "questions_by_right_samples_if_independent": expect_pass_counts(
+            rows, sum(right) / (SAMPLES * len(rows))
+        ),
         "parsed": parsed,
         "acceptance_of_parsed": funnel["outcomes"].get("correct", 0) / max(1, parsed),
         "one_over_options": sum(1 / row["options"] for row in rows) / len(rows),
@@ -487,6 +545,8 @@ def measure_training(work: Path) -> dict:
     stages = declare_rejection(work)
     rows = load_rows(run_stage(stages["rows"]))
     schedule = Schedule(batch=BATCH, lr=2e-5, warmup=0.1, precision="fp32")
+    if len(rows) < BATCH:
+        sys.exit(f"only {len(rows)} traces were accepted: raise ASKED")
     order = [i for batch in draw_batches(len(rows), schedule, seed=0, steps=STEPS) for i in batch]
     job = {
         "model": str(work / "model"),
@@ -545,12 +605,15 @@ PARTS = {
 
 def is_good(parts: dict) -> bool:
     "Whether every line that has to be equal is."
-    likelihood, training = parts["likelihood"], parts["training"]
+    kinds, training = (
+        [parts["likelihood"][kind] for kind in ("texts", "letters")],
+        parts["training"],
+    )
     generation = parts["generation"]
     return (
-        all(kind["same_verdict"] == kind["questions"] for kind in likelihood.values())
-        and all(kind["same_verdict_by_length"] == kind["questions"] for kind in likelihood.values())
-        and all(kind["largest_difference"] < 1e-3 for kind in likelihood.values())
+        all(kind["same_option"] == kind["questions"] for kind in kinds)
+        and all(kind["same_verdict_by_length"] == kind["questions"] for kind in kinds)
+        and all(kind["largest_difference"] < 1e-3 for kind in kinds)
         and generation["same_letter"] >= 0.95 * ANSWERED
         and training["rows_that_trl_renders_alike"] == training["rows"]
         and training["largest_difference_of_loss"] < 1e-3
@@ -565,15 +628,16 @@ def main(work: Path, names: list[str]):
     from octomed.core.identity import make_card
     from octomed.core.paths import root
 
-    parts, started = {}, time.time()
+    parts = {}
     for name, measure in PARTS.items():
         kept = work / f"{name}.json"
         if name in names or not kept.exists():
             say(name)
-            write_json(kept, measure(work))
+            started = time.time()
+            write_json(kept, {**measure(work), "wall_minutes": (time.time() - started) / 60})
         parts[name] = json.loads(kept.read_text())
     good = is_good(parts)
-    card = make_card(minutes=round((time.time() - started) / 60, 1))
+    card = make_card(minutes=round(sum(part["wall_minutes"] for part in parts.values()), 1))
     pins = sorted({*HARNESS, *TRL, PACKAGE})
     target = root() / "outputs" / "reference" / "soak" / "real_model.json"
     write_json(target, {"pins": pins, **parts, "good": good, "card": card})
