@@ -430,3 +430,13 @@ for _size in SIZES:
     for _family, _suffix in SUFFIXES.items():
         _factory = partial(_base_of_recipe, _size, _family)
         register_student(f"clinic/{_size}{_suffix}", _factory)
+
+# %% ../../nbs/clinic/10_students.ipynb #11a0b002
+def _pretrained_of_recipe(common: Common):
+    "The pretrained student of a recipe, as a stage that is not yet run."
+    from octomed.clinic.pretrained import declare_smol
+
+    return declare_smol(common)
+
+
+register_student("clinic/smol", _pretrained_of_recipe)
