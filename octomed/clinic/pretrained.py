@@ -278,7 +278,10 @@ def build_looker(seed: int, max_pixels: int) -> tuple:  # (model, processor)
     "A small student that has the tower of `clinic/smol`."
     import torch
 
-    texts = [*chain.from_iterable(CLASSES.values()), *(LOOK.format(modality) for modality in CLASSES)]
+    texts = [
+        *chain.from_iterable(CLASSES.values()),
+        *(LOOK.format(modality) for modality in CLASSES),
+    ]
     model, processor = build_student(texts, BODY, seed, max_pixels=max_pixels)
     for name, value in VISION.items():
         setattr(model.config.vision_config, name, value)
@@ -476,7 +479,9 @@ def gate(out, student, counts, max_pixels):
     keys = list_drawings("gate", counts)
     answers = answer_looks(model.to(device()).eval(), processor, keys, max_pixels=max_pixels)
     write_json(out / "gate.json", score_looks(keys, answers))
-    write_json(out / "answers.json", [[*key, answer] for key, answer in zip(keys, answers, strict=True)])
+    write_json(
+        out / "answers.json", [[*key, answer] for key, answer in zip(keys, answers, strict=True)]
+    )
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c029
 @stage
