@@ -148,6 +148,9 @@ def test_unknown_section(capsys, tmp_path):
     (tmp_path / "r.yaml").write_text("sections: {}", encoding="utf-8")
     code, _, err = call(capsys, "run", tmp_path / "r.yaml", "--only", "42_formatting")
     assert code == 2 and "recipe r has no section 42_formatting" in err
+    for command in ("run", "plan"):
+        code, _, err = call(capsys, command, "smoke", "--only", ",")
+        assert code == 2 and "--only , names no section" in err
 
 
 @pytest.mark.parametrize(

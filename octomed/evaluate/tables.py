@@ -151,10 +151,10 @@ def describe_sampling(
 ) -> str:
     "What stands beside a table of scores: split, prompt, pixels and sampling (paper §5)."
     limit = f"{common.benchmark_limit:,}" if common.benchmark_limit else "all"
-    forms = sorted({arm.form for arm in arms.values()})
+    forms = ", ".join(sorted({arm.form for arm in arms.values()}))
     return (
         f"Each benchmark is named with its split, of which {limit} questions are asked; "
-        f"prompt {', '.join(forms) or 'cot'}; images of at most {common.max_pixels:,} pixels; "
+        f"{f'prompt {forms}; ' if forms else ''}images of at most {common.max_pixels:,} pixels; "
         f"temperature {common.temperature}, top-p {common.top_p}, at most {common.max_tokens:,} "
         f"tokens and {common.answer_tokens:,} more after a forced exit."
     )
@@ -168,7 +168,7 @@ def show_rows(
     "The rows as a data frame, in per cent; a column that no row fills is left out."
     import pandas as pd
 
-    if common:
+    if common and rows:
         print(textwrap.fill(describe_sampling(common, arms or {}), 100))
     frame = pd.DataFrame(map(_shown_row, rows)).dropna(axis=1, how="all")
     with_gaps = frame.columns[frame.isna().any()]
