@@ -74,5 +74,7 @@ soak: install
 	$(BIN)/python tests/soak/distill_kills.py 20
 	$(BIN)/python tests/soak/llamafactory.py
 	$(BIN)/python tests/soak/lm_eval.py
+	$(BIN)/python tests/soak/answers.py
+	$(BIN)/python tests/soak/real_model.py
 	$(BIN)/python tests/soak/slurm.py
 	$(BIN)/python tests/soak/resolve.py

@@ -1,5 +1,6 @@
 "The parser against its golden corpus, its properties, a time bound, and real models' answers."
 
+import json
 import os
 import random
 import re
@@ -14,12 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octomed.core.files import read_jsonl
-from octomed.core.paths import OctomedError, shipped
+from octomed.core.paths import OctomedError, shipped, shipped_results
 from octomed.generate.answers import (
     AGREEMENT,
     STATUSES,
     Verdict,
     _lower,
+    cut_run_on,
+    find_boxed,
+    find_phrase,
+    find_tagged,
     judge,
     letter_options,
     load_published_answers,
@@ -201,7 +206,10 @@ def plain_tagged(text):
         return None
     content = text[at[-1] + 8 :]
     ends = [i for i in range(len(content)) if content[i : i + 9].lower() == "</answer>"]
-    return content[: ends[0]] if ends else content
+    cuts = [i for i in range(1, 9) if content.lower().endswith("</answer>"[:i])]
+    if ends:
+        return content[: ends[0]]
+    return content[: -cuts[-1]] if cuts else content
 
 
 PLAIN_PHRASE = re.compile(
@@ -223,8 +231,9 @@ def plain_phrase(text):
 
 
 def plain_markup(text):
-    for blank in (r"\ ", r"\,", r"\;", r"\~", "~"):
+    for blank in (r"\ ", r"\,", r"\;", r"\~"):
         text = text.replace(blank, " ")
+    text = re.sub("(?<!~)~(?!~)", " ", text)
     text = re.sub(r"\\(text|math)[a-z]*|\\left|\\right|\\[][()]|<\|[a-z_]*\|>|[${}*`]", "", text)
     return " ".join(text.split())
 
@@ -297,6 +306,12 @@ def plain_judge(text, options, think_first=False, forms=FORMS):
     contents = [(form, finders[form](text)) for form in forms]
     form, content = next(((f, c) for f, c in contents if c is not None), (None, None))
     letter, certain = (None, True) if content is None else plain_read(form, content, options)
+    if re.search(r"(?:\}|</answer>|<answer>[^<]*)\W*[;:]", text, re.I):
+        certain = False  # a list of containers
+    if form == "phrase" and content.strip() and text.rpartition(content)[2].strip():
+        certain = False  # the next line may go on with a list
+    if form == "whole" and PLAIN_PHRASE.search(text):
+        certain = False  # it may end on a phrase that states nothing
     return Verdict(letter, "parsed" if letter else "unparsed"), certain, form, text
 
 
@@ -310,7 +325,9 @@ def test_fault_38_agrees_with_a_plain_reader(text, options, think_first, forms, 
     elif verdict.letter not in (None, plain.letter):
         # a phrase after dots, or a last sentence that ends on a letter and its text
         assert form in ("phrase", "whole")
-        assert form == "phrase" or plain_ends_on_option(read, verdict.letter, options)
+        ends_on_nothing = bool(PLAIN_PHRASE.search(read))
+        is_known = ends_on_nothing or plain_ends_on_option(read, verdict.letter, options)
+        assert form == "phrase" or is_known
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=[r["note"] for r in GOLDEN])
@@ -318,7 +335,9 @@ def test_fault_38_the_plain_reader_knows_the_corpus(row):
     plain, certain, _, _ = plain_judge(
         row["text"], row["options"], row["think_first"], row.get("forms", FORMS)
     )
-    assert plain.letter == row["letter"] or not certain
+    # it reads a container without the words around it, and what follows an answer too
+    is_beyond = row["note"].startswith(("around", "run-on"))
+    assert plain.letter == row["letter"] or not certain or is_beyond
 
 
 @settings(max_examples=400, deadline=None)
@@ -406,6 +425,23 @@ HOSTILE = {
     "ends of thinking": "</think>" * 125_000,
     "full stops": "the answer is x" + ". " * 500_000,
     "most": "the most " * 110_000,
+    "boxes in a list": r"\boxed{A} and " * 70_000,
+    "tags in a list": "<answer>A</answer>, " * 50_000,
+    "questions": "\nQuestion: x" * 80_000,
+    "questions after full stops": "It is.\nQuestion: x\n" * 50_000,
+    "questions with answers": "\n\nWhich?\nAnswer: " * 50_000,
+    "blank lines": "\n \n\t" * 200_000,
+    "question marks": "\n\n" + "? " * 500_000,
+    "options": "\nOptions:\nA: " * 70_000,
+    "ends of text": "</s>" * 250_000,
+    "turns": "<|im_start|>user" * 60_000,
+    "letters in a list": "Answer: " + "A, " * 330_000,
+    "letters on lines": "Answer:\n" + "A\n" * 500_000,
+    "a denied list": "The answer is A. " + "B and C are wrong " * 55_000,
+    "joiners": r"\boxed{A}" + " and" * 250_000,
+    "also": "The answer is A. " + "also " * 200_000,
+    "also right": "The answer is A. " + "right " * 80_000 + "also " * 80_000,
+    "marks of letters": "(A) " * 250_000,
 }
 
 
@@ -504,27 +540,84 @@ def test_agreement_names_what_differs_and_why():
 REAL = Path(os.environ.get("OCTOMED_DATA") or "none")
 
 
-@pytest.mark.skipif(
+AGREED = json.loads(shipped_results("soak", "answers.json").read_text(encoding="utf-8"))
+needs_real_answers = pytest.mark.skipif(
     not (REAL / "mmlu_pro_health").is_dir() or not (REAL / "mmmu_pro").is_dir(),
     reason="OCTOMED_DATA does not hold mmlu_pro_health and mmmu_pro",
 )
+
+
+@needs_real_answers
 def test_real_answers_agree_with_their_publishers_extraction():
-    n = {
-        model: (len(rows), measure_extraction_agreement(rows)[0])
-        for model, rows in load_published_answers(REAL).items()
-    }
-    assert len(n) == 16 and all(sum(kinds.values()) == total for total, kinds in n.values())
-    text = {m: x for m, x in n.items() if not m.startswith("gpt-4o")}
-    assert all(
-        k["same"] + k["guessed"] >= 0.97 * total
-        for m, (total, k) in text.items()
-        if m != "Qwen1.5-7B-Chat"
-    ), text
-    assert (
-        sum(k["different"] for _, k in text.values()) <= 20
-        and sum(k["guessed"] for _, k in text.values()) >= 90
-    )
-    assert (
-        n["gpt-4o_standard_10opt_cot"][1]["same"] >= 0.98 * 1730
-        and n["gpt-4o_standard_10opt_direct"][1]["guessed"] >= 30
-    )
+    """Each count is that of the reference file, which `tests/soak/answers.py` makes again.
+
+    Two models have a lower bound: they often name several letters, which is no answer, and their
+    publisher takes the first."""
+    published = load_published_answers(REAL)
+    assert published.keys() == AGREED["models"].keys() and len(published) == 16
+    least = {"Qwen1.5-7B-Chat": 0.84, "Mistral-7B-Instruct-v0.2": 0.93}
+    for model, rows in published.items():
+        n = measure_extraction_agreement(rows)[0]
+        assert n == AGREED["models"][model]["now"] and sum(n.values()) == len(rows), model
+        if not model.startswith("gpt-4o"):
+            assert n["same"] + n["guessed"] >= least.get(model, 0.97) * len(rows), model
+            assert n["different"] <= 7
+
+
+def test_the_reference_of_real_answers_adds_up():
+    models, changes = AGREED["models"], AGREED["changes"]
+    total = dict.fromkeys(("before", "now"), 0)
+    for model, counts in models.items():
+        now, before = counts["now"]["same"], counts["before"]["same"]
+        rows = changes.get(model, [])
+        gained = sum(row["now"] == row["theirs"] != row["before"] for row in rows)
+        lost = sum(row["before"] == row["theirs"] != row["now"] for row in rows)
+        assert now == before + gained - lost, model
+        total["before"] += before
+        total["now"] += now
+    kinds = {what: sum(AGREED["kinds"][what].values()) for what in AGREED["kinds"]}
+    assert total["now"] - total["before"] == kinds["gained"] - kinds["lost"]
+    assert sum(kinds.values()) == sum(map(len, changes.values()))
+
+
+def test_each_lost_agreement_is_several_letters_a_denial_or_a_reading_of_our_own():
+    for rows in AGREED["changes"].values():
+        for row in rows:
+            assert row["kind"] in AGREED["judgements"]
+            lost = row["before"] == row["theirs"] != row["now"]
+            if lost and row["kind"] == "several letters":
+                # the publisher's letter is the first of those that the answer names, or none
+                assert len(row["marks"]) > 1 and row["theirs"] in (None, row["marks"][0])
+            elif lost:
+                assert row["kind"] in ("denied letter", "read by us alone")
+
+
+_STATED = re.compile(
+    r"""[(\[]([A-J])[)\]]|(?<![\w'-])([A-J])(?=[.:),]|\s+(?:and|or)\b|\W*\Z)
+    |\b(?:and|or|not)\s+[(\[]?([A-J])\b(?!-)""",
+    re.X,
+)
+
+
+def letters_stated(text, options, letter):
+    "The letters that the sentence of an answer marks, apart from its own and its option's."
+    text = cut_run_on(text, options, "</think>")
+    last_line = text.strip().splitlines()[-1]
+    content = find_boxed(text) or find_tagged(text) or find_phrase(text) or last_line
+    sentence = re.split(r"(?<!\b[A-J])\.\s", content)[0]
+    marks = {"".join(parts) for parts in _STATED.findall(sentence)}
+    return marks - {letter} - set(re.findall(r"\b[A-J]\b", options[letter]))
+
+
+@needs_real_answers
+def test_no_real_answer_that_is_credited_names_two_letters():
+    credited, doubtful = 0, []
+    for model, rows in load_published_answers(REAL).items():
+        for number, (text, options, _) in enumerate(rows):
+            options = letter_options(options)
+            letter = judge(text, options).letter
+            if letter:
+                credited += 1
+                if letters_stated(text, options, letter):
+                    doubtful.append((model, number))
+    assert credited > 14_000 and doubtful == []

@@ -158,6 +158,8 @@ def test_unknown_section(capsys, tmp_path):
         ("report smoke --html --all", "the page always shows everything"),
         ("report smoke --html --only 42_formatting", "the page always shows everything"),
         ("export hub clinic_ward:train --out there --form hybrid", 'Invalid value "hybrid"'),
+        ("export samples clinic_ward:train --out there --format csv", 'Invalid value "csv"'),
+        ("export preferences clinic_ward:train --out there --pairs -1", "--pairs"),
         ("export lm-eval --recipe RECIPE --out there", "names no benchmark"),
         ("evaluate clinic/tiny --recipe RECIPE", "names no benchmark"),
         (
@@ -417,7 +419,7 @@ def test_interrupt(capsys, monkeypatch, tmp_path):
 def test_a_student_that_is_not_there(capsys, tmp_path):
     code, _, err = call(capsys, "evaluate", "clinic/none", "clinic_ward:test", "--limit", "2")
     assert (
-        code == 1
+        code == 2
         and "no student is registered as clinic/none: choose from" in err
         and "Traceback" not in err
     )

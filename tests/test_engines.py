@@ -328,3 +328,20 @@ def test_f20_a_model_never_writes_the_tokens_of_an_image(folder):
     tokenizer.decode = watch
     list(engine.generate(asked, Sampling(max_tokens=6, top_p=1.0, temperature=1.0)))
     assert len(counts) >= 8 and not any(counts)
+
+
+def test_a_forced_exit_ends_the_thought_by_the_mark_of_its_model():
+    from octomed.generate.engines import FORCED, begin_forced_exit
+
+    sampling = Sampling(max_tokens=8, answer_tokens=4)
+    ended = {
+        "<think>It may": "<think>It may" + FORCED,
+        "It may": "It may" + FORCED,
+        "<thinking>It may": "<thinking>It may\n</thinking>\n\n",
+        "◁think▷It may": "◁think▷It may\n◁/think▷\n\n",
+        "## Thinking\n\nIt may": "## Thinking\n\nIt may\n## Final Response\n\n",
+    }
+    for text, beginning in ended.items():
+        assert begin_forced_exit(text, "length", sampling) == beginning
+        assert begin_forced_exit(beginning + "B", "length", sampling) is None
+        assert begin_forced_exit(text, "stop", sampling) is None

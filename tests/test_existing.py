@@ -210,16 +210,18 @@ def test_the_judge_reads_what_the_parser_cannot_and_nothing_else(monkeypatch):
         {"a": {"clinic_ward:test": [[row(["unparsed", "wrong"]), row(["correct", "truncated"])]]}},
     )
     asked = []
+    template = SimpleNamespace(think_first=True, end_of_think="[/THINK]")
 
     def unread(evaluated, rows):
         return [
-            (row, run, q, "it is a rash", SimpleNamespace(think_first=False))
+            (row, run, q, "it is a rash", template)
             for row in rows
             for run, status in enumerate(row["statuses"])
             if status == "unparsed"
         ]
 
-    def open_ended(items, grader, thinks, reasoning):
+    def open_ended(items, grader, think_first, reasoning, end_of_think):
+        assert think_first and end_of_think == "[/THINK]"
         asked.extend(items)
         return [SimpleNamespace(status="correct") for _ in items]
 

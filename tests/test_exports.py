@@ -32,6 +32,14 @@ from octomed.run import exports as exports_module
 from octomed.run.export_hub import check_push, export_dataset, export_student, hub_row
 from octomed.run.export_llamafactory import export_llamafactory, factory_settings, frozen_parts
 from octomed.run.export_lm_eval import export_tasks, task_name, task_row
+from octomed.run.export_samples import (
+    collect_pairs,
+    export_preferences,
+    export_samples,
+    find_drawn,
+    judge_drawn,
+    trl_row,
+)
 from octomed.run.exports import collect_traces
 from octomed.train.students import load_student, register_student
 
@@ -434,7 +442,7 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
             [
                 "export",
                 "llamafactory",
-                BENCHES[0],
+                "clinic_ward:train",
                 "--student",
                 "tests/blank",
                 "--epochs",
@@ -459,7 +467,7 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
             [
                 "export",
                 "hub",
-                BENCHES[0],
+                "clinic_ward:train",
                 "--student",
                 "tests/blank",
                 "--name",
@@ -471,8 +479,16 @@ def test_commands_write_exports_and_refuse_a_folder_that_is_there(tmp_path, caps
         == 0
     )
     capsys.readouterr()
-    assert main(["export", "hub", BENCHES[0], *common, str(tmp_path / "h")]) == 2
+    assert main(["export", "hub", "clinic_ward:train", *common, str(tmp_path / "h")]) == 2
     assert capsys.readouterr().err == "octomed: h is there and not empty: name a new folder\n"
+
+
+def test_a_benchmark_is_not_exported_as_training_data(tmp_path, capsys):
+    from octomed.run.cli import main
+
+    assert main(["export", "hub", "medqa:test", "--out", str(tmp_path / "b")]) == 2
+    assert "which is a benchmark: choose a training split" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_student_goes_with_its_card_and_loads(tmp_path):
@@ -577,7 +593,7 @@ def test_fault_17_an_export_is_pushed_on_request_and_the_token_is_seen_nowhere(
 ):
     from octomed.run.cli import main
 
-    ask = ["export", "hub", BENCHES[0], "--student", "tests/blank", "--limit", "2"]
+    ask = ["export", "hub", "clinic_ward:train", "--student", "tests/blank", "--limit", "2"]
     assert main([*ask, "--out", str(tmp_path / "a")]) == 0
     assert not fake_hub.sent
     assert "nothing was sent" in capsys.readouterr().err
@@ -620,3 +636,145 @@ def test_a_push_that_cannot_be_is_refused_before_anything_is_made(
 def test_what_may_not_be_passed_on_is_not_pushed(fake_hub):
     with pytest.raises(OctomedError, match="nejm:test may not be passed on"):
         check_push(replace(ARM, base=replace(ARM, sources=(("nejm:test", 4),))), "me/x")
+
+
+@pytest.fixture(scope="module")
+def drawn_arm():
+    arm = replace(ARM, k=8)
+    common = replace(COMMON, samples=8)
+    run_stage(declare_stages(arm, common)["accepted"])  # as `octomed distill` does
+    return arm, common
+
+
+def forbid_teachers(monkeypatch):
+    "Any request to a teacher from here on is an error."
+
+    def refuse(*args, **named):
+        raise AssertionError("an export asked a teacher")
+
+    monkeypatch.setattr("octomed.distill.sampling.load_teacher", refuse)
+
+
+@pytest.mark.parametrize("form, reader", [("jsonl", "json"), ("parquet", "parquet")])
+def test_all_samples_are_exported_with_their_verdicts(
+    drawn_arm, tmp_path, monkeypatch, form, reader
+):
+    from datasets import load_dataset
+
+    forbid_teachers(monkeypatch)
+    counts = export_samples(*drawn_arm, tmp_path / "all", form=form)
+    file = str(tmp_path / "all" / f"samples.{form}")
+    table = load_dataset(reader, data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(table) == counts["samples"] == 8 * counts["questions"]
+    assert {row["status"] for row in table} >= {"correct", "wrong"}
+    for row in table:
+        assert row["answer_text"] == row["options"]["ABCDEFGH".index(row["answer"])]
+        if row["status"] in ("correct", "wrong"):
+            assert (row["letter"] == row["answer"]) == (row["status"] == "correct")
+        assert (row["temperature"], row["top_p"]) == (1.0, 0.95)
+        assert row["max_tokens"] == COMMON.max_tokens
+        assert all((tmp_path / "all" / image).is_file() for image in row["images"])
+    assert any(row["images"] for row in table)
+
+
+def test_samples_that_were_not_drawn_are_not_drawn_by_an_export(drawn_arm, tmp_path, monkeypatch):
+    forbid_teachers(monkeypatch)
+    arm, common = drawn_arm
+    for write in (export_samples, export_preferences):
+        with pytest.raises(OctomedError, match="run `octomed distill clinic_ward:test"):
+            write(arm, replace(common, samples=7), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_i_th_right_sample_is_paired_with_the_i_th_wrong_one(drawn_arm, monkeypatch):
+    forbid_teachers(monkeypatch)
+    arm, common = drawn_arm
+    pairs, counts = collect_pairs(arm, common)
+    _, judged = judge_drawn(find_drawn(arm, common))
+    expected = []
+    for id, samples in judged.items():
+        right = [s.index for s, v in samples if v.status == "correct"]
+        wrong = [s.index for s, v in samples if v.status == "wrong"]
+        expected += [(id, *both) for both in zip(right, wrong, strict=False)]
+    assert [(r.question.id, r.index, w.index) for r, w in pairs] == expected
+    assert counts["pairs"] == len(expected)
+    assert counts["with_both"] < counts["questions"]
+    for right, wrong in pairs:
+        letters, gold = right.question.letters, right.question.answer
+        assert judge(right.response, letters, think_first=True).letter == gold
+        assert judge(wrong.response, letters, think_first=True).letter not in (gold, None)
+    limited, _ = collect_pairs(arm, common, most=1)
+    assert len(limited) == len({id for id, *_ in expected})
+
+
+def test_preferences_have_the_shape_that_trl_reads(drawn_arm, tmp_path):
+    from datasets import load_dataset
+
+    counts = export_preferences(*drawn_arm, tmp_path / "trl", form="trl")
+    file = str(tmp_path / "trl" / "pairs.parquet")
+    table = load_dataset(
+        "parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(table) == counts["pairs"]
+    for row in table:
+        assert [m["role"] for m in row["prompt"]] == ["user"]
+        parts = row["prompt"][0]["content"]
+        assert sum(part["type"] == "image" for part in parts) == len(row["images"])
+        assert all(image.size for image in row["images"])
+        for name in ("chosen", "rejected"):
+            (reply,) = row[name]
+            assert reply["role"] == "assistant"
+            assert reply["content"][0]["text"].startswith("<think>")
+        assert row["chosen"] != row["rejected"]
+
+
+def test_preferences_of_text_alone_have_no_column_of_images(tmp_path):
+    from datasets import Dataset
+
+    arm = replace(ARM, sources=((BENCHES[0], 6),), k=8)
+    common = replace(COMMON, samples=8)
+    run_stage(declare_stages(arm, common)["samples"])
+    if any(q.images for q in judge_drawn(find_drawn(arm, common))[0].values()):
+        pytest.skip("this pool has images")
+    export_preferences(arm, common, tmp_path / "trl", form="trl")
+    table = Dataset.from_parquet(
+        str(tmp_path / "trl" / "pairs.parquet"), cache_dir=str(tmp_path / "cache")
+    )
+    assert set(table.column_names) == {"prompt", "chosen", "rejected", "question"}
+    assert isinstance(table[0]["prompt"][0]["content"], str)
+
+
+def test_preferences_are_a_ranking_in_llamafactory(drawn_arm, tmp_path):
+    counts = export_preferences(*drawn_arm, tmp_path / "there", form="llamafactory")
+    info = json.loads((tmp_path / "there" / "dataset_info.json").read_text())["octomed"]
+    assert info["ranking"] is True
+    rows = read_jsonl(tmp_path / "there" / info["file_name"])
+    assert len(rows) == counts["pairs"]
+    for row in rows:
+        assert set(row) == set(info["columns"].values())
+        assert len(row["messages"]) % 2 == 1  # it ends with the user
+        assert row["messages"][-1]["content"].count("<image>") == len(row["images"])
+        assert row["chosen"]["role"] == row["rejected"]["role"] == "assistant"
+        assert all((tmp_path / "there" / image).is_file() for image in row["images"])
+
+
+def test_placeholders_in_a_pair_are_escaped_in_both_formats():
+    q = Question("Is <image> a mark?", ("yes", "no"), "A", "s", "train", "medical_text")
+    messages = [{"role": "user", "content": [{"type": "text", "text": q.stem}]}]
+    right = exports_module.Trace(q, messages, "<think>an <image></think>", index=0, model="m")
+    row = trl_row(right, replace(right, response="<video>"))
+    assert "&lt;image&gt;" in row["prompt"][0]["content"]
+    assert row["chosen"][0]["content"] == "<think>an &lt;image&gt;</think>"
+    assert row["rejected"][0]["content"] == "&lt;video&gt;"
+    typed = trl_row(right, right, max_pixels=1)
+    assert typed["chosen"][0]["content"][0]["text"] == row["chosen"][0]["content"]
+
+
+def test_pairs_that_cannot_be_made_are_told_with_counts(tmp_path, monkeypatch):
+    arm = replace(ARM, sources=((BENCHES[0], 1),), k=1)
+    common = replace(COMMON, samples=1)
+    run_stage(declare_stages(arm, common)["samples"])
+    with pytest.raises(OctomedError, match=r"of 1 questions, \d have no correct sample"):
+        export_preferences(arm, common, tmp_path / "pairs")
+    with pytest.raises(UsageError, match="choose from trl, llamafactory"):
+        export_preferences(arm, common, tmp_path / "pairs", form="csv")

@@ -90,18 +90,81 @@ def test_candidates_hold_every_pair_that_all_comparisons_find():
     }
 
 
-def test_the_command_writes_near_copies_and_warns(tmp_path, capsys):
+def write_rows(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def decontaminate(*words: str):
     from octomed.run.cli import main
 
-    for name, stem in (("train", RETOLD), ("bench", CASE)):
-        (tmp_path / f"{name}.jsonl").write_text(
-            json.dumps({"question": stem}) + "\n", encoding="utf-8"
-        )
-    train, bench, out = (str(tmp_path / f"{name}.jsonl") for name in ("train", "bench", "near"))
     try:
-        main(["decontaminate", train, "--against", bench, "--near", out])
-    except SystemExit as e:
-        assert not e.code
-    [row] = map(json.loads, Path(out).read_text(encoding="utf-8").splitlines())
+        main(["decontaminate", *words])
+    except SystemExit as end:
+        assert not end.code
+
+
+def test_the_command_writes_near_copies_and_warns(tmp_path, capsys):
+    train = write_rows(tmp_path / "train.jsonl", {"question": RETOLD})
+    bench = write_rows(tmp_path / "bench.jsonl", {"question": CASE})
+    out = tmp_path / "near.jsonl"
+    decontaminate(train, "--against", bench, "--near", str(out))
+    [row] = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     assert (row["row"], row["item"], row["kind"]) == (1, 1, "words")
     assert "1 kept rows are near copies" in capsys.readouterr().err
+
+
+def test_small_sets_are_looked_through_unasked_and_large_ones_say_how(
+    tmp_path, capsys, monkeypatch
+):
+    from octomed.run import cli
+
+    train = write_rows(tmp_path / "train.jsonl", {"question": RETOLD})
+    bench = write_rows(tmp_path / "bench.jsonl", {"question": CASE})
+    decontaminate(train, "--against", bench)
+    assert "1 kept rows are near copies of a benchmark item: --near" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "NEAR_ROWS", 1)
+    decontaminate(train, "--against", bench)
+    assert "near copies were not looked for" in capsys.readouterr().err
+
+
+def test_pictures_of_files_are_compared_and_those_that_are_gone_are_counted(tmp_path, capsys):
+    from base64 import b64encode
+
+    for i in range(3):
+        draw(i).save(tmp_path / f"{i}.png")
+    draw(0).resize((90, 90)).save(tmp_path / "small.jpg", quality=80)
+    draw(1).resize((80, 80)).save(tmp_path / "b.png")
+    stem = "What is shown?"
+    encoded = b64encode((tmp_path / "b.png").read_bytes()).decode()
+    train = write_rows(
+        tmp_path / "train.jsonl",
+        {"question": stem, "image": "small.jpg"},
+        {"question": stem, "images": [{"bytes": encoded, "path": None}]},
+        {"question": stem, "image_path": "gone.png"},
+        {"question": stem, "image": "2.png"},
+    )
+    bench = write_rows(
+        tmp_path / "bench.jsonl",
+        {"question": stem, "image": "0.png"},
+        {"question": stem, "image": "1.png"},
+    )
+    out = tmp_path / "near.jsonl"
+    decontaminate(train, "--against", bench, "--near", str(out))
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(row["row"], row["item"], row["kind"]) for row in rows] == [
+        (2, 2, "same picture"),
+        (1, 1, "same picture"),
+    ]  # the nearest first
+    errors = capsys.readouterr().err
+    assert "the pictures of 1 rows were not compared" in errors and "row 3" in errors
+
+
+def test_parts_without_a_class_in_common_have_no_scores():
+    from types import SimpleNamespace
+
+    from octomed.paper.dataset import score_parts
+
+    test = [SimpleNamespace(answer_text=label, images=[label]) for label in ("glioma", "normal")]
+    assert score_parts(np.array([1.0, 0.0]), test, ["same pixels", "no twin"]) == []
+    assert score_parts(np.array([1.0, 0.0]), test, ["no twin", "no twin"]) == []

@@ -230,7 +230,78 @@ def test_a_plan_of_no_questions_divides_by_nothing(own_places, monkeypatch, tmp_
 
     monkeypatch.delenv("OCTOMED_DATA", raising=False)
     path = tmp_path / "mine.yaml"
-    path.write_text("extends: smoke\nsections: {42_formatting: {questions: 0, epochs: 0.0}}")
+    path.write_text("extends: smoke\nsections: {42_formatting: {questions: 0}}")
     section, in_all = plan(str(path), only="42_formatting")
     assert (section["section"], in_all["section"]) == ("42_formatting", "in all")
     assert section["arms"] == in_all["arms"] == 3
+
+
+def write_recipe(folder, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_variant_shows_what_it_adds_to_its_base(own_places, tmp_path):
+    from octomed.run.plan import plan
+
+    mine = write_recipe(tmp_path, "extends: smoke\nsections: {42_formatting: {seeds: 2}}\n")
+    planned = plan(mine, only="42_formatting,45_teacher")
+    assert planned.beside["base"] == "smoke"
+    rows = {row["section"]: row for row in planned.beside["new"]}
+    base = plan("smoke", only="42_formatting")[0]
+    # The first of two seeds is the base's own, and so are the teacher's samples.
+    assert rows["42_formatting"]["samples"] == 0
+    assert rows["42_formatting"]["responses"] == base["responses"] > 0
+    assert not any(rows["45_teacher"][key] for key in ("samples", "responses", "training_tokens"))
+    text = str(planned)
+    assert "What it adds to smoke, which it extends" in text and " s\n" in text
+    own = write_recipe(tmp_path, "extends: smoke\n")
+    assert "It asks for nothing that smoke does not make" in str(plan(own, only="42_formatting"))
+    assert plan("smoke", only="42_formatting").beside is None
+
+
+def test_a_section_says_whose_samples_it_reads(own_places):
+    from octomed.run.plan import plan
+
+    planned = plan("smoke", only="42_formatting,52_calibration,55_cases")
+    assert [section["shares_with"] for section in planned[:-1]] == [
+        [],
+        ["42_formatting"],
+        ["42_formatting", "52_calibration"],
+    ]
+    assert "55_cases reads samples that 42_formatting and 52_calibration draw" in str(planned)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{}", "runs no section"),
+        ("sections: {}", "runs no section"),
+        ("sections: {30: {}}", "did you mean 30_dataset?"),
+        ("sections: {42_formatting: {}}", "an arm has no training pool: write one"),
+        ("extends: smoke\ncommon: {train: []}", "an arm has no training pool"),
+        ("extends: smoke\ncommon: {train: ['nowhere:x']}", "mine.yaml line 2: there is no source"),
+        ("extends: smoke\ncommon: {train: ['medqa:trian']}", "choose from medqa:train"),
+        ("extends: smoke\ncommon: {benchmarks: ['medqa:tset']}", "mine.yaml line 2: there is no"),
+        (
+            "extends: smoke\ncommon: {train: ['pubmedvision:instruct']}",
+            "which holds chats and no questions",
+        ),
+        ("extends: smoke\ncommon: {benchmarks: []}", "54_families needs a benchmark of text_only"),
+        ("extends: smoke\nsections: {54_families: {warm: 0}}", "warm of 54_families must be at"),
+        ("extends: smoke\nsections: {54_families: {families: Qwen}}", "knows no family Qwen"),
+        (
+            "extends: smoke\nsections: {30_dataset: {size: huge}}",
+            "no student is registered as scratch/mri-huge",
+        ),
+        ("extends: smoke\nsections: {42_formatting: {epochs: 0}}", "must be a number above 0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_planned_says_why(own_places, tmp_path, text, sentence):
+    from octomed.core.paths import UsageError
+    from octomed.run.plan import plan
+
+    with pytest.raises(UsageError) as error:
+        plan(write_recipe(tmp_path, text))
+    assert sentence in str(error.value) and "\n" not in str(error.value)

@@ -120,8 +120,13 @@ def test_a_rehearsal_goes_through_the_papers_code_and_touches_nothing_of_its_own
 
     sources, environment = dict(SOURCES), dict(os.environ)
     assert rehearse("paper", "44_samples") == {"ran": ["44_samples"], "skipped": []}
-    assert sources == SOURCES
-    assert dict(os.environ) == environment
+    assert {name: SOURCES[name] for name in sources} == sources
+    added = (
+        SOURCES.keys() - sources.keys()
+    )  # what the recipe's plugins register, if none had before
+    assert all(name.startswith("clinic_") for name in added)
+    assert {name: os.environ[name] for name in environment} == environment
+    assert not [name for name in os.environ.keys() - environment.keys() if "OCTOMED" in name]
     results = json.loads((rehearsed / "results" / "44_samples.json").read_text())
     assert results["recipe"] == "paper-rehearsal"
     assert {row["benchmark"] for row in results["rows"]} == {"medqa:test"}
@@ -306,3 +311,54 @@ def test_a_benchmark_is_no_training_pool(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path, text))
     with pytest.raises(UsageError, match=r"line 3 trains on medqa:test, which is a benchmark"):
         find_sections(recipe)
+
+
+def test_the_schema_is_shipped_beside_the_recipes_that_name_it():
+    from octomed.core.paths import shipped_recipes
+    from octomed.run.recipe_schema import make_recipe_schema
+
+    kept = json.loads(shipped_recipes("schema.json").read_text(encoding="utf-8"))
+    assert kept == json.loads(json.dumps(make_recipe_schema())), "octomed schema > its file"
+    for path in shipped_recipes().glob("*.yaml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first == "# yaml-language-server: $schema=schema.json"
+
+
+def list_schema_errors(text: str) -> list[str]:
+    from jsonschema import Draft202012Validator
+
+    from octomed.core.yaml_files import parse_yaml
+    from octomed.run.recipe_schema import make_recipe_schema
+
+    validator = Draft202012Validator(make_recipe_schema())
+    return [error.json_path for error in validator.iter_errors(parse_yaml(text, "r.yaml").value)]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("common: {temperature: -1}", "$.common.temperature"),
+        ("common: {top_p: 2}", "$.common.top_p"),
+        ("common: {lr: '1e-4'}", "$.common.lr"),
+        ("common: {studnet: x}", "$.common"),
+        ("common: {train: [1]}", "$.common.train[0]"),
+        ("common: {answer: word}", "$.common.answer"),
+        ("sections: {42_formatting: {seeds: 0}}", "$.sections['42_formatting'].seeds"),
+        ("sections: {42_formatting: {qestions: 1}}", "$.sections['42_formatting']"),
+        ("42_formatting: {}", "$"),
+        ("[1]", "$"),
+    ],
+)
+def test_the_schema_marks_what_the_command_line_refuses(tmp_path, text, place):
+    from octomed.core.paths import UsageError
+    from octomed.run.plan import plan
+
+    assert list_schema_errors(text) == [place]
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError):
+        plan(str(tmp_path / "r.yaml"))
+
+
+def test_the_schema_takes_what_the_command_line_takes():
+    text = "extends: course\ncommon: {lr: 1e-4, pretrain_tokens: 1e6}\nsections: {30_dataset: }\n"
+    assert list_schema_errors(text) == []

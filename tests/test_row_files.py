@@ -73,7 +73,7 @@ def test_zstd_and_arrow_are_read(tmp_path):
 
 def test_a_pipe_is_read_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    data = gzip.compress(LINES.encode())
+    data = gzip.compress(LINES.encode(), mtime=0)
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
     writer.start()
     assert read(tmp_path / "pipe") == ROWS
@@ -89,7 +89,7 @@ def test_a_pipe_is_read_once(tmp_path):
         ("a.jsonl", b"SQLite format 3\0" + bytes(50), "an SQLite database"),
         ("a.jsonl", b"\x80\x04\x95" + bytes(50), "a pickle, which is not opened"),
         ("a.gz", b'{"question": "a"}', "no whole gzip file"),
-        ("a", gzip.compress(LINES.encode())[:-6], "no whole gzip file"),
+        ("a", gzip.compress(LINES.encode(), mtime=0)[:-6], "no whole gzip file"),
         ("a", bz2.compress(LINES.encode())[:-6], "no whole bzip2 file"),
         ("a.jsonl", '{"question": "ü"}'.encode("latin1"), "is not UTF-8 text"),
         ("a.csv", "question\nü\n".encode("latin1"), "is not UTF-8 text"),

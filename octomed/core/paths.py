@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'OctomedError', 'UsageError', 'checkout', 'root', 'shipped', 'shipped_recipes', 'shipped_notebooks',
            'shipped_results', 'named_place', 'named_folder', 'data_dir', 'outputs_dir', 'store_dir', 'absolute_places',
-           'fix_places']
+           'fix_places', 'read_number']
 
 # %% ../../nbs/core/01_paths.ipynb #8e3bc2e0
 import os
@@ -126,3 +126,15 @@ def absolute_places() -> dict[str, str]:
 def fix_places():
     "Make what the environment names absolute, for this process and all that it starts."
     os.environ.update(absolute_places())
+
+# %% ../../nbs/core/01_paths.ipynb #5e7b0c9d
+def read_number(
+    variable: str,  # such as `OCTOMED_FRESH`, which the runner sets
+    default: float,  # where it is not set
+) -> float:
+    "The number that an environment variable holds. Raises `UsageError` for one that is none."
+    text = os.environ.get(variable, "").strip()
+    try:
+        return float(text or default)
+    except ValueError:
+        raise UsageError(f"{variable}={text} is no number: unset it") from None

@@ -261,7 +261,12 @@ def check_value(
     return checked
 
 # %% ../../nbs/core/06_recipe.ipynb #ca2b8552
-PARTS = ("extends", "common", "sections")
+PARTS = (
+    "$schema",  # for editors
+    "extends",
+    "common",
+    "sections",
+)
 
 
 @cache
@@ -309,7 +314,9 @@ def _check_part(file: PlainFile, name: str):
     if name in common_types():
         raise UsageError(f"{where}: {name} is shared by all sections: write it under common:")
     if name not in PARTS:
-        raise UsageError(f"{where} has an unknown key {name}: {_suggest(name, PARTS)}")
+        near = difflib.get_close_matches(name, PARTS, n=1, cutoff=0.75)
+        way = f"did you mean {near[0]}?" if near else "write a section's values under sections:"
+        raise UsageError(f"{where} has an unknown key {name}: {way}")
 
 # %% ../../nbs/core/06_recipe.ipynb #d3010225
 def _check_common(file: PlainFile) -> dict:
@@ -412,6 +419,8 @@ def _find_recipe(name: str, folder: Path) -> tuple[Path, int | None]:
     path = folder / Path(name).expanduser() if is_yaml_name(name) else None
     if path is None and re.fullmatch(r"[\w-]+(@[0-9]{1,12})?", name):
         path = shipped_recipes(f"{plain}.yaml")
+    if not (path and path.exists()) and (folder / Path(name).expanduser()).is_dir():
+        raise UsageError(f"{name} is a folder: name a YAML file in it")
     if path is None or not path.exists():
         raise UsageError(
             f"there is no recipe {name}: choose from {', '.join(list_recipes())}, "

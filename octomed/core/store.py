@@ -21,7 +21,7 @@ from pathlib import Path
 from .code import code_digest
 from .files import disk_error, tell, write_json
 from .identity import canonicalize, content_digest, digest, make_card, unkeyed
-from .paths import OctomedError, store_dir
+from .paths import OctomedError, read_number, store_dir
 
 # %% ../../nbs/core/09_store.ipynb #b34e1b41
 try:
@@ -149,7 +149,7 @@ def is_finished(folder: Path) -> bool:
     finished, files = facts.get("finished"), facts.get("files")
     if not isinstance(finished, float | int) or not isinstance(files, dict):
         return False
-    if finished < float(os.environ.get("OCTOMED_FRESH", 0)):
+    if finished < read_number("OCTOMED_FRESH", 0):
         return False
     return all(_has_size(folder / name, size) for name, size in files.items())
 

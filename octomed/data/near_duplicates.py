@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAME_PICTURE', 'SAME_SCAN', 'SHORT', 'NEAR_SHORT', 'NEAR_LONG', 'PICTURE_TYPES', 'WORD', 'BANDS', 'hash_picture',
-           'count_different_bits', 'open_picture', 'NearCopy', 'find_near_pictures', 'list_words', 'weigh_words',
-           'compare_words', 'find_near_stems', 'NearReport', 'report_near', 'list_near', 'list_near_sets', 'draw_pairs']
+           'count_different_bits', 'open_picture', 'NearCopy', 'HashedPicture', 'hash_image', 'find_near_pictures',
+           'list_words', 'weigh_words', 'compare_words', 'find_near_stems', 'NearReport', 'read_near_rows',
+           'report_near', 'list_near', 'list_near_sets', 'draw_pairs']
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #5ac39cd0
 import math
@@ -23,11 +24,14 @@ from octomed.data.decontaminate import (
     _get_images,
     _get_options,
     _get_stem,
-    decontaminate,
     normalise,
 )
 from .decontaminate_files import read_set_rows
 from .images import open_image
+from .questions import Question
+from .row_fields import gather_pictures, reduce_row
+from .row_files import list_row_files, open_rows
+from .sources import SOURCES
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #5747c379
 SAME_PICTURE = 16  # bits of 256 that differ, at most: one picture, saved or sized again
@@ -65,13 +69,15 @@ PICTURE_TYPES = (
 
 
 def open_picture(
-    image,  # a pixel hash of the store, a path, bytes, or a PIL image
+    image,  # a pixel hash of the store, a path, bytes, an array, or a PIL image
 ) -> Image.Image:
     "The picture that a row names. Raises `OctomedError` if it is not at hand."
     if isinstance(image, str) and re.fullmatch("[0-9a-f]{32}", image):
         stored = sorted((store_dir() / "images").glob(f"*/{image[:2]}/{image}.png"))
         if stored:
             return open_image(stored[-1])
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        image = Image.fromarray(image)
     if not isinstance(image, PICTURE_TYPES):
         raise OctomedError(f"an image is given as {type(image).__name__}: give the path of a file")
     return open_image(image)
@@ -86,6 +92,25 @@ class NearCopy:
     score: float  # pictures: bits that differ, of 256; words: similarity from 0 to 1
     kind: str  # `same picture`, `same scan` or `words`
 
+# %% ../../nbs/data/15_near_duplicates.ipynb #a5e0f3d2
+@dataclass(frozen=True)
+class HashedPicture:
+    "What is kept of a picture once it was read: its hash, or why it has none."
+
+    bits: np.ndarray | None  # 256
+    fault: str = ""
+
+
+def hash_image(
+    image,  # what `open_picture` takes
+) -> HashedPicture:
+    "The hash of a picture that a row names, or the reason why there is none."
+    try:
+        bits = hash_picture(open_picture(image))
+    except OctomedError as error:
+        return HashedPicture(None, fault=str(error))
+    return HashedPicture(bits, fault="" if bits is not None else "the picture has one colour only")
+
 # %% ../../nbs/data/15_near_duplicates.ipynb #ad6f27fa
 def _hash_rows(images: Iterable[tuple]) -> tuple[list[int], np.ndarray, dict[int, str]]:
     "Places and hashes of (place, image) pairs that can be hashed; place → why of the others."
@@ -93,17 +118,14 @@ def _hash_rows(images: Iterable[tuple]) -> tuple[list[int], np.ndarray, dict[int
     unread, known = {}, {}
     for place, image in images:
         name = image if isinstance(image, (str, bytes, Path)) else id(image)
-        try:
-            if name not in known:
-                known[name] = hash_picture(open_picture(image))
-        except OctomedError as e:
-            unread[place] = str(e)
-            continue
-        if known[name] is None:
-            unread[place] = "the picture has one colour only"
+        if name not in known:
+            known[name] = image if isinstance(image, HashedPicture) else hash_image(image)
+        hashed = known[name]
+        if hashed.fault:
+            unread[place] = hashed.fault
         else:
             places.append(place)
-            hashes.append(known[name])
+            hashes.append(hashed.bits)
     return places, np.array(hashes).reshape(-1, 256), unread
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #af54aa41
@@ -246,11 +268,18 @@ def _rank_copy(copy: NearCopy) -> tuple:
     return copy.kind == "words", copy.score if copy.kind != "words" else -copy.score, copy.row
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #9134cbb5
+def _list_images(row) -> list:
+    "The images of a `Question`, of a dict, or of a row of `read_near_rows`."
+    if isinstance(row, Question):
+        return list(row.images)
+    return row["hashed"] if "hashed" in row else gather_pictures(row)
+
+
 def _pair_pictures(rows: list) -> list[tuple]:
     "(place, image) of all images."
     pairs = []
     for place, row in enumerate(rows):
-        pairs += [(place, image) for image in _get_images(row)]
+        pairs += [(place, image) for image in _list_images(row)]
     return pairs
 
 
@@ -258,6 +287,32 @@ def _pair_stems(rows: list, pictures: bool) -> list[tuple]:
     "(place, stem) of the rows with pictures, or of those without."
     pairs = [(place, row) for place, row in enumerate(rows) if bool(_get_images(row)) == pictures]
     return [(place, _get_stem(row)) for place, row in pairs]
+
+# %% ../../nbs/data/15_near_duplicates.ipynb #a5e0f3d3
+def _locate(image, folder: Path):
+    "A picture's place, seen from the folder of its file if it lies there."
+    beside = folder / image if isinstance(image, str) and len(image) < 1024 else None
+    return beside if beside and beside.is_file() else image
+
+
+def read_near_rows(
+    spec: str,  # a set of files, or a registered `name:split`
+) -> list:
+    """The rows that a spec names; of the pictures in files only their hashes are kept.
+
+    Raises `OctomedError` for a pipe, which cannot be read again."""
+    if spec in SOURCES:
+        return read_set_rows(spec)
+    files, rows = list_row_files(spec), []
+    for file in files or ():
+        if not file.is_file():
+            raise OctomedError(f"{file} can be read only once: save it as a file, then name that")
+        with open_rows(file) as opened:
+            for where, row in opened.rows():
+                images = [_locate(image, file.parent) for image in gather_pictures(row)]
+                hashed = [hash_image(image) for image in images]
+                rows.append({**reduce_row(row, where), "hashed": hashed})
+    return rows
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #b1f238cc
 def report_near(
@@ -307,18 +362,21 @@ def list_near(
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #b183d160
 def list_near_sets(
-    pairs: Iterable[tuple[str, str]],  # (training set, benchmark), as `read_set_rows` reads them
-    n: int = 16,  # words of the exact rule, whose drops are left out
-) -> list[dict]:
+    reports: dict,  # (training set, benchmark) → report, as `decontaminate_sets` gives them
+) -> tuple[
+    list[dict], dict[str, dict]
+]:  # near copies; training set → its unread rows, each with why
     "The near copies that the exact rules pass, of each training set and benchmark."
-    rows = []
-    for train, bench in pairs:
-        train_rows, bench_rows = read_set_rows(train), read_set_rows(bench)
-        drop = decontaminate(train_rows, bench_rows, n).drop
-        report = report_near(train_rows, bench_rows, drop)
+    rows, sets, unread = [], {}, {}
+    for (train, bench), report in reports.items():
+        for spec in (train, bench):
+            if spec not in sets:
+                sets[spec] = read_near_rows(spec)
+        near = report_near(sets[train], sets[bench], report.drop)
+        unread[train] = near.unread
         place = {"train": train, "bench": bench}
-        rows += [{**place, **row} for row in list_near(report, train_rows, bench_rows)]
-    return rows
+        rows += [{**place, **row} for row in list_near(near, sets[train], sets[bench])]
+    return rows, unread
 
 # %% ../../nbs/data/15_near_duplicates.ipynb #8f007f3c
 def draw_pairs(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS_OF_PICTURES', 'LONG', 'is_missing', 'pair_options', 'RowKeys', 'sort_keys', 'gather_options',
-           'identify_pictures', 'looks_like_picture', 'read_pictures', 'describe_keys', 'reduce_row']
+           'identify_pictures', 'looks_like_picture', 'read_pictures', 'gather_pictures', 'describe_keys', 'reduce_row']
 
 # %% ../../nbs/data/11_row_fields.ipynb #bb5df483
 import base64
@@ -227,15 +227,23 @@ def _digest_bytes(data: bytes) -> str:
     return f"bytes:{digest(data.hex())}"
 
 
+def _decode_text(text: str) -> bytes | None:
+    "The bytes in a data URL or in base64; None for any other text."
+    header = _DATA_URL.match(text)
+    if not header and not _BASE64.fullmatch(text):
+        return None
+    try:
+        return base64.b64decode(text[header.end() if header else 0 :])
+    except (binascii.Error, ValueError):
+        return None
+
+
 def _identify_text(text: str) -> str | None:
     "A picture given as a path, an address, a data URL or base64."
     text = text.strip()
-    header = _DATA_URL.match(text)
-    if header or _BASE64.fullmatch(text):
-        try:
-            return _digest_bytes(base64.b64decode(text[header.end() if header else 0 :]))
-        except (binascii.Error, ValueError):
-            pass
+    data = _decode_text(text)
+    if data is not None:
+        return _digest_bytes(data)
     if len(text) > LONG:
         return f"text:{digest(text)}"
     return text.removeprefix("./") or None
@@ -373,6 +381,40 @@ def read_pictures(row: dict) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if not (pictures and key in keys.pictures and _rank_key(key)):
             pictures += identify_pictures(row[key], key)
     return _keep_strongest(pictures), unknown
+
+# %% ../../nbs/data/11_row_fields.ipynb #b7c4e2a1
+def _list_values(value) -> list:
+    "The pictures in a value: bytes where it holds them, else what names the place."
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
+        return []
+    if isinstance(value, str):
+        data = _decode_text(value.strip())
+        return [value.strip() if data is None else data]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return [bytes(value)]
+    if isinstance(value, dict):
+        inside = [k for k in (*_CONTENTS, *_PLACES) if not is_missing(value.get(k)) and value[k]]
+        return _list_values(value[inside[0]]) if inside else []
+    if isinstance(value, list | tuple) and not _is_numbers(value):
+        pictures = []
+        for picture in value:
+            pictures += _list_values(picture)
+        return pictures
+    return [value]
+
+
+def gather_pictures(
+    row: dict,
+) -> list:  # bytes, paths, or image objects
+    "The pictures of a row, to be opened; those that only have an id are left out."
+    keys = sort_keys(tuple(row))
+    unknown = [key for key in keys.others if looks_like_picture(row[key])]
+    pictures = []
+    for key in (*keys.pictures, *unknown):
+        if not (key in keys.pictures and _rank_key(key)):
+            pictures += _list_values(row[key])
+    contents = [picture for picture in pictures if not isinstance(picture, str)]
+    return contents or pictures
 
 # %% ../../nbs/data/11_row_fields.ipynb #d7e2d9c5
 def describe_keys(row) -> str:

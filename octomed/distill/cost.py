@@ -88,7 +88,7 @@ def _parse_budget(text: str) -> Budget:
     except ValueError:
         pairs, limits = [], {}
     unknown = set(limits) - {"money", "tokens", "seconds"}
-    are_amounts = all(0 <= limit < math.inf for limit in limits.values())
+    are_amounts = all(0 <= limit < math.inf for limit in limits.values()) and "_" not in text
     if not limits or unknown or not are_amounts or len(limits) < len(pairs):
         raise UsageError(
             f"OCTOMED_BUDGET={text} cannot be read: "

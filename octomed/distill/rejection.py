@@ -19,7 +19,7 @@ from .pools import read_questions
 
 # %% ../../nbs/distill/04_rejection.ipynb #666c11dd
 from .sampling import read_samples
-from ..generate.answers import Verdict, judge, score
+from ..generate.answers import Verdict, cut_run_on, judge, score
 from ..generate.graders import judge_open_ended
 from octomed.generate.prompts import (
     END_OF_THINK,
@@ -105,8 +105,9 @@ def write_in_box(
 
 def _write_target(sample: Sample, q: Question, box: str, letter: str, end_of_think: str) -> str:
     "The response that a student learns, which the parser reads as this letter."
+    text = cut_run_on(sample.text, q.letters, end_of_think)
     for content in (box, letter):
-        target = convert_to_boxed(sample.text, content, end_of_think)
+        target = convert_to_boxed(text, content, end_of_think)
         if judge(target, q.letters, think_first=True).letter == letter:
             return target
     # the explanation misleads the parser, so only the thinking is kept
@@ -199,13 +200,20 @@ def judge_open_samples(
     grader,  # an engine, or the name that one was registered under
     think_first: bool = True,  # do the responses' models think before they answer
     reasoning: bool = True,  # is the grader shown the trace
+    end_of_think: str = END_OF_THINK,  # how the responses' models end their thinking
 ) -> dict[str, list[tuple[Sample, Verdict]]]:
     "The same as `judge_samples`, with a grader as $S$ (eq. 1)."
     answered = []
     for q, reference in items:
         answered += [(q, reference, sample) for sample in drawn.get(q.id, ())]
     responses = [(q, reference, sample.text) for q, reference, sample in answered]
-    verdicts = judge_open_ended(responses, grader, think_first=think_first, reasoning=reasoning)
+    verdicts = judge_open_ended(
+        responses,
+        grader,
+        think_first=think_first,
+        reasoning=reasoning,
+        end_of_think=end_of_think,
+    )
     pairs: dict[str, list] = {}
     for (q, _, sample), verdict in zip(answered, verdicts, strict=False):
         pairs.setdefault(q.id, []).append((sample, verdict))

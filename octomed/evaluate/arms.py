@@ -146,6 +146,11 @@ def _filtered(arm: Arm, common: Common, data: Stage, base) -> Stage:
 # %% ../../nbs/evaluate/03_arms.ipynb #a7d1ed68
 def _reads_chats(arm: Arm) -> bool:
     "Whether an arm reads chats. Raises `UsageError` where it also asks for what chats do not have."
+    if not arm.sources:
+        raise UsageError(
+            "an arm has no training pool: write one of its category under train: in the recipe's "
+            "common, such as medqa:train, or extend a recipe that has them, such as course"
+        )
     is_chat = {find_source(spec).role == "comparison" for spec, _ in arm.sources}
     if is_chat == {False}:
         return False

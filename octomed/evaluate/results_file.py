@@ -7,20 +7,19 @@ __all__ = ['write_results', 'view_reference', 'show_reference']
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #9bdc696e
 import json
-import os
 import time
 from pathlib import Path
 
 from ..core.code import section_digest
 from ..core.files import write_json
 from ..core.identity import make_card
-from ..core.paths import shipped_results
+from ..core.paths import read_number, shipped_results
 from ..core.recipe import Recipe
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #cf457013
 def _minutes_since(started: float) -> float:
     "Minutes since then; where sections run side by side, this section's share of the machine."
-    side_by_side = int(os.environ.get("OCTOMED_BESIDE", 1))
+    side_by_side = max(1, read_number("OCTOMED_BESIDE", 1))
     return round((time.time() - started) / 60 / side_by_side, 2)
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #c4bedac2

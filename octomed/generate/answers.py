@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'AGREEMENT', 'Verdict', 'find_boxed', 'find_tagged', 'find_phrase', 'read_option', 'letter_options',
-           'judge', 'score', 'tally', 'Vote', 'majority_vote', 'measure_extraction_agreement', 'load_published_answers']
+           'cut_run_on', 'judge', 'score', 'tally', 'Vote', 'majority_vote', 'measure_extraction_agreement',
+           'load_published_answers']
 
 # %% ../../nbs/generate/04_answers.ipynb #cd2c31bf
 import re
@@ -14,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Number
+from typing import NamedTuple
 
 from ..core.files import read_jsonl
 from ..core.identity import seed_for
@@ -42,8 +44,8 @@ _BOX = re.compile(r"\\boxed\s*+\{((?:[^{}\\]++|\\(?![{}])|\{[^{}\\]*+\})*+)\}")
 _BRACES = re.compile(r"\\boxed\s*+\{|\\\{|\\\}|\{|\}")
 
 # %% ../../nbs/generate/04_answers.ipynb #be29daff
-def _last_balanced_box(text: str) -> str | None:
-    "The content of the last box that is closed, by one pass over all braces."
+def _last_balanced_box(text: str) -> tuple[int, int] | None:
+    "Where the content of the last box that is closed lies, by one pass over all braces."
     # one entry for each open brace: where its box's content begins, or None for a plain brace
     open_braces = []
     last = None
@@ -56,20 +58,26 @@ def _last_balanced_box(text: str) -> str | None:
         elif token[-1] == "{" and token != r"\{":
             is_box = len(token) > 1
             open_braces.append(match.end() if is_box else None)
-    return text[slice(*last)] if last else None
+    return last
 
 # %% ../../nbs/generate/04_answers.ipynb #cc784d09
-def find_boxed(
-    text: str,  # a response, of any length
-) -> str | None:  # its content, as written
-    r"The content of the last balanced `\boxed{}`, the outermost if boxes are nested."
+def _locate_box(text: str) -> tuple[int, int] | None:
+    "Where the content of the last balanced box begins and ends."
     start = text.rfind(r"\boxed")
     if start < 0:
         return None
     match = _BOX.match(text, start)
     if match and text.find("}", match.end()) < 0:
-        return match[1]
+        return match.span(1)
     return _last_balanced_box(text)
+
+
+def find_boxed(
+    text: str,  # a response, of any length
+) -> str | None:  # its content, as written
+    r"The content of the last balanced `\boxed{}`, the outermost if boxes are nested."
+    place = _locate_box(text)
+    return text[slice(*place)] if place else None
 
 # %% ../../nbs/generate/04_answers.ipynb #0195d7cd
 def _lower(text: str) -> str:
@@ -77,18 +85,30 @@ def _lower(text: str) -> str:
     return text.replace("İ", "I").lower()
 
 # %% ../../nbs/generate/04_answers.ipynb #e6d5068b
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_CUT_TAG = re.compile(r"<(?:/(?:a(?:n(?:s(?:w(?:er?)?)?)?)?)?)?\Z")  # a closing tag that was cut
+
+
+def _locate_tag(text: str) -> tuple[int, int] | None:
+    "Where the content of the last tag begins and ends."
+    low = _lower(text) if "<" in text else ""
+    tag = low.rfind(_OPEN)
+    if tag < 0:
+        return None
+    start = tag + len(_OPEN)
+    end = low.find(_CLOSE, start)
+    if end < 0:
+        cut = _CUT_TAG.search(low, max(start, len(low) - len(_CLOSE)))
+        end = cut.start() if cut else len(text)
+    return start, end
+
+
 def find_tagged(
     text: str,  # a response
 ) -> str | None:
     "The content of the last `<answer>`, up to its closing tag or the end."
-    if "<" not in text:
-        return None
-    low = _lower(text)
-    tag = low.rfind("<answer>")
-    if tag < 0:
-        return None
-    end = low.find("</answer>", tag)
-    return text[tag + len("<answer>") : end if end >= 0 else None]
+    place = _locate_tag(text)
+    return text[slice(*place)] if place else None
 
 # %% ../../nbs/generate/04_answers.ipynb #2fc78e0a
 _SAYS = r"""\s++(?:(?:final|correct|best|right|closest|most\s++\w++)\s++){0,2}
@@ -147,8 +167,9 @@ def _find_anchors(low: str) -> list[tuple[int, int]]:
     return sorted(places, key=lambda place: (place[1], place[0]))
 
 
-def _read_anchor(text: str, low: str, start: int, end: int) -> _Statement | None:
+def _read_anchor(text: str, low: str, place: tuple[int, int]) -> _Statement | None:
     "The statement of an anchored phrase, if it states something."
+    start, end = place
     before = low[max(0, start - _BEFORE) : start]
     if _NOT_THE_ANSWER.search(before):
         return None
@@ -162,8 +183,8 @@ def _read_anchor(text: str, low: str, start: int, end: int) -> _Statement | None
 def _last_statement(text: str) -> _Statement | None:
     "The last anchored phrase that states something."
     low = _lower(text)
-    for start, end in reversed(_find_anchors(low)):
-        statement = _read_anchor(text, low, start, end)
+    for place in reversed(_find_anchors(low)):
+        statement = _read_anchor(text, low, place)
         if statement:
             return statement
     return None
@@ -178,11 +199,13 @@ def find_phrase(
 
 # %% ../../nbs/generate/04_answers.ipynb #046200d9
 _MARKUP = re.compile(r"\\(?:(?:text|math)[a-z]*+|left|right|[()\[\]])|<\|[a-z_]*+\|>|\$|\{|\}|\*|`")
+# LaTeX's blanks; two tildes strike a text through
+_BLANK = re.compile(r"\\[ ,;~]|(?<!~)~(?!~)")
 _LETTER = re.compile(r"[\s(\[]*+([A-Za-z])(?:[\s)\]]*+\Z|[)\]:.])")
 
 
 def _clean(text: str) -> str:
-    return " ".join(_MARKUP.sub("", re.sub(r"\\[ ,;~]|~", " ", text)).split())
+    return " ".join(_MARKUP.sub("", _BLANK.sub(" ", text)).split())
 
 # %% ../../nbs/generate/04_answers.ipynb #9d80a81c
 @lru_cache(maxsize=1024)  # the samples of one question share its options
@@ -216,14 +239,21 @@ def _match_option_text(text: str, options: dict) -> str | None:
     return letters[0] if len(letters) == 1 else None
 
 # %% ../../nbs/generate/04_answers.ipynb #e14b3662
+def _skip_whole_text(rest: str, option: str) -> int:
+    "Where an option's text ends with which a text begins; 0 if it does not."
+    own = _fold_words(option)
+    matches = list(_WORD.finditer(rest))[: len(own)]
+    words = tuple(match[0].casefold() for match in matches)
+    return matches[-1].end() if own and words == own else 0
+
+
 def _skip_own_text(rest: str, option: str) -> int:
     "Where a text ends that follows the letter of its option; 0 if the option's text is not there."
-    own = _fold_words(option)
-    matches = list(_WORD.finditer(rest))
-    words = tuple(match[0].casefold() for match in matches)
-    if own and words[: len(own)] == own:
-        return matches[len(own) - 1].end()
-    is_beginning = bool(words) and own[: len(words)] == words
+    whole = _skip_whole_text(rest, option)
+    if whole:
+        return whole
+    words = tuple(word.casefold() for word in _WORD.findall(rest))
+    is_beginning = bool(words) and _fold_words(option)[: len(words)] == words
     return len(rest) if is_beginning else 0
 
 # %% ../../nbs/generate/04_answers.ipynb #b6d5f234
@@ -283,7 +313,7 @@ def _names_other(text: str, letter: str, options: dict) -> bool:
             continue
         is_unit = match[1] in in_text and not _JOINED.search(before)
         is_letter = match[1].upper() in letters and not is_unit
-        if is_letter and _is_option_mark(match[1], before, after, options):
+        if is_letter and _is_option_mark(match[1], before, after=after, options=options):
             return True
     return False
 
@@ -292,7 +322,8 @@ _NO = r"""no(?:pe)?(?=\s*(?:[,.;:!?–—-]|\Z)|\s+(?:it|that|this|wait|the\s+an
     |not\b|never\b|neither\b|wait\b(?!\s+(?:and|for|until)\b)|hmm+\b|oops\b|sorry\b|correction\b
     |scratch\b|rather\b(?!\s+than)|on\s+second\s+thoughts?\b|i\s+mean\b"""
 _WRONG = r"""(?:not\b|n['\u2019]t\b|wrong|incorrect|false|untrue|unlikely|impossible|excluded
-    |rejected|eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong|an?\s+incorrect)"""
+    |rejected|eliminated|ruled\s+out|out\b|no\b|a\s+distractor|less\b|the\s+wrong
+    |an?\s+incorrect)"""
 _IS = (
     r"""(?:is|are|was|were|(?:w|c|sh)ould\s+be|can\s+be|must\s+be|has\s+been|seems|appears|looks)"""
 )
@@ -334,18 +365,22 @@ def _is_taken_back(text: str, letter: str, has_text: bool) -> bool:
     return bool(rejected) and not _OF_OTHERS.search(text[: rejected.start()])
 
 # %% ../../nbs/generate/04_answers.ipynb #e7175e08
-_JOINED_TEXT = re.compile(r"[\s,]*+(?:and|or|nor|plus|[/&+])\s+(?:also\s+|maybe\s+)?", re.I)
+_JOINT = re.compile(
+    r"[\s,;/&+]*+((?:(?:and|or|nor|plus|not|but|also|maybe|rather\s+than|instead\s+of)\s++)*+)",
+    re.I,
+)
+_TEXT_STOPS = re.compile(r"\s*(?:\Z|[,;.:/&+)]|(?:and|or|nor)\b)", re.I)
 
 
 def _joins_other_text(text: str, letter: str, options: dict) -> bool:
-    "Whether a text begins on “and” or “or” and the text of another option."
-    join = _JOINED_TEXT.match(text)
-    if not join:
+    "Whether a text goes on with “and”, a comma or the like, and the text of another option."
+    joint = _JOINT.match(text)
+    if not joint[0].strip():
         return False
-    words = _fold_words(text[join.end() :])
+    rest = text[joint.end() :]
     for other, option in options.items():
-        own = _fold_words(option)
-        if other != letter and own and words[: len(own)] == own:
+        own = _skip_whole_text(rest, option) if other != letter else 0
+        if own and (joint[1] or _TEXT_STOPS.match(rest, own)):
             return True
     return False
 
@@ -387,15 +422,21 @@ def _read_lettered(cleaned: str, options: dict) -> str | None:
     return None if _contradicts(rest[own:], letter, options, has_text=own > 0) else letter
 
 # %% ../../nbs/generate/04_answers.ipynb #9447d3c0
+@lru_cache(maxsize=4096)  # the samples of one question say the same few things
+def _read_content(content: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
+    options = dict(pairs)
+    letters = _letters_of_text(content, options)
+    if letters:
+        return letters[0] if len(letters) == 1 else None
+    return _read_lettered(_clean(content), options)
+
+
 def read_option(
     content: str,  # what a form holds
     options: dict[str, str],  # letter to text
 ) -> str | None:  # a letter of the options
     "The option that a form's content names: by its exact text, else by its letter."
-    letters = _letters_of_text(content, options)
-    if letters:
-        return letters[0] if len(letters) == 1 else None
-    return _read_lettered(_clean(content), options)
+    return _read_content(content, tuple(options.items()))
 
 # %% ../../nbs/generate/04_answers.ipynb #90ea094a
 _LEADER = re.compile(r"[\s.…:–—>-]++(?=[(\[]*+[A-Za-z](?:[)\].:\s]|\Z))")
@@ -414,12 +455,15 @@ def _split_statement(rest: str, mark: str) -> tuple[str, str]:
 
 # %% ../../nbs/generate/04_answers.ipynb #36c7fcf3
 _SECOND_THOUGHT = re.compile(
-    rf"""[\s*]*+(?:but\s+)?(?:{_NO}
+    rf"""[\s*]*+(?:(?:but|oh|ah|well)\b[\s,]*+)?(?:{_NO}|let\s+me\s+re-?(?:consider|think)\b
         |(?:that|this|it|the\s+answer)\s+{_IS}(?:\s+\w+ly)?\s*{_WRONG})""",
     re.X | re.I,
 )
 _ADDITION = re.compile(
     r"[\s*]*+(?:or|and|maybe|perhaps|possibly|alternatively|also|actually|but|as well as)\b", re.I
+)
+_DENIED_ALSO = re.compile(
+    r"\b(?:not|wrong|incorrect|false|in(?:correct|valid))\b|n['\u2019]t\b", re.I
 )
 _LIST_ITEM = re.compile(r"[\s(\[*•–-]*+([A-Za-z])(?:[)\].:,;/&\s*]++|\Z)")
 
@@ -434,21 +478,62 @@ def _continues_list(text: str, letter: str, options: dict) -> bool:
     own = _skip_own_text(rest, options[other])
     if own:
         return not rest[own:] or rest[own] in ".;"
-    return not rest or bool(re.match(r"(?:and|or|nor)\b", rest)) or bool(_LETTER.match(rest))
+    if re.match(r"(?:and|or|nor)\b", rest):
+        return not _DENIED_ALSO.search(_NEXT_SENTENCE.split(text)[0])
+    return not rest or bool(_LETTER.match(rest))
 
 
+def _continues_with_text(text: str, letter: str, options: dict) -> bool:
+    "Whether the next sentence is no more than another option's text."
+    stop = re.search(r"[.;](?=\s|\Z)|\n", text)
+    sentence = text[: stop.start()] if stop else text
+    addition = _ADDITION.match(sentence)
+    sentence = sentence[addition.end() if addition else 0 :].strip("-–•* \t")
+    return _match_option_text(sentence, options) not in (None, letter)
+
+# %% ../../nbs/generate/04_answers.ipynb #36c7fcf4
+_ONLY_JOINS = re.compile(r"\W*(?:and|or|and/or)\W*\Z", re.I)
+_ALSO = re.compile(r"\b(?:also|both|equally|too|as\s+well)\b", re.I)
+_RIGHT = re.compile(
+    r"\b(?:correct|right|true|valid|possible|acceptable|applies|apply|answers?|be)\b", re.I
+)
+
+
+def _adds_option(sentence: str) -> bool:
+    "Whether a sentence adds to an answer: “also (C)”, “(C) is right as well”."
+    if _ADDITION.match(sentence):
+        return True
+    says_also = _ALSO.search(sentence) and _RIGHT.search(sentence)
+    return bool(says_also) and not _DENIED_ALSO.search(sentence)
+
+
+def _begins_with_other(sentence: str, letter: str, options: dict) -> bool:
+    "Whether a sentence begins on another option's text."
+    return any(
+        _skip_whole_text(sentence, option) for other, option in options.items() if other != letter
+    )
+
+# %% ../../nbs/generate/04_answers.ipynb #36c7fcf5
 def _is_reconsidered(text: str, letter: str, options: dict) -> bool:
     "Whether the sentence after an answer takes it back or adds another."
     stop = _NEXT_SENTENCE.search(text)
     sentence = text[: stop.start()] if stop else text
-    if _SECOND_THOUGHT.match(text) or _continues_list(text, letter, options):
+    if (
+        _SECOND_THOUGHT.match(text)
+        or _ONLY_JOINS.match(text)
+        or _continues_list(text, letter, options)
+    ):
         return True
     again = re.match(rf"\W*(?:(?:option|choice|answer)\s+)?\b{letter}\b\W*", text, re.I)
     again = again.end() if again else 0
     own = again + _skip_own_text(text[again:], options[letter])
     if own and _TEXT_TAKEN_BACK.match(text, own):
         return True
-    return bool(_ADDITION.match(text)) and _names_other(sentence, letter, options)
+    if _adds_option(sentence):
+        return _names_other(sentence, letter, options) or _begins_with_other(
+            sentence, letter, options
+        )
+    return False
 
 # %% ../../nbs/generate/04_answers.ipynb #eab48c10
 _TEXT_ENDS = re.compile(r"[)\]]*+(?:\Z|[.;,]\s)")
@@ -468,10 +553,17 @@ def _begin_with_text(line: str, options: dict) -> str | None:
 # %% ../../nbs/generate/04_answers.ipynb #a849e81b
 def _read_phrase(content: str, options: dict) -> str | None:
     "The option that a phrase names; `content` is the rest of its line, and the next line."
+    return _read_line(content, tuple(options.items()))
+
+
+@lru_cache(maxsize=1024)
+def _read_line(content: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
+    options = dict(pairs)
     line, _, following = content.partition("\n")
     cleaned = _clean(line)
-    letter = _match_option_text(line, options) or _begin_with_text(line, options)
-    if letter:
+    by_text = _match_option_text(line, options) or _begin_with_text(line, options)
+    letter = by_text
+    if by_text:
         rest, mark = cleaned, ""
     else:
         cleaned = cleaned[_end(_LEADER.match(cleaned)) :]
@@ -487,6 +579,8 @@ def _read_phrase(content: str, options: dict) -> str | None:
     if _contradicts(statement, letter, options, has_text=own > 0):
         return None
     later = later if later.strip() else _clean(following)
+    if by_text and _continues_with_text(later, letter, options):
+        return None
     return None if _is_reconsidered(later, letter, options) else letter
 
 
@@ -504,8 +598,10 @@ def _cut(content: str, options: dict) -> str:
 _MARKED = re.compile(r"(?<![^\W_])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])[)\].:])[\s:]*+")
 _SENTENCE_END = re.compile(r"(?<=[\w)\]\"”'][\w)\]\"”'])[.!?]\s+(?=[A-Z(\"“])")
 _DENIES = re.compile(
-    r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out|unlike(?:ly)?
-        |eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than|than|versus|vs)\b
+    r"""\b(?:no|not|never|neither|nor|none|cannot|without|except|exclud\w+|rul\w+\s+out
+        |unlike(?:ly)?|eliminat\w+|least|less|wrong|incorrect|false|rather|instead|other\s+than
+        |than|versus|vs|hardly|scarcely|doubt\w*|distractors?|worst|avoid\w*|contraindicated
+        |reject\w*|dismiss\w*|discard\w*|inappropriate|if|whether|unless)\b
         |n['\u2019]t\b|\b(?:or|and|either)\W*\Z""",
     re.X | re.I,
 )
@@ -521,6 +617,9 @@ def _last_lines(tail: str) -> tuple[str, str]:
 def _read_last_sentence(text: str, options: dict) -> str | None:
     "The option whose letter and whole text end a response."
     longest = max(map(len, options.values()), default=0)
+    end = _fold(text.rstrip()[-2 * longest - 100 :])
+    if not end.endswith(tuple(filter(None, map(_fold, options.values())))):
+        return None
     line, line_before = _last_lines(text.rstrip()[-(longest + _SENTENCE) :])
     for match in list(_MARKED.finditer(line))[-4:]:
         letter = _find_letter(match[1] or match[2], options)
@@ -556,8 +655,8 @@ def _read_whole(text: str, options: dict) -> str | None:
     short = _cut(text, options)
     match = _LETTER.match(_clean(short))
     if match:
-        rest = _clean(short)[match.end() :].strip(" :.)]")
-        if not rest or _fold(rest) in map(_fold, options.values()):
+        rest = _fold(_clean(short)[match.end() :].strip(" :.)]"))
+        if not rest or rest in map(_fold, options.values()):
             return read_option(short, options)
     return _match_option_text(short, options) or _read_last_sentence(text, options)
 
@@ -617,6 +716,9 @@ def letter_options(
     return {letter: _option_text(letter, value) for letter, value in options.items()}
 
 # %% ../../nbs/generate/04_answers.ipynb #2698388e
+_LONGEST_LINE = 10_000  # characters of a line that are read
+
+
 def _read_box(content: str, options: dict) -> str | None:
     return read_option(content.replace(r"\boxed", ""), options)
 
@@ -632,41 +734,124 @@ def _find_with_next_line(text: str) -> str | None:
     following = re.match(r"\s*([^\n]*)", after)[1]
     return f"{statement.line[:_LONGEST_LINE]}\n{following[:_LONGEST_LINE]}"
 
-# %% ../../nbs/generate/04_answers.ipynb #03finder
-_LONGEST_LINE = 10_000  # characters of a line that are read
+# %% ../../nbs/generate/04_answers.ipynb #2698389b
+_AROUND = 80  # how many characters before and after a container are looked at
+_OUTSIDE = r"[\s$*\\()\[\]_]*"  # markup around a container
+_DENIED_BEFORE = re.compile(
+    rf"""(?:\b(?:not|never|neither|nor|except|than|instead\s+of)|n['\u2019]t)(?:\s+the)?
+        {_OUTSIDE}:?{_OUTSIDE}\Z""",
+    re.X | re.I,
+)
+_DENIED_AFTER = re.compile(
+    rf"""{_OUTSIDE}[.,;?!–—-]?\s*(?:
+        (?<=[?,–—-])\s*no\b(?=\W*(?:\Z|that|this|it|wrong))
+        |(?:(?:that|this|it|which)\s+)?{_IS}(?:\s+\w+ly)?\s*{_WRONG_TEXT}
+        |can(?:not|['\u2019]t)\s+be\b)""",
+    re.X | re.I,
+)
+_JOINER = r"(?:\\text\s*\{)?\s*(?:and/or|and|or|nor|[,;/&+]\s*(?:and|or)?)\s*\}?"
+_ENDS_ON_JOINER = re.compile(rf"{_JOINER}{_OUTSIDE}\Z", re.I)
+_JOINED_BEFORE = re.compile(rf"{_OUTSIDE}\.?\s*{_JOINER}{_OUTSIDE}", re.I)
+_JOINED_AFTER = re.compile(
+    rf"{_OUTSIDE}{_JOINER}{_OUTSIDE}([A-Za-z])(?:[)\]]|[.,;$*]*(?:\s*\Z|\s*\n)|[.,;]\s)", re.I
+)
 
-# form: (how its content is found, how its content is read)
-_FINDERS = {
-    "boxed": (find_boxed, _read_box),
-    "answer": (find_tagged, read_option),
-    "phrase": (_find_with_next_line, _read_phrase),
-    "whole": (str, _read_whole),
+# %% ../../nbs/generate/04_answers.ipynb #2698389c
+class _Container(NamedTuple):
+    "A box or a pair of tags."
+
+    start: int
+    begin: int  # where its content begins
+    stop: int  # where its content ends
+    end: int
+
+
+_LOCATE = {
+    "boxed": _locate_box,
+    "answer": _locate_tag,
 }
-_BOUNDED = ("boxed", "answer")  # forms whose content is cut
+
+
+def _find_container(text: str, form: str) -> _Container | None:
+    "The last container of a form."
+    place = _LOCATE[form](text)
+    if place is None:
+        return None
+    begin, stop = place
+    if form == "boxed":
+        return _Container(text.rfind(r"\boxed", 0, begin), begin, stop, end=stop + 1)
+    is_closed = text[stop : stop + len(_CLOSE)].lower() == _CLOSE
+    end = stop + len(_CLOSE) if is_closed else len(text)
+    return _Container(begin - len(_OPEN), begin, stop, end=end)
+
+# %% ../../nbs/generate/04_answers.ipynb #2698389d
+def _is_disowned(text: str, box: _Container) -> bool:
+    "Whether the words before or after a container deny what it holds."
+    before = text[max(0, box.start - _AROUND) : box.start]
+    after = text[box.end : box.end + _AROUND]
+    return bool(_DENIED_BEFORE.search(before) or (after and _DENIED_AFTER.match(after)))
+
+
+def _list_joined(text: str, box: _Container, form: str, options: dict) -> list[str | None]:
+    "The letters that “and”, “or” or a comma join to the last container."
+    after = _JOINED_AFTER.match(text[box.end : box.end + _AROUND])
+    if after:
+        return [_find_letter(after[1], options)]
+    if not _ENDS_ON_JOINER.search(text[max(0, box.start - _AROUND) : box.start]):
+        return []
+    before = text[: box.start]
+    other = _find_container(before, form)
+    if other is None or not _JOINED_BEFORE.fullmatch(before[other.end :]):
+        return []
+    return [read_option(before[other.begin : other.stop], options)]
+
+# %% ../../nbs/generate/04_answers.ipynb #03finder
+def _read_container(text: str, box: _Container, form: str, options: dict) -> str | None:
+    "The letter in the last container, unless the words around it leave a doubt."
+    content = _cut(text[box.begin : box.stop], options)
+    letter = _read_box(content, options) if form == "boxed" else read_option(content, options)
+    if letter is None or _is_disowned(text, box):
+        return None
+    joined = _list_joined(text, box, form=form, options=options)
+    return letter if set(joined) <= {None, letter} else None
 
 
 def _read_answer(text: str, options: dict, forms) -> str | None:
     "The letter in the first form that is present."
     for form in forms:
-        find, read_content = _FINDERS[form]
-        content = find(text)
-        if content is not None:
-            content = _cut(content, options) if form in _BOUNDED else content
-            return read_content(content, options)
+        if form == "whole":
+            return _read_whole(text, options)
+        if form == "phrase":
+            statement = _find_with_next_line(text)
+            if statement is not None:
+                return _read_phrase(statement, options)
+            continue
+        box = _find_container(text, form)
+        if box:
+            return _read_container(text, box, form=form, options=options)
     return None
 
 # %% ../../nbs/generate/04_answers.ipynb #367072e0
 _NEW_QUESTION = re.compile(
     r"""\n[ \t>\#*_-]*+(?:
-        (?:(?:next|new|another|second|follow-up)[ ])?(?:question|problem|exercise)\b
+        (?:(?:next|new|another|second|follow-up)[ ])?(?:question|problem|exercise
+         |vignette|stem|frage|pregunta|pergunta|domanda|вопрос|问题|題目|题目|問題|質問)\b
          [ \t]*+(?:\#|no\.?|number)?[ \t]*+\d*+(?:[ \t]*+of[ \t]*+\d++)?
-         (?:[ \t*_]*+(?:[:.)\]]|(?=\n)|\Z)|[ \t]++[–—-][ \t])
+         (?:[ \t*_]*+(?:[:\uff1a.)\]]|(?=\n)|\Z)|[ \t]++[–—-][ \t])
         |(?:human|user|instruction)[ \t*_]*+:
+        |(?:example|case|item|task|scenario)[ ]?\#?\d++[ \t*_]*+(?:[:.)]|(?=\n))
         |\[inst\])
      |\n[ \t]*+\**+q[ \t]*+\d*+[*]*+[:.)]""",
     re.X,
 )
+
+# %% ../../nbs/generate/04_answers.ipynb #367072e1
 _NEW_TURN = re.compile(r"<\|(?:im_start\|>\s*+user|start_header_id\|>\s*+user|user\|>)")
+# what ends a text, after which some models go on
+_END_OF_TEXT = re.compile(
+    r"</s>|<\|(?:endoftext|end_of_text|eot_id|im_end)\|>|<end_of_turn>|\[inst\]"
+)
+_ASKED = re.compile(r"\n[ \t]*+\n[^\n]*\?[ \t*_]*+\n\s*+[#*_ \t]*+answer[ \t*_]*+[:\uff1a]")
 _FIRST_OPTION = r"\s*+[(\[*]*+a[)\].:][ \t*]*+([^\n]*+)"
 _BLOCKS = (
     re.compile(
@@ -683,11 +868,11 @@ def _first_answer(text: str, low: str) -> int | None:
     "Where the first answer of a text begins: a box, a tag or a phrase that is not empty."
     filled = _FILLED.search(low)
     first = filled.start() if filled else None
-    for start, end in _find_anchors(low):
-        if first is not None and end > first:
+    for place in _find_anchors(low):
+        if first is not None and place[1] > first:
             break
-        if _read_anchor(text, low, start, end):
-            return end
+        if _read_anchor(text, low, place):
+            return place[1]
     return first
 
 # %% ../../nbs/generate/04_answers.ipynb #a6035d19
@@ -698,26 +883,25 @@ def _is_own_block(block, options: dict) -> bool:
     return written.startswith(first) or (bool(written) and first.startswith(written))
 
 
-def _find_blocks(low: str, options: dict, first: int) -> list[int]:
-    "Where blocks of another question's options begin, after the first answer."
+def _find_blocks(low: str, options: dict, start: int) -> list[int]:
+    "Where blocks of another question's options begin, or a question with its answer."
     places = []
     for pattern in _BLOCKS:
-        for block in pattern.finditer(low, first):
+        for block in pattern.finditer(low, start):
             if not _is_own_block(block, options):
-                gap = low.rfind("\n\n", first, block.start())
+                gap = low.rfind("\n\n", start, block.start())
                 places.append(gap if gap >= 0 else block.start())
                 break
-    return places
+    asked = _ASKED.search(low, start)
+    return [*places, asked.start()] if asked else places
 
 # %% ../../nbs/generate/04_answers.ipynb #5cd93894
 _FULL_STOP = re.compile(r"[.!?][\s*\"')\]]*\n\s*\Z")
 
 
-def _follows_no_answer(text: str, low: str, options: dict, line, is_first: bool) -> bool:
+def _follows_no_answer(text: str, low: str, options: dict, line) -> bool:
     "Whether a line begins a new question although no form holds an answer before it."
     start = line.start()
-    if is_first and _read_whole(text[:start], options):
-        return True
     is_ended = _FULL_STOP.search(text[max(0, start - 40) : start + 1])
     if not is_ended or "question" not in line[0]:
         return False
@@ -725,37 +909,65 @@ def _follows_no_answer(text: str, low: str, options: dict, line, is_first: bool)
     return not any(block and _is_own_block(block, options) for block in blocks)
 
 
+def _drop_rule(text: str) -> str:
+    "A text without the blanks, and the rule across the page, at its end."
+    return text.rstrip("\n\t -*_#=>")
+
+
 def _find_question_line(text: str, low: str, options: dict, first: int | None) -> list[int]:
     "Where the first line begins that opens a new question; `first` is where an answer begins."
     for number, line in enumerate(_NEW_QUESTION.finditer(low)):
-        is_answered = first is not None and line.start() >= first
-        if is_answered or _follows_no_answer(text, low, options, line, is_first=number == 0):
-            return [line.start()]
+        start = line.start()
+        is_answered = first is not None and start >= first
+        is_whole = number == 0 and _read_whole(_drop_rule(text[:start]), options)
+        if is_answered or is_whole or _follows_no_answer(text, low, options=options, line=line):
+            return [len(_drop_rule(text[:start]))]
     return []
+
+# %% ../../nbs/generate/04_answers.ipynb #5cd93895
+def _find_marks(low: str, options: dict, start: int) -> list[int]:
+    "Where a text ends, or another question's options begin."
+    places = _find_blocks(low, options, start)
+    mark = _END_OF_TEXT.search(low, start)
+    if mark and re.search(r"\w", low[mark.end() :]):
+        places.append(mark.start())
+    return places
 
 
 def _find_next_question(text: str, options: dict) -> int | None:
     "Where a text begins a new question after its answer."
-    if "\n" not in text and "<|" not in text:
+    inner = text.strip()
+    if "\n" not in inner and not any(sign in inner for sign in ("<|", "</s", "<end")):
         return None
     low = _lower(text)
     has_lines = _NEW_QUESTION.search(low)
-    turn = _NEW_TURN.search(low) if "<|" in low else None
-    if not has_lines and not turn and not any(pattern.search(low) for pattern in _BLOCKS):
+    turn = _NEW_TURN.search(low)
+    marks = _find_marks(low, options, start=0)
+    if not has_lines and not turn and not marks:
         return None
     first = _first_answer(text, low)
-    places = _find_question_line(text, low, options, first) if has_lines else []
-    if first is not None:
-        places += _find_blocks(low, options, first)
-    if turn and turn.start():
-        places.append(turn.start())
+    places = [turn.start()] if turn and turn.start() else []
+    if has_lines:
+        places += _find_question_line(text, low, options=options, first=first)
+    if marks and first is not None:
+        places += _find_marks(low, options, start=first)
+    if marks and (first is None or min(marks) < first) and _read_whole(text[: min(marks)], options):
+        places.append(min(marks))
     return min(places, default=None)
 
 # %% ../../nbs/generate/04_answers.ipynb #4e45300d
-def _cut_run_on(text: str, options: dict, end_of_think: str) -> str:
+def cut_run_on(
+    text: str,  # a response
+    options: dict[str, str],  # letter to text
+    end_of_think: str = END_OF_THINK,  # how the model ends its thinking
+) -> str:
     "The text without the new question that follows its answer; a thought may ask what it likes."
-    start = text.find(end_of_think)
-    start = start + len(end_of_think) if start >= 0 else 0
+    return _cut_after(text, options, end_of_think, end=text.find(end_of_think))
+
+
+def _cut_after(text: str, options: dict, end_of_think: str, *, end: int) -> str:
+    "The same, where the first end of a thought is known; -1 if there is none."
+    start = end + len(end_of_think) if end >= 0 else 0
     while True:
         stop = text.find(end_of_think, start)
         part = text[start:stop] if stop >= 0 else text[start:]
@@ -768,6 +980,8 @@ def _cut_run_on(text: str, options: dict, end_of_think: str) -> str:
 
 # %% ../../nbs/generate/04_answers.ipynb #03right1
 def _right_letter(answer: str | None, options: dict) -> str | None:
+    if answer in options:
+        return answer
     if _is_missing(answer) or answer == "":
         return None
     for letter in options:
@@ -811,9 +1025,10 @@ def judge(
     _check_forms(forms, end_of_think)
     right = _right_letter(answer, options)
     text = _response_text(text)
-    if think_first and end_of_think not in text:
+    end = text.find(end_of_think)
+    if think_first and end < 0:
         return Verdict(None, "truncated")
-    text = _cut_run_on(text, options, end_of_think)
+    text = _cut_after(text, options, end_of_think, end=end)
     if think_first:
         text = text.rpartition(end_of_think)[2]
     letter = _read_answer(text, options, forms)
@@ -897,7 +1112,7 @@ def measure_extraction_agreement(
         options = letter_options(options)
         theirs = theirs or None
         ours = judge(text, options, **how).letter
-        text = _cut_run_on(text, options, how.get("end_of_think", END_OF_THINK))
+        text = cut_run_on(text, options, how.get("end_of_think", END_OF_THINK))
         kind = _compare_letters(text, options, ours=ours, theirs=theirs)
         counts[kind] += 1
         if kind != "same":

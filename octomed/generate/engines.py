@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'KINDS', 'FORCED', 'Engine', 'make_sample', 'register_teacher', 'load_teacher', 'find_teacher_revision',
-           'begin_forced_exit', 'explain_no_room', 'explain_control_token', 'ChatPrompt', 'Likelihood', 'Scorer',
-           'split_pair', 'choose_likeliest']
+           'choose_end_mark', 'begin_forced_exit', 'explain_no_room', 'explain_control_token', 'ChatPrompt',
+           'Likelihood', 'Scorer', 'split_pair', 'choose_likeliest']
 
 # %% ../../nbs/generate/06_engines.ipynb #58328176
 import importlib
@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ..core.identity import Registry
 from ..core.paths import OctomedError
-from .prompts import END_OF_THINK
+from .prompts import END_OF_THINK, THINKING_MARKS
 from .samples import Request, Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/generate/06_engines.ipynb #3a252ac2
@@ -121,7 +121,13 @@ def find_teacher_revision(name: str) -> str:
     return "" if kind.startswith("openai") else at
 
 # %% ../../nbs/generate/06_engines.ipynb #cbdcbcdc
-FORCED = f"\n{END_OF_THINK}\n\n"  # appended to an unfinished thought
+FORCED = f"\n{END_OF_THINK}\n\n"  # appended to an unfinished thought that begins with <think>
+
+
+def choose_end_mark(text: str) -> str:
+    "The mark that ends the thought which a response has begun; `</think>` where it names none."
+    begun = [end for start, end in THINKING_MARKS.values() if start in text]
+    return begun[-1] if begun else END_OF_THINK
 
 
 def begin_forced_exit(
@@ -129,11 +135,12 @@ def begin_forced_exit(
     finish: str,  # how it ended
     sampling: Sampling,
 ) -> str | None:  # what the response is continued from; None if it needs no second pass
-    "The beginning of a second pass, if one is due."
-    unfinished = finish == "length" and END_OF_THINK not in text
+    "The beginning of a second pass, if one is due: the thought is ended by its model's own mark."
+    end_of_think = choose_end_mark(text)
+    unfinished = finish == "length" and end_of_think not in text
     if not sampling.answer_tokens or not unfinished:
         return None
-    return text.rstrip() + FORCED
+    return f"{text.rstrip()}\n{end_of_think}\n\n"
 
 # %% ../../nbs/generate/06_engines.ipynb #441beccd
 def explain_no_room(size: int) -> str:  # prompt tokens

@@ -20,6 +20,7 @@ from .ledger import Ledger, draw_samples
 from octomed.generate.prompts import (
     END_OF_THINK,
     Template,
+    drop_thinking,
     format_question,
     load_template,
     make_prompt_key,
@@ -79,7 +80,7 @@ def read_tag(
     name: str,  # of the tag
 ) -> str | None:  # None if there is no tag, or if the tags disagree
     "The content of the tags of this name after the thinking, in lower case with single blanks."
-    after = text.rpartition(END_OF_THINK)[2]
+    after = drop_thinking(text)
     contents = re.findall(rf"<{name}>([^<]*)</{name}>", after, re.I)
     different = {" ".join(content.split()).casefold() for content in contents}
     return different.pop() if len(different) == 1 else None

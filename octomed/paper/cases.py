@@ -385,8 +385,9 @@ def ask_open_questions(
         verdicts = judge_open_ended(
             [(q, q.answer_text, sample.text) for q, sample in pairs],
             common.grader,
-            think_first=True,
+            think_first=template.think_first,
             reasoning=False,
+            end_of_think=template.end_of_think,
         )
         for (q, sample), verdict in zip(pairs, verdicts, strict=True):
             rows.append(make_open_row(benchmark, q, sample, status=verdict.status))

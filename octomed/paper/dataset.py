@@ -651,11 +651,14 @@ def score_parts(
 ) -> list[dict]:
     """Images with and without a twin: score, and score at the classes of the whole test set.
 
-    Classes that a part lacks are left out of both. Distinct images are resampled in each class.
+    Classes that a part lacks are left out of both; without a class in common there are no rows.
+    Distinct images are resampled in each class.
     """
     labels, kinds = np.array([q.answer_text for q in test]), np.array(kinds)
     parts = {"same pixels": kinds == "same pixels", "no twin": kinds == "no twin"}
     common = set.intersection(*(set(labels[inside]) for inside in parts.values()))
+    if not common:
+        return []
     shares = {str(label): float((labels == label).mean()) for label in sorted(common)}
     rng, rows = np.random.default_rng(0), []
     draws = [draw_images([q.images[0] for q in test], labels, rng=rng) for _ in range(n)]

@@ -259,10 +259,18 @@ def grade_unread(
     asked = []
     for evaluated, run in iterate_runs(wanted, rows):
         asked += find_unread(evaluated, run)
-    for thinks in (True, False):
-        own = [item for item in asked if item[4].think_first == thinks]
+    thinking = [(item[4].think_first, item[4].end_of_think) for item in asked]
+    for think_first, end_of_think in dict.fromkeys(thinking):
+        ways = zip(asked, thinking, strict=True)
+        own = [item for item, way in ways if way == (think_first, end_of_think)]
         shown = [(q, f"{q.answer}: {q.answer_text}", text) for _, _, q, text, _ in own]
-        verdicts = judge_open_ended(shown, grader, thinks, reasoning=False)
+        verdicts = judge_open_ended(
+            shown,
+            grader,
+            think_first=think_first,
+            reasoning=False,
+            end_of_think=end_of_think,
+        )
         for (row, run, *_), verdict in zip(own, verdicts, strict=True):
             row["statuses"][run] = verdict.status
     return type(results)(results.common, rows)

@@ -11,6 +11,7 @@ __all__ = ['FAMILIES', 'REASONING', 'MARGIN', 'IN_WORDS', 'BUILT_SMALL', 'ON', '
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ..core.paths import UsageError
 from ..core.recipe import CATEGORIES, Recipe
 from ..core.workers import run_all
 from ..evaluate.arms import Arm, declare_stages, declare_warm_up, schedule_of
@@ -157,21 +158,37 @@ def scope(recipe: Recipe) -> Recipe:
 
 # %% ../../nbs/paper/54_families.ipynb #e5092358
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
-    "The first benchmark of each category."
-    return tuple(
-        next(b for b in recipe.common.benchmarks if category_of(b) == category)
-        for category in CATEGORIES
-    )
+    "The first benchmark of each category. Raises `UsageError` for a category without any."
+    first = {}
+    for name in recipe.common.benchmarks:
+        first.setdefault(category_of(name), name)
+    lacking = [category for category in CATEGORIES if category not in first]
+    if lacking:
+        raise UsageError(
+            f"{recipe.place('common', 'benchmarks')}: 54_families needs a benchmark of "
+            f"{lacking[0]}: add one under benchmarks: in common"
+        )
+    return tuple(first[category] for category in CATEGORIES)
 
 # %% ../../nbs/paper/54_families.ipynb #4f495602
 def declare_bases(recipe: Recipe) -> dict[str, Arm]:
     """Name → the arm whose student is the base.
 
-    There is an instruct base of each family, and one of InternVL that was taught to reason.
+    There is an instruct base of each family, and one of InternVL that was taught to reason. Raises
+    `UsageError` for a recipe without warm-up, since a base is a student that was warmed up.
     """
     own = recipe.scalars("54_families")
     chosen = [family.strip() for family in own["families"].split(",")]
     warm = declare_warm_up(recipe, own["warm"], own["warm_epochs"])
+    if warm is None:
+        where = recipe.place("54_families", "warm")
+        raise UsageError(f"{where}: warm of 54_families must be at least 1, not 0")
+    unknown = [family for family in chosen if family not in FAMILIES]
+    if unknown:
+        where = recipe.place("54_families", "families")
+        raise UsageError(
+            f"{where}: 54_families knows no family {unknown[0]}: choose from {', '.join(FAMILIES)}"
+        )
     reasoning = {family: replace(warm, student=FAMILIES[family]) for family in chosen}
     every = {
         family: replace(arm, form="direct", compute_of=arm) for family, arm in reasoning.items()

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
            'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
-           'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'export',
-           'StageOptions', 'TrainingOptions', 'show', 'show_default', 'show_example', 'check', 'completion', 'plan',
-           'RunOptions', 'check_run_options', 'submit_jobs', 'run', 'status', 'report', 'sources', 'judge',
-           'write_near', 'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts',
-           'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate',
-           'print_next', 'llamafactory', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8',
+           'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords',
+           'Tracker', 'StudentName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show', 'show_default',
+           'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs',
+           'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports', 'show_reports',
+           'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
+           'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
+           'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8',
            'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error',
            'describe_error', 'discard_output', 'main']
 
@@ -169,6 +170,14 @@ def plan(recipe: RecipeName, /, *, only: SectionNames = None, json: Json = False
         show(planned, as_json=True)
     else:
         print(planned)
+
+# %% ../../nbs/run/25_cli.ipynb #5c4e3a01
+@app.command(help_epilogue=show_example("schema > schema.json"))
+def schema():
+    "Print the JSON Schema of recipes, with which editors complete and check them."
+    from octomed.run.recipe_schema import make_recipe_schema
+
+    show(make_recipe_schema(), as_json=True)
 
 # %% ../../nbs/run/25_cli.ipynb #f5e94a16
 @Parameter(name="*")
@@ -381,21 +390,69 @@ AgainstFiles = Annotated[
 NearFile = Annotated[
     str | None, Parameter(help="Write near copies that these rules keep, to judge by eye.")
 ]
+NEAR_ROWS = 10_000  # rows of both sides up to which near copies are looked for unasked
 
 
-def write_near(path: str, pairs, n: int):
-    "Write the near copies that the exact rules keep, and warn of them."
+def _is_small(train: str, bench: str, report) -> bool:
+    "Whether near copies of a pair are found within seconds, and its files can be read again."
+    from octomed.data.row_files import list_row_files
+
+    files = [*(list_row_files(train) or ()), *(list_row_files(bench) or ())]
+    return report.rows + report.bench_rows <= NEAR_ROWS and all(file.is_file() for file in files)
+
+
+def _warn_of_unread(unread: dict):
+    "Say how many rows have pictures that were not compared."
+    for name, rows in unread.items():
+        if rows:
+            first = min(rows)
+            print(
+                f"octomed: {name}: the pictures of {len(rows):,} rows were not compared as near "
+                f"copies; row {first + 1}: {rows[first]}",
+                file=sys.stderr,
+            )
+
+# %% ../../nbs/run/25_cli.ipynb #5e13d002
+def report_near_copies(
+    reports: dict,  # (training set, benchmark) → report
+    path: str | None,  # a file for them; None only counts those of small sets
+):
+    "Warn of the near copies that the exact rules keep."
     from octomed.core.files import write_jsonl
     from octomed.data.near_duplicates import list_near_sets
 
-    rows = list_near_sets(pairs, n)
-    write_jsonl(path, rows)
+    asked = {pair: report for pair, report in reports.items() if path or _is_small(*pair, report)}
+    rows, unread = list_near_sets(asked)
+    if path:
+        write_jsonl(path, rows)
+        _warn_of_unread(unread)
     if rows:
+        way = f"read them in {path} and decide which to drop" if path else "--near FILE lists them"
         print(
-            f"{len(rows):,} kept rows are near copies of a benchmark item: "
-            f"read them in {path} and decide which to drop",
+            f"octomed: {len(rows):,} kept rows are near copies of a benchmark item: {way}",
             file=sys.stderr,
         )
+    elif len(asked) < len(reports):
+        print("octomed: near copies were not looked for: --near FILE lists them", file=sys.stderr)
+
+# %% ../../nbs/run/25_cli.ipynb #5e13d003
+PageFile = Annotated[str | None, Parameter(help="Write the report as one page.")]
+DropsFile = Annotated[
+    str | None, Parameter(help="Write every drop with its reason and matched words.")
+]
+
+
+def write_reports(reports: dict, html: str | None, drops: str | None):
+    "Write the page and the drops of a decontamination, and say what was odd in its rows."
+    from octomed.core.files import write_jsonl
+    from octomed.data.decontaminate_report import list_drops, list_oddities, write_page
+
+    if html:
+        write_page(reports, html)
+    if drops:
+        write_jsonl(drops, list_drops(reports))
+    for oddity in list_oddities(reports):
+        print(f"octomed: {oddity}", file=sys.stderr)
 
 # %% ../../nbs/run/25_cli.ipynb #25c11a01
 def show_reports(reports: dict):
@@ -420,17 +477,13 @@ def decontaminate(
     no_punctuation: Annotated[bool, Parameter(help="Compare letters and digits only.")] = False,
     json: Json = False,
     recipe: Plugins = "smoke",
-    html: Annotated[str | None, Parameter(help="Write the report as one page.")] = None,
-    drops: Annotated[
-        str | None, Parameter(help="Write every drop with its reason and matched words.")
-    ] = None,
+    html: PageFile = None,
+    drops: DropsFile = None,
     near: NearFile = None,
 ):
     "Find training questions that share words, or a whole stem, with a benchmark."
-    from octomed.core.files import write_jsonl
     from octomed.core.recipe import load_recipe
     from octomed.data.decontaminate_files import count_pairs, decontaminate_sets
-    from octomed.data.decontaminate_report import list_drops, list_oddities, write_page
     from octomed.data.row_files import list_row_files
     from octomed.data.sources import SOURCES
 
@@ -440,18 +493,12 @@ def decontaminate(
         if file and Path(file).is_dir():
             raise UsageError(f"{file} is a folder: name a file in it")
     reports = decontaminate_sets(train, against, n=n, punctuation=not no_punctuation)
-    if html:
-        write_page(reports, html)
-    if drops:
-        write_jsonl(drops, list_drops(reports))
-    if near:
-        write_near(near, reports, n=n)
-    for oddity in list_oddities(reports):
-        print(f"octomed: {oddity}", file=sys.stderr)
+    write_reports(reports, html, drops)
     if json:
         show(count_pairs(reports), as_json=True)
     else:
         show_reports(reports)
+    report_near_copies(reports, near)
 
 # %% ../../nbs/run/25_cli.ipynb #9425641e
 @app.command(help_epilogue=show_example("bench images --small"))
@@ -747,6 +794,45 @@ def llamafactory(
     row = write_export(arm, common, out, devices=devices, per_device=per_device)
     show([row], as_json=options.json)
     print_next(f"`cd {out} && llamafactory-cli train train.yaml` trains")
+
+# %% ../../nbs/run/25_cli.ipynb #26b10001
+@export.command(help_epilogue=show_example("export samples medqa:train --samples 16 --out all"))
+def samples(
+    *sources: Sources,
+    out: OutFolder,
+    format: Annotated[Literal["jsonl", "parquet"], Parameter(help="Of the rows.")] = "jsonl",
+    options: StageOptions = StageOptions(),
+):
+    "All samples that distill drew, right or wrong, with gold and verdict."
+    from octomed.run.export_samples import export_samples
+
+    arm, common = declare_arm(sources, options)
+    show([export_samples(arm, common, out, form=format)], as_json=options.json)
+    print_next(f"samples.{format} has a row for each sample; images lie in images/")
+
+
+PREFERENCES = "export preferences medqa:train --samples 16 --format trl --out pairs"
+
+
+@export.command(help_epilogue=show_example(PREFERENCES))
+def preferences(
+    *sources: Sources,
+    out: OutFolder,
+    format: Annotated[Literal["trl", "llamafactory"], Parameter(help="Whose format.")] = "trl",
+    pairs: Annotated[CountOrZero, Parameter(help="Most pairs of a question; 0: all.")] = 0,
+    student: Annotated[str, Parameter(help="Base student; default: the recipe's.")] = "",
+    options: StageOptions = StageOptions(),
+):
+    "Pairs of a right and a wrong sample of one question."
+    from dataclasses import replace
+
+    from octomed.evaluate.arms import schedule_of
+    from octomed.run.export_samples import export_preferences
+
+    arm, common = declare_arm(sources, options)
+    arm = replace(arm, student=student, schedule=schedule_of(common, 1.0))
+    row = export_preferences(arm, common, out, form=format, most=pairs)
+    show([row], as_json=options.json)
 
 # %% ../../nbs/run/25_cli.ipynb #69525cf2
 @dataclass(frozen=True)

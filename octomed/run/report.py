@@ -21,6 +21,7 @@ from ..core.files import atomic_write
 from ..core.paths import OctomedError, checkout, outputs_dir, shipped_results
 from ..core.recipe import Recipe, load_recipe
 from ..evaluate.stats import find_odd_overalls
+from ..evaluate.tables import describe_sampling
 from .diagnostics import diagnose
 from octomed.run.sections import (
     Section,
@@ -267,18 +268,11 @@ def _notes(
 
 # %% ../../nbs/run/17_report.ipynb #5c2e0a30
 def describe_scoring(section: Section, recipe: Recipe) -> str:
-    "A caption for a table of scores: split, prompt, pixels and sampling, by the recipe."
-    common, forms = recipe.common, ["cot"]
-    if section.module is not None:
-        forms = sorted({arm.form for arm in read_arms(section, recipe).arms.values()})
-    limit = f"{common.benchmark_limit:,}" if common.benchmark_limit else "all"
-    return (
-        f"Each benchmark is named with its split, of which {limit} questions are asked; "
-        f"prompt {', '.join(forms) or 'cot'}; images of at most {common.max_pixels:,} pixels; "
-        f"temperature {common.temperature}, top-p {common.top_p}, at most {common.max_tokens:,} "
-        f"tokens and {common.answer_tokens:,} more after a forced exit. A section may give "
-        "other values, which its parameters show."
-    )
+    "A caption for a table of scores: split, prompt, pixels and sampling, as the section uses them."
+    if section.module is None:
+        return describe_sampling(recipe.common, {})
+    asked = read_arms(section, recipe)
+    return describe_sampling(asked.recipe.common, asked.arms)
 
 # %% ../../nbs/run/17_report.ipynb #c7a7e013
 def _gather(section: Section, recipe: Recipe, name: str) -> dict | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.files import write_json, write_jsonl
 from ..core.identity import Registry, seed_for, split_revision
-from ..core.paths import OctomedError
+from ..core.paths import OctomedError, UsageError
 from ..core.recipe import Common
 from ..core.store import ExternalInput, stage
 from ..generate.models import open_model, open_processor
@@ -244,11 +244,12 @@ def register_student(
 def find_base_student(common: Common):  # a stage, a folder as an input, or a hub id as text
     """The base student of a recipe; a relative folder is one of the current folder.
 
-    Raises `OctomedError` for a clinic name that nobody registered."""
+    Raises `UsageError` for a name that looks registered, such as clinic/…, and is not."""
     if common.student in STUDENTS:
         return STUDENTS[common.student](common)
-    if common.student.startswith("clinic/"):
-        raise OctomedError(
+    prefix = common.student.split("/")[0]
+    if prefix in ("clinic", *(name.split("/")[0] for name in STUDENTS)):
+        raise UsageError(
             f"no student is registered as {common.student}: choose from "
             f"{', '.join(sorted(STUDENTS))}, and name its plugin in the recipe"
         )
