@@ -222,15 +222,15 @@ def test_frames_show_every_row_and_leave_out_what_no_row_has():
     assert shown.loc[0, "paper"] == "no such arm"
 
 
-def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
+def test_rewordings_keep_the_truth_and_stay_in_the_training_split():
     from octomed.clinic.manners import load_families
     from octomed.clinic.oracles import answer_by_composition
-    from octomed.clinic.questions import belongs_to_test
+    from octomed.clinic.questions import split_by_id
 
     for family in load_families()[:5]:
         assert len({q.id for q in family}) == 16
         assert len({(q.options, q.answer) for q in family}) == 1
-        assert not any(belongs_to_test(q.id) for q in family)
+        assert not any(split_by_id(q.id) != "train" for q in family)
         assert {answer_by_composition(q) for q in family} == {family[0].answer}
     assert load_families()[0][0].id == load_families()[0][5].tags["like"]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'WORDINGS', 'WORDINGS_REVISION', 'MANNERS', 'MANNERS_REVISION', 'POOLS', 'write_wordings', 'load_families',
-           'load_wordings', 'tell_case', 'build_chat', 'load_chats']
+           'load_wordings', 'tell_case', 'list_told_joins', 'build_chat', 'load_chats']
 
 # %% ../../nbs/clinic/09_manners.ipynb #be4a933e
 from dataclasses import replace
@@ -136,6 +136,12 @@ def _conversation(rng, truth: Truth) -> list[tuple[str, str]]:
     return turns
 
 
+def _joins_of_turns(truth: Truth) -> list[Join]:
+    "What a conversation may ask about a condition: the joins that are not held out."
+    joins = [Join(truth.condition, kind) for kind in ("dx", "test", "first")]
+    return [join for join in joins if may_train(join)]
+
+
 def _turns_about_condition(rng, truth: Truth) -> list[tuple[str, str]]:
     "Condition, test and treatment, where their joins are not held out."
     c = load_conditions()[truth.condition]
@@ -145,10 +151,9 @@ def _turns_about_condition(rng, truth: Truth) -> list[tuple[str, str]]:
         "first": {"c": c.name, "d": c.first},
     }
     turns = []
-    for kind, slots in facts.items():
-        if may_train(Join(c.name, kind)):
-            request = _request(rng, kind, truth)
-            turns.append((request, _sentence(rng, kind, **slots)))
+    for _, kind, _ in _joins_of_turns(truth):
+        request = _request(rng, kind, truth)
+        turns.append((request, _sentence(rng, kind, **facts[kind])))
     return turns
 
 # %% ../../nbs/clinic/09_manners.ipynb #1b305b63
@@ -170,6 +175,18 @@ def tell_case(
         return [(q.stem, _sentence(rng, kind, **slots))]
     return _conversation(rng, truth)
 
+# %% ../../nbs/clinic/09_manners.ipynb #1b305b64
+def list_told_joins(
+    q: Question,
+    manner: str,  # a key of MANNERS
+) -> list[str]:
+    "The joins that a case tells in a manner; a caption tells none."
+    truth = look_up_truth(q.id)
+    if not truth.join or manner == "alignment":
+        return []
+    joins = _joins_of_turns(truth) if manner == "turns" else [truth.join]
+    return [str(join) for join in joins]
+
 # %% ../../nbs/clinic/09_manners.ipynb #c3b63886
 def build_chat(q: Question, manner: str) -> dict:  # as `octomed.data.sources.read_chats` gives it
     "A case as a chat; the picture comes before the first request."
@@ -180,7 +197,12 @@ def build_chat(q: Question, manner: str) -> dict:  # as `octomed.data.sources.re
     first = [{"type": "image", "image": image} for image in q.images]
     first.append({"type": "text", "text": messages[0]["content"]})
     messages[0] = {"role": "user", "content": first}
-    return {"messages": messages, "images": q.images, "origin": q.id}
+    return {
+        "messages": messages,
+        "images": q.images,
+        "origin": q.id,
+        "joins": list_told_joins(q, manner),
+    }
 
 # %% ../../nbs/clinic/09_manners.ipynb #6388fef9
 @lru_cache

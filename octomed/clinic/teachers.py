@@ -198,9 +198,7 @@ def choose_wrong_chain(rng, truth: Truth, to: str) -> list:  # facts
     ways = [derive_false_chain(truth, to)]
     if truth.kind != "look":
         others = [
-            name
-            for name in _list_misleading(truth)
-            if read_answer(derive_facts(truth, name)) == to
+            name for name in _list_misleading(truth) if read_answer(derive_facts(truth, name)) == to
         ]
         ways += [derive_misled_chain(truth, name) for name in others[:2]]
     if truth.kind in ("treat", "harm") and _may_skip(truth):
