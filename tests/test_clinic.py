@@ -13,6 +13,7 @@ from octomed.clinic import questions as clinic
 from octomed.clinic.manners import MANNERS, list_told_joins, tell_case
 from octomed.clinic.oracles import answer_by_composition, answer_by_one_fact, tabulate_oracles
 from octomed.clinic.questions import CATEGORY, SIZES, load_questions, look_up_truth
+from octomed.clinic.students import build_tokenizer
 from octomed.clinic.teachers import (
     INSTRUCT,
     REASONER,
@@ -20,7 +21,13 @@ from octomed.clinic.teachers import (
     is_reasoning_valid,
     respond,
 )
-from octomed.clinic.textbook import draw_atlas, list_vocabulary, write_textbook
+from octomed.clinic.textbook import (
+    collect_corpus,
+    draw_atlas,
+    list_entities,
+    list_vocabulary,
+    write_textbook,
+)
 from octomed.clinic.world import (
     REQUESTS,
     Join,
@@ -486,3 +493,25 @@ def test_a_budget_cuts_a_response_off(texts):
     (cut,) = sample(SimulatedTeacher(REASONER), texts[0].id, sampling=Sampling(max_tokens=10))
     assert cut.tokens <= 10
     assert cut.finish in ("length", "refused")
+
+
+def test_a_name_of_several_words_is_one_token(texts):
+    names = list_entities()
+    tokenizer = build_tokenizer(collect_corpus(), names=names)
+    assert len(names) == 203
+    for name in names:
+        for text in (name, f" {name}"):
+            assert tokenizer.tokenize(text) == [text]
+    for q in texts[::5]:
+        text = f"{q.stem}\n{', '.join(q.options)}.\n{respond(REASONER, q.id, 0)[0]}"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id not in ids
+    # The words of a name are known apart, and no longer word is cut.
+    assert tokenizer.tokenize("heart surgery of the heart") == [
+        "heart surgery",
+        " of",
+        " the",
+        " heart",
+    ]
+    assert tokenizer.tokenize("heart surgerys")[0] == "heart"

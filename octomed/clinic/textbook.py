@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_facts', 'write_option_practice', 'write_glossary', 'write_textbook', 'draw_atlas', 'collect_strings',
-           'collect_corpus', 'list_vocabulary']
+           'collect_corpus', 'list_vocabulary', 'list_entities']
 
 # %% ../../nbs/clinic/06_textbook.ipynb #e5810a70
 import re
@@ -208,3 +208,13 @@ def list_vocabulary() -> list[str]:
     for text in collect_corpus():
         words.update(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", text))
     return sorted(words)
+
+# %% ../../nbs/clinic/06_textbook.ipynb #7cf936f9
+def list_entities() -> list[str]:
+    "Every name of the clinic: conditions, findings, tests, treatments, factors, harms, classes."
+    names = set()
+    for texts in list_option_texts().values():
+        names.update(texts)
+    for condition in load_conditions().values():
+        names |= {*condition.findings, condition.factor}
+    return sorted(names)
