@@ -389,6 +389,21 @@ def build_textbook_rows(
 # %% ../../nbs/clinic/10_students.ipynb #fb1691cf
 READING = Schedule(batch=16, lr=2e-3, warmup=0.05, weight_decay=0.01)
 
+# %% ../../nbs/clinic/10_students.ipynb #4932df93
+def _build_for_clinic(size: str, seed: int, max_pixels: int, family: str):
+    "(model, processor) that know every word and name of the clinic, and have read nothing."
+    from octomed.clinic.textbook import collect_corpus, list_entities
+    from octomed.generate.prompts import load_template
+
+    return build_student(
+        [*collect_corpus(), load_template("cot").text, load_template("direct").text],
+        SIZES[size],
+        seed,
+        max_pixels=max_pixels,
+        family=family,
+        names=list_entities(),
+    )
+
 # %% ../../nbs/clinic/10_students.ipynb #4932df94
 @stage
 def base(out, size, tokens, seed, max_pixels, world, family="qwen2_5_vl"):
@@ -399,25 +414,11 @@ def base(out, size, tokens, seed, max_pixels, world, family="qwen2_5_vl"):
     import torch
     from transformers import logging
 
-    from octomed.clinic.textbook import (
-        collect_corpus,
-        draw_atlas,
-        list_entities,
-        write_textbook,
-    )
-    from octomed.generate.prompts import load_template
+    from octomed.clinic.textbook import draw_atlas, write_textbook
 
     logging.disable_progress_bar()
     torch.manual_seed(seed_for("base", seed))
-    texts = [*collect_corpus(), load_template("cot").text, load_template("direct").text]
-    model, processor = build_student(
-        texts,
-        SIZES[size],
-        seed,
-        max_pixels=max_pixels,
-        family=family,
-        names=list_entities(),
-    )
+    model, processor = _build_for_clinic(size, seed, max_pixels, family=family)
     model = model.to(device())
     pictures = draw_atlas(seed, max_pixels=max_pixels)
     rows = build_textbook_rows(
