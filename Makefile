@@ -80,6 +80,7 @@ soak: install
 	$(BIN)/python tests/soak/llamafactory.py
 	$(BIN)/python tests/soak/lm_eval.py
 	$(BIN)/python tests/soak/answers.py
+	$(BIN)/python tests/soak/near_duplicates.py
 	$(BIN)/python tests/soak/real_model.py
 	$(BIN)/python tests/soak/slurm.py
 	$(BIN)/python tests/soak/resolve.py

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,9 @@ def test_unknown_section(capsys, tmp_path):
     (tmp_path / "r.yaml").write_text("sections: {}", encoding="utf-8")
     code, _, err = call(capsys, "run", tmp_path / "r.yaml", "--only", "42_formatting")
     assert code == 2 and "recipe r has no section 42_formatting" in err
+    for command in ("run", "plan"):
+        code, _, err = call(capsys, command, "smoke", "--only", ",")
+        assert code == 2 and "--only , names no section" in err
 
 
 @pytest.mark.parametrize(
@@ -753,7 +757,7 @@ def test_a_full_disk_under_the_output_is_one_sentence(tmp_path, line):
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     jsonl(tmp_path / "a.jsonl", *[ROW] * 20_000)
-    command = f"{sys.executable} -m octomed judge a.jsonl | head -1"
+    command = f"{shlex.quote(sys.executable)} -m octomed judge a.jsonl | head -1"
     done = subprocess.run(
         ["sh", "-c", command],
         cwd=tmp_path,
@@ -769,7 +773,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     ("redirection", "code"), [(">&-", 2), ("2>&-", 2), ("2>/dev/null", 2), (">&- 2>&-", 2)]
 )
 def test_a_closed_stream_changes_no_exit_code(tmp_path, redirection, code):
-    command = f"{sys.executable} -m octomed run nothing {redirection}"
+    command = f"{shlex.quote(sys.executable)} -m octomed run nothing {redirection}"
     environment = {**os.environ, "PYTHONPATH": str(root())}
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == code
@@ -818,7 +822,7 @@ def test_outputs_under_a_file_are_one_sentence(capsys, monkeypatch, tmp_path, re
 def test_a_folder_that_is_gone_is_one_sentence(tmp_path):
     (tmp_path / "gone").mkdir()
     program = "import sys; from octomed.run.cli import main; sys.exit(main())"
-    command = f"cd gone && rmdir ../gone && {sys.executable} -c '{program}' plan smoke"
+    command = f"cd gone && rmdir ../gone && {shlex.quote(sys.executable)} -c '{program}' plan smoke"
     environment = {**os.environ, "PYTHONPATH": str(root())}
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 1

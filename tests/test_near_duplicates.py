@@ -111,7 +111,7 @@ def test_the_command_writes_near_copies_and_warns(tmp_path, capsys):
     decontaminate(train, "--against", bench, "--near", str(out))
     [row] = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     assert (row["row"], row["item"], row["kind"]) == (1, 1, "words")
-    assert "1 kept rows are near copies" in capsys.readouterr().err
+    assert "1 kept row is a near copy" in capsys.readouterr().err
 
 
 def test_small_sets_are_looked_through_unasked_and_large_ones_say_how(
@@ -122,7 +122,7 @@ def test_small_sets_are_looked_through_unasked_and_large_ones_say_how(
     train = write_rows(tmp_path / "train.jsonl", {"question": RETOLD})
     bench = write_rows(tmp_path / "bench.jsonl", {"question": CASE})
     decontaminate(train, "--against", bench)
-    assert "1 kept rows are near copies of a benchmark item: --near" in capsys.readouterr().err
+    assert "1 kept row is a near copy of a benchmark item: --near" in capsys.readouterr().err
     monkeypatch.setattr(cli, "NEAR_ROWS", 1)
     decontaminate(train, "--against", bench)
     assert "near copies were not looked for" in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_pictures_of_files_are_compared_and_those_that_are_gone_are_counted(tmp_
         (1, 1, "same picture"),
     ]  # the nearest first
     errors = capsys.readouterr().err
-    assert "the pictures of 1 rows were not compared" in errors and "row 3" in errors
+    assert "the pictures of 1 row were not compared" in errors and "row 3" in errors
 
 
 def test_parts_without_a_class_in_common_have_no_scores():
@@ -168,3 +168,21 @@ def test_parts_without_a_class_in_common_have_no_scores():
     test = [SimpleNamespace(answer_text=label, images=[label]) for label in ("glioma", "normal")]
     assert score_parts(np.array([1.0, 0.0]), test, ["same pixels", "no twin"]) == []
     assert score_parts(np.array([1.0, 0.0]), test, ["no twin", "no twin"]) == []
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "https://bucket.example/a.png?signature=" + "a" * 400,
+        "a" * 600,
+        "a\0b.png",
+        ".",
+        "",
+    ],
+)
+def test_a_picture_that_no_file_can_be_costs_nothing_but_its_comparison(tmp_path, capsys, image):
+    train = write_rows(tmp_path / "t.jsonl", {"question": "What is shown?", "image": image})
+    bench = write_rows(tmp_path / "b.jsonl", {"question": "Who is it?"})
+    decontaminate(train, "--against", bench, "--near", str(tmp_path / "near.jsonl"))
+    assert (tmp_path / "near.jsonl").read_text(encoding="utf-8") == ""
+    assert ("pictures of 1 row " in capsys.readouterr().err) == bool(image)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -678,7 +679,8 @@ def test_the_time_left_follows_the_run():
 
 def test_a_run_goes_on_when_nobody_reads_it_any_more(world):
     world.section("1_a").section("2_b")
-    command = f"{sys.executable} -m octomed run {world.recipe} 2>&1 | head -1"
+    run = shlex.join([sys.executable, "-m", "octomed", "run", str(world.recipe)])
+    command = f"{run} 2>&1 | head -1"
     environment = {"PYTHONPATH": str(root()), "OCTOMED_NOTEBOOKS": str(world.nbs)}
     subprocess.run(
         ["sh", "-c", command], env={**os.environ, **environment}, capture_output=True, check=True

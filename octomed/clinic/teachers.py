@@ -11,7 +11,7 @@ __all__ = ['SPEECH_REVISION', 'REASONER', 'INSTRUCT', 'Teacher', 'is_hard', 'com
 # %% ../../nbs/clinic/07_teachers.ipynb #50ad560f
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import ClassVar
 
@@ -32,6 +32,7 @@ from octomed.clinic.world import (
     load_conditions,
     load_harms,
     load_knowledge,
+    may_train,
     pick,
     pick_several,
     read_answer,
@@ -47,7 +48,7 @@ from ..generate.samples import Request, Sample, Sampling, derive_sample_seed
 
 # %% ../../nbs/clinic/07_teachers.ipynb #0c2902d1
 # Declared by hand: a change of what a teacher says needs a new one.
-SPEECH_REVISION = "26bf614f51f9915d"
+SPEECH_REVISION = "2e761b3b548ff7f1"
 
 # %% ../../nbs/clinic/07_teachers.ipynb #e16a9437
 @dataclass(frozen=True)
@@ -171,19 +172,39 @@ def derive_skipped_chain(truth: Truth) -> list:  # facts
         facts.append(("harm", {"d": drug, "h": load_harms()[drug]}))
     return facts
 
+# %% ../../nbs/clinic/07_teachers.ipynb #addb7b2d
+def _may_state(truth: Truth, stated: Truth) -> bool:
+    "May an error on a question reason by the join of another truth?"
+    return may_train(stated.join) or not may_train(truth.join)
+
+
+def _list_misleading(truth: Truth) -> list[str]:
+    "Conditions from which an error may reason in place of the right one."
+    names = []
+    for c in load_conditions().values():
+        stated = replace(truth, condition=c.name, forbidden=c.factor == truth.factor)
+        if c.name != truth.condition and _may_state(truth, stated):
+            names.append(c.name)
+    return names
+
+
+def _may_skip(truth: Truth) -> bool:
+    "May an error on a question get the factor wrong?"
+    return _may_state(truth, replace(truth, forbidden=not truth.forbidden))
+
 # %% ../../nbs/clinic/07_teachers.ipynb #494188c5
 def choose_wrong_chain(rng, truth: Truth, to: str) -> list:  # facts
     "A chain that ends on the wrong option `to`, by one of the errors that can lead there."
     ways = [derive_false_chain(truth, to)]
     if truth.kind != "look":
         others = [
-            name
-            for name in load_conditions()
-            if name != truth.condition and read_answer(derive_facts(truth, name)) == to
+            name for name in _list_misleading(truth) if read_answer(derive_facts(truth, name)) == to
         ]
         ways += [derive_misled_chain(truth, name) for name in others[:2]]
-    if truth.kind in ("treat", "harm") and read_answer(derive_skipped_chain(truth)) == to:
-        return derive_skipped_chain(truth)
+    if truth.kind in ("treat", "harm") and _may_skip(truth):
+        skipped = derive_skipped_chain(truth)
+        if read_answer(skipped) == to:
+            return skipped
     return pick(rng, ways)
 
 # %% ../../nbs/clinic/07_teachers.ipynb #66079d9e
@@ -193,9 +214,9 @@ def choose_lucky_chain(rng, truth: Truth) -> list:  # facts
         others = [cls for cls in CLASSES[truth.modality] if cls != truth.image]
         return [("look", {"k": pick(rng, others)})]
     findings = set(load_conditions()[truth.condition].shows)
-    others = [c for c in load_conditions().values() if c.name != truth.condition]
-    near = [c.name for c in others if set(c.shows) & findings]
-    return derive_misled_chain(truth, pick(rng, near or sorted(c.name for c in others)))
+    others = _list_misleading(truth)
+    near = [name for name in others if set(load_conditions()[name].shows) & findings]
+    return derive_misled_chain(truth, pick(rng, near or sorted(others)))
 
 # %% ../../nbs/clinic/07_teachers.ipynb #2344596c
 def speak(rng, key: str, **slots) -> str:  # a sentence

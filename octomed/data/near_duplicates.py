@@ -291,8 +291,11 @@ def _pair_stems(rows: list, pictures: bool) -> list[tuple]:
 # %% ../../nbs/data/15_near_duplicates.ipynb #a5e0f3d3
 def _locate(image, folder: Path):
     "A picture's place, seen from the folder of its file if it lies there."
-    beside = folder / image if isinstance(image, str) and len(image) < 1024 else None
-    return beside if beside and beside.is_file() else image
+    try:
+        beside = folder / image if isinstance(image, str) else None
+        return beside if beside and beside.is_file() else image
+    except OSError:  # a name that no file can have, such as a long address
+        return image
 
 
 def read_near_rows(

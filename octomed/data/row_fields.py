@@ -370,13 +370,17 @@ def _keep_strongest(pictures: list[str]) -> tuple[str, ...]:
     return tuple(contents or pictures)
 
 
+def _find_unknown_keys(row: dict) -> tuple[str, ...]:
+    "The keys that are not known and hold what looks like a picture."
+    others = sort_keys(tuple(row)).others
+    return tuple(key for key in others if looks_like_picture(row[key]))
+
+
 def read_pictures(row: dict) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The pictures of a row, and the unknown keys under which some of them lie.
 
     A place counts only without the content, and an id only without either. Raises `ValueError`."""
-    keys = sort_keys(tuple(row))
-    unknown = tuple(key for key in keys.others if looks_like_picture(row[key]))
-    pictures = []
+    keys, unknown, pictures = sort_keys(tuple(row)), _find_unknown_keys(row), []
     for key in (*keys.pictures, *unknown):
         if not (pictures and key in keys.pictures and _rank_key(key)):
             pictures += identify_pictures(row[key], key)
@@ -407,12 +411,10 @@ def gather_pictures(
     row: dict,
 ) -> list:  # bytes, paths, or image objects
     "The pictures of a row, to be opened; those that only have an id are left out."
-    keys = sort_keys(tuple(row))
-    unknown = [key for key in keys.others if looks_like_picture(row[key])]
+    places = [key for key in sort_keys(tuple(row)).pictures if not _rank_key(key)]
     pictures = []
-    for key in (*keys.pictures, *unknown):
-        if not (key in keys.pictures and _rank_key(key)):
-            pictures += _list_values(row[key])
+    for key in (*places, *_find_unknown_keys(row)):
+        pictures += _list_values(row[key])
     contents = [picture for picture in pictures if not isinstance(picture, str)]
     return contents or pictures
 

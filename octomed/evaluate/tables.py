@@ -8,6 +8,7 @@ __all__ = ['BESIDE', 'tabulate_scores', 'rows_at_chance', 'describe_sampling', '
 # %% ../../nbs/evaluate/06_tables.ipynb #fa989a5b
 import textwrap
 from functools import partial
+from itertools import product
 
 # %% ../../nbs/evaluate/06_tables.ipynb #516406ce
 import numpy as np
@@ -88,13 +89,20 @@ def _score_place(results: Results, arm: str, where: str) -> dict:
 def tabulate_scores(
     results: Results,
     paper: dict | None = None,  # (arm, benchmark or category) → the paper's accuracy, 0–1
+    joins: tuple[str, ...] = (
+        "all",
+    ),  # parts of the benchmarks, of `octomed.evaluate.results.JOINS`
 ) -> list[dict]:
     "The rows of a section's results, in the contract of the results file."
     paper = paper or {}
     rows = []
-    for arm in results.rows:
-        for where in _places(results):
-            rows.append(_score_place(results, arm, where) | {"paper": paper.get((arm, where))})
+    for part in joins:
+        taken = results.take_joins(part)
+        places = _places(taken) if part == "all" or taken.benchmarks else []
+        for arm, where in product(taken.rows, places):
+            row = _score_place(taken, arm, where) | {"joins": part}
+            of_paper = paper.get((arm, where)) if part == "all" else None
+            rows.append(row | {"paper": of_paper})
     return rows
 
 # %% ../../nbs/evaluate/06_tables.ipynb #11f9a5d2
@@ -136,6 +144,7 @@ def _shown_row(row: dict) -> dict:
     return {
         "arm": row["arm"],
         "benchmark": benchmark,
+        "joins": None if row.get("joins", "all") == "all" else row["joins"],
         "n": row["n"],
         "runs": row["seeds"],
         "accuracy": _per_cent(row["accuracy"]),
@@ -151,10 +160,10 @@ def describe_sampling(
 ) -> str:
     "What stands beside a table of scores: split, prompt, pixels and sampling (paper §5)."
     limit = f"{common.benchmark_limit:,}" if common.benchmark_limit else "all"
-    forms = sorted({arm.form for arm in arms.values()})
+    forms = ", ".join(sorted({arm.form for arm in arms.values()}))
     return (
         f"Each benchmark is named with its split, of which {limit} questions are asked; "
-        f"prompt {', '.join(forms) or 'cot'}; images of at most {common.max_pixels:,} pixels; "
+        f"{f'prompt {forms}; ' if forms else ''}images of at most {common.max_pixels:,} pixels; "
         f"temperature {common.temperature}, top-p {common.top_p}, at most {common.max_tokens:,} "
         f"tokens and {common.answer_tokens:,} more after a forced exit."
     )
@@ -168,7 +177,7 @@ def show_rows(
     "The rows as a data frame, in per cent; a column that no row fills is left out."
     import pandas as pd
 
-    if common:
+    if common and rows:
         print(textwrap.fill(describe_sampling(common, arms or {}), 100))
     frame = pd.DataFrame(map(_shown_row, rows)).dropna(axis=1, how="all")
     with_gaps = frame.columns[frame.isna().any()]

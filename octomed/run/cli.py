@@ -405,9 +405,9 @@ def _warn_of_unread(unread: dict):
     "Say how many rows have pictures that were not compared."
     for name, rows in unread.items():
         if rows:
-            first = min(rows)
+            first, s = min(rows), "s" * (len(rows) > 1)
             print(
-                f"octomed: {name}: the pictures of {len(rows):,} rows were not compared as near "
+                f"octomed: {name}: the pictures of {len(rows):,} row{s} were not compared as near "
                 f"copies; row {first + 1}: {rows[first]}",
                 file=sys.stderr,
             )
@@ -427,9 +427,10 @@ def report_near_copies(
         write_jsonl(path, rows)
         _warn_of_unread(unread)
     if rows:
+        verb = "row is a near copy" if len(rows) == 1 else "rows are near copies"
         way = f"read them in {path} and decide which to drop" if path else "--near FILE lists them"
         print(
-            f"octomed: {len(rows):,} kept rows are near copies of a benchmark item: {way}",
+            f"octomed: {len(rows):,} kept {verb} of a benchmark item: {way}",
             file=sys.stderr,
         )
     elif len(asked) < len(reports):

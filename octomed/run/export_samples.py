@@ -28,6 +28,7 @@ from octomed.run.exports import (
     copy_images,
     escape_placeholders,
     export_card,
+    list_parts,
     new_folder,
     plain_messages,
 )
@@ -213,10 +214,8 @@ def _typed_messages(messages: list) -> list[dict]:
     "Chat messages with typed parts, where an image is a part without its picture."
     typed = []
     for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        typed.append({"role": message["role"], "content": list(map(_typed_part, content))})
+        content = list(map(_typed_part, list_parts(message)))
+        typed.append({"role": message["role"], "content": content})
     return typed
 
 

@@ -9,7 +9,6 @@ __all__ = ['sum_plans', 'Plans', 'compare_with_base', 'plan']
 from itertools import chain
 from pathlib import Path
 
-from ..core.paths import UsageError
 from ..core.recipe import Recipe, load_recipe
 from ..data.sources import remember_identities, replace_sources
 from .plan_hours import memory_rows, shape_or_none
@@ -17,7 +16,7 @@ from .plan_rates import RATES, is_built_here
 from .plan_sections import Demand, Plan, estimate_new, plan_section
 from .plan_sources import stand_for_missing
 from .plan_text import format_plan
-from .sections import find_sections, read_arms
+from .sections import check_has_sections, find_sections, read_arms
 
 # %% ../../nbs/run/10_plan.ipynb #0a1ecb9f
 def _assumptions(recipe: Recipe, on_devices: bool) -> list[str]:
@@ -149,8 +148,7 @@ def plan(
 
     Raises `UsageError` for a recipe without sections."""
     recipe, missing = load_recipe(name), stand_for_missing()
-    if not recipe.sections:
-        raise UsageError(f"recipe {recipe.name} runs no section: name some under sections:")
+    check_has_sections(recipe)
     with replace_sources(missing), remember_identities():
         plans = Plans(_plan_sections(recipe, notebooks, only))
         plans.beside = compare_with_base(recipe, plans, notebooks)

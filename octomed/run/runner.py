@@ -31,6 +31,7 @@ from .log import Log, Pace, format_span, machine_paths, redact, say_regularly
 from octomed.run.sections import (
     Section,
     SectionArms,
+    check_has_sections,
     find_sections,
     read_arms,
     read_json,
@@ -445,14 +446,10 @@ def _check_outputs(recipe: Recipe):
     raise place_error(OSError(code, os.strerror(code)), recipe_folder(recipe))
 
 
-def _check_recipe(name: str, recipe: Recipe, only, notebooks) -> list[Section]:
+def _check_recipe(recipe: Recipe, only, notebooks) -> list[Section]:
     "The sections to run. Raises `UsageError` for a recipe that cannot be run as it is."
     todo = find_sections(recipe, only, notebooks)
-    if not todo:
-        raise UsageError(
-            f"recipe {name} runs no section: name some under sections, "
-            "or use octomed distill, train and evaluate with it"
-        )
+    check_has_sections(recipe)
     for section in find_sections(recipe, None, notebooks):
         read_parameters(section, recipe)
     return todo
@@ -472,7 +469,7 @@ def run_recipe(
     Raises `UsageError` before anything is run, `SectionFailed` at the first section that fails."""
     fix_places()
     recipe, source = load_recipe(name), resolve_recipe(name)
-    todo = _check_recipe(name, recipe, only, notebooks=notebooks)
+    todo = _check_recipe(recipe, only, notebooks=notebooks)
     _check_outputs(recipe)
     started = time.time()
     with _stoppable(), _limited_to(minutes), _fresh_stages(fresh):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'NOTHING', 'RANGES', 'read_json', 'recipe_folder', 'reference_folder', 'notebooks_dir', 'resolve_recipe',
            'Interface', 'read_interface', 'Section', 'find_sections', 'read_declared', 'read_defaults', 'choose_range',
-           'read_parameters', 'SectionArms', 'read_arms']
+           'read_parameters', 'check_has_sections', 'SectionArms', 'read_arms']
 
 # %% ../../nbs/run/02_sections.ipynb #08072906
 import difflib
@@ -212,6 +212,8 @@ def find_sections(
     names = list(recipe.sections)
     if only:
         names = [name.strip() for name in only.split(",") if name.strip()]
+        if not names:
+            raise UsageError(f"--only {only} names no section: write one, such as 42_formatting")
         for name in names:
             recipe.scalars(name)
     sections = [Section(name, folder / f"{name}.ipynb") for name in sorted(set(names), key=_turn)]
@@ -300,6 +302,15 @@ def read_parameters(section: Section, recipe: Recipe) -> dict:
         _check_value(value, own[name], where=where)
         _check_range(name, value, own[name], where=where)
     return {**{name: parameter.value for name, parameter in own.items()}, **given}
+
+# %% ../../nbs/run/02_sections.ipynb #2a5e0a03
+def check_has_sections(recipe: Recipe):
+    "Raises `UsageError` for a recipe that names no section."
+    if not recipe.sections:
+        raise UsageError(
+            f"recipe {recipe.name} runs no section: name some under sections:, "
+            "or use octomed distill, train and evaluate with it"
+        )
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0016
 @dataclass(frozen=True)
