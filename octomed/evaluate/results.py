@@ -22,7 +22,7 @@ from ..core.store import Stage, run_stage
 from ..core.workers import run_all
 from ..data.sources import find_source
 from .arms import Arm, declare_evaluation, list_read_joins
-from .evaluate import score_runs
+from .evaluate import READINGS, score_runs, take_likelihoods
 
 # %% ../../nbs/evaluate/04_results.ipynb #cc833084
 def scope_recipe(
@@ -167,6 +167,27 @@ def _take_part(by_seed: list[list[dict]], joins: str, read) -> list[list[dict]]:
     return [
         [row for row in rows if tell_part(row.get("tags", {}), read) == joins] for rows in by_seed
     ]
+
+# %% ../../nbs/evaluate/04_results.ipynb #4ead0006
+@patch
+def take_reading(
+    self: Results,
+    reading: str,  # one of READINGS
+) -> Results:
+    """The same results, read in one of the two ways.
+
+    Raises `UsageError` for an unknown reading, and for arms that were not read by likelihood."""
+    if reading not in READINGS:
+        raise UsageError(f"there is no reading {reading}: choose from {', '.join(READINGS)}")
+    if reading == "generated":
+        return self
+    rows = {}
+    for arm, by_benchmark in self.rows.items():
+        rows[arm] = {
+            benchmark: list(map(take_likelihoods, by_seed))
+            for benchmark, by_seed in by_benchmark.items()
+        }
+    return replace(self, rows=rows)
 
 # %% ../../nbs/evaluate/04_results.ipynb #b5cef5ef
 def give_seeds(arm: Arm, seeds: int, common: Common) -> list[Arm]:

@@ -15,7 +15,7 @@ import numpy as np
 
 # %% ../../nbs/evaluate/06_tables.ipynb #65809845
 from ..core.recipe import CATEGORIES, Common
-from .evaluate import compute_rates, score_votes, score_with_grader
+from .evaluate import READINGS, compute_rates, score_votes, score_with_grader
 from .results import Results, category_of
 from .stats import Interval, bootstrap
 
@@ -92,16 +92,20 @@ def tabulate_scores(
     joins: tuple[str, ...] = (
         "all",
     ),  # parts of the benchmarks, of `octomed.evaluate.results.JOINS`
+    readings: tuple[str, ...] = (
+        "generated",
+    ),  # how students are read, of `octomed.evaluate.evaluate.READINGS`
 ) -> list[dict]:
     "The rows of a section's results, in the contract of the results file."
     paper = paper or {}
     rows = []
-    for part in joins:
-        taken = results.take_joins(part)
+    for reading, part in product(readings, joins):
+        taken = results.take_reading(reading).take_joins(part)
         places = _places(taken) if part == "all" or taken.benchmarks else []
         for arm, where in product(taken.rows, places):
-            row = _score_place(taken, arm, where) | {"joins": part}
-            of_paper = paper.get((arm, where)) if part == "all" else None
+            row = _score_place(taken, arm, where) | {"joins": part, "reading": reading}
+            is_papers = part == "all" and reading == "generated"
+            of_paper = paper.get((arm, where)) if is_papers else None
             rows.append(row | {"paper": of_paper})
     return rows
 
@@ -145,6 +149,7 @@ def _shown_row(row: dict) -> dict:
         "arm": row["arm"],
         "benchmark": benchmark,
         "joins": None if row.get("joins", "all") == "all" else row["joins"],
+        "reading": None if row.get("reading", READINGS[0]) == READINGS[0] else row["reading"],
         "n": row["n"],
         "runs": row["seeds"],
         "accuracy": _per_cent(row["accuracy"]),

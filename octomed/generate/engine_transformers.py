@@ -21,10 +21,12 @@ from octomed.generate.engines import (
     Engine,
     Likelihood,
     begin_forced_exit,
+    check_continuations,
     explain_control_token,
+    explain_long_pair,
     explain_no_room,
     make_sample,
-    split_pair,
+    tokenize_pair,
 )
 from octomed.generate.models import (
     find_padding,
@@ -444,42 +446,22 @@ def _write_prompt(engine: TransformersEngine, prompt: str | ChatPrompt) -> tuple
     if isinstance(prompt, str):
         return prompt, []
     text = write_chat(engine.processor, prompt.messages, engine.max_pixels)
-    if prompt.beginning:
+    if prompt.beginning or prompt.ends_thought:
         text += continue_thought(text, prompt.beginning)
     return text, list_chat_images(prompt.messages)
-
-# %% ../../nbs/generate/07_engine_transformers.ipynb #77f4c28a
-def _split_prompt(
-    engine: TransformersEngine, text: str, continuation: str, is_chat: bool
-) -> tuple[list[int], list[int]]:
-    "Tokens of a prompt and of its continuation; raw text begins as its tokenizer begins a text."
-    tokenizer = engine.processor.tokenizer
-    begin = tokenizer.bos_token_id
-    has_begun = begin is not None and text.startswith(tokenizer.bos_token)
-    adds_begin = bool(text) and not (is_chat or has_begun)
-
-    def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=adds_begin)["input_ids"]
-
-    before, after = split_pair(encode, text, continuation)
-    first = begin if begin is not None else tokenizer.eos_token_id
-    return before or [first], after
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #298e256f
 def _list_rows(engine: TransformersEngine, prompts, continuations) -> dict:
     "(tokens, pixel hashes) of each row that goes through the model → what is read from it."
-    rows: dict[tuple, list[_Scored]] = {}
+    tokenizer, rows = engine.processor.tokenizer, {}
     for number, prompt in enumerate(prompts):
         text, images = _write_prompt(engine, prompt)
         is_chat = isinstance(prompt, ChatPrompt)
         for place, continuation in enumerate(continuations[number]):
-            before, after = _split_prompt(engine, text, continuation, is_chat=is_chat)
+            before, after = tokenize_pair(tokenizer, text, continuation, is_chat=is_chat)
             row = [*before, *after][:-1]
             if len(row) > engine.limit:
-                raise OctomedError(
-                    f"prompt {number} has {len(row)} tokens with its continuation, and the model "
-                    f"takes {engine.limit}: shorten it"
-                )
+                raise OctomedError(explain_long_pair(number, len(row), engine.limit))
             asked = _Scored(number, place, start=len(before) - 1, tokens=after)
             rows.setdefault((tuple(row), tuple(images)), []).append(asked)
     return rows
@@ -540,11 +522,7 @@ def _score_all(engine: TransformersEngine, prompts, continuations) -> list[list[
     """The likelihoods of all continuations, in their order.
 
     Raises `OctomedError` for a text that is too long, and for a continuation without a token."""
-    if len(prompts) != len(continuations):
-        raise OctomedError(
-            f"{len(prompts)} prompts have {len(continuations)} lists of continuations: "
-            "give one list for each prompt"
-        )
+    check_continuations(prompts, continuations)
     rows = _list_rows(engine, prompts, continuations)
     scored = [[None] * len(texts) for texts in continuations]
     for group in _group_rows(rows, engine.batch) if rows else []:
