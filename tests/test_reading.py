@@ -6,17 +6,30 @@ import pytest
 import torch
 from toys import ToyEngine, chat, register_toy_source
 
+import octomed.clinic.manners
+import octomed.clinic.students  # registers the clinic's students
+import octomed.clinic.teachers  # noqa: F401 - registers its questions and teachers
 from octomed.core.files import read_jsonl
-from octomed.core.paths import UsageError
-from octomed.core.recipe import Common
+from octomed.core.paths import OctomedError, UsageError
+from octomed.core.recipe import Common, Recipe
 from octomed.core.store import run_stage
 from octomed.data.questions import Question
 from octomed.distill.rejection import write_in_box
+from octomed.distill.sampling import make_requests
 from octomed.evaluate import evaluate as module
+from octomed.evaluate.arms import Arm, declare_stages
+from octomed.evaluate.chance import (
+    Chance,
+    declare_chance,
+    find_chance_arm,
+    measure_beyond_chance,
+    measure_chance,
+)
 from octomed.evaluate.claims import Claim, judge_claim
-from octomed.evaluate.evaluate import evaluation, score_runs, take_likelihoods
-from octomed.evaluate.results import Results
-from octomed.evaluate.tables import tabulate_scores
+from octomed.evaluate.evaluate import READINGS, evaluation, score_runs, take_likelihoods
+from octomed.evaluate.figures import draw_accuracies
+from octomed.evaluate.results import Results, run_arms
+from octomed.evaluate.tables import is_at_chance, rows_at_chance, tabulate_scores
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.engines import ChatPrompt, Likelihood
 from octomed.generate.forced_choice import (
@@ -32,8 +45,18 @@ from octomed.generate.prompts import (
     make_direct_target,
     write_messages,
 )
-from octomed.generate.render import build_inputs, continue_thought, render_row, write_chat
+from octomed.generate.render import (
+    build_inputs,
+    continue_thought,
+    join_texts,
+    list_chat_images,
+    load_rows,
+    render_row,
+    write_chat,
+)
 from octomed.generate.samples import Sampling
+from octomed.run.exports import collect_traces
+from octomed.train.schedule import Schedule
 from octomed.train.students import save_student
 
 PIXELS = 12_544
@@ -265,3 +288,197 @@ def test_tables_and_claims_name_their_reading(monkeypatch):
     assert (by_likelihood["reading"], by_likelihood["difference"]) == ("likelihood", 0)
     with pytest.raises(UsageError, match="choose from generated, likelihood"):
         judge_claim(replace(claim, reading="guessed"), results)
+
+
+# --- chance
+
+
+def test_a_blind_prompt_holds_the_options_and_nothing_of_the_question(picture):
+    q = replace(QS[0], stem="SECRET", images=(picture,))
+    for template in (COT, DIRECT):
+        open_messages = write_messages(template, q)
+        blind = write_messages(template, q, blind=True)
+        assert list_chat_images(open_messages) == [picture] and not list_chat_images(blind)
+        text = join_texts(blind)
+        assert text == join_texts(open_messages).replace("SECRET\n", "")
+        assert text.startswith("A: fever\nB: rash\n")
+    (request,) = make_requests([q], "cot", 1, blind=True)
+    (shown,) = make_requests([q], "cot", 1)
+    assert request.question == shown.question == q.id and request.prompt != shown.prompt
+
+
+class Reads(Ponders):
+    "Answers right where it is shown the stem, and the first option elsewhere."
+
+    def answer(self, request, index):
+        q = next(q for q in QS if q.id == request.question)
+        text = join_texts(request.messages)
+        assert all(option in text for option in q.options)
+        return make_direct_target(q.answer if q.stem in text else "A"), "stop", 3
+
+
+def test_a_blind_student_is_asked_blind_and_its_questions_keep_their_ids(monkeypatch):
+    shown = read_with(Reads, monkeypatch, form="direct")
+    blind = read_with(Reads, monkeypatch, form="direct", blind=True)
+    assert [row["question"] for row in blind] == [row["question"] for row in shown]
+    assert (score_runs(shown).mean(), score_runs(blind).mean()) == (1, 0.25)
+
+
+class Peeks(Reads):
+    "Finds the options likely that it can see a stem for."
+
+    def likelihoods(self, prompts, continuations):
+        for prompt, texts in zip(prompts, continuations, strict=True):
+            assert "which is it" not in join_texts(prompt.messages)
+            yield [Likelihood(-float(n), 3, False) for n, _ in enumerate(texts)]
+
+
+def test_the_likelihoods_of_a_blind_student_are_blind_too(monkeypatch):
+    rows = read_with(Peeks, monkeypatch, form="direct", blind=True, likelihood=True)
+    assert score_runs(take_likelihoods(rows)).mean() == 0.25
+
+
+WARD, ROUNDS, READING = "clinic_ward:train", "clinic_rounds:train", "clinic_reading:train"
+TAUGHT = Schedule(epochs=1)
+
+
+def test_there_is_one_chance_student_for_each_base_template_and_category():
+    pools = ((WARD, 4), (ROUNDS, 4), (READING, 4))
+    cot = Arm(pools, schedule=TAUGHT, control=3, votes=(("clinic_ward:test", 3),), likelihood=True)
+    direct = replace(cot, form="direct")
+    arms = {
+        "cot": cot,
+        "more": replace(cot, k=4, seed=7),
+        "direct": direct,
+        "same compute": replace(direct, compute_of=cot),
+        "small": replace(cot, student="clinic/mini"),
+        "untaught": replace(cot, form="cot_base", schedule=replace(TAUGHT, epochs=0)),
+        "told": Arm((("clinic_captions:instruct", 4),), form="direct", k=0, schedule=TAUGHT),
+    }
+    declared = declare_chance(arms)
+    assert len(declared) == 9 and len(set(declared.values())) == 9
+    assert declared["chance, cot, text_only"] == replace(
+        cot, sources=((WARD, 4),), blind=True, control=0, votes=()
+    )
+    assert declared["chance, cot, text_only, base 2"].student == "clinic/mini"
+    assert declare_chance(arms | declared) == declared
+    assert all(arm.likelihood and arm.compute_of is None for arm in declared.values())
+
+
+def chance_results(shown, hidden, **more):
+    "Results of an arm and of its chance student on four questions; 1 is right."
+    common = Common(bootstrap=200, benchmarks=("clinic_ward:test", "clinic_reading:test"))
+    cot = Arm(((WARD, 4), (READING, 4)), schedule=TAUGHT)
+
+    def rows(scores):
+        statuses = ["correct" if score else "wrong" for score in scores]
+        return [
+            {
+                "question": str(n),
+                "answer": "A",
+                "options": 4,
+                "letters": ["A"],
+                "statuses": [status],
+                "finishes": ["stop"],
+                "tokens": [3],
+                "forced": [False],
+            }
+            for n, status in enumerate(statuses)
+        ]
+
+    name = "chance, cot, text_only"
+    chance = declare_chance({"cot": cot})
+    return Results(
+        common,
+        {
+            "cot": {"clinic_ward:test": [rows(shown)], "clinic_reading:test": [rows([1, 0])]},
+            name: {"clinic_ward:test": [rows(hidden)]},
+        },
+        {"cot": cot, name: chance[name]},
+    )
+
+
+def test_chance_is_the_larger_of_guessing_and_the_chance_student():
+    better, worse = [chance_results([1, 1, 1, 0], hidden) for hidden in ([1, 1, 0, 0], [0] * 4)]
+    assert measure_chance(better, "cot", "clinic_ward:test") == Chance(0.25, 0.5)
+    assert measure_chance(better, "cot", "text_only").value == 0.5
+    assert measure_beyond_chance(better, "cot", "clinic_ward:test").difference == 0.25
+    assert measure_chance(worse, "cot", "clinic_ward:test").value == 0.25
+    assert measure_beyond_chance(worse, "cot", "clinic_ward:test").difference == 0.5
+    assert measure_chance(better, "cot", "clinic_reading:test") == Chance(0.25, None)
+    assert find_chance_arm(better, "chance, cot, text_only", "text_only") is None
+
+
+def test_the_difference_to_chance_is_paired_by_question():
+    same = chance_results([1, 1, 0, 0] * 8, [1, 1, 0, 0] * 8)
+    assert measure_beyond_chance(same, "cot", "clinic_ward:test").interval == (0, 0)
+    same.rows["chance, cot, text_only"]["clinic_ward:test"][0].reverse()
+    with pytest.raises(OctomedError, match="answered other questions of clinic_ward:test"):
+        measure_beyond_chance(same, "cot", "clinic_ward:test")
+
+
+def test_a_table_shows_the_right_chance_and_the_chance_student_is_no_arm_of_the_figure():
+    rows = tabulate_scores(chance_results([1, 1, 1, 0] * 9, [1, 0, 1, 0] * 9))
+    by_place = {(row["arm"], row["benchmark"], row["category"]): row for row in rows}
+    ward = by_place["cot", "clinic_ward:test", "text_only"]
+    assert (ward["chance"], ward["chance_student"]) == (0.5, 0.5)
+    assert ward["beyond_chance"][0] > 0 and not is_at_chance(ward)
+    reading = by_place["cot", "clinic_reading:test", "multimodal_classification"]
+    assert reading["chance"] == 0.25 and "chance_student" not in reading
+    blind = [row for row in rows if row.get("blind")]
+    assert {row["benchmark"] for row in blind} == {"clinic_ward:test", "Overall"}
+    assert not any(map(is_at_chance, blind))
+    low = tabulate_scores(chance_results([1, 0, 1, 0] * 9, [1, 0, 1, 0] * 9))
+    assert [row["benchmark"] for row in rows_at_chance(low)][:1] == ["clinic_ward:test"]
+    key = draw_accuracies(rows).axes[0].get_legend()
+    named = [text.get_text() for text in key.get_texts()]
+    assert "cot" in named and not any("chance," in text for text in named)
+
+
+def test_a_figure_marks_each_arms_own_chance():
+    def rules(chances):
+        rows = [
+            {"arm": arm, "benchmark": "x", "accuracy": 0.6, "chance": chance}
+            for arm, chance in chances.items()
+        ]
+        lines = draw_accuracies(rows).axes[0].lines
+        dotted = [line for line in lines if line.get_linestyle() == "--"]
+        return [
+            (line.get_xdata()[0], abs(line.get_ydata()[1] - line.get_ydata()[0])) for line in dotted
+        ]
+
+    assert rules({"a": 0.25, "b": 0.25}) == [(25, pytest.approx(0.84))]
+    assert [x for x, _ in rules({"a": 0.25, "b": 0.5})] == [25, 50]
+    assert all(size <= 0.36 for _, size in rules({"a": 0.25, "b": 0.5}))
+
+
+def test_a_chance_student_is_trained_and_read_beside_its_arm(own_places):
+    common = Common(
+        train=(WARD, READING),
+        benchmarks=("clinic_ward:test", "clinic_reading:test"),
+        benchmark_limit=4,
+        student="clinic/mini",
+        pretrain_tokens=500,
+        max_pixels=3136,
+        max_tokens=12,
+        answer="text",
+        bootstrap=50,
+    )
+    pools = ((WARD, 4), (READING, 4))
+    direct = Arm(pools, form="direct", k=0, schedule=TAUGHT, likelihood=True)
+    arms = {"direct": direct} | declare_chance({"direct": direct})
+    results = run_arms(arms, Recipe("toy", common))
+    hidden = "chance, direct, multimodal_classification"
+    assert list(results.rows[hidden]) == ["clinic_reading:test"]
+    rendered = {name: declare_stages(arms[name], common)["rendered"] for name in ("direct", hidden)}
+    read = {name: list(load_rows(run_stage(stage))) for name, stage in rendered.items()}
+    assert any(row.images for row in read["direct"])
+    assert len(read[hidden]) == 4 and not any(row.images for row in read[hidden])
+    by_id = {row.question: row.input_ids[row.prompt :] for row in read["direct"]}
+    assert all(by_id[row.question] == row.input_ids[row.prompt :] for row in read[hidden])
+    rows = tabulate_scores(results, readings=READINGS)
+    likely = [row for row in rows if row["reading"] == "likelihood" and row["arm"] == "direct"]
+    assert len(likely) == 4 and all(row["unparsed"] == 0 for row in likely)
+    assert all("beyond_chance" in row for row in rows if not row.get("blind"))
+    with pytest.raises(UsageError, match="measures chance alone"):
+        collect_traces(arms[hidden], common)

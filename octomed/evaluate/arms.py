@@ -218,7 +218,8 @@ def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
     "The stages of an arm, by name in their order, declared and not run."
     data = asked = _data(arm, common)
     base = _base(arm, common)
-    check_images(base, [spec for spec, _ in arm.sources])
+    if not arm.blind:
+        check_images(base, [spec for spec, _ in arm.sources])
     declared = {"data": data}
     if arm.k:
         declared["samples"] = _teacher_samples(arm, common, data)
