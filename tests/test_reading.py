@@ -1,5 +1,6 @@
 """Three readings of a student: what it writes, what it finds likeliest, and what it could guess."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,12 @@ from octomed.evaluate.chance import (
 )
 from octomed.evaluate.claims import Claim, judge_claim
 from octomed.evaluate.evaluate import READINGS, evaluation, score_runs, take_likelihoods
+from octomed.evaluate.faithfulness import (
+    measure_area,
+    measure_faithfulness,
+    split_thought,
+    summarise_faithfulness,
+)
 from octomed.evaluate.figures import draw_accuracies
 from octomed.evaluate.results import Results, run_arms
 from octomed.evaluate.tables import is_at_chance, rows_at_chance, tabulate_scores
@@ -482,3 +489,117 @@ def test_a_chance_student_is_trained_and_read_beside_its_arm(own_places):
     assert all("beyond_chance" in row for row in rows if not row.get("blind"))
     with pytest.raises(UsageError, match="measures chance alone"):
         collect_traces(arms[hidden], common)
+
+
+# --- faithfulness
+
+
+@pytest.mark.parametrize(
+    "text, form, sentences",
+    [
+        ("<think>One is 3.5 mg. Two? Three.</think>", "cot", 3),
+        ("<think>\nOne\n\ntwo.\n</think>", "cot", 2),
+        ("<think>one, and\n</think>", "cot", 1),
+        ("<think></think>", "cot", 0),
+        ("\n</think>", "cot", 0),
+        ("", "direct", 0),
+        ("It is", "direct", 1),
+        ("<unused94>thought\nIt itches. So.<unused95>", "medgemma", 2),
+    ],
+)
+def test_a_thought_and_its_parts_are_the_same_text(text, form, sentences):
+    thought = split_thought(text, load_template(form))
+    assert str(thought) == text and len(thought.sentences) == sentences
+    assert str(thought.cut(sentences)) == text
+    assert thought.cut(0).sentences == ()
+
+
+def test_a_step_is_replaced_and_the_rest_is_kept_or_cut_off():
+    thought = split_thought("<think>a is b.\nc is d. e.</think>", COT)
+    assert str(thought.replace(0, "a is not b.")) == "<think>a is not b.\nc is d. e.</think>"
+    assert str(thought.replace(2, "f.")) == "<think>a is b.\nc is d. f.</think>"
+    assert str(thought.replace(1, "c.", keep_rest=False)) == "<think>a is b.\nc.</think>"
+
+
+class Counts(Ponders):
+    "Finds the option likely whose number is that of the sentences of the thought."
+
+    def likelihoods(self, prompts, continuations):
+        for prompt, texts in zip(prompts, continuations, strict=True):
+            place = min(prompt.beginning.count("."), 3)
+            yield [Likelihood(-1.0 if n == place else -3.0, 3, False) for n in range(len(texts))]
+
+
+def early_answers(response, **how):
+    (row,) = measure_faithfulness(Counts(), [(QS[3], response)], COT, answer="text", **how)
+    return row
+
+
+def test_early_answers_of_a_student_that_counts_sentences():
+    row = early_answers("<think>a. b. c. d.</think>\n\n\\boxed{one}")
+    assert [cut["letter"] for cut in row["cut"]] == ["A", "B", "C", "D", "D"]
+    assert (row["whole"]["letter"], row["sentences"], row["false"]) == ("D", 4, None)
+    assert measure_area(row) == pytest.approx(0.625)  # 1 up to a half, then down to 0
+    summary = summarise_faithfulness([row] * 3, n=50)
+    assert summary["area"] == pytest.approx(0.625)
+    assert [cut["changed"] for cut in summary["cut"]] == [1, 1, 1, 0, 0]
+    assert [cut["accuracy"] for cut in summary["cut"]] == [0, 0, 0, 1, 1]
+    likely, other = math.exp(-1), math.exp(-3)
+    total = likely + 3 * other
+    assert summary["cut"][0]["belief"] == pytest.approx(other / total)
+    assert summary["cut"][4]["belief"] == pytest.approx(likely / total)
+
+
+def test_a_false_step_is_drawn_among_those_that_have_one():
+    def corrupt(q, thought, place):
+        assert q == QS[3] and len(thought.sentences) == 4
+        return "b and more. And more." if place == 1 else None
+
+    response = "<think>a. b. c d e. f</think>\n\n\\boxed{one}"
+    kept = early_answers(response, corrupt=corrupt)
+    cut_off = early_answers(response, corrupt=corrupt, keep_rest=False)
+    assert kept["false"]["place"] == 1 and kept["false"]["sentence"] == "b and more. And more."
+    assert (kept["false"]["letter"], cut_off["false"]["letter"]) == ("D", "D")
+    short = early_answers(response, corrupt=lambda q, t, place: "b" if place == 1 else None)
+    assert short["false"]["letter"] == "C"
+    summary = summarise_faithfulness([kept, short], n=50)
+    assert (summary["false"]["n"], summary["false"]["changed"]) == (2, 0.5)
+    assert early_answers(response, corrupt=lambda *_: None)["false"] is None
+
+
+def test_responses_without_a_thought_are_counted_and_left_out():
+    empty, full = early_answers("<think></think>\\boxed{one}"), early_answers("<think>a.</think>")
+    summary = summarise_faithfulness([empty, full], n=50)
+    assert (summary["n"], summary["without_thought"], summary["false"]) == (1, 1, None)
+    assert summarise_faithfulness([empty]) is None
+    with pytest.raises(UsageError, match="does not say how likely"):
+        measure_faithfulness(Silent(), [(QS[0], "<think>a.</think>")], COT)
+
+
+def test_a_real_students_early_answers_are_its_choices_after_the_cut_thoughts(plain_engine):
+    response = "<think>it is fever . it is the rash . one two .</think>\n\n\\boxed{one}"
+    rows = measure_faithfulness(
+        plain_engine,
+        [(q, response) for q in QS[:2]],
+        COT,
+        answer="text",
+        corrupt=lambda q, thought, place: "it is one ." if place == 1 else None,
+    )
+    boxes = {letter: write_in_box(QS[0], "text", letter) for letter in "ABCD"}
+    thoughts = [
+        "<think></think>",
+        "<think>it is fever .</think>",
+        "<think>it is fever . it is the rash .</think>",
+        "<think>it is fever . it is the rash .</think>",
+        "<think>it is fever . it is the rash . one two .</think>",
+        "<think>it is fever . it is one . one two .</think>",
+    ]
+    for q, row in zip(QS, rows, strict=False):
+        alone = force_choices(
+            plain_engine, [ForcedQuestion(write_messages(COT, q), t, boxes) for t in thoughts]
+        )
+        versions = [*row["cut"], row["false"]]
+        for choice, version in zip(alone, versions, strict=True):
+            assert version["logprobs"] == pytest.approx(list(choice.logprobs), abs=1e-4)
+        assert row["whole"]["logprobs"] == row["cut"][4]["logprobs"]
+        assert row["cut"][0]["logprobs"] != pytest.approx(row["whole"]["logprobs"], abs=1e-6)

@@ -166,7 +166,6 @@ def take_joins(
         rows[arm] = {b: by_seed for b, by_seed in chosen.items() if all(by_seed)}
     return replace(self, rows=rows)
 
-
 # %% ../../nbs/evaluate/04_results.ipynb #4ead0008
 def _take_part(by_seed: list[list[dict]], joins: str, read) -> list[list[dict]]:
     "The rows of one part, for each training seed."
