@@ -25,7 +25,6 @@ from ..generate.forced_choice import ForcedQuestion, force_choices
 from ..generate.prompts import load_template, write_messages
 from ..generate.samples import Sample, Sampling
 
-
 # %% ../../nbs/bench/11_readings.ipynb #be110006
 def _draw_responses(engine, qs: list[Question]) -> list[Sample]:
     "One response to each question."
@@ -42,7 +41,6 @@ def _list_forced(qs: list[Question], samples: list[Sample]) -> list[ForcedQuesti
         thought = find_thought(sample, q, template)
         asked.append(ForcedQuestion(write_messages(template, q), thought, list_boxes(q, "text")))
     return asked
-
 
 # %% ../../nbs/bench/11_readings.ipynb #be110007
 @timing(questions=64, rounds=5)
@@ -61,4 +59,3 @@ def bench_readings(questions: int = 4, rounds: int = 1) -> list[dict]:
         values = [1000 * s / questions for s in seconds]
         rows.append(make_repeated_row("readings", who, what, values=values, unit="ms a question"))
     return rows
-
