@@ -5,16 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import ToyEngine, chat, register_toy_source
+from PIL import Image
+from toys import WORDS, ToyEngine, chat, register_toy_source
 
 import octomed.clinic.manners
 import octomed.clinic.students  # registers the clinic's students
 import octomed.clinic.teachers  # noqa: F401 - registers its questions and teachers
+from octomed.clinic.students import Size, build_student
 from octomed.core.files import read_jsonl
 from octomed.core.paths import OctomedError, UsageError
 from octomed.core.recipe import Common, Recipe
 from octomed.core.store import run_stage
+from octomed.data.images import store_image
 from octomed.data.questions import Question
+from octomed.data.resize import find_family
 from octomed.distill.rejection import write_in_box
 from octomed.distill.sampling import make_requests
 from octomed.evaluate import evaluate as module
@@ -129,14 +133,19 @@ def test_what_is_scored_is_what_is_taught(answer):
 
 
 @pytest.fixture(scope="module")
-def plain_engine(student, tmp_path_factory):
-    "An engine on a model that reads images."
-    folder = tmp_path_factory.mktemp("student")
-    save_student(folder, *student, [])
+def folder(student, tmp_path_factory):
+    "A tiny student that reads images, as it is saved."
+    path = tmp_path_factory.mktemp("student")
+    save_student(path, *student, [])
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_engine(folder):
     return TransformersEngine(folder, "tiny@1", max_pixels=PIXELS)
 
 
-def plain_loop(engine, q, messages, thought, box):
+def plain_loop(engine, messages, thought, box):
     "The log-probability of one answer, from the tokens that the student would be taught."
     target = thought + write_continuations(thought, [box])[0]
     row = render_row(engine.processor, messages, target, PIXELS)
@@ -160,15 +169,30 @@ def test_choices_are_those_of_a_plain_loop(plain_engine, picture, thought):
     asked = [ForcedQuestion(write_messages(template, q), thought, boxes) for q in (QS[0], pictured)]
     choices = force_choices(plain_engine, asked)
     for entry, choice in zip(asked, choices, strict=True):
-        alone = [
-            plain_loop(plain_engine, QS[0], entry.messages, thought, box) for box in boxes.values()
-        ]
+        alone = [plain_loop(plain_engine, entry.messages, thought, box) for box in boxes.values()]
         start = 0.0
         if not thought:  # the line break before the answer belongs to what is scored
             start = choice.logprobs[0] - alone[0]
         assert choice.logprobs == pytest.approx([x + start for x in alone], abs=1e-4)
         assert choice.letter == "ABCD"[alone.index(max(alone))]
     assert choices[0].logprobs != pytest.approx(choices[1].logprobs, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_prompts_of_other_families_are_read_once_for_all_options(family, tmp_path):
+    size = Size(64, 2, 4, 2, 128, 64, 2)
+    model, processor = build_student([WORDS, WORDS.lower()], size, 0, PIXELS, family)
+    save_student(tmp_path, model, processor, [])
+    engine = TransformersEngine(tmp_path, f"{family}@1", max_pixels=PIXELS)
+    noise = Image.effect_noise((120, 100), 60).convert("RGB")
+    shown = store_image(noise, max_pixels=PIXELS, family=find_family(processor))
+    boxes = {letter: write_in_box(QS[0], "text", letter) for letter in "ABCD"}
+    thought = "<think>it is the rash .</think>"
+    pair = (QS[0], replace(QS[1], images=(shown,)))
+    asked = [ForcedQuestion(write_messages(COT, q), thought, boxes) for q in pair]
+    for entry, choice in zip(asked, force_choices(engine, asked), strict=True):
+        alone = [plain_loop(engine, entry.messages, thought, box) for box in boxes.values()]
+        assert choice.logprobs == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_thought_that_the_template_opened_is_ended_before_a_direct_answer(plain_engine):
@@ -459,14 +483,13 @@ def test_a_figure_marks_each_arms_own_chance():
     assert all(size <= 0.36 for _, size in rules({"a": 0.25, "b": 0.5}))
 
 
-def test_a_chance_student_is_trained_and_read_beside_its_arm(own_places):
+def test_a_chance_student_is_trained_and_read_beside_its_arm(folder, own_places):
     common = Common(
         train=(WARD, READING),
         benchmarks=("clinic_ward:test", "clinic_reading:test"),
         benchmark_limit=4,
-        student="clinic/mini",
-        pretrain_tokens=500,
-        max_pixels=3136,
+        student=str(folder),
+        max_pixels=PIXELS,
         max_tokens=12,
         answer="text",
         bootstrap=50,
