@@ -127,6 +127,7 @@ PARTS = (
     "ledger",
     "packing",
     "trainers",
+    "readings",
 )  # modules that register measurements
 TIMINGS: dict[str, tuple[Callable, dict]] = (
     Registry()
