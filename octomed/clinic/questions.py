@@ -102,7 +102,7 @@ PICTURES = {
     "train": 150,
     "test": 25,
     "scanner": 25,
-    "atlas": 60,
+    "atlas": 300,
     "dev": 32,
 }  # drawings per class; no drawing is in two of these pools
 POOL_STEP = 100_000  # the seeds of a pool begin at a multiple of this

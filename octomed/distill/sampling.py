@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.files import read_jsonl, write_jsonl
-from ..core.identity import content_digest, split_revision
+from ..core.identity import MODEL_CARDS, content_digest, split_revision
 
 # %% ../../nbs/distill/03_sampling.ipynb #1bfbd054
 from ..core.paths import OctomedError
@@ -194,7 +194,7 @@ def student_identity(
     if card.exists():
         return json.loads(card.read_text(encoding="utf-8"))["key"]
     if folder.is_dir():
-        return f"{folder.resolve().name}@{content_digest(folder)}"
+        return f"{folder.resolve().name}@{content_digest(folder, leave_out=MODEL_CARDS)}"
     return str(student)
 
 # %% ../../nbs/distill/03_sampling.ipynb #43688f1b

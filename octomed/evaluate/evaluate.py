@@ -22,7 +22,7 @@ from ..core.files import write_jsonl
 from ..core.identity import seed_for, split_revision
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import Common
-from ..core.store import ExternalInput, Stage, stage
+from ..core.store import ExternalInput, ModelFolder, Stage, stage
 
 # %% ../../nbs/evaluate/02_evaluate.ipynb #27872874
 from ..data.questions import Question
@@ -151,7 +151,7 @@ def student_of(
 
     Raises `OctomedError` for a clinic name that nobody registered, and as `find_respondent`."""
     if Path(name).is_dir():
-        return ExternalInput(Path(name).resolve()), "cot"
+        return ModelFolder(Path(name).resolve()), "cot"
     if name in TEACHERS:
         return Respondent(name), "cot"
     if name in STUDENTS or name.startswith("clinic/"):

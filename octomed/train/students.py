@@ -19,7 +19,7 @@ from ..core.files import write_json, write_jsonl
 from ..core.identity import Registry, seed_for, split_revision
 from ..core.paths import OctomedError, UsageError
 from ..core.recipe import Common
-from ..core.store import ExternalInput, stage
+from ..core.store import ModelFolder, stage
 from ..generate.models import open_model, open_processor
 from ..generate.render import Row, count_tokens, load_rows
 from .launch import build_accelerator, build_launch_command, current_execution, launch
@@ -254,7 +254,7 @@ def find_base_student(common: Common):  # a stage, a folder as an input, or a hu
             f"{', '.join(sorted(STUDENTS))}, and name its plugin in the recipe"
         )
     folder = Path(common.student).expanduser()
-    return ExternalInput(folder.resolve()) if folder.is_dir() else common.student
+    return ModelFolder(folder.resolve()) if folder.is_dir() else common.student
 
 # %% ../../nbs/train/09_students.ipynb #13de0013
 if __name__ == "__main__" and "__file__" in globals():
