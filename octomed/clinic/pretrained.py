@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'GGUF', 'GGUF_SHA256', 'INSTALL', 'VISION', 'CARRIED', 'MARKED', 'SEEDS', 'COUNTS', 'SCANNER', 'LOOK',
-           'LOOKING', 'BODY', 'LAST', 'TOWER', 'ALIGNING', 'ALIGNED', 'EYES', 'GATE', 'LEAST', 'PARAGRAPHS', 'LOOKED',
+           'LOOKING', 'BODY', 'LAST', 'TOWER', 'ALIGNING', 'ALIGNED', 'EYES', 'SIGHT', 'LEAST', 'PARAGRAPHS', 'LOOKED',
            'READING', 'find_gguf', 'read_gguf', 'build_carried', 'carry_weights', 'mark_tokenizer', 'build_processor',
            'carry_model', 'list_drawings', 'ask_look', 'build_looks', 'build_looker', 'whiten_patches', 'tower',
-           'save_eyes', 'load_eyes', 'eyes', 'answer_looks', 'score_looks', 'gate', 'build_reading', 'carried', 'smol',
+           'save_eyes', 'load_eyes', 'eyes', 'answer_looks', 'score_looks', 'sight', 'build_reading', 'carried', 'smol',
            'declare_carried', 'declare_smol', 'main']
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c003
@@ -417,7 +417,7 @@ def eyes(out, sha256, tower, seed, steps, counts, max_pixels):
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c025
-GATE = dict.fromkeys(CLASSES, 40)  # drawings per class
+SIGHT = dict.fromkeys(CLASSES, 40)  # drawings per class
 LEAST = 85  # percent of right answers over all classes that the gate asks for
 
 
@@ -473,12 +473,12 @@ def score_looks(
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c027
 @stage
-def gate(out, student, counts, max_pixels):
-    "How well a student names drawings that it has not seen: `gate.json`."
+def sight(out, student, counts, max_pixels):
+    "How well a student names drawings that it has not seen: `sight.json`."
     model, processor = load_student(student)
     keys = list_drawings("gate", counts)
     answers = answer_looks(model.to(device()).eval(), processor, keys, max_pixels=max_pixels)
-    write_json(out / "gate.json", score_looks(keys, answers))
+    write_json(out / "sight.json", score_looks(keys, answers))
     write_json(
         out / "answers.json", [[*key, answer] for key, answer in zip(keys, answers, strict=True)]
     )

@@ -250,7 +250,7 @@ def _time_reading(stage: Stage) -> float:
     "Seconds in which a base student reads its textbook; 0 for any other stage."
     if stage.name in READ:
         return SPEEDS[f"clinic/{stage.name}"].time_training(READ[stage.name])
-    return stage.params["tokens"] / RATES["read_tokens"] if stage.name == "base" else 0
+    return stage.params.get("tokens", 0) / RATES["read_tokens"] if stage.name == "base" else 0
 
 
 def _minutes_here(plan: Plan, before: tuple) -> dict:
