@@ -69,13 +69,13 @@ class Speed:
 
 SPEEDS = {
     "clinic/smol": Speed(
-        row_tokens={"cot": 160, "direct": 105},
-        train_tokens=200,
-        responses={"cot": 1.5, "direct": 6},
+        row_tokens={"cot": 152, "direct": 103},
+        train_tokens=220,
+        responses={"cot": 1.75, "direct": 7},
         basis="measured rates of clinic/smol on two slow cores",
     ),
 }
-READ = {"smol": 19_000}  # tokens that such a stage reads before any arm, by its name
+READ = {"smol": 31_500}  # tokens that such a stage reads before any arm, by its name
 
 
 def find_speed(student: str) -> Speed:
