@@ -105,6 +105,16 @@ def test_the_gpu_recipe_has_three_training_seeds_an_arm_and_pools_that_are_large
         assert all(needed <= SOURCES[pool].expected for pool in recipe.common.train)
 
 
+def test_a_rehearsal_has_the_usual_sections_of_its_recipe(tmp_path):
+    from octomed.run.rehearsal import _write_recipe, shrink_recipe
+
+    recipe = load_recipe("real")
+    small = shrink_recipe(recipe, {*recipe.common.train, *recipe.common.benchmarks})
+    written = load_recipe(str(_write_recipe(small, tmp_path / "small.yaml")))
+    assert written.usual == recipe.usual == ("42_formatting",)
+    assert written.sections.keys() == recipe.sections.keys()
+
+
 @pytest.fixture
 def rehearsed(tmp_path, monkeypatch):
     "The folder in which a rehearsal of the recipe `paper` leaves what it makes."
