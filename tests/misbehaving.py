@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler
 
 from octomed.generate.engine_openai import serve_locally
 
+KEY = "sk-canary-5f1d8c"  # of the fixture `fake`; no sentence may show it
 USAGE = {"completion_tokens": 7, "prompt_tokens": 11}
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from misbehaving import chunks, completion, send_bytes, send_events, send_json, serving, status
+from misbehaving import chunks, completion, send_bytes, send_events, send_json, status
 from toys import chat
 
 from octomed.core.paths import OctomedError
@@ -18,15 +18,6 @@ from octomed.generate.server_errors import Fault, read_fault
 from octomed.generate.server_responses import ServerResponse
 
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    "What the server does. Its name in the environment is `FAKE`, and pauses are cut short."
-    with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url)
-        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
-        yield fake
 
 
 def engine(**kw):

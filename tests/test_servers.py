@@ -8,6 +8,7 @@ import traceback
 
 import pytest
 from misbehaving import (
+    KEY,
     chunks,
     completion,
     cut,
@@ -15,7 +16,6 @@ from misbehaving import (
     hang_up,
     malformed,
     out_of_resources,
-    serving,
     status,
     wait_for_hang_up,
     web_page,
@@ -29,19 +29,7 @@ from octomed.generate.engines import FORCED, load_teacher
 from octomed.generate.ledger import Ledger, draw_samples
 from octomed.generate.samples import Request, Sampling, derive_sample_seed
 
-CANARY = "sk-canary-5f1d8c"
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    "What the server does. Its name in the environment is `FAKE`, and pauses are cut short."
-    with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url)
-        monkeypatch.setenv("FAKE_API_KEY", CANARY)
-        monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
-        yield fake
 
 
 def ask(name="q1", n=4, images=()):
@@ -310,17 +298,17 @@ def test_fault_40_a_forced_exit_continues_where_the_server_can_and_is_counted(fa
     ],
 )
 def test_what_no_retry_mends_stops_the_run_with_a_sentence(fake, code, error, says):
-    fake.script = [status(code, f"no, {CANARY}", **error)] * 9
+    fake.script = [status(code, f"no, {KEY}", **error)] * 9
     with pytest.raises(OctomedError, match=says) as e:
         list(engine(concurrency=2).generate([ask()], PLAIN))
-    assert CANARY not in "".join(traceback.format_exception(e.value)) and len(fake.asked) <= 9
+    assert KEY not in "".join(traceback.format_exception(e.value)) and len(fake.asked) <= 9
     assert "temperature" not in engine(leave_out=("temperature",))._body(ask(), PLAIN, 0)
 
 
 def test_a_key_that_is_cut_in_half_is_no_leak(fake):
-    fake.script = [status(400, "x" * 290 + CANARY)]
+    fake.script = [status(400, "x" * 290 + KEY)]
     (sample,) = engine().generate([ask(n=1)], PLAIN)
-    assert sample.finish == "error" and CANARY[:8] not in sample.text and "[removed]" in sample.text
+    assert sample.finish == "error" and KEY[:8] not in sample.text and "[removed]" in sample.text
 
 
 def test_another_version_in_the_middle_of_a_run_is_noticed(fake):
@@ -413,9 +401,9 @@ def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake
 
     fake.script = [
         echo,
-        status(500, CANARY),
-        status(400, f"bad key {CANARY}"),
-        *[status(500, CANARY)] * 4,
+        status(500, KEY),
+        status(400, f"bad key {KEY}"),
+        *[status(500, KEY)] * 4,
     ]
     output, ledger = io.StringIO(), Ledger(tmp_path / "ledger.sqlite")
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -425,14 +413,14 @@ def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake
         print(e, vars(e), e.server, failed.value)
         traceback.print_exception(failed.value)
     ledger.close()
-    assert any(CANARY in v for h in fake.headers for v in h.values()), "the server did get the key"
+    assert any(KEY in v for h in fake.headers for v in h.values()), "the server did get the key"
     assert "[removed]" in output.getvalue()
     for where in (
         output.getvalue(),
         caplog.text,
         *(p.read_bytes().decode("latin1") for p in tmp_path.rglob("*") if p.is_file()),
     ):
-        assert CANARY not in where
+        assert KEY not in where
     assert any(
         b"your key is Bearer [removed]" in p.read_bytes()
         for p in tmp_path.rglob("*")
@@ -444,7 +432,7 @@ def test_fault_17_a_canary_key_appears_in_no_notebook(fake, tmp_path):
     import nbclient
     import nbformat
 
-    fake.refuses = CANARY
+    fake.refuses = KEY
     ways = (
         "OpenAIEngine('fake', 'FAKE', model='fake')",
         "OpenAIEngine('fake', 'FAKE')",
@@ -471,7 +459,7 @@ def test_fault_17_a_canary_key_appears_in_no_notebook(fake, tmp_path):
     for cell in nb.cells[2:]:
         errors = [output.evalue for output in cell.outputs if output.output_type == "error"]
         assert errors == [refused]
-    assert CANARY not in nbformat.writes(nb)
+    assert KEY not in nbformat.writes(nb)
 
 
 def test_a_server_that_is_down_says_so(monkeypatch):
