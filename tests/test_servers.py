@@ -468,3 +468,67 @@ def test_a_server_that_is_down_says_so(monkeypatch):
     says = r"DOWN does not answer .*see that DOWN_BASE_URL is right"
     with pytest.raises(OctomedError, match=says):
         _ = down.model
+
+
+QWEN_TOKENS = {"<|image_pad|>": 71, "<|vision_start|>": 72, "<|vision_end|>": 73, "<|im_end|>": 74}
+
+
+def test_f20_a_vllm_server_is_asked_never_to_draw_a_token_of_an_image(fake):
+    fake.owner, fake.tokens = "vllm", QWEN_TOKENS
+    list(engine().generate([ask(n=2)], PLAIN))
+    bias = {"71": -100.0, "72": -100.0, "73": -100.0}
+    assert [body["logit_bias"] for body in fake.asked] == [bias] * 2
+
+
+def test_f20_no_other_server_gets_a_bias_and_one_without_tokenize_neither(fake, monkeypatch):
+    fake.tokens = QWEN_TOKENS
+    list(engine().generate([ask(n=1)], PLAIN))
+    fake.owner, fake.tokens = "vllm", None
+    list(engine().generate([ask(n=1)], PLAIN))
+    fake.tokens = QWEN_TOKENS
+    monkeypatch.setenv("FAKE_LEAVE_OUT", "logit_bias")
+    list(engine().generate([ask(n=1)], PLAIN))
+    assert len(fake.asked) == 3 and not any("logit_bias" in body for body in fake.asked)
+
+
+def test_f20_a_vllm_server_that_takes_no_bias_is_asked_without(fake):
+    fake.owner, fake.tokens = "vllm", QWEN_TOKENS
+    words = "The min_p and logit_bias sampling parameters are not yet supported with speculative"
+    fake.script = [status(400, f"{words} decoding.")]
+    samples = list(engine(retries=0).generate([ask(n=3)], PLAIN))
+    assert [s.finish for s in samples] == ["stop"] * 3
+    assert ["logit_bias" in body for body in fake.asked] == [True, False, False, False]
+
+
+IMAGE_MARKS = ["<|image_pad|>", "<|vision_start|>", "<IMG_CONTEXT>", "<start_of_image>", "[IMG]"]
+
+
+@pytest.mark.parametrize("mark", IMAGE_MARKS)
+def test_f20_a_response_with_a_token_of_an_image_is_an_error_that_says_so(fake, mark):
+    fake.answer = lambda body: chunks(f"I see {mark}. The answer is B")
+    (sample,) = engine().generate([ask(n=1)], PLAIN)
+    sentence = f"the response holds {mark}, which stands for an image and is no text"
+    assert sample.finish == "error" and sentence in sample.text
+    fake.complete = lambda body: completion(f"I see {mark}. The answer is B")
+    (sample,) = batches().generate([ask(n=1)], PLAIN)
+    assert sample.finish == "error" and sentence in sample.text
+
+
+@pytest.mark.parametrize("mark", IMAGE_MARKS)
+def test_f20_a_question_with_a_token_of_an_image_is_not_asked(fake, mark):
+    requests = [ask(f"what is {mark}", 2), ask("q2", 2)]
+    samples = list(engine().generate(requests, PLAIN))
+    refused = [s for s in samples if s.question != "q2"]
+    assert len(fake.asked) == 2 and len(samples) == 4
+    assert {s.finish for s in refused} == {"error"} and f"holds {mark}" in refused[0].text
+    samples = list(batches().generate(requests, PLAIN))
+    assert sorted(s.finish for s in samples) == ["error", "error", "stop", "stop"]
+    (batch,) = fake.batches.values()
+    assert len(fake.files[batch["input_file_id"]].splitlines()) == 2
+
+
+def test_f20_ordinary_words_in_brackets_are_no_tokens(fake):
+    text = "In the <image> [Image 1] of <b>B</b> <answer>B</answer>"
+    fake.answer = lambda body: chunks(text)
+    (sample,) = engine().generate([ask("the <image> shows", 1)], PLAIN)
+    assert (sample.text, sample.finish) == (text, "stop")

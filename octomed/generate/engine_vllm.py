@@ -17,6 +17,7 @@ from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #af7d1b91
 from octomed.generate.engines import (
+    NEVER,
     Engine,
     begin_forced_exit,
     explain_control_token,
@@ -95,6 +96,7 @@ class VLLMEngine:
         self.llm = _load_llm(vllm, path, revision, options=options)
         self.limit = self.llm.model_config.max_model_len
         self.own = ControlTokens(self.processor)
+        self.forbids = _forbid_images(self.processor, self.llm.model_config, options)
         self.numbers = itertools.count()
         self.clock = 0.0
 
@@ -116,6 +118,17 @@ def _load_llm(vllm, path, revision: str | None, *, options: dict):
         trust_remote_code=False,
         **options,
     )
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #08never2
+def _forbid_images(processor, config, options: dict) -> dict:
+    "vLLM's own arguments for a response without a token that stands for an image."
+    from octomed.generate.render import list_image_ids, list_image_marks
+
+    if options.get("speculative_config"):
+        return {"bad_words": list_image_marks(processor)}
+    known = config.get_vocab_size()
+    ids = [token for token in list_image_ids(processor) if token < known]
+    return {"logit_bias": dict.fromkeys(ids, NEVER)} if ids else {}
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #45ded611
 @patch
@@ -198,6 +211,7 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         include_stop_str_in_output=True,
         logprobs=0 if self.logprobs else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **self.forbids,
     )
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #06prepar
