@@ -357,3 +357,6 @@ def test_a_forced_exit_ends_the_thought_by_the_mark_of_its_model():
         assert begin_forced_exit(text, "length", sampling) == beginning
         assert begin_forced_exit(beginning + "B", "length", sampling) is None
         assert begin_forced_exit(text, "stop", sampling) is None
+    own = {"sampling": sampling, "end_of_think": "=== over ==="}
+    assert begin_forced_exit("It may", "length", **own) == "It may\n=== over ===\n\n"
+    assert begin_forced_exit("It may\n=== over ===\n\nB", "length", **own) is None

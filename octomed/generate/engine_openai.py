@@ -523,16 +523,18 @@ async def _force_exit(
     sampling: Sampling,
 ) -> tuple[str, tuple[ServerResponse, ...]]:
     "(text, passes) of a response whose thought is ended if that is due."
-    forced = begin_forced_exit(first.whole, first.outcome, sampling)
+    mark = request.end_of_think
+    text = first.join_thought(mark)
+    forced = begin_forced_exit(text, first.outcome, sampling, end_of_think=mark)
     if not forced:
-        return first.whole, (first,)
+        return text, (first,)
     try:
         second = await self._ask(client, self._body(request, sampling, index, forced=forced))
     except Fault as fault:
         if fault.kind == "stop":
             raise
-        return first.whole, (first,)  # the thought stays cut
-    return forced + second.whole, (first, second)
+        return text, (first,)  # the thought stays cut
+    return forced + second.join_thought(mark), (first, second)
 
 # %% ../../nbs/generate/12_engine_openai.ipynb #e9594c60
 @patch

@@ -243,7 +243,7 @@ def _settle(self: OpenAIBatchEngine, result, job: tuple, sampling: Sampling) -> 
     "The sample of a response or of a fault; None if it is to be asked again."
     request, index = job
     if isinstance(result, ServerResponse):
-        text, finish, reply = result.whole, result.outcome, result
+        text, finish, reply = result.join_thought(request.end_of_think), result.outcome, result
     else:
         text, reply = self.server.line(result.sentence), ServerResponse()
         finish = "refused" if result.kind == "filtered" else "error"

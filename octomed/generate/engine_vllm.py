@@ -330,8 +330,9 @@ def _finish(
     if self.logprobs:
         pairs = zip(out.token_ids, out.logprobs, strict=False)
         logprobs = tuple(choices[token].logprob for token, choices in pairs)
-    forced = None if job.forced else begin_forced_exit(out.text, finish, sampling)
-    if forced:
+    mark = job.request.end_of_think
+    forced = begin_forced_exit(out.text, finish, sampling, end_of_think=mark)
+    if forced and not job.forced:
         second = replace(job, forced=forced, tokens=tokens, logprobs=logprobs)
         if self._force_exit(second, forced, sampling, running=running):
             return None

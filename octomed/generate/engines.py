@@ -126,19 +126,24 @@ def find_teacher_revision(name: str) -> str:
 FORCED = f"\n{END_OF_THINK}\n\n"  # appended to an unfinished thought that begins with <think>
 
 
-def choose_end_mark(text: str) -> str:
-    "The mark that ends the thought which a response has begun; `</think>` where it names none."
+def choose_end_mark(
+    text: str,  # a response
+    end_of_think: str = END_OF_THINK,  # how the template's model ends its thinking
+) -> str:
+    "The mark that ends the thought which a response has begun; the template's if it names none."
     begun = [end for start, end in THINKING_MARKS.values() if start in text]
-    return begun[-1] if begun else END_OF_THINK
+    named = begun[-1] if begun else END_OF_THINK
+    return named if end_of_think == END_OF_THINK else end_of_think
 
 
 def begin_forced_exit(
     text: str,  # a response
     finish: str,  # how it ended
     sampling: Sampling,
+    end_of_think: str = END_OF_THINK,  # how the template's model ends its thinking
 ) -> str | None:  # what the response is continued from; None if it needs no second pass
     "The beginning of a second pass, if one is due: the thought is ended by its model's own mark."
-    end_of_think = choose_end_mark(text)
+    end_of_think = choose_end_mark(text, end_of_think)
     unfinished = finish == "length" and end_of_think not in text
     if not sampling.answer_tokens or not unfinished:
         return None
