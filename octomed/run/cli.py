@@ -163,8 +163,10 @@ SectionNames = Annotated[
 @app.command(help_epilogue=show_example("plan course"))
 def plan(recipe: RecipeName, /, *, only: SectionNames = None, json: Json = False):
     "What a recipe will run and cost. Nothing is run."
+    from octomed.run.environment import check_settings
     from octomed.run.plan import plan as plan_recipe
 
+    check_settings()
     planned = plan_recipe(recipe, only=only)
     if json:
         show(planned, as_json=True)
@@ -262,7 +264,10 @@ def submit_jobs(recipe: str, options: RunOptions):
 @app.command(help_epilogue=show_example("run course --only 42_formatting"))
 def run(recipe: RecipeName, /, *, options: RunOptions = RunOptions()):
     "Run a recipe's sections, here or as jobs of a cluster."
+    from octomed.run.environment import check_settings
+
     check_run_options(options)
+    check_settings()
     if options.on == "slurm":
         submit_jobs(recipe, options)
     elif options.rehearse:
@@ -467,7 +472,7 @@ def show_reports(reports: dict):
         print(f"{column:8} {meaning}")
     print("\nA word ends at a blank; --no-punctuation compares letters and digits only.")
 
-# %% ../../nbs/run/25_cli.ipynb #25c11a02
+# %% ../../nbs/run/25_cli.ipynb #25dec002
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
 def decontaminate(
     train: TrainFiles,
@@ -530,7 +535,9 @@ def declare_arm(
     from octomed.core.recipe import load_recipe
     from octomed.data.sources import check_pools
     from octomed.evaluate.arms import Arm
+    from octomed.run.environment import check_settings
 
+    check_settings()
     common = load_recipe(options.recipe).common
     if options.samples:
         common = replace(common, samples=options.samples)
@@ -741,8 +748,10 @@ def evaluate(
 ):
     "A model's accuracy on benchmarks."
     from octomed.core.recipe import load_recipe
+    from octomed.run.environment import check_settings
     from octomed.run.report import drop_empty_columns, rate_row, score_row
 
+    check_settings()
     common = load_recipe(options.recipe).common
     wanted = benchmarks or common.benchmarks
     if not wanted:
