@@ -10,7 +10,6 @@ __all__ = ['TOGETHER', 'choose_from_nucleus', 'decode_shrinking', 'use_grouped_a
 import time
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 
 from fastcore.basics import patch
 
@@ -526,7 +525,6 @@ def _read_continuations(engine: TransformersEngine, out, kw: dict, *, prompts, t
     )
     return engine.net(**inputs, return_dict=True).logits
 
-
 # %% ../../nbs/generate/07_engine_transformers.ipynb #30d253d2
 def _score_group(engine: TransformersEngine, group: list[tuple], rows: dict):
     "(what was asked, its likelihood) for everything that is read from a group of prompts."
@@ -551,7 +549,6 @@ def _score_group(engine: TransformersEngine, group: list[tuple], rows: dict):
         if rest is not None:
             logits = torch.cat([logits, rest[place, : len(scored.tokens) - 1]])
         yield scored, _read_likelihood(logits, scored.tokens)
-
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #6617f640
 def _score_all(engine: TransformersEngine, prompts, continuations) -> list[list[Likelihood]]:
