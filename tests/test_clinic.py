@@ -17,6 +17,7 @@ from octomed.clinic.students import build_tokenizer
 from octomed.clinic.teachers import (
     INSTRUCT,
     REASONER,
+    TUTOR,
     SimulatedTeacher,
     is_reasoning_valid,
     respond,
@@ -433,6 +434,16 @@ def test_the_instruct_teacher_misreads_images_as_stated():
         if verdict.status in ("correct", "wrong"):
             read.append(verdict.status)
     assert within(read.count("wrong"), len(read), INSTRUCT.look_wrong)
+
+
+def test_the_tutor_never_errs_and_says_nothing_beside_the_chain(ward, seen):
+    for q in ward[:200]:
+        text, finish = respond(TUTOR, q.id, 3)
+        assert finish == "stop"
+        assert is_reasoning_valid(q, text)
+        assert f"<answer>{q.answer}: {q.answer_text}</answer>" in text
+    assert median_words(TUTOR, ward[:200]) < median_words(REASONER, ward[:200])
+    assert {respond(TUTOR, q.id, 0)[1] for q in seen[:20]} == {"refused"}
 
 
 def test_the_reasoner_refuses_images(seen):

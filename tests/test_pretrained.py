@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import octomed.clinic.pretrained as pretrained
-from octomed.clinic.drawings import CLASSES
-from octomed.clinic.questions import PICTURES, choose_picture
-from octomed.core.paths import OctomedError, shipped
+from octomed.clinic.drawings import CLASSES, draw_picture
+from octomed.clinic.questions import PICTURES, POOL_STEP, SIZES, choose_picture, load_plans
+from octomed.core.paths import OctomedError, shipped, store_dir
 from octomed.core.recipe import Common
-from octomed.core.store import run_stage
+from octomed.core.store import ExternalInput, run_stage
+from octomed.train.loop import Loop
 from octomed.train.students import find_base_student, load_student, save_student
 
 PIXELS = 12_544
@@ -146,15 +147,39 @@ def test_eyes_come_back_in_bf16_and_see_the_same(carried, tmp_path):
         pretrained.load_eyes(path, carried.model)
 
 
-def test_its_drawings_are_in_no_pool_and_in_one_part_only():
-    pools = {choose_picture(p, "mri", "ring lesion", k=k)[2] for p in PICTURES for k in range(200)}
-    counts = (pretrained.COUNTS, pretrained.ALIGNED, pretrained.GATE)
-    parts = [
-        {key[2] for key in pretrained.list_drawings(part, count)}
+def list_own_drawings():
+    "The drawings of each part, which are those of the tower, the merger and the gate."
+    counts = (pretrained.COUNTS, pretrained.ALIGNED, pretrained.SIGHT)
+    return [
+        pretrained.list_drawings(part, count)
         for part, count in zip(pretrained.SEEDS, counts, strict=True)
     ]
+
+
+def test_its_drawings_are_in_one_part_only():
+    parts = [{key[2] for key in part} for part in list_own_drawings()]
     assert sum(map(len, parts)) == len(set.union(*parts))
-    assert not pools & set.union(*parts)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("source, split", SIZES)
+def test_no_question_of_the_world_shows_one_of_its_drawings(source, split):
+    own = {key[2] for part in list_own_drawings() for key in part}
+    shown = {key[2] for *_, key in load_plans(source, split, store_dir()) if key}
+    assert not own & shown
+    assert all(seed < POOL_STEP * len(PICTURES) for seed in shown)
+    assert POOL_STEP * len(PICTURES) < min(own)
+
+
+@pytest.mark.parametrize("pool", PICTURES)
+def test_no_pool_holds_the_same_picture_under_another_seed(pool):
+    for modality, classes in CLASSES.items():
+        cls = classes[0]
+        keys = [choose_picture(pool, modality, cls, k=k) for k in range(PICTURES[pool])]
+        shown = {draw_picture(*key).tobytes() for key in keys}
+        gate = [key for key in list_own_drawings()[-1] if key[1] == cls]
+        assert len(gate) == pretrained.SIGHT[modality]
+        assert not shown & {draw_picture(*key).tobytes() for key in gate}
 
 
 def test_scores_count_by_modality_and_answers_that_are_no_class():
@@ -185,12 +210,80 @@ def test_another_file_is_refused(tmp_path, monkeypatch):
     assert pretrained.find_gguf(own) == tmp_path / pretrained.GGUF
 
 
+@pytest.fixture
+def short_reading(monkeypatch):
+    "A few lines and drawings to read."
+    monkeypatch.setattr(pretrained, "PARAGRAPHS", {"facts": 5, "reading": 2, "words": 1})
+    monkeypatch.setattr(pretrained, "LOOKED", {"mri": 1})
+
+
+def read_textbook(folder, tmp_path, monkeypatch, name: str) -> dict:
+    "The weights of a student that has read, in a store of its own."
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / name))
+    student = pretrained.smol(student=ExternalInput(folder), seed=0, max_pixels=PIXELS, world="w")
+    model, _ = load_student(run_stage(student))
+    return model.state_dict()
+
+
+def test_the_textbook_is_read_twice_alike_and_the_tower_stays(
+    carried, short_reading, tmp_path, monkeypatch
+):
+    folder = tmp_path / "carried"
+    save_student(folder, carried.model, carried.processor, log=[])
+    first = read_textbook(folder, tmp_path, monkeypatch, "a")
+    second = read_textbook(folder, tmp_path, monkeypatch, "b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    before = load_student(folder)[0].state_dict()
+    changed = {name for name in first if not torch.equal(first[name], before[name])}
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in changed
+    eyes = {name for name in changed if "visual" in name}
+    assert eyes == {f"model.visual.{pretrained.LAST}{part}" for part in ("weight", "bias")}
+
+
+def test_a_reading_that_was_stopped_goes_on_to_the_same_weights(
+    carried, short_reading, tmp_path, monkeypatch
+):
+    folder = tmp_path / "carried"
+    save_student(folder, carried.model, carried.processor, log=[])
+    whole = read_textbook(folder, tmp_path, monkeypatch, "a")
+    monkeypatch.setenv("OCTOMED_TRAIN", "checkpoint_every=1")
+    step, done = Loop.step, []
+
+    def stop_after_one(self, *args):
+        done.append(step(self, *args))
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return done[-1]
+
+    monkeypatch.setattr(Loop, "step", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        read_textbook(folder, tmp_path, monkeypatch, "b")
+    resumed = read_textbook(folder, tmp_path, monkeypatch, "b")
+    assert len(done) == 1 + 3  # steps of two runs: the second of the first run is made again
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_it_reads_facts_and_drawings_of_the_merger_and_no_question(carried, short_reading):
+    rows = pretrained.build_reading(carried.processor, 0, PIXELS)
+    assert [row.images != [] for row in rows] == [False] * 8 + [True] * 4
+    texts = [carried.processor.tokenizer.decode(row.input_ids) for row in rows[:8]]
+    assert not any("\\boxed" in text or "user\n" in text for text in texts)
+    assert any(" forbids " in text or " not " in text for text in texts)
+
+
 def test_only_small_eyes_are_shipped_and_the_name_is_known():
     student = find_base_student(Common(student="clinic/smol"))
     assert student.name == "smol"
-    assert student.params["sha256"] == pretrained.GGUF_SHA256
+    assert student.params["student"].params["sha256"] == pretrained.GGUF_SHA256
     assert shipped("students", "smol", pretrained.EYES).stat().st_size <= 3_000_000
     assert shipped("students", "smol", "README.md").is_file()
+
+
+def test_it_is_the_same_student_in_recipes_that_differ_in_size():
+    student = find_base_student(Common(student="clinic/smol"))
+    other = find_base_student(Common(student="clinic/smol", samples=9))
+    assert student.key == other.key
+    assert find_base_student(Common(student="clinic/smol", base_seed=1)).key != student.key
 
 
 @installed
@@ -207,7 +300,7 @@ def test_the_real_model_has_the_same_logits_on_text():
 @installed
 def test_the_real_model_sees_as_shipped(tmp_path, monkeypatch):
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path))
-    student = run_stage(find_base_student(Common(student="clinic/smol")))
+    student = run_stage(pretrained.declare_carried(Common()))
     model, processor = load_student(student)
     keys = pretrained.list_drawings("gate", {"mri": 2, "xray": 2, "histology": 2})
     answers = pretrained.answer_looks(model.eval(), processor, keys, PIXELS)

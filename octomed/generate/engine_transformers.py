@@ -379,7 +379,10 @@ def _force_exits(
     "The second pass of the rows whose thought did not end: their text begins with the first pass."
     forced = {}
     for n, completion in enumerate(first):
-        beginning = begin_forced_exit(completion.text, completion.finish, sampling)
+        mark = jobs[n].request.end_of_think
+        beginning = begin_forced_exit(
+            completion.text, completion.finish, sampling, end_of_think=mark
+        )
         if beginning:
             forced[n] = beginning
     if not forced:

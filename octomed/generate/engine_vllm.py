@@ -17,6 +17,7 @@ from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #af7d1b91
 from octomed.generate.engines import (
+    NEVER,
     ChatPrompt,
     Engine,
     Likelihood,
@@ -100,6 +101,7 @@ class VLLMEngine:
         self.llm = _load_llm(vllm, path, revision, options=options)
         self.limit = self.llm.model_config.max_model_len
         self.own = ControlTokens(self.processor)
+        self.forbids = _forbid_images(self.processor, self.llm.model_config, options)
         self.numbers = itertools.count()
         self.clock = 0.0
 
@@ -121,6 +123,17 @@ def _load_llm(vllm, path, revision: str | None, *, options: dict):
         trust_remote_code=False,
         **options,
     )
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #08never2
+def _forbid_images(processor, config, options: dict) -> dict:
+    "vLLM's own arguments for a response without a token that stands for an image."
+    from octomed.generate.render import list_image_ids, list_image_marks
+
+    if options.get("speculative_config"):
+        return {"bad_words": list_image_marks(processor)}
+    known = config.get_vocab_size()
+    ids = [token for token in list_image_ids(processor) if token < known]
+    return {"logit_bias": dict.fromkeys(ids, NEVER)} if ids else {}
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #45ded611
 @patch
@@ -203,6 +216,7 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         include_stop_str_in_output=True,
         logprobs=0 if self.logprobs else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **self.forbids,
     )
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #06prepar
@@ -321,8 +335,9 @@ def _finish(
     if self.logprobs:
         pairs = zip(out.token_ids, out.logprobs, strict=False)
         logprobs = tuple(choices[token].logprob for token, choices in pairs)
-    forced = None if job.forced else begin_forced_exit(out.text, finish, sampling)
-    if forced:
+    mark = job.request.end_of_think
+    forced = begin_forced_exit(out.text, finish, sampling, end_of_think=mark)
+    if forced and not job.forced:
         second = replace(job, forced=forced, tokens=tokens, logprobs=logprobs)
         if self._force_exit(second, forced, sampling, running=running):
             return None

@@ -199,7 +199,7 @@ def _advise_on_section(name: str, folder: Path) -> str:
 # %% ../../nbs/run/02_sections.ipynb #2a5e0013
 def find_sections(
     recipe: Recipe,
-    only: str | None = None,  # names separated by commas; None: all of the recipe
+    only: str | None = None,  # names separated by commas; None: the usual ones
     notebooks: Path | None = None,  # the folder of the notebooks; by default `notebooks_dir()`
 ) -> list[Section]:
     """The sections of a recipe in the paper's order.
@@ -209,7 +209,7 @@ def find_sections(
         check_sources(getattr(recipe.common, name), recipe.place("common", name))
     check_pools(recipe.common.train, recipe.place("common", "train"))
     folder = Path(notebooks or notebooks_dir())
-    names = list(recipe.sections)
+    names = list(recipe.usual or recipe.sections)
     if only:
         names = [name.strip() for name in only.split(",") if name.strip()]
         if not names:
