@@ -58,7 +58,9 @@ setup(
     package_data={"octomed": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={name: requirements_of(name) for name in ("dev", "vllm", "train", "cluster")},
+    extras_require={
+        name: requirements_of(name) for name in ("dev", "vllm", "train", "cluster", "real")
+    },
     cmdclass={"build_py": BuildWithFiles},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),

@@ -10,19 +10,35 @@ import pytest
 
 from octomed.clinic import drawings, teachers
 from octomed.clinic import questions as clinic
+from octomed.clinic.manners import MANNERS, list_told_joins, tell_case
 from octomed.clinic.oracles import answer_by_composition, answer_by_one_fact, tabulate_oracles
-from octomed.clinic.questions import SIZES, load_questions, look_up_truth
+from octomed.clinic.questions import CATEGORY, SIZES, load_questions, look_up_truth
+from octomed.clinic.students import build_tokenizer
 from octomed.clinic.teachers import (
     INSTRUCT,
     REASONER,
+    TUTOR,
     SimulatedTeacher,
     is_reasoning_valid,
     respond,
 )
-from octomed.clinic.textbook import draw_atlas, list_vocabulary, write_textbook
-from octomed.clinic.world import is_decisive, load_conditions
+from octomed.clinic.textbook import (
+    collect_corpus,
+    draw_atlas,
+    list_entities,
+    list_vocabulary,
+    write_textbook,
+)
+from octomed.clinic.world import (
+    REQUESTS,
+    Join,
+    divide_joins,
+    is_decisive,
+    load_conditions,
+    may_train,
+)
 from octomed.core.identity import canonicalize
-from octomed.core.paths import OctomedError
+from octomed.core.paths import OctomedError, store_dir
 from octomed.data.sources import SOURCES, load
 from octomed.generate.answers import judge
 from octomed.generate.engines import load_teacher
@@ -114,10 +130,13 @@ def test_splits_share_no_question(ward, texts, seen):
         + load_questions("clinic_reading", "train", limit=60)
         + load_questions("clinic_rounds", "train", limit=60)
     )
+    dev = load_questions("clinic_ward", "dev")
+    for source in ("clinic_reading", "clinic_rounds"):
+        dev += load_questions(source, "dev", limit=60)
     test = texts + seen + load_questions("clinic_scanner", "test", limit=32)
-    assert not {q.id for q in train} & {q.id for q in test}
     assert not images_of(train) & images_of(test)
-    assert len({q.id for q in train + test}) == len(train) + len(test)
+    assert not images_of(dev) & images_of(train + test)
+    assert len({q.id for q in train + dev + test}) == len(train) + len(dev) + len(test)
 
 
 def test_picture_pools_are_disjoint_and_no_two_drawings_are_equal():
@@ -175,17 +194,129 @@ def test_one_fact_oracle_solves_one_step_and_no_more(texts):
             assert table[steps]["one_fact"] < chance + 3.1 * error
 
 
-def test_the_factor_does_not_give_the_answer_away(ward):
-    truths = [look_up_truth(q.id) for q in ward]
-    treatments = [t for t in truths if t.kind == "treat"]
-    known, new = treatments[::2], treatments[1::2]
-    times = Counter((t.factor, t.answer) for t in known)
+def recall_by_factor(questions, times) -> float:
+    "Accuracy of somebody who remembers which answer goes with which factor."
     right = []
-    for t in new:
-        remembered = {option: times[t.factor, option] for option in t.options}
-        right.append(t.answer == max(remembered, key=remembered.get))
-    assert len(new) > 250
-    assert np.mean(right) < 0.45
+    for q in questions:
+        factor = look_up_truth(q.id).factor
+        remembered = {option: times[factor, option] for option in q.options}
+        right.append(q.answer_text == max(remembered, key=remembered.get))
+    return np.mean(right)
+
+
+def test_what_is_remembered_of_a_factor_does_not_help_where_the_join_is_new(ward, texts):
+    treatments = [q for q in ward if q.tags["kind"] == "treat"]
+    times = Counter((look_up_truth(q.id).factor, q.answer_text) for q in treatments)
+    asked = [q for q in texts if q.source == "clinic_ward" and q.tags["kind"] == "treat"]
+    new = [q for q in asked if q.tags["held_out"]]
+    known = [q for q in asked if not q.tags["held_out"]]
+    assert min(len(treatments) / 10, len(new), len(known)) > 50
+    assert recall_by_factor(new, times) < 0.25 < recall_by_factor(known, times) < 0.75
+
+
+def test_a_quarter_of_the_joins_is_held_out_for_test_and_an_eighth_for_dev():
+    for form in REQUESTS:
+        splits = [
+            divide_joins()[Join(c.name, *form)] for c in load_conditions().values() if not c.held
+        ]
+        assert Counter(splits) == {"train": 13, "test": 6, "dev": 3}
+    for join, split in divide_joins().items():
+        if join.request == "treat" and not join.forbidden:
+            assert split == divide_joins()[join._replace(request="first")]  # one answer
+        if load_conditions()[join.condition].held:
+            assert split == "test"
+
+
+@pytest.mark.parametrize("source, split", SIZES)
+def test_a_split_asks_for_its_own_joins(source, split):
+    joins = [truth.join for _, _, truth, _ in clinic.load_plans(source, split, store_dir())]
+    if CATEGORY[source] == "multimodal_classification":
+        assert set(joins) == {None}
+        return
+    splits = Counter(divide_joins()[join] for join in joins)
+    if split == "train" or source in clinic.OUT_OF_DISTRIBUTION:
+        assert set(splits) == {split}
+        return
+    assert splits == {"train": 250, split: 250}
+    first = [divide_joins()[join] for join in joins[:40]]
+    assert Counter(first) == {"train": 20, split: 20}
+
+
+def test_tags_tell_the_join_of_a_question(texts):
+    for q in texts:
+        join = look_up_truth(q.id).join
+        assert q.tags["join"] == str(join)
+        assert q.tags["held_out"] == (divide_joins()[join] == "test")
+    (look,) = load_questions("clinic_reading", "test", limit=1)
+    assert not {"join", "held_out"} & set(look.tags)
+
+
+FOR_TRAINING = {str(join) for join in divide_joins() if may_train(join)}
+CLINIC = {
+    role: sorted(
+        spec for spec, s in SOURCES.items() if spec.startswith("clinic_") and s.role == role
+    )
+    for role in ("train", "comparison")
+}
+
+
+def test_every_clinic_pool_is_looked_through():
+    assert len(CLINIC["train"]) == 5 and len(CLINIC["comparison"]) == 4
+    roles = {SOURCES[f"{name}:dev"].role for name, split in SIZES if split == "dev"}
+    assert roles == {"benchmark"}  # so that no arm can be trained on it
+
+
+@pytest.mark.parametrize("spec", CLINIC["train"])
+def test_no_held_out_join_is_in_a_pool(spec):
+    if spec.startswith("clinic_near"):
+        truths = [look_up_truth(q.id) for q in load(spec)]
+    else:
+        truths = [truth for _, _, truth, _ in clinic.load_plans(*spec.split(":"), store_dir())]
+    assert all(may_train(truth.join) for truth in truths)
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_no_held_out_join_is_in_a_chat(manner):
+    for i in range(600):
+        stem, truth, _ = clinic.draft_question("clinic_rounds", "train", i)
+        q = clinic.build_question(
+            "clinic_rounds", "train", i, stem=stem, truth=truth, image=f"name:chat{i}"
+        )
+        told = list_told_joins(q, manner)
+        assert len(told) == len(set(told)) and set(told) <= FOR_TRAINING
+        for _, answer in tell_case(q, manner) if manner == "turns" else ():
+            for kind, slots in teachers.read_facts(answer):
+                if kind != "look":
+                    assert str(Join(slots["c"], kind)) in told
+
+
+def test_no_paragraph_of_the_textbook_chains_two_facts_of_a_condition():
+    paragraphs = 0
+    for paragraph in write_textbook(1, 1200, 0, words=0):
+        named = Counter(slots["c"] for _, slots in teachers.read_facts(paragraph) if "c" in slots)
+        assert max(named.values(), default=0) <= 1, paragraph
+        paragraphs += bool(named)
+    assert paragraphs > 1000
+
+
+@pytest.mark.parametrize("who", [REASONER, INSTRUCT], ids=lambda t: t.label)
+def test_no_trace_for_training_reasons_by_a_held_out_join(who, ward):
+    errors = 0
+    for q, seed in product(ward[:1500], (0, 1)):
+        truth, text = look_up_truth(q.id), respond(who, q.id, seed)[0]
+        facts = teachers.read_facts(text)
+        named = [slots["c"] for kind, slots in facts if kind == "dx"]
+        status = judge(text, q.letters, q.answer, think_first=True).status
+        if not named or (status != "correct" and truth.kind == "dx"):
+            continue  # a wrong diagnosis is an option that the question offers
+        treats = truth.kind in ("treat", "harm")
+        weighed = [kind for kind, _ in facts if kind in ("contra", "allowed")]
+        if treats and not weighed:
+            continue  # cut off, or a false first treatment
+        stated = Join(named[0], truth.kind, treats and weighed[0] == "contra")
+        assert may_train(stated), text
+        errors += stated != truth.join
+    assert errors > 50
 
 
 def test_questions_with_images_need_the_image(seen):
@@ -305,6 +436,16 @@ def test_the_instruct_teacher_misreads_images_as_stated():
     assert within(read.count("wrong"), len(read), INSTRUCT.look_wrong)
 
 
+def test_the_tutor_never_errs_and_says_nothing_beside_the_chain(ward, seen):
+    for q in ward[:200]:
+        text, finish = respond(TUTOR, q.id, 3)
+        assert finish == "stop"
+        assert is_reasoning_valid(q, text)
+        assert f"<answer>{q.answer}: {q.answer_text}</answer>" in text
+    assert median_words(TUTOR, ward[:200]) < median_words(REASONER, ward[:200])
+    assert {respond(TUTOR, q.id, 0)[1] for q in seen[:20]} == {"refused"}
+
+
 def test_the_reasoner_refuses_images(seen):
     assert {respond(REASONER, q.id, s)[1] for q in seen[:50] for s in range(2)} == {"refused"}
 
@@ -363,3 +504,25 @@ def test_a_budget_cuts_a_response_off(texts):
     (cut,) = sample(SimulatedTeacher(REASONER), texts[0].id, sampling=Sampling(max_tokens=10))
     assert cut.tokens <= 10
     assert cut.finish in ("length", "refused")
+
+
+def test_a_name_of_several_words_is_one_token(texts):
+    names = list_entities()
+    tokenizer = build_tokenizer(collect_corpus(), names=names)
+    assert len(names) == 203
+    for name in names:
+        for text in (name, f" {name}"):
+            assert tokenizer.tokenize(text) == [text]
+    for q in texts[::5]:
+        text = f"{q.stem}\n{', '.join(q.options)}.\n{respond(REASONER, q.id, 0)[0]}"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id not in ids
+    # The words of a name are known apart, and no longer word is cut.
+    assert tokenizer.tokenize("heart surgery of the heart") == [
+        "heart surgery",
+        " of",
+        " the",
+        " heart",
+    ]
+    assert tokenizer.tokenize("heart surgerys")[0] == "heart"

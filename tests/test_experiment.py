@@ -9,10 +9,11 @@ import pytest
 import octomed.clinic.graders  # registers the grader
 import octomed.clinic.manners  # registers the wordings
 import octomed.clinic.students  # noqa: F401 - registers the students
-from octomed.core.paths import OctomedError
+from octomed.core.paths import OctomedError, UsageError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS
-from octomed.evaluate.arms import Arm, declare_stages, declare_warm_up
+from octomed.distill.pools import read_questions
+from octomed.evaluate.arms import Arm, declare_stages, declare_warm_up, list_read_joins
 from octomed.evaluate.claims import Claim, judge_claim
 from octomed.evaluate.results import Results
 from octomed.evaluate.results_file import write_results
@@ -222,15 +223,86 @@ def test_frames_show_every_row_and_leave_out_what_no_row_has():
     assert shown.loc[0, "paper"] == "no such arm"
 
 
-def test_rewordings_keep_the_truth_and_never_enter_the_test_split():
+def results_with_joins(**arms):
+    "Made-up results: two questions for each of a held-out join, two for training, and no join."
+    tags = [
+        {"join": "migraine/test", "held_out": True},
+        {"join": "angina/dx", "held_out": False},
+        {"join": "angina/test", "held_out": False},
+        {},
+    ]
+    r = results(**arms)
+    for by_benchmark in r.rows.values():
+        for rows in by_benchmark["clinic_ward:test"]:
+            for n, row in enumerate(rows):
+                row["tags"] = tags[n % 4]
+    return r
+
+
+def with_read(monkeypatch, r, **read):
+    "The same results, of arms that have read these joins."
+    trained = {name: Arm((("clinic_ward:train", 1),), seed=n) for n, name in enumerate(read)}
+    joins = {arm: read[name] for name, arm in trained.items()}
+    monkeypatch.setattr("octomed.evaluate.results.list_read_joins", lambda arm, common: joins[arm])
+    return replace(r, arms=trained)
+
+
+def test_a_claim_and_a_table_can_be_about_one_part_of_the_joins(monkeypatch):
+    a, b = [1, 1, 0, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0, 1, 1]
+    plain = results_with_joins(a=[a], b=[b])
+    r = with_read(monkeypatch, plain, a={"angina/dx", "angina/test"}, b={"angina/dx"})
+    expected = {"all": (8, 0.125), "seen": (2, 0.5), "unseen": (2, 1.0)}
+    for part, (n, difference) in expected.items():
+        claim = Claim(text="a", a="a", b="b", benchmark="clinic_ward:test", joins=part)
+        f = judge_claim(claim, r)
+        assert (f["joins"], f["n"]) == (part, n)
+        assert f["difference"] == pytest.approx(difference)
+    rows = tabulate_scores(r, {("a", "clinic_ward:test"): 0.9}, joins=("all", "seen", "unseen"))
+    of_a = [row for row in rows if row["arm"] == "a" and row["benchmark"] == "clinic_ward:test"]
+    shown = {row["joins"]: (row["n"], row["accuracy"], row["paper"]) for row in of_a}
+    assert shown == {"all": (8, 0.5, 0.9), "seen": (2, 0.5, None), "unseen": (2, 1.0, None)}
+    assert set(show_rows(rows)["joins"]) == {"", "seen", "unseen"}
+    assert "joins" not in show_rows(tabulate_scores(r))
+
+
+def test_a_part_without_questions_has_no_row_and_an_unknown_one_is_refused(monkeypatch):
+    r = with_read(monkeypatch, results(a=[[1, 0]]), a=set())
+    assert tabulate_scores(r, joins=("unseen",)) == tabulate_scores(r, joins=("seen",)) == []
+    with pytest.raises(UsageError, match="choose from all, seen, unseen"):
+        r.take_joins("old")
+    with pytest.raises(OctomedError, match="run_arms"):
+        results(a=[[1, 0]]).take_joins("seen")
+
+
+def test_an_arm_has_read_the_joins_of_its_questions_and_of_its_base(own_places):
+    common = Common(
+        train=("clinic_ward:train",),
+        benchmarks=("clinic_ward:test",),
+        student="clinic/mini",
+        max_pixels=3136,
+    )
+    first = Arm((("clinic_ward:train", 6),), form="direct", k=0)
+    second = replace(first, sources=(("clinic_ward:train", -3),), base=first)
+    untrained = replace(first, schedule=replace(first.schedule, epochs=0))
+    told = Arm((("clinic_captions:instruct", 40),), form="direct", k=0)
+    read = list_read_joins(first, common)
+    asked = read_questions(declare_stages(first, common)["data"].folder)
+    assert read == {q.tags["join"] for q in asked} and 3 <= len(read) <= 6
+    assert read < list_read_joins(second, common)
+    assert list_read_joins(untrained, common) == set()
+    assert all("/" in join for join in list_read_joins(told, common))
+    assert list_read_joins(told, common)
+
+
+def test_rewordings_keep_the_truth_and_stay_in_the_training_split():
     from octomed.clinic.manners import load_families
     from octomed.clinic.oracles import answer_by_composition
-    from octomed.clinic.questions import belongs_to_test
+    from octomed.clinic.questions import split_by_id
 
     for family in load_families()[:5]:
         assert len({q.id for q in family}) == 16
         assert len({(q.options, q.answer) for q in family}) == 1
-        assert not any(belongs_to_test(q.id) for q in family)
+        assert not any(split_by_id(q.id) != "train" for q in family)
         assert {answer_by_composition(q) for q in family} == {family[0].answer}
     assert load_families()[0][0].id == load_families()[0][5].tags["like"]
 

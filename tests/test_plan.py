@@ -9,7 +9,7 @@ import octomed.clinic.students
 import octomed.clinic.teachers  # noqa: F401 - the three imports register what the plans name
 from octomed.core.recipe import Common, Recipe
 from octomed.evaluate.arms import Arm, schedule_of
-from octomed.run.plan_rates import RATES
+from octomed.run.plan_rates import RATES, READ, find_speed
 from octomed.run.plan_sections import plan_section
 
 COMMON = Common(
@@ -125,6 +125,25 @@ def test_a_pool_gives_no_more_than_it_has():
         RECIPE, "none", {"a": replace(ARM, sources=(("clinic_ward:train", 10**9),))}
     )
     assert plan["questions"] == find_source("clinic_ward:train").expected
+
+
+def test_a_pretrained_student_is_planned_by_its_own_speed():
+    slow = find_speed("clinic/smol")
+    assert slow.train_tokens < find_speed("clinic/tiny").train_tokens / 20
+    plan = plan_section(RECIPE, "none", {"a": replace(ARM, student="clinic/smol")})
+    arm = slow.time_training(30 * slow.row_tokens["cot"] * 2) + slow.time_answers(10, "cot")
+    reading = slow.time_training(READ["smol"])
+    assert plan["minutes"] == pytest.approx((arm + reading) / 60, abs=0.02)
+    assert plan["basis"] == "measured rates of clinic/smol on two slow cores"
+
+
+def test_the_real_recipe_takes_at_most_ninety_minutes(own_places):
+    from octomed.run.plan import plan
+
+    section, every = plan("real")
+    assert (section["section"], section["arms"]) == ("42_formatting", 3)
+    assert 30 < every["minutes"] <= 90
+    assert every["money"] is not None
 
 
 def test_ratings_are_paid_by_question(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from octomed.run.sections import find_sections, read_defaults, read_parameters
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_gives_what_its_notebooks_declare(name):
     recipe = load_recipe(name)
-    for section in find_sections(recipe):
+    for section in find_sections(recipe, ",".join(recipe.sections)):
         assert section.module.__name__.startswith("octomed.paper.")
         given = read_parameters(section, recipe).keys()
         assert given == read_defaults(section).keys() - {"recipe", "out"}
@@ -104,6 +104,16 @@ def test_the_gpu_recipe_has_three_training_seeds_an_arm_and_pools_that_are_large
     for scalars in recipe.sections.values():
         needed = scalars.get("questions", 0) + scalars.get("warm", 0)
         assert all(needed <= SOURCES[pool].expected for pool in recipe.common.train)
+
+
+def test_a_rehearsal_has_the_usual_sections_of_its_recipe(tmp_path):
+    from octomed.run.rehearsal import _write_recipe, shrink_recipe
+
+    recipe = load_recipe("real")
+    small = shrink_recipe(recipe, {*recipe.common.train, *recipe.common.benchmarks})
+    written = load_recipe(str(_write_recipe(small, tmp_path / "small.yaml")))
+    assert written.usual == recipe.usual == ("42_formatting",)
+    assert written.sections.keys() == recipe.sections.keys()
 
 
 @pytest.fixture
@@ -305,6 +315,42 @@ def test_a_variant_changes_what_it_names_and_keeps_the_rest(tmp_path):
     assert variant.sections.keys() == smoke.sections.keys()
 
 
+def test_the_usual_sections_are_meant_where_none_is_named(tmp_path):
+    text = "extends: smoke\nusual: [42_formatting]"
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    assert [section.name for section in find_sections(recipe)] == ["42_formatting"]
+    assert [section.name for section in find_sections(recipe, "55_cases")] == ["55_cases"]
+    (tmp_path / "heir.yaml").write_text("extends: mine.yaml", encoding="utf-8")
+    assert load_recipe(str(tmp_path / "heir.yaml")).usual == ("42_formatting",)
+    (tmp_path / "heir.yaml").write_text("extends: mine.yaml\nusual: []", encoding="utf-8")
+    assert load_recipe(str(tmp_path / "heir.yaml")).usual == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("usual: [42_formating]", "42_formating, which it does not have: did you mean 42_form"),
+        ("usual: 42_formatting", "line 2: usual must be a list"),
+        ("usual: [42_formatting, 42_formatting]", "usual has 42_formatting twice"),
+        ("common: {usual: [42_formatting]}", "usual is no part of common"),
+    ],
+)
+def test_usual_sections_that_are_none_are_refused(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        load_recipe(write_recipe(tmp_path, f"extends: smoke\n{text}"))
+
+
+def test_the_real_recipe_is_section_42_with_a_pretrained_student_and_the_gpu_has_it_too():
+    recipe = load_recipe("real")
+    assert [section.name for section in find_sections(recipe)] == ["42_formatting"]
+    assert recipe.sections.keys() == load_recipe("course").sections.keys()
+    assert recipe.common.student == load_recipe("gpu").common.student == "clinic/smol"
+    own = recipe.scalars("42_formatting")
+    assert (own["questions"] <= 500, own["epochs"], own["seeds"]) == (True, 2.0, 1)
+    categories = {SOURCES[pool].category for pool in recipe.common.train}
+    assert len(categories) == 3
+
+
 def test_recipes_that_extend_each_other_are_refused(tmp_path):
     (tmp_path / "other.yaml").write_text("extends: mine.yaml", encoding="utf-8")
     with pytest.raises(UsageError, match="in its turn: extend another recipe"):
@@ -371,7 +417,7 @@ def test_the_schema_marks_what_the_command_line_refuses(tmp_path, text, place):
 
 
 def test_the_schema_takes_what_the_command_line_takes():
-    text = "extends: course\ncommon: {lr: 1e-4, pretrain_tokens: 1e6}\nsections: {30_dataset: }\n"
+    text = "extends: course\ncommon: {lr: 1e-4, bootstrap: 1e4}\nsections: {30_dataset: }\n"
     assert list_schema_errors(text) == []
 
 

@@ -16,22 +16,25 @@ from octomed.clinic.drawings import CLASSES, draw_picture
 from octomed.clinic.graders import Grader, SimulatedGrader
 from octomed.clinic.manners import MANNERS, build_chat, write_wordings
 from octomed.clinic.questions import SIZES, load_questions
-from octomed.clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher
+from octomed.clinic.teachers import INSTRUCT, REASONER, TUTOR, SimulatedTeacher
 from octomed.clinic.textbook import draw_atlas, write_textbook
 from octomed.data.images import pixel_hash
 from octomed.generate.samples import Request, Sampling
 from octomed.paper.calibration import OneLength
 
 QUESTIONS = {
-    "clinic_ward:train": "b386fb6baaa8f721",
-    "clinic_ward:test": "97438adfbccf62f6",
-    "clinic_boards:test": "b6b4da209b0785bd",
-    "clinic_reading:train": "17c11d1c28329633",
-    "clinic_reading:test": "36d9067d78be4da1",
-    "clinic_scanner:test": "0053062ee4c252ca",
-    "clinic_rounds:train": "f5d82267d0d042d9",
-    "clinic_rounds:test": "50c316071d5439ac",
-    "clinic_grand:test": "c48de4b8ac814246",
+    "clinic_ward:train": "0d35ef6b7aeb3c3f",
+    "clinic_ward:dev": "56993f7bb52bd4c7",
+    "clinic_ward:test": "92d9398f52ac8377",
+    "clinic_boards:test": "af7b15ad99ef98ef",
+    "clinic_reading:train": "39429de6892dd5b1",
+    "clinic_reading:dev": "9fc866db3f8b46ec",
+    "clinic_reading:test": "68e5e4de85dff3be",
+    "clinic_scanner:test": "9120343f3495f73d",
+    "clinic_rounds:train": "8edf33fc2515a080",
+    "clinic_rounds:dev": "6a49855c8022fec1",
+    "clinic_rounds:test": "5922c6cb7ae15a7b",
+    "clinic_grand:test": "22779c4b4f0ae390",
 }
 DRAWINGS = {
     "fundus a": "d325b30996fe0be3",
@@ -44,25 +47,29 @@ DRAWINGS = {
     "histology b": "c2eaf54d474439fc",
 }
 RUBRICS = {
-    "Answer with <rating> and </rating>.": "bc4455918c1c811a",
-    "<response>\n{response}\n</response> Answer with <verdict> and </verdict>.": "50a6745025e7ab86",
-    "Answer with <modality> and <region>.": "b659e7bb6ed9a589",
+    "Answer with <rating> and </rating>.": "2d8da1f75b3f196c",
+    "<response>\n{response}\n</response> Answer with <verdict> and </verdict>.": "c853bc38d1cdc95d",
+    "Answer with <modality> and <region>.": "58471294c53780da",
 }
-TEXTBOOK = "4a045627326a64eb"
-ATLAS = "1b428ddd30e7bb77"
-TEACHERS = {"clinic/reasoner": "58a46d9734366c23", "clinic/instruct": "9e22e2137e8c23d0"}
-WORDINGS = "b739167ed3b5d658"
+TEXTBOOK = "84e6cdc529c898e7"
+ATLAS = "47c0529d2d581263"
+TEACHERS = {
+    "clinic/reasoner": "db336f03b0d7be05",
+    "clinic/instruct": "f746a0a6434da11f",
+    "clinic/tutor": "fa528d482837fb1a",
+}
+WORDINGS = "ccccf593e027322b"
 CHATS = {
-    "alignment": "055f442ca8adceab",
-    "instruct": "f0e414c2f6b7f480",
-    "turns": "36c2be779e0f3ad1",
-    "bare": "d645f2e51974b65b",
+    "alignment": "a1f29a97a2223133",
+    "instruct": "f77d8bb8656c4d8c",
+    "turns": "36cf0d3d210fb2aa",
+    "bare": "4886ce5fb7773e7c",
 }
 MODELS = [
-    "clinic/reasoner@e38b5a03",
-    "clinic/instruct@f036bf21",
-    "clinic/grader@ac098b5d",
-    "clinic/one-length@96bb72ae",
+    "clinic/reasoner@e93b7b11",
+    "clinic/instruct@549f4028",
+    "clinic/grader@9c4503a7",
+    "clinic/one-length@f031cb82",
 ]
 
 
@@ -128,7 +135,7 @@ def test_the_atlas_is_that_of_the_declared_world():
     assert pin(draw_atlas(0, per_class=2)) == ATLAS
 
 
-@pytest.mark.parametrize("teacher", [REASONER, INSTRUCT], ids=lambda teacher: teacher.label)
+@pytest.mark.parametrize("teacher", [REASONER, INSTRUCT, TUTOR], ids=lambda teacher: teacher.label)
 def test_the_teachers_speak_as_their_revision_says(teacher):
     names = (
         "clinic_ward:train",

@@ -16,7 +16,8 @@ from toys import chat
 from octomed.core.paths import OctomedError, root
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_transformers import TransformersEngine, _complete
-from octomed.generate.engines import FORCED, begin_forced_exit
+from octomed.generate.engines import FORCED, ChatPrompt, begin_forced_exit, choose_likeliest
+from octomed.generate.forced_choice import write_continuations
 from octomed.generate.render import list_image_ids
 from octomed.generate.samples import Request, Sampling, derive_sample_seed
 from octomed.train.students import save_student
@@ -115,6 +116,17 @@ def asked(pictures):
     }
 
 
+def list_scored(asked) -> list:
+    "(text, or messages and a beginning; continuations): with pictures, thoughts, and without."
+    thoughts = ("", "<think>it is the rash .</think>", "<think>fever\n</think>")
+    boxes = ["A", "fever", "the rash", "which option is it"]
+    pairs = [("the option is", [" fever", " the rash - fever", " one"])]
+    for n, request in enumerate(asked["greedy"][0]):
+        thought = thoughts[n % 3]
+        pairs.append(([request.messages, thought], write_continuations(thought, boxes)))
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def started(folder, asked, tmp_path_factory):
     """One vLLM server, and one vLLM engine in its own process, both started at once.
@@ -152,6 +164,7 @@ def started(folder, asked, tmp_path_factory):
             {
                 "generate": jobs,
                 "fan": asked["greedy"][0][-1].messages,
+                "scored": list_scored(asked),
                 "thoughts": [r.messages for r in asked["thoughts"][0]],
                 "budget": BUDGET,
                 "answer": ANSWER,
@@ -421,3 +434,25 @@ def test_the_servers_name_is_its_identity_and_the_build_is_kept(served, asked):
         s["engine"].startswith("openai")
         for s in ran(served, (asked["greedy"][0][:1], GREEDY)).values()
     )
+
+
+def test_likelihoods_are_those_of_the_transformers_engine(here, started, asked):
+    pairs = list_scored(asked)
+    prompts = [
+        prompt if isinstance(prompt, str) else ChatPrompt(*prompt, ends_thought=True)
+        for prompt, _ in pairs
+    ]
+    ours = here.likelihoods(prompts, [texts for _, texts in pairs])
+    assert any(
+        request.messages[0]["content"][0]["type"] == "image" for request in asked["greedy"][0]
+    )
+    for row, theirs in zip(ours, started[1]["scored"], strict=True):
+        assert [score.tokens for score in row] == [tokens for _, tokens, _ in theirs]
+        assert [score.is_greedy for score in row] == [greedy for *_, greedy in theirs]
+        logprobs = [logprob for logprob, *_ in theirs]
+        assert [score.logprob for score in row] == pytest.approx(logprobs, abs=1e-3)
+        assert choose_likeliest([score.logprob for score in row]) == choose_likeliest(logprobs)
+
+
+def test_what_vllm_cannot_score_is_one_sentence(started):
+    assert "the model takes 2047" in started[1]["too long"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'WORDINGS', 'WORDINGS_REVISION', 'MANNERS', 'MANNERS_REVISION', 'POOLS', 'write_wordings', 'load_families',
-           'load_wordings', 'tell_case', 'build_chat', 'load_chats']
+           'load_wordings', 'tell_case', 'list_told_joins', 'build_chat', 'load_chats']
 
 # %% ../../nbs/clinic/09_manners.ipynb #be4a933e
 from dataclasses import replace
@@ -13,16 +13,18 @@ from functools import lru_cache, partial
 import numpy as np
 
 # %% ../../nbs/clinic/09_manners.ipynb #4835cbb2
-from .questions import SIZES, TRUTHS, belongs_to_test, identify_world, look_up_truth
+from .questions import SIZES, TRUTHS, identify_world, look_up_truth, split_by_id
 from .questions import load_questions as clinic_questions
 from .teachers import INSTRUCT, REASONER, SimulatedTeacher
 from .vignettes import write_stem
 from octomed.clinic.world import (
     WORLD_REVISION,
+    Join,
     Truth,
     describe_look,
     load_conditions,
     load_knowledge,
+    may_train,
     pick,
     say,
 )
@@ -37,7 +39,7 @@ from ..generate.prompts import format_question
 # %% ../../nbs/clinic/09_manners.ipynb #45b13efc
 FAMILIES, WORDINGS = 250, 16
 # Declared by hand: a change of how a question is reworded needs a new one.
-WORDINGS_REVISION = "2d93499ea71f1fbf"
+WORDINGS_REVISION = "701d8e9673b1257f"
 
 # %% ../../nbs/clinic/09_manners.ipynb #96c53495
 def write_wordings(q: Question, n: int = WORDINGS) -> list[Question]:
@@ -49,7 +51,7 @@ def write_wordings(q: Question, n: int = WORDINGS) -> list[Question]:
         attempt += 1
         rng = np.random.default_rng(seed_for("near", WORLD_REVISION, q.id, attempt))
         wording = replace(q, stem=write_stem(rng, truth, "ward"), origin=f"{q.origin}/{attempt}")
-        if not belongs_to_test(wording.id):
+        if split_by_id(wording.id) == "train":
             family.setdefault(wording.id, wording)
             TRUTHS[wording.id] = truth
     return [
@@ -106,7 +108,7 @@ MANNERS = {
     "bare": "clinic_bare",
 }  # split: source
 # Declared by hand: a change of how a case is told needs a new one.
-MANNERS_REVISION = "c67d06832c57423d"
+MANNERS_REVISION = "4ee3c11959165e28"
 POOLS = ("clinic_rounds", "clinic_reading")
 
 # %% ../../nbs/clinic/09_manners.ipynb #6a55f393
@@ -127,19 +129,31 @@ def _conversation(rng, truth: Truth) -> list[tuple[str, str]]:
     "What the image shows; then condition, test and treatment, or how the image looks."
     request = _request(rng, "look", truth)
     turns = [(request, _sentence(rng, "look", k=truth.image))]
-    if not truth.condition:
+    turns += _turns_about_condition(rng, truth) if truth.condition else []
+    if len(turns) == 1:
         request = _request(rng, "look", truth)
         turns.append((request, describe_look(truth.modality, truth.image) + "."))
-        return turns
+    return turns
+
+
+def _joins_of_turns(truth: Truth) -> list[Join]:
+    "What a conversation may ask about a condition: the joins that are not held out."
+    joins = [Join(truth.condition, kind) for kind in ("dx", "test", "first")]
+    return [join for join in joins if may_train(join)]
+
+
+def _turns_about_condition(rng, truth: Truth) -> list[tuple[str, str]]:
+    "Condition, test and treatment, where their joins are not held out."
     c = load_conditions()[truth.condition]
     facts = {
         "dx": {"f": f"{truth.image} on {truth.modality}", "c": c.name},
         "test": {"c": c.name, "t": c.test},
         "first": {"c": c.name, "d": c.first},
     }
-    for kind, slots in facts.items():
+    turns = []
+    for _, kind, _ in _joins_of_turns(truth):
         request = _request(rng, kind, truth)
-        turns.append((request, _sentence(rng, kind, **slots)))
+        turns.append((request, _sentence(rng, kind, **facts[kind])))
     return turns
 
 # %% ../../nbs/clinic/09_manners.ipynb #1b305b63
@@ -161,6 +175,18 @@ def tell_case(
         return [(q.stem, _sentence(rng, kind, **slots))]
     return _conversation(rng, truth)
 
+# %% ../../nbs/clinic/09_manners.ipynb #1b305b64
+def list_told_joins(
+    q: Question,
+    manner: str,  # a key of MANNERS
+) -> list[str]:
+    "The joins that a case tells in a manner; a caption tells none."
+    truth = look_up_truth(q.id)
+    if not truth.join or manner == "alignment":
+        return []
+    joins = _joins_of_turns(truth) if manner == "turns" else [truth.join]
+    return [str(join) for join in joins]
+
 # %% ../../nbs/clinic/09_manners.ipynb #c3b63886
 def build_chat(q: Question, manner: str) -> dict:  # as `octomed.data.sources.read_chats` gives it
     "A case as a chat; the picture comes before the first request."
@@ -171,7 +197,12 @@ def build_chat(q: Question, manner: str) -> dict:  # as `octomed.data.sources.re
     first = [{"type": "image", "image": image} for image in q.images]
     first.append({"type": "text", "text": messages[0]["content"]})
     messages[0] = {"role": "user", "content": first}
-    return {"messages": messages, "images": q.images, "origin": q.id}
+    return {
+        "messages": messages,
+        "images": q.images,
+        "origin": q.id,
+        "joins": list_told_joins(q, manner),
+    }
 
 # %% ../../nbs/clinic/09_manners.ipynb #6388fef9
 @lru_cache

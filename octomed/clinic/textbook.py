@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_facts', 'write_option_practice', 'write_glossary', 'write_textbook', 'draw_atlas', 'collect_strings',
-           'collect_corpus', 'list_vocabulary']
+           'collect_corpus', 'list_vocabulary', 'list_entities']
 
 # %% ../../nbs/clinic/06_textbook.ipynb #e5810a70
 import re
@@ -82,6 +82,17 @@ def write_facts(rng: np.random.Generator, condition: Condition) -> list[str]:  #
         facts.append(describe_look(condition.modality, condition.image))
     return facts
 
+# %% ../../nbs/clinic/06_textbook.ipynb #a81ffc01
+def _deal_facts(rng: np.random.Generator, conditions: list[Condition]) -> list[str]:  # paragraphs
+    "As many paragraphs as conditions, each with sentences of four of them."
+    order = pick_several(rng, conditions, len(conditions))
+    facts = [pick_several(rng, write_facts(rng, condition), 4) for condition in order]
+    paragraphs = []
+    for i in range(len(order)):
+        sentences = [facts[(i + k) % len(order)][k] for k in range(4)]
+        paragraphs.append(". ".join(sentences) + ".")
+    return paragraphs
+
 # %% ../../nbs/clinic/06_textbook.ipynb #cc1fc431
 def write_option_practice(rng: np.random.Generator) -> str:  # a paragraph
     """Options as a question has them, and then the letters of some.
@@ -123,9 +134,9 @@ def write_textbook(
     rng = np.random.default_rng(seed_for("textbook", WORLD_REVISION, seed))
     known = list(load_conditions().values())
     paragraphs = []
-    for i in range(facts):
-        sentences = pick_several(rng, write_facts(rng, known[i % len(known)]), 4)
-        paragraphs.append(". ".join(sentences) + ".")
+    while len(paragraphs) < facts:
+        paragraphs += _deal_facts(rng, known)
+    paragraphs = paragraphs[:facts]
     paragraphs += [write_option_practice(rng) for _ in range(reading)]
     paragraphs += [write_glossary(rng) for _ in range(words)]
     return pick_several(rng, paragraphs, len(paragraphs))
@@ -197,3 +208,13 @@ def list_vocabulary() -> list[str]:
     for text in collect_corpus():
         words.update(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", text))
     return sorted(words)
+
+# %% ../../nbs/clinic/06_textbook.ipynb #7cf936f9
+def list_entities() -> list[str]:
+    "Every name of the clinic: conditions, findings, tests, treatments, factors, harms, classes."
+    names = set()
+    for texts in list_option_texts().values():
+        names.update(texts)
+    for condition in load_conditions().values():
+        names |= {*condition.findings, condition.factor}
+    return sorted(names)

@@ -15,9 +15,9 @@ import numpy as np
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #b4e55e85
 from octomed.clinic.world import (
-    HARMLESS,
     STEPS,
     Condition,
+    Join,
     Truth,
     derive_facts,
     join_words,
@@ -125,41 +125,39 @@ def write_stem(
     return " ".join([opening, *pick_several(rng, middle, len(middle)), request])
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #a4398bdb
-def _choose_factor(rng, condition: Condition, pool) -> tuple[str, bool]:  # factor, does it forbid
-    "A factor that forbids the first-line treatment, or one that does not."
-    forbidden = rng.random() >= HARMLESS
-    if forbidden:
-        return condition.factor, True
-    others = sorted({d.factor for d in pool} - {condition.factor, "pregnancy"})
-    return pick(rng, others), False
+def _choose_factor(rng, join: Join, pool) -> str:
+    "A factor that forbids the first-line treatment or does not; none where nothing is treated."
+    if join.request not in ("treat", "harm"):
+        return ""
+    own = load_conditions()[join.condition].factor
+    if join.forbidden:
+        return own
+    return pick(rng, sorted({d.factor for d in pool} - {own, "pregnancy"}))
 
 # %% ../../nbs/clinic/03_vignettes.ipynb #1e0a6e0b
 def write_vignette(
     rng: np.random.Generator,
-    kind: str,  # a key of STEPS other than "look"
-    condition: Condition,
+    join: Join,  # condition, request, and whether the first-line treatment is forbidden
     with_image: bool,  # show the image finding as an image, not as words
     style: str = "ward",
     options: int = 4,
     held: bool = False,  # may distractors come from held-out conditions
 ) -> tuple[str, Truth]:  # stem, truth
     "One question about one condition."
+    condition, kind = load_conditions()[join.condition], join.request
     findings = (
         pick(rng, find_shown_findings(condition.name))
         if with_image
         else pick_several(rng, condition.shows, 3)
     )
     pool = [d for d in load_conditions().values() if held or not d.held]
-    factor, forbidden = "", False
-    if kind in ("treat", "harm"):
-        factor, forbidden = _choose_factor(rng, condition, pool)
     truth = Truth(
         kind=kind,
         steps=STEPS[kind] + with_image,
         condition=condition.name,
         findings=tuple(pick_several(rng, findings, len(findings))),
-        factor=factor,
-        forbidden=forbidden,
+        factor=_choose_factor(rng, join, pool),
+        forbidden=join.forbidden,
         modality=condition.modality if with_image else "",
         image=condition.image if with_image else "",
     )

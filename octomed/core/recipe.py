@@ -66,8 +66,6 @@ class Common:
     benchmarks: tuple[SourceName, ...] = ()  # test sets that every student answers, name:split
     benchmark_limit: Amount = 0  # questions of each benchmark; 0: all
     student: Text = "clinic/tiny"  # the base student: a registered name, a hub id, or a folder
-    # Textbook tokens that a student built here reads before it is taught; not for hub models.
-    pretrain_tokens: Amount = 60_000
     batch: Count = 8  # samples per optimiser step (paper: 128, final model 512)
     lr: Positive = 1e-3  # peak learning rate (paper: 5e-5, for 7B)
     warmup: ShareBelowOne = 0.05  # share of the steps (paper: 0.01, final model 0.1)
@@ -111,6 +109,7 @@ class Recipe:
     name: str
     common: Common = Common()
     sections: dict = field(default_factory=dict)
+    usual: tuple[str, ...] = ()  # sections that are meant where none is named; empty: all
     extends: str = ""  # the recipe that this one changes, as `load_recipe` takes it; empty: none
     # (section, name) → the file and line that give a scalar; (`common`, name) likewise;
     # (section, "") → those of the section itself; ("", "") → the file
@@ -268,6 +267,7 @@ def check_value(
 PARTS = (
     "$schema",  # for editors
     "extends",
+    "usual",
     "common",
     "sections",
 )
@@ -360,6 +360,13 @@ def _check_sections(file: PlainFile) -> dict:
         sections[name] = values or {}
     return sections
 
+
+def _check_usual(file: PlainFile) -> tuple | None:
+    "The sections that are meant where none is named; None where the file does not say."
+    if "usual" not in file.value:
+        return None
+    return check_value(file.value["usual"], tuple[Text, ...], f"{file.place('usual')}: usual")
+
 # %% ../../nbs/core/06_recipe.ipynb #f5711476
 @dataclass(frozen=True)
 class _Parts:
@@ -368,6 +375,7 @@ class _Parts:
     common: dict
     sections: dict
     places: dict  # (section, name) → the file and line that give it
+    usual: tuple | None = None  # None: those of the recipe that it extends
     extends: str = ""
 
 
@@ -394,6 +402,7 @@ def _extend(base: _Parts, own: _Parts) -> _Parts:
         common={**base.common, **own.common},
         sections=sections,
         places={**base.places, **own.places},
+        usual=base.usual if own.usual is None else own.usual,
     )
 
 # %% ../../nbs/core/06_recipe.ipynb #fd5906e6
@@ -459,7 +468,9 @@ def _read_parts(name: str, folder: Path, chain: tuple = ()) -> _Parts:
     path, seed = _find_recipe(name, folder)
     file = read_plain_file(path)
     raw = _check_parts(file)
-    own = _Parts(_check_common(file), _check_sections(file), _list_places(file))
+    own = _Parts(
+        _check_common(file), _check_sections(file), _list_places(file), usual=_check_usual(file)
+    )
     if "extends" in raw:
         base = _read_base(file, path, chain=(*chain, path.resolve()))
         own = replace(_extend(base, own), extends=base.extends)
@@ -468,6 +479,17 @@ def _read_parts(name: str, folder: Path, chain: tuple = ()) -> _Parts:
     return own
 
 # %% ../../nbs/core/06_recipe.ipynb #fa43bc4c
+def _check_known(parts: _Parts, name: str) -> tuple[str, ...]:
+    "The usual sections. Raises `UsageError` for one that the recipe does not have."
+    for section in parts.usual or ():
+        if section not in parts.sections:
+            raise UsageError(
+                f"usual of recipe {name} names {section}, which it does not have: "
+                f"{_suggest(section, parts.sections)}"
+            )
+    return parts.usual or ()
+
+
 def load_recipe(
     name: str,  # `smoke`, `course`, …, with other seeds `course@1`, or the path of a YAML file
 ) -> Recipe:
@@ -478,6 +500,7 @@ def load_recipe(
         name=path.stem if seed is None else name,
         common=Common(**parts.common),
         sections=parts.sections,
+        usual=_check_known(parts, name),
         extends=parts.extends,
         places=parts.places,
     )

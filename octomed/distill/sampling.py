@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.files import read_jsonl, write_jsonl
-from ..core.identity import content_digest, split_revision
+from ..core.identity import MODEL_CARDS, content_digest, split_revision
 
 # %% ../../nbs/distill/03_sampling.ipynb #1bfbd054
 from ..core.paths import OctomedError
@@ -42,9 +42,9 @@ def route(q: Question, common: Common) -> tuple[str, str]:
     return common.teacher_text, "r1"
 
 # %% ../../nbs/distill/03_sampling.ipynb #eabef3f6
-def _request(q: Question, template: Template, n: int) -> Request:
+def _request(q: Question, template: Template, n: int, *, blind: bool) -> Request:
     "What is asked of an engine for one question."
-    messages = write_messages(template, q)
+    messages = write_messages(template, q, blind)
     return Request(
         question=q.id,
         messages=messages,
@@ -54,10 +54,15 @@ def _request(q: Question, template: Template, n: int) -> Request:
     )
 
 # %% ../../nbs/distill/03_sampling.ipynb #73bccc97
-def make_requests(qs: list[Question], template_name: str, n: int) -> list[Request]:
-    "What is asked of an engine: `n` samples of each question under a template."
+def make_requests(
+    qs: list[Question],
+    template_name: str,
+    n: int,  # samples of each question
+    blind: bool = False,  # show the options alone, without stem and pictures
+) -> list[Request]:
+    "What is asked of an engine; the ids are the questions' in any case."
     template = load_template(template_name)
-    return [_request(q, template, n) for q in qs]
+    return [_request(q, template, n, blind=blind) for q in qs]
 
 # %% ../../nbs/distill/03_sampling.ipynb #0dbf3250
 IMAGE_TOKENS = 334  # the most that one image of the paper has
@@ -195,7 +200,7 @@ def student_identity(
     if card.exists():
         return json.loads(card.read_text(encoding="utf-8"))["key"]
     if folder.is_dir():
-        return f"{folder.resolve().name}@{content_digest(folder)}"
+        return f"{folder.resolve().name}@{content_digest(folder, leave_out=MODEL_CARDS)}"
     return str(student)
 
 # %% ../../nbs/distill/03_sampling.ipynb #43688f1b

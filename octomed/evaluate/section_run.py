@@ -135,6 +135,10 @@ def claims_frame(claims: list[Claim]):
             "benchmark": claim.benchmark,
             "paper": claim.paper or "our control",
         }
+        if claim.joins != "all":
+            row["joins"] = claim.joins
+        if claim.reading != "generated":
+            row["reading"] = claim.reading
         if hasattr(claim, "measure"):
             row["measure"] = claim.measure
         rows.append(row)

@@ -6,7 +6,7 @@
 __all__ = ['TEACHERS', 'KINDS', 'FORCED', 'KNOWN_IMAGE_MARKS', 'NEVER', 'Engine', 'make_sample', 'register_teacher',
            'load_teacher', 'find_teacher_revision', 'choose_end_mark', 'begin_forced_exit', 'explain_no_room',
            'explain_control_token', 'find_image_mark', 'explain_image_mark', 'ChatPrompt', 'Likelihood', 'Scorer',
-           'split_pair', 'choose_likeliest']
+           'split_pair', 'tokenize_pair', 'check_continuations', 'explain_long_pair', 'choose_likeliest']
 
 # %% ../../nbs/generate/06_engines.ipynb #58328176
 import importlib
@@ -206,6 +206,8 @@ class ChatPrompt:
 
     messages: list  # chat messages, as a `Request` has them
     beginning: str = ""  # of the answer, such as a thought
+    # does an answer follow: a thought that the chat template has opened is ended before it
+    ends_thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,46 @@ def split_pair(
     if not after:
         raise OctomedError(f"the continuation {continuation!r} has no token: give it some text")
     return before, after
+
+# %% ../../nbs/generate/06_engines.ipynb #5e0c1a02
+def tokenize_pair(
+    tokenizer,
+    text: str,  # the prompt
+    continuation: str,
+    is_chat: bool,  # was it written by a chat template
+) -> tuple[list[int], list[int]]:
+    "Tokens of a prompt and of its continuation; raw text begins as its tokenizer begins a text."
+    begin = tokenizer.bos_token_id
+    has_begun = begin is not None and text.startswith(tokenizer.bos_token)
+    adds_begin = bool(text) and not (is_chat or has_begun)
+
+    def encode(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=adds_begin)["input_ids"]
+
+    before, after = split_pair(encode, text, continuation)
+    first = begin if begin is not None else tokenizer.eos_token_id
+    return before or [first], after
+
+
+def check_continuations(prompts: list, continuations: list):
+    "Raise `OctomedError` unless every prompt has a list of continuations."
+    if len(prompts) != len(continuations):
+        raise OctomedError(
+            f"{len(prompts)} prompts have {len(continuations)} lists of continuations: "
+            "give one list for each prompt"
+        )
+
+
+def explain_long_pair(
+    number: int,  # of the prompt
+    size: int,  # tokens
+    limit: int,  # of the model
+) -> str:
+    "The sentence for a prompt that is too long with its continuation."
+    return (
+        f"prompt {number} has {size} tokens with its continuation, and the model "
+        f"takes {limit}: shorten it"
+    )
 
 # %% ../../nbs/generate/06_engines.ipynb #8854a3c7
 def choose_likeliest(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OPTION_FORMAT', 'END_OF_THINK', 'FORMS', 'THINKING_MARKS', 'format_question', 'find_end_of_think',
            'find_start_of_think', 'drop_thinking', 'Template', 'list_templates', 'load_template', 'Contender',
-           'load_contenders', 'write_messages', 'make_prompt_key', 'format_boxed', 'convert_to_boxed',
-           'make_direct_target']
+           'load_contenders', 'hide_question', 'write_messages', 'make_prompt_key', 'format_boxed', 'append_answer',
+           'cut_answer', 'convert_to_boxed', 'make_direct_target']
 
 # %% ../../nbs/generate/01_prompts.ipynb #eba3480b
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..core.identity import digest
@@ -25,7 +25,8 @@ def format_question(
     option_format: str = OPTION_FORMAT,  # how an option is written
 ) -> str:
     "The stem and its options, one per line. Every template uses this text."
-    lines = [question.stem.strip()]
+    stem = question.stem.strip()
+    lines = [stem] if stem else []
     for letter, text in question.letters.items():
         lines.append(option_format.replace("{letter}", letter).replace("{text}", text, 1))
     return "\n".join(lines)
@@ -238,13 +239,21 @@ def load_contenders() -> dict[str, Contender]:  # by the table's names
         raise OctomedError(f"models.yaml names neither hub nor api of {unreachable[0]}: add one")
     return models
 
+# %% ../../nbs/generate/01_prompts.ipynb #b11d0002
+def hide_question(
+    question,  # a `Question`
+):
+    "A question of the same options without its stem and pictures; it has another id."
+    return replace(question, stem="", images=())
+
 # %% ../../nbs/generate/01_prompts.ipynb #974c6e52
 def write_messages(
     template: Template,
     question,  # a `Question`
+    blind: bool = False,  # show its options alone, without stem and pictures
 ) -> list[dict]:
     "The chat messages of a question under a template."
-    return template.messages(question)
+    return template.messages(hide_question(question) if blind else question)
 
 
 def make_prompt_key(
@@ -282,12 +291,24 @@ def format_boxed(
     return rf"\boxed{{{letter}}}"
 
 # %% ../../nbs/generate/01_prompts.ipynb #01gap001
-def _append_answer(explanation: str, answer: str) -> str:
-    if not explanation:
+def append_answer(
+    beginning: str,  # of a response, such as a thought or an explanation
+    answer: str,
+) -> str:
+    "A response that states its answer after its beginning, as a student is taught to."
+    if not beginning:
         return answer
-    if explanation.endswith(":"):
-        return f"{explanation} {answer}"
-    return f"{explanation}\n\n{answer}"
+    if beginning.endswith(":"):
+        return f"{beginning} {answer}"
+    return f"{beginning}\n\n{answer}"
+
+# %% ../../nbs/generate/01_prompts.ipynb #01cut001
+def cut_answer(
+    text: str,  # a response
+    end_of_think: str = END_OF_THINK,  # how its model ends its thinking
+) -> str:
+    "What stands between a response's thinking and its answer; the whole text without an answer."
+    return _split(text, end_of_think)[1]
 
 # %% ../../nbs/generate/01_prompts.ipynb #023b3c72
 def convert_to_boxed(
@@ -305,12 +326,12 @@ def convert_to_boxed(
     thinking = _drop_marks(thinking.strip(), end_of_think)
     # emphasis around a last label such as **Answer:** is dropped
     explanation = re.sub(r"(?<!\*)\*++([^*\n]*:)\**\s*\Z", r"\1", explanation.strip())
-    target = _append_answer(explanation.rstrip(" $*"), format_boxed(letter))
-    return f"<think>{thinking}</think>\n\n{target}"
+    answer = append_answer(explanation.rstrip(" $*"), format_boxed(letter))
+    return append_answer(f"<think>{thinking}</think>", answer)
 
 # %% ../../nbs/generate/01_prompts.ipynb #ca97336f
 def make_direct_target(
     letter: str,  # the right letter
 ) -> str:
     "The target of a direct student: chain of thought with an empty trace (§4)."
-    return format_boxed(letter)
+    return append_answer("", format_boxed(letter))

@@ -6,14 +6,14 @@
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
            'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
            'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords',
-           'Tracker', 'StudentName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show', 'show_default',
-           'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs',
-           'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports', 'show_reports',
-           'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
-           'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
-           'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8',
-           'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error',
-           'describe_error', 'discard_output', 'main']
+           'Tracker', 'StudentName', 'BaseName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show',
+           'show_default', 'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options',
+           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports',
+           'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill',
+           'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'base',
+           'print_next', 'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student',
+           'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command',
+           'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -772,6 +772,26 @@ def evaluate(
             as_json=False,
         )
         print()
+
+# %% ../../nbs/run/25_cli.ipynb #25base01
+BaseName = Annotated[str, Parameter(help="One of the clinic's base students, such as tiny.")]
+
+
+@app.command(help_epilogue=show_example("base tiny --out data/students/tiny"))
+def base(
+    name: BaseName,
+    /,
+    *,
+    out: Annotated[str, Parameter(help="A folder for its weights and its card.")] = "",
+    json: Json = False,
+) -> int:
+    "Make a base student from nothing, and let it take the gate (some 15 minutes)."
+    from octomed.clinic.bases import ship_base, take_gate
+
+    results = ship_base(name, Path(out)) if out else take_gate(name)
+    rows = [*results["lines"], *results["modalities"]]
+    show(rows, as_json=json)
+    return int(not all(row["passed"] for row in results["lines"]))
 
 # %% ../../nbs/run/25_cli.ipynb #622cc561
 export = App(

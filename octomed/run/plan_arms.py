@@ -9,7 +9,7 @@ __all__ = ['count_questions', 'ArmPlan', 'plan_arm']
 from dataclasses import dataclass
 
 from .plan_money import Bill, bill_arm
-from .plan_rates import RATES, Example, estimate_example, is_built_here
+from .plan_rates import RATES, Example, estimate_example, find_speed, is_built_here
 from .sections import read_json
 
 # %% ../../nbs/run/06_plan_arms.ipynb #d733f77c
@@ -57,6 +57,12 @@ def _count_traces(arm, common, steps: dict, questions: int) -> int:
     return _counts(steps["rendered"]).get("kept", accepted)
 
 # %% ../../nbs/run/06_plan_arms.ipynb #6a7e0010
+def _row_tokens(student: str, form: str) -> int:
+    "Tokens of an example of the clinic for a student that is built here."
+    tokens = find_speed(student).row_tokens
+    return tokens.get(form, tokens["cot"])
+
+
 def _training_tokens(arm, common, steps: dict, traces: int, row: float) -> int:
     "Tokens that a student reads in training; a control reads as many as the arm that it controls."
     if arm.compute_of:
@@ -80,7 +86,7 @@ def plan_arm(
     traces = _count_traces(arm, common, steps=steps, questions=questions)
     image = RATES["prompt_tokens"]["image"] * amounts["image"] / max(1, total)
     example = estimate_example(arm.form, image)
-    row = RATES["row_tokens"].get(arm.form, 165) if is_built_here(student) else example.tokens
+    row = _row_tokens(student, arm.form) if is_built_here(student) else example.tokens
     tokens = _training_tokens(arm, common, steps=steps, traces=traces, row=row)
     bill = bill_arm(arm, steps, amounts, questions=questions, samples=samples)
     return ArmPlan(

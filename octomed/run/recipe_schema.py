@@ -112,6 +112,13 @@ def make_recipe_schema() -> dict:
                 "where this file gives none.",
                 "examples": ["course"],
             },
+            "usual": {
+                "type": "array",
+                "items": {"type": "string", "minLength": 1},
+                "uniqueItems": True,
+                "description": "The sections that a command means where it names none.",
+                "examples": [["42_formatting"]],
+            },
             "common": make_common_schema(),
             "sections": {
                 "type": ["object", "null"],

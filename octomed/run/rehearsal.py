@@ -195,7 +195,6 @@ AMOUNTS = (
 # %% ../../nbs/run/15_rehearsal.ipynb #a7ad7874
 SMALL = {
     "student": "clinic/tiny",
-    "pretrain_tokens": 2000,
     "batch": 4,
     "samples": 4,
     "benchmark_limit": 2,
@@ -233,11 +232,13 @@ def shrink_recipe(
 ) -> Recipe:
     "The rehearsal of a recipe."
     small = {}
-    for section in find_sections(recipe):
+    for section in find_sections(recipe, ",".join(recipe.sections)):
         defaults = read_defaults(section).items()
         small[section.name] = {name: value for name, value in defaults if name in AMOUNTS}
     own = {name: {**given, **small[name]} for name, given in recipe.sections.items()}
-    return Recipe(f"{recipe.name}-rehearsal", _small_common(recipe.common, specs), own)
+    return Recipe(
+        f"{recipe.name}-rehearsal", _small_common(recipe.common, specs), own, usual=recipe.usual
+    )
 
 # %% ../../nbs/run/15_rehearsal.ipynb #a06198a7
 def _write_recipe(recipe: Recipe, path: Path) -> Path:
@@ -245,7 +246,8 @@ def _write_recipe(recipe: Recipe, path: Path) -> Path:
     import yaml
 
     common = json.loads(json.dumps(asdict(recipe.common)))
-    text = yaml.safe_dump({"common": common, "sections": recipe.sections}, sort_keys=False)
+    parts = {"usual": list(recipe.usual), "common": common, "sections": recipe.sections}
+    text = yaml.safe_dump(parts, sort_keys=False)
     comment = (
         "# A rehearsal: small random weights, a handful of questions, answers at random. "
         "Nothing here is a finding.\n"

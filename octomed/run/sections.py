@@ -15,7 +15,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -223,14 +223,14 @@ _MODELS = (
 def _check_models(recipe: Recipe):
     "Raises `UsageError` for a student or teacher that a recipe gives and that no one knows."
     from octomed.generate.engines import find_teacher_revision
-    from octomed.train.students import find_base_student
+    from octomed.train.students import check_student_name
 
     for name in _MODELS:
         if ("common", name) not in recipe.places:
             continue
         try:
             if name == "student":
-                find_base_student(recipe.common)
+                check_student_name(recipe.common.student)
             else:
                 find_teacher_revision(getattr(recipe.common, name))
         except OctomedError as error:
@@ -240,7 +240,7 @@ def _check_models(recipe: Recipe):
 # %% ../../nbs/run/02_sections.ipynb #02find02
 def find_sections(
     recipe: Recipe,
-    only: str | None = None,  # names separated by commas; None: all of the recipe
+    only: str | None = None,  # names separated by commas; None: the usual ones
     notebooks: Path | None = None,  # the folder of the notebooks; by default `notebooks_dir()`
 ) -> list[Section]:
     """The sections of a recipe in the paper's order.
@@ -251,7 +251,7 @@ def find_sections(
     check_pools(recipe.common.train, recipe.place("common", "train"))
     _check_models(recipe)
     folder = Path(notebooks or notebooks_dir())
-    names = list(recipe.sections)
+    names = list(recipe.usual or recipe.sections)
     if only:
         names = [name.strip() for name in only.split(",") if name.strip()]
         if not names:
@@ -411,12 +411,12 @@ def read_arms(section: Section, recipe: Recipe) -> SectionArms:
     "What a section asks for under a recipe. Raises `UsageError` for a wrong parameter."
     interface = section.interface
     full = recipe.with_scalars(section.name, **read_parameters(section, recipe))
-    from octomed.train.students import find_base_student
+    from octomed.train.students import check_student_name
 
     try:
         arms = interface.arms(full)
         for student in {arm.student for arm in arms.values() if arm.student}:
-            find_base_student(replace(recipe.common, student=student))
+            check_student_name(student)
         return SectionArms(
             recipe=interface.scope(full),
             arms=arms,
