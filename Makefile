@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
 	touch $@
 
-.PHONY: install vllm real reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
+.PHONY: install vllm real students reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
 install: .venv/ready
 
 # vLLM on a CPU, in an environment of its own (.venv-vllm, 6 GB): the tests that need it skip without it.
@@ -23,6 +23,10 @@ vllm: install
 real: install
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python $$(sed -n 's/^real_[a-z]* = //p' settings.ini)
 	$(BIN)/python -m octomed.clinic.pretrained
+
+# The clinic's base students, made again from nothing (an hour and a half of two cores); they are shipped.
+students: install
+	for name in $$($(BIN)/python -c "from octomed.clinic.bases import BASES; print(*BASES)"); do OMP_NUM_THREADS=1 $(BIN)/octomed base $$name --out data/students/$$name || exit 1; done
 
 # The paper, executed: every section of RECIPE (smoke, course), JOBS at a time, then the report.
 # The last lines are the counts and the page; `octomed report RECIPE --all` prints every claim and score.

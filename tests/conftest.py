@@ -36,6 +36,22 @@ def picture():
 
 
 @pytest.fixture
+def fake(monkeypatch):
+    "What a local server does. Its name in the environment is `FAKE`, and pauses are cut short."
+    from misbehaving import KEY, serving
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
+    with serving() as (fake, url):
+        monkeypatch.setenv("FAKE_BASE_URL", url)
+        monkeypatch.setenv("FAKE_API_KEY", KEY)
+        yield fake
+
+
+@pytest.fixture
 def own_places(tmp_path, monkeypatch):
     "A store and outputs of the test's own, which do not exist yet."
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler
 
 from octomed.generate.engine_openai import serve_locally
 
+KEY = "sk-canary-5f1d8c"  # of the fixture `fake`; no sentence may show it
 USAGE = {"completion_tokens": 7, "prompt_tokens": 11}
 
 
@@ -63,6 +65,7 @@ class Fake:
         self.owner = "fake"
         self.models = None  # what is sent in place of the list of models
         self.hello = None  # what answers the first, small request
+        self.tokens = None  # number of each whole token that vLLM's `/tokenize` knows
         self.cancelled = []  # ids of batches
         self.answer = lambda body: chunks()  # to a streamed request
         self.complete = lambda body: completion(f"seed {body['seed']}")  # to a line of a batch file
@@ -72,6 +75,15 @@ class Fake:
         self.lock = threading.Lock()
         self.now = 0  # streamed requests under way
         self.most = 0  # the most that were under way together
+
+    def tokenize(self, body):
+        "The answer of vLLM's `/tokenize`: known tokens are whole, all else is characters."
+        known = "|".join(map(re.escape, self.tokens))
+        pieces = re.findall(f"{known}|.", body["prompt"])
+        return {
+            "tokens": [self.tokens.get(piece, 1000 + ord(piece[0])) for piece in pieces],
+            "token_strs": pieces,
+        }
 
     def take(self, body):
         "Note a streamed request; gives the next misbehaviour, if one is left."
@@ -173,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"error": {"message": message}}, 401)
         elif path == "/chat/completions":
             self.chat(json.loads(data))
+        elif path == "/tokenize" and self.fake.tokens:
+            self.send(self.fake.tokenize(json.loads(data)))
         elif path.endswith("/cancel"):
             self.fake.cancelled.append(path.split("/")[2])
             self.send({**self.fake.batches[path.split("/")[2]], "status": "cancelling"})

@@ -845,6 +845,51 @@ def test_a_number_of_workers_that_is_none(monkeypatch, workers):
         count_workers()
 
 
+SETTINGS = {
+    "OCTOMED_ENGINE=vlm": "OCTOMED_ENGINE=vlm is no engine: choose from transformers, vllm",
+    "OCTOMED_WORKERS=abc": "OCTOMED_WORKERS=abc is no number of workers: write 1 to 9999",
+    "OCTOMED_WORKERS=99999": "OCTOMED_WORKERS=99999 is no number of workers",
+    "OCTOMED_BUDGET=lots": "OCTOMED_BUDGET=lots cannot be read: write money=5, tokens=1e6",
+    "OCTOMED_BUDGET=money=-1": "OCTOMED_BUDGET=money=-1 cannot be read",
+    "OCTOMED_TRAIN=pack=maybe": "OCTOMED_TRAIN: pack=maybe cannot be read: write 0 or 1",
+    "OCTOMED_PRICES=there.yaml": "there.yaml cannot be read (No such file or directory)",
+    "OCTOMED_PRICES=list.yaml": "list.yaml is no table of prices: write `models:` and below it",
+    "OCTOMED_PRICES=row.yaml": "row.yaml line 2: gpt-4o is 5: write `models:`",
+    "OCTOMED_PRICES=word.yaml": "word.yaml line 3: input of gpt-4o is 'cheap': write a price",
+    "OCTOMED_PRICES=minus.yaml": "minus.yaml line 3: input of gpt-4o is -1: write a price",
+}
+TABLES = {
+    "list.yaml": "models: [gpt-4o]\n",
+    "row.yaml": "models:\n  gpt-4o: 5\n",
+    "word.yaml": "models:\n  gpt-4o:\n    input: cheap\n    output: 1\n",
+    "minus.yaml": "models:\n  gpt-4o:\n    input: -1\n    output: 1\n",
+}
+READ_SETTINGS = [
+    "plan smoke",
+    "run smoke",
+    "run smoke --rehearse",
+    "distill clinic_ward:train --limit 3",
+    "train clinic_ward:train --limit 3",
+    "evaluate nobody/x@1 clinic_ward:test",
+    "export samples clinic_ward:train --limit 3 --out here",
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_cannot_be_is_named_before_anything_is_done(
+    monkeypatch, capsys, own_places, tmp_path, setting
+):
+    for name, text in TABLES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(*setting.split("=", 1))
+    for line in READ_SETTINGS:
+        code, out, err = call(capsys, *line.split())
+        assert (code, out) == (2, "") and SETTINGS[setting] in err, line
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "store").exists() and not (tmp_path / "out").exists()
+
+
 def test_the_version_and_the_module(capsys, tmp_path):
     assert call(capsys, "--version")[:2] == (0, f"{octomed.__version__}\n")
     assert start(tmp_path, "--version").stdout.decode() == f"{octomed.__version__}\n"

@@ -72,7 +72,7 @@ def stand_in(monkeypatch, folder):
     class LLM:
         llm_engine = core
         renderer = types.SimpleNamespace(render_cmpl=lambda prompts: prompts)
-        model_config = types.SimpleNamespace(max_model_len=200)
+        model_config = types.SimpleNamespace(max_model_len=200, get_vocab_size=lambda: 500)
 
         def __init__(self, path, **options):
             given.update(options, path=path)
@@ -199,6 +199,18 @@ def test_what_vllm_is_told(stand_in):
         json.loads(s.logprobs) == [-0.5] * s.tokens
         for s in stand_in.generate([ask("q1", 2)], DRAWN)
     )
+
+
+def test_f20_vllm_is_told_which_tokens_stand_for_images(stand_in, folder):
+    from octomed.generate.render import list_image_ids, list_image_marks
+
+    ids = list_image_ids(stand_in.processor)
+    assert len(ids) >= 3
+    assert stand_in._params(Sampling(), 7, 9).logit_bias == dict.fromkeys(ids, -100.0)
+    guesses = {"speculative_config": {"model": "a smaller one"}}
+    guessing = VLLMEngine(folder, "tiny@1", max_pixels=12_544, **guesses)._params(Sampling(), 7, 9)
+    assert guessing.bad_words == list_image_marks(stand_in.processor)
+    assert not hasattr(guessing, "logit_bias")
 
 
 def test_the_prompt_is_the_one_of_the_transformers_engine(stand_in, folder, picture):
@@ -345,3 +357,6 @@ def test_a_forced_exit_ends_the_thought_by_the_mark_of_its_model():
         assert begin_forced_exit(text, "length", sampling) == beginning
         assert begin_forced_exit(beginning + "B", "length", sampling) is None
         assert begin_forced_exit(text, "stop", sampling) is None
+    own = {"sampling": sampling, "end_of_think": "=== over ==="}
+    assert begin_forced_exit("It may", "length", **own) == "It may\n=== over ===\n\n"
+    assert begin_forced_exit("It may\n=== over ===\n\nB", "length", **own) is None

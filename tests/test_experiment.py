@@ -279,7 +279,6 @@ def test_an_arm_has_read_the_joins_of_its_questions_and_of_its_base(own_places):
         train=("clinic_ward:train",),
         benchmarks=("clinic_ward:test",),
         student="clinic/mini",
-        pretrain_tokens=500,
         max_pixels=3136,
     )
     first = Arm((("clinic_ward:train", 6),), form="direct", k=0)

@@ -406,5 +406,5 @@ def test_the_schema_marks_what_the_command_line_refuses(tmp_path, text, place):
 
 
 def test_the_schema_takes_what_the_command_line_takes():
-    text = "extends: course\ncommon: {lr: 1e-4, pretrain_tokens: 1e6}\nsections: {30_dataset: }\n"
+    text = "extends: course\ncommon: {lr: 1e-4, bootstrap: 1e4}\nsections: {30_dataset: }\n"
     assert list_schema_errors(text) == []

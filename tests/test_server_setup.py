@@ -8,7 +8,7 @@ import threading
 from http.server import ThreadingHTTPServer
 
 import pytest
-from misbehaving import Fake, Handler, send_bytes, serving
+from misbehaving import KEY, Fake, Handler, send_bytes
 from toys import ask
 
 from octomed.core.paths import OctomedError
@@ -19,23 +19,12 @@ from octomed.generate.samples import Sampling
 from octomed.generate.servers import Server
 
 
-@pytest.fixture
-def fake(monkeypatch):
-    with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url)
-        monkeypatch.setenv("FAKE_API_KEY", "sk-1")
-        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-            monkeypatch.delenv(name, raising=False)
-            monkeypatch.delenv(name.upper(), raising=False)
-        yield fake
-
-
 def say(kind=OpenAIEngine, **kw):
     "The sentence that a run with this environment ends in."
     with pytest.raises(OctomedError) as failed:
         list(kind("fake", "FAKE", retries=0, **kw).generate([ask("q1", 1)], Sampling()))
     sentence = str(failed.value)
-    assert "\n" not in sentence and "sk-1" not in sentence
+    assert "\n" not in sentence and "sk-1" not in sentence and KEY not in sentence
     return sentence
 
 

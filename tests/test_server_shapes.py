@@ -4,29 +4,25 @@ The tables hold what vLLM, llama.cpp, TGI, Ollama, SGLang, Anthropic, Gemini, Mi
 DeepSeek, Azure, OpenRouter, LiteLLM and others send."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from misbehaving import chunks, completion, send_bytes, send_events, send_json, serving, status
+from misbehaving import chunks, completion, send_bytes, send_events, send_json, status
 from toys import chat
 
 from octomed.core.paths import OctomedError
+from octomed.data.questions import Question
+from octomed.distill.rejection import judge_sample
+from octomed.distill.sampling import make_requests
 from octomed.generate.engine_openai import OpenAIEngine
+from octomed.generate.prompts import load_template
 from octomed.generate.samples import Request, Sampling
 from octomed.generate.server_errors import Fault, read_fault
 from octomed.generate.server_responses import ServerResponse
 
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    "What the server does. Its name in the environment is `FAKE`, and pauses are cut short."
-    with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url)
-        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
-        yield fake
 
 
 def engine(**kw):
@@ -139,6 +135,44 @@ def test_a_content_of_any_shape_is_read(fake, name):
     parts = [json.dumps(choice(delta)) for delta in deltas]
     fake.always = send_events(*parts, choice({}, "stop"))
     assert [s.text for s in draw()] == [text] and len(fake.asked) == 1
+
+
+MARKS = {
+    "</think>": "<think>so B\n</think>\n\nAnswer: B",
+    "[/THINK]": "[THINK]so B\n[/THINK]\n\nAnswer: B",
+    "◁/think▷": "◁think▷so B\n◁/think▷\n\nAnswer: B",
+    "## Final Response": "## Thinking\n\nso B\n## Final Response\n\nAnswer: B",
+    "=== over ===": "so B\n=== over ===\n\nAnswer: B",
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_thought_in_its_own_field_is_ended_by_the_mark_of_the_template(fake, mark, tmp_path):
+    fake.always = send_events(
+        choice({"reasoning": "so B"}), choice({"content": "Answer: B"}), choice({}, "stop")
+    )
+    form = tmp_path / "form.yaml"
+    form.write_text(
+        f"name: form\nsource: a test\nthink_first: true\nend_of_think: '{mark}'\n"
+        "text: '{question}'\n"
+    )
+    question = Question("Which is it?", ("flu", "cold"), "B", "toy", "test", "text_only")
+    (request,) = make_requests([question], str(form), 1)
+    (sample,) = draw([request])
+    assert sample.text == MARKS[mark]
+    verdict = judge_sample(sample, question, load_template(str(form)))
+    assert (verdict.status, verdict.letter) == ("correct", "B")
+
+
+def test_a_thought_that_is_cut_gets_the_mark_of_the_template_and_goes_on(fake):
+    fake.owner = "vllm"
+    cut = send_events(choice({"reasoning": "so"}), choice({}, "length"))
+    fake.script = [cut, send_events(choice({"content": "B"}), choice({}, "stop"))]
+    forced = Sampling(temperature=1.0, max_tokens=8, answer_tokens=4)
+    request = replace(ask(), end_of_think="[/THINK]")
+    (sample,) = engine().generate([request], forced)
+    assert sample.text == "[THINK]so\n[/THINK]\n\nB"
+    assert fake.asked[1]["messages"][-1]["content"] == "[THINK]so\n[/THINK]\n\n"
 
 
 def test_a_message_that_is_sent_again_at_the_end_is_not_read_twice(fake):
@@ -665,7 +699,7 @@ def test_no_shape_is_a_traceback(part):
     except Fault as fault:
         assert fault.sentence
     else:
-        assert isinstance(reply.whole, str)
+        assert isinstance(reply.join_thought(), str)
         assert reply.outcome in ("stop", "length", "refused")
 
 

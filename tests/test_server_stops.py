@@ -30,15 +30,6 @@ LONG = 300  # seconds that a test waits for what comes at once
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    "What the server does. Its name in the environment is `FAKE`, and pauses are cut short."
-    with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url)
-        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
-        yield fake
-
-
-@pytest.fixture
 def begun(monkeypatch):
     "The number of requests that the client has begun."
     from octomed.generate.engine_openai import _Wire

@@ -8,6 +8,7 @@ import traceback
 
 import pytest
 from misbehaving import (
+    KEY,
     chunks,
     completion,
     cut,
@@ -15,7 +16,6 @@ from misbehaving import (
     hang_up,
     malformed,
     out_of_resources,
-    serving,
     status,
     wait_for_hang_up,
     web_page,
@@ -29,19 +29,7 @@ from octomed.generate.engines import FORCED, load_teacher
 from octomed.generate.ledger import Ledger, draw_samples
 from octomed.generate.samples import Request, Sampling, derive_sample_seed
 
-CANARY = "sk-canary-5f1d8c"
 PLAIN = Sampling(temperature=1.0, max_tokens=64)
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    "What the server does. Its name in the environment is `FAKE`, and pauses are cut short."
-    with serving() as (fake, url):
-        monkeypatch.setenv("FAKE_BASE_URL", url)
-        monkeypatch.setenv("FAKE_API_KEY", CANARY)
-        monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-        monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.01)
-        yield fake
 
 
 def ask(name="q1", n=4, images=()):
@@ -310,17 +298,17 @@ def test_fault_40_a_forced_exit_continues_where_the_server_can_and_is_counted(fa
     ],
 )
 def test_what_no_retry_mends_stops_the_run_with_a_sentence(fake, code, error, says):
-    fake.script = [status(code, f"no, {CANARY}", **error)] * 9
+    fake.script = [status(code, f"no, {KEY}", **error)] * 9
     with pytest.raises(OctomedError, match=says) as e:
         list(engine(concurrency=2).generate([ask()], PLAIN))
-    assert CANARY not in "".join(traceback.format_exception(e.value)) and len(fake.asked) <= 9
+    assert KEY not in "".join(traceback.format_exception(e.value)) and len(fake.asked) <= 9
     assert "temperature" not in engine(leave_out=("temperature",))._body(ask(), PLAIN, 0)
 
 
 def test_a_key_that_is_cut_in_half_is_no_leak(fake):
-    fake.script = [status(400, "x" * 290 + CANARY)]
+    fake.script = [status(400, "x" * 290 + KEY)]
     (sample,) = engine().generate([ask(n=1)], PLAIN)
-    assert sample.finish == "error" and CANARY[:8] not in sample.text and "[removed]" in sample.text
+    assert sample.finish == "error" and KEY[:8] not in sample.text and "[removed]" in sample.text
 
 
 def test_another_version_in_the_middle_of_a_run_is_noticed(fake):
@@ -413,9 +401,9 @@ def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake
 
     fake.script = [
         echo,
-        status(500, CANARY),
-        status(400, f"bad key {CANARY}"),
-        *[status(500, CANARY)] * 4,
+        status(500, KEY),
+        status(400, f"bad key {KEY}"),
+        *[status(500, KEY)] * 4,
     ]
     output, ledger = io.StringIO(), Ledger(tmp_path / "ledger.sqlite")
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -425,14 +413,14 @@ def test_fault_17_a_canary_key_appears_in_no_output_log_ledger_or_traceback(fake
         print(e, vars(e), e.server, failed.value)
         traceback.print_exception(failed.value)
     ledger.close()
-    assert any(CANARY in v for h in fake.headers for v in h.values()), "the server did get the key"
+    assert any(KEY in v for h in fake.headers for v in h.values()), "the server did get the key"
     assert "[removed]" in output.getvalue()
     for where in (
         output.getvalue(),
         caplog.text,
         *(p.read_bytes().decode("latin1") for p in tmp_path.rglob("*") if p.is_file()),
     ):
-        assert CANARY not in where
+        assert KEY not in where
     assert any(
         b"your key is Bearer [removed]" in p.read_bytes()
         for p in tmp_path.rglob("*")
@@ -444,7 +432,7 @@ def test_fault_17_a_canary_key_appears_in_no_notebook(fake, tmp_path):
     import nbclient
     import nbformat
 
-    fake.refuses = CANARY
+    fake.refuses = KEY
     ways = (
         "OpenAIEngine('fake', 'FAKE', model='fake')",
         "OpenAIEngine('fake', 'FAKE')",
@@ -471,7 +459,7 @@ def test_fault_17_a_canary_key_appears_in_no_notebook(fake, tmp_path):
     for cell in nb.cells[2:]:
         errors = [output.evalue for output in cell.outputs if output.output_type == "error"]
         assert errors == [refused]
-    assert CANARY not in nbformat.writes(nb)
+    assert KEY not in nbformat.writes(nb)
 
 
 def test_a_server_that_is_down_says_so(monkeypatch):
@@ -480,3 +468,67 @@ def test_a_server_that_is_down_says_so(monkeypatch):
     says = r"DOWN does not answer .*see that DOWN_BASE_URL is right"
     with pytest.raises(OctomedError, match=says):
         _ = down.model
+
+
+QWEN_TOKENS = {"<|image_pad|>": 71, "<|vision_start|>": 72, "<|vision_end|>": 73, "<|im_end|>": 74}
+
+
+def test_f20_a_vllm_server_is_asked_never_to_draw_a_token_of_an_image(fake):
+    fake.owner, fake.tokens = "vllm", QWEN_TOKENS
+    list(engine().generate([ask(n=2)], PLAIN))
+    bias = {"71": -100.0, "72": -100.0, "73": -100.0}
+    assert [body["logit_bias"] for body in fake.asked] == [bias] * 2
+
+
+def test_f20_no_other_server_gets_a_bias_and_one_without_tokenize_neither(fake, monkeypatch):
+    fake.tokens = QWEN_TOKENS
+    list(engine().generate([ask(n=1)], PLAIN))
+    fake.owner, fake.tokens = "vllm", None
+    list(engine().generate([ask(n=1)], PLAIN))
+    fake.tokens = QWEN_TOKENS
+    monkeypatch.setenv("FAKE_LEAVE_OUT", "logit_bias")
+    list(engine().generate([ask(n=1)], PLAIN))
+    assert len(fake.asked) == 3 and not any("logit_bias" in body for body in fake.asked)
+
+
+def test_f20_a_vllm_server_that_takes_no_bias_is_asked_without(fake):
+    fake.owner, fake.tokens = "vllm", QWEN_TOKENS
+    words = "The min_p and logit_bias sampling parameters are not yet supported with speculative"
+    fake.script = [status(400, f"{words} decoding.")]
+    samples = list(engine(retries=0).generate([ask(n=3)], PLAIN))
+    assert [s.finish for s in samples] == ["stop"] * 3
+    assert ["logit_bias" in body for body in fake.asked] == [True, False, False, False]
+
+
+IMAGE_MARKS = ["<|image_pad|>", "<|vision_start|>", "<IMG_CONTEXT>", "<start_of_image>", "[IMG]"]
+
+
+@pytest.mark.parametrize("mark", IMAGE_MARKS)
+def test_f20_a_response_with_a_token_of_an_image_is_an_error_that_says_so(fake, mark):
+    fake.answer = lambda body: chunks(f"I see {mark}. The answer is B")
+    (sample,) = engine().generate([ask(n=1)], PLAIN)
+    sentence = f"the response holds {mark}, which stands for an image and is no text"
+    assert sample.finish == "error" and sentence in sample.text
+    fake.complete = lambda body: completion(f"I see {mark}. The answer is B")
+    (sample,) = batches().generate([ask(n=1)], PLAIN)
+    assert sample.finish == "error" and sentence in sample.text
+
+
+@pytest.mark.parametrize("mark", IMAGE_MARKS)
+def test_f20_a_question_with_a_token_of_an_image_is_not_asked(fake, mark):
+    requests = [ask(f"what is {mark}", 2), ask("q2", 2)]
+    samples = list(engine().generate(requests, PLAIN))
+    refused = [s for s in samples if s.question != "q2"]
+    assert len(fake.asked) == 2 and len(samples) == 4
+    assert {s.finish for s in refused} == {"error"} and f"holds {mark}" in refused[0].text
+    samples = list(batches().generate(requests, PLAIN))
+    assert sorted(s.finish for s in samples) == ["error", "error", "stop", "stop"]
+    (batch,) = fake.batches.values()
+    assert len(fake.files[batch["input_file_id"]].splitlines()) == 2
+
+
+def test_f20_ordinary_words_in_brackets_are_no_tokens(fake):
+    text = "In the <image> [Image 1] of <b>B</b> <answer>B</answer>"
+    fake.answer = lambda body: chunks(text)
+    (sample,) = engine().generate([ask("the <image> shows", 1)], PLAIN)
+    assert (sample.text, sample.finish) == (text, "stop")

@@ -16,7 +16,9 @@ from toys import chat
 from octomed.core.paths import OctomedError, root
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_transformers import TransformersEngine, _complete
-from octomed.generate.engines import FORCED, begin_forced_exit
+from octomed.generate.engines import FORCED, ChatPrompt, begin_forced_exit, choose_likeliest
+from octomed.generate.forced_choice import write_continuations
+from octomed.generate.render import list_image_ids
 from octomed.generate.samples import Request, Sampling, derive_sample_seed
 from octomed.train.students import save_student
 
@@ -114,6 +116,17 @@ def asked(pictures):
     }
 
 
+def list_scored(asked) -> list:
+    "(text, or messages and a beginning; continuations): with pictures, thoughts, and without."
+    thoughts = ("", "<think>it is the rash .</think>", "<think>fever\n</think>")
+    boxes = ["A", "fever", "the rash", "which option is it"]
+    pairs = [("the option is", [" fever", " the rash - fever", " one"])]
+    for n, request in enumerate(asked["greedy"][0]):
+        thought = thoughts[n % 3]
+        pairs.append(([request.messages, thought], write_continuations(thought, boxes)))
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def started(folder, asked, tmp_path_factory):
     """One vLLM server, and one vLLM engine in its own process, both started at once.
@@ -151,6 +164,7 @@ def started(folder, asked, tmp_path_factory):
             {
                 "generate": jobs,
                 "fan": asked["greedy"][0][-1].messages,
+                "scored": list_scored(asked),
                 "thoughts": [r.messages for r in asked["thoughts"][0]],
                 "budget": BUDGET,
                 "answer": ANSWER,
@@ -274,6 +288,13 @@ def test_fault_13_sixteen_samples_are_distinct_and_each_has_its_own_seed(offline
 
 def test_the_engine_and_the_server_draw_the_same_samples(offline, served, asked):
     same(offline("many"), ran(served, asked["many"]), "text", "finish", "tokens", "prompt_tokens")
+
+
+def test_f20_no_token_of_an_image_is_drawn_by_the_engine_or_by_its_server(started, served, here):
+    counts = started[1]["images_drawn"]
+    assert counts["forbidden"] == 0 < counts["allowed"]
+    served._look()
+    assert served._image_ids == sorted(list_image_ids(here.processor))
 
 
 def test_what_every_request_meets_stops_the_run_with_the_servers_sentence(served):
@@ -413,3 +434,25 @@ def test_the_servers_name_is_its_identity_and_the_build_is_kept(served, asked):
         s["engine"].startswith("openai")
         for s in ran(served, (asked["greedy"][0][:1], GREEDY)).values()
     )
+
+
+def test_likelihoods_are_those_of_the_transformers_engine(here, started, asked):
+    pairs = list_scored(asked)
+    prompts = [
+        prompt if isinstance(prompt, str) else ChatPrompt(*prompt, ends_thought=True)
+        for prompt, _ in pairs
+    ]
+    ours = here.likelihoods(prompts, [texts for _, texts in pairs])
+    assert any(
+        request.messages[0]["content"][0]["type"] == "image" for request in asked["greedy"][0]
+    )
+    for row, theirs in zip(ours, started[1]["scored"], strict=True):
+        assert [score.tokens for score in row] == [tokens for _, tokens, _ in theirs]
+        assert [score.is_greedy for score in row] == [greedy for *_, greedy in theirs]
+        logprobs = [logprob for logprob, *_ in theirs]
+        assert [score.logprob for score in row] == pytest.approx(logprobs, abs=1e-3)
+        assert choose_likeliest([score.logprob for score in row]) == choose_likeliest(logprobs)
+
+
+def test_what_vllm_cannot_score_is_one_sentence(started):
+    assert "the model takes 2047" in started[1]["too long"]

@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from octomed.core.paths import OctomedError
 from octomed.generate.engine_vllm import VLLMEngine
-from octomed.generate.engines import FORCED
+from octomed.generate.engines import FORCED, ChatPrompt
+from octomed.generate.render import list_image_ids
 from octomed.generate.samples import Request, Sampling
 
 
@@ -38,11 +40,27 @@ def main(student, jobs, out):
         samples.close()
         assert not engine.llm.llm_engine.has_unfinished_requests(), f"{name} left something running"
     results |= compare_with_one_request(engine, jobs["fan"])
+    results["scored"] = score(engine, jobs["scored"])
+    try:
+        engine.likelihoods(["one " * 3000], [["two"]])
+    except OctomedError as error:
+        results["too long"] = str(error)
+    results["images_drawn"] = count_drawn_images(engine, jobs["fan"])
     results["built_in"] = [
         end_thought_in_vllm(engine, messages, budget=jobs["budget"], answer=jobs["answer"])
         for messages in jobs["thoughts"]
     ]
     Path(out).write_text(json.dumps(results))
+
+
+def score(engine, pairs) -> list:
+    "(log-probability, tokens, whether each is the likeliest) of each continuation of each prompt."
+    prompts = [
+        prompt if isinstance(prompt, str) else ChatPrompt(*prompt, ends_thought=True)
+        for prompt, _ in pairs
+    ]
+    scored = engine.likelihoods(prompts, [texts for _, texts in pairs])
+    return [[(s.logprob, s.tokens, s.is_greedy) for s in row] for row in scored]
 
 
 def run_to_end(core) -> dict:
@@ -73,6 +91,23 @@ def compare_with_one_request(engine, messages, seed=1000) -> dict:
         "many_requests": [done[k].outputs[0].text for k in sorted(done)],
         "cached": [[done[k].num_cached_tokens, size] for k in sorted(done)],
     }
+
+
+def count_drawn_images(engine, messages) -> dict:
+    "How many tokens of images are drawn as the engine draws, and where nothing forbids them."
+    text, images, size = engine._prompt(messages)
+    ready, core = engine._input(text, images, size), engine.llm.llm_engine
+    ids, counts = set(list_image_ids(engine.processor)), {}
+    forbids = engine.forbids
+    for name, forbidden in (("forbidden", forbids), ("allowed", {})):
+        engine.forbids = forbidden
+        for seed in range(16):
+            params = engine._params(Sampling(temperature=2.0, top_p=1.0), seed, 32)
+            core.add_request(f"{name} {seed}", ready, params)
+        outputs = [output.outputs[0] for output in run_to_end(core).values()]
+        counts[name] = sum(token in ids for out in outputs for token in out.token_ids)
+    engine.forbids = forbids
+    return counts
 
 
 def end_thought_in_vllm(engine, messages, *, budget, answer):

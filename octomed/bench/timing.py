@@ -127,6 +127,7 @@ PARTS = (
     "ledger",
     "packing",
     "trainers",
+    "readings",
 )  # modules that register measurements
 TIMINGS: dict[str, tuple[Callable, dict]] = (
     Registry()
@@ -311,7 +312,7 @@ def build_small_arm(
     """An arm of the recipe `smoke` with the test splits of its pools, which are quick to draw.
 
     Its base student has read next to nothing."""
-    common = replace(load_recipe("smoke").common, pretrain_tokens=1, samples=1)
+    common = replace(load_recipe("smoke").common, samples=1)
     pools = [(pool.replace(":train", ":test"), questions) for pool in common.train]
     return Arm(tuple(pools)), common
 

@@ -66,8 +66,6 @@ class Common:
     benchmarks: tuple[SourceName, ...] = ()  # test sets that every student answers, name:split
     benchmark_limit: Amount = 0  # questions of each benchmark; 0: all
     student: Text = "clinic/tiny"  # the base student: a registered name, a hub id, or a folder
-    # Textbook tokens that a student built here reads before it is taught; not for hub models.
-    pretrain_tokens: Amount = 60_000
     batch: Count = 8  # samples per optimiser step (paper: 128, final model 512)
     lr: Positive = 1e-3  # peak learning rate (paper: 5e-5, for 7B)
     warmup: ShareBelowOne = 0.05  # share of the steps (paper: 0.01, final model 0.1)

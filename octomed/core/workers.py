@@ -127,9 +127,10 @@ MEMORY_EACH = 4 * 2**30  # bytes that a worker may need
 
 def _read_count(text: str) -> int:
     "The number in `OCTOMED_WORKERS`. Raises `UsageError` for anything else."
-    if not text.strip().isdecimal() or int(text) < 1:
+    is_number = text.strip().isdecimal() and len(text.strip()) <= 4
+    if not is_number or int(text) < 1:
         raise UsageError(
-            f"OCTOMED_WORKERS={text} is no number of workers: write 1 or more, or unset it"
+            f"OCTOMED_WORKERS={text} is no number of workers: write 1 to 9999, or unset it"
         )
     return int(text)
 

@@ -13,27 +13,50 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.paths import OctomedError, UsageError, shipped
+from ..core.yaml_files import PlainFile, read_plain_file
 from ..generate.samples import Sample
 
 # %% ../../nbs/distill/01_cost.ipynb #3b408411
-def _has_price(row: dict) -> bool:
-    "Whether a row of the table gives both prices."
-    return row.get("input") is not None and row.get("output") is not None
+_SHAPE = "write `models:` and below it, for each model, `input:` and `output:`"
+
+
+def _read_price(file: PlainFile, model: str, name: str) -> float | None:
+    "A price of a model, for one token; None for one that is not known. Raises `UsageError`."
+    price = file.value["models"][model].get(name)
+    if price is None:
+        return None
+    is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
+    if not is_number or not 0 <= price < math.inf:
+        place = file.place("models", model, name)
+        raise UsageError(f"{place}: {name} of {model} is {price!r}: write a price, or null")
+    return price / 1e6
+
+
+def _read_rows(file: PlainFile) -> dict[str, dict]:
+    "The rows of a table of prices by model. Raises `UsageError`."
+    models = file.value.get("models") if isinstance(file.value, dict) else None
+    if not isinstance(models, dict):
+        raise UsageError(f"{file.name} is no table of prices: {_SHAPE}")
+    for model, row in models.items():
+        if not isinstance(row, dict):
+            raise UsageError(f"{file.place('models', model)}: {model} is {row!r}: {_SHAPE}")
+    return models
 
 # %% ../../nbs/distill/01_cost.ipynb #4b415563
 def load_prices(
     path=None,  # a table of your own; default: the file in `OCTOMED_PRICES`, or `data/prices.yaml`
 ) -> dict[str, tuple[float, float]]:  # model → price of a prompt token and of a response token
-    "Prices of one token by model, in the table's currency; models without a price are left out."
-    import yaml
+    """Prices of one token by model, in the table's currency; models without a price are left out.
 
-    file = Path(path or os.environ.get("OCTOMED_PRICES") or shipped("prices.yaml"))
-    table = yaml.safe_load(file.read_text(encoding="utf-8"))["models"]
-    priced = {}
-    for model, row in table.items():
-        row = table.get(row.get("as"), row)
-        if _has_price(row):
-            priced[model] = (row["input"] / 1e6, row["output"] / 1e6)
+    Raises `UsageError` for a table that cannot be read."""
+    given = path or os.environ.get("OCTOMED_PRICES")
+    file = read_plain_file(Path(given or shipped("prices.yaml")))
+    rows, priced = _read_rows(file), {}
+    for model, row in rows.items():
+        as_model = row.get("as") if row.get("as") in rows else model
+        prices = [_read_price(file, as_model, name) for name in ("input", "output")]
+        if None not in prices:
+            priced[model] = tuple(prices)
     return priced
 
 # %% ../../nbs/distill/01_cost.ipynb #5e0daf06

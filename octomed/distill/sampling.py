@@ -42,21 +42,27 @@ def route(q: Question, common: Common) -> tuple[str, str]:
     return common.teacher_text, "r1"
 
 # %% ../../nbs/distill/03_sampling.ipynb #eabef3f6
-def _request(q: Question, template: Template, n: int) -> Request:
+def _request(q: Question, template: Template, n: int, *, blind: bool) -> Request:
     "What is asked of an engine for one question."
-    messages = write_messages(template, q)
+    messages = write_messages(template, q, blind)
     return Request(
         question=q.id,
         messages=messages,
         prompt=make_prompt_key(messages, template),
         indices=tuple(range(n)),
+        end_of_think=template.end_of_think,
     )
 
 # %% ../../nbs/distill/03_sampling.ipynb #73bccc97
-def make_requests(qs: list[Question], template_name: str, n: int) -> list[Request]:
-    "What is asked of an engine: `n` samples of each question under a template."
+def make_requests(
+    qs: list[Question],
+    template_name: str,
+    n: int,  # samples of each question
+    blind: bool = False,  # show the options alone, without stem and pictures
+) -> list[Request]:
+    "What is asked of an engine; the ids are the questions' in any case."
     template = load_template(template_name)
-    return [_request(q, template, n) for q in qs]
+    return [_request(q, template, n, blind=blind) for q in qs]
 
 # %% ../../nbs/distill/03_sampling.ipynb #0dbf3250
 IMAGE_TOKENS = 334  # the most that one image of the paper has

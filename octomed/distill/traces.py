@@ -46,6 +46,7 @@ def _pairs(
     accepted: Path | None,  # folder of the accepted set; None: the known answers
     form: str,  # a template, or one of MODES
     answer: str,  # what the box contains: `letter` or `text`
+    blind: bool = False,  # are the options shown alone
 ) -> list[tuple[list, str, str]]:  # (messages, response, question's id)
     "What a student of this form learns."
     pairs = []
@@ -53,24 +54,24 @@ def _pairs(
         template = load_template(name)
         for row in _rows_to_learn(form, template, qs, accepted=accepted):
             q = qs[row["question"]]
-            pairs.append(
-                (write_messages(template, q), _target(row, q, template, answer=answer), q.id)
-            )
+            messages = write_messages(template, q, blind)
+            pairs.append((messages, _target(row, q, template, answer=answer), q.id))
     return pairs
 
 # %% ../../nbs/distill/06_traces.ipynb #9db05f3f
 @stage
-def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff):
+def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff, blind=False):
     """The accepted set as the student's tokens; without an accepted set, the known answers.
 
     `form`: the student's template, `cot`, `direct` or `hybrid`; `answer`: see `write_in_box`;
-    `cutoff`: longest row in tokens."""
+    `cutoff`: longest row in tokens; `blind`: the options are shown without stem and pictures."""
     from octomed.generate.render import load_processor, render_rows, save_rows
 
     processor = load_processor(base)
     qs = {q.id: q for q in read_questions(questions)}
-    pairs = _pairs(qs, accepted, form=form, answer=answer)
-    load_missing_images(list(qs.values()), max_pixels, processor)
+    pairs = _pairs(qs, accepted, form=form, answer=answer, blind=blind)
+    if not blind:
+        load_missing_images(list(qs.values()), max_pixels, processor)
     rows, funnel = render_rows(processor, pairs, max_pixels=max_pixels, cutoff=cutoff)
     save_rows(out, rows, funnel)
 

@@ -60,6 +60,9 @@ class Arm:
     # (benchmark, samples): where a majority vote is reported too (paper: 10, on MedQA alone)
     votes: tuple[tuple[str, int], ...] = ()
     graded: bool = False  # does the grader read what the parser cannot; reported beside it
+    likelihood: bool = False  # is its student read by likelihood too; reported beside it
+    # is its student taught and asked with the options alone, without stem and pictures (chance)
+    blind: bool = False
 
 # %% ../../nbs/evaluate/03_arms.ipynb #b8cc223b
 def _teacher_row(name: str, common: Common) -> tuple[str, str, str]:
@@ -156,10 +159,10 @@ def _reads_chats(arm: Arm) -> bool:
     is_chat = {find_source(spec).role == "comparison" for spec, _ in arm.sources}
     if is_chat == {False}:
         return False
-    if len(is_chat) > 1 or arm.k or arm.filter or arm.against:
+    if len(is_chat) > 1 or arm.k or arm.filter or arm.against or arm.blind:
         raise UsageError(
             "chats have no teacher and no options: give them an arm of their own with k=0, "
-            "without a filter and without `against`"
+            "without a filter, without `against` and not blind"
         )
     return is_chat == {True}
 
@@ -186,7 +189,14 @@ def _rendered(arm: Arm, common: Common, asked: Stage, kept: Stage | None, base) 
     shape = {"base": base, "max_pixels": common.max_pixels, "cutoff": arm.schedule.cutoff}
     if _reads_chats(arm):
         return rendered_chats(chats=asked, **shape)
-    return rendered(questions=asked, accepted=kept, form=arm.form, answer=common.answer, **shape)
+    return rendered(
+        questions=asked,
+        accepted=kept,
+        form=arm.form,
+        answer=common.answer,
+        blind=arm.blind,
+        **shape,
+    )
 
 # %% ../../nbs/evaluate/03_arms.ipynb #a13c9d10
 def _student(arm: Arm, common: Common, tokens: Stage, base):
@@ -208,7 +218,8 @@ def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
     "The stages of an arm, by name in their order, declared and not run."
     data = asked = _data(arm, common)
     base = _base(arm, common)
-    check_images(base, [spec for spec, _ in arm.sources])
+    if not arm.blind:
+        check_images(base, [spec for spec, _ in arm.sources])
     declared = {"data": data}
     if arm.k:
         declared["samples"] = _teacher_samples(arm, common, data)
@@ -263,7 +274,8 @@ def declare_evaluation(
 ) -> Stage:
     "The evaluation of an arm's student on a benchmark, declared and not run."
     student = declare_stages(arm, common)["student"]
-    check_images(student, [benchmark])
+    if not arm.blind:
+        check_images(student, [benchmark])
     form = mode or MODES.get(arm.form, (arm.form,))[0]
     grader = (arm.grader or common.grader) if arm.graded else ""
     return evaluation(
@@ -279,6 +291,9 @@ def declare_evaluation(
         vote=dict(arm.votes).get(benchmark, 0),
         grader=grader,
         revision=find_teacher_revision(grader) if grader else "",
+        likelihood=arm.likelihood,
+        answer=common.answer,
+        blind=arm.blind,
     )
 
 # %% ../../nbs/evaluate/03_arms.ipynb #d42a6e67

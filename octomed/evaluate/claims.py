@@ -29,6 +29,7 @@ class Claim:
     # of a `trend`: its arms, each with its place on the axis
     along: tuple[tuple[str, float], ...] = ()
     joins: str = "all"  # which questions: `all`, or those whose joins are `seen` or `unseen`
+    reading: str = "generated"  # how students are read: `generated` (the paper's) or `likelihood`
 
 # %% ../../nbs/evaluate/05_claims.ipynb #4f3ab47b
 def _places(claim: Claim) -> dict[str, float]:
@@ -73,7 +74,7 @@ def judge_claim(
     results: Results,
 ) -> dict:  # the claim's fields, and the difference, its interval and its outcome
     "What the results say about a claim."
-    results = results.take_joins(claim.joins)
+    results = results.take_reading(claim.reading).take_joins(claim.joins)
     estimate = _estimate(claim, results)
     seeds = range(results.training_seeds)
     return {

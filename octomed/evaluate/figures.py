@@ -226,28 +226,50 @@ def _dot(ax, y: float, row: dict, colour: str):
         ax.plot(100 * row["paper"], y, "o", ms=7, mfc="white", mec=colour, mew=1.6, zorder=3)
 
 # %% ../../nbs/evaluate/08_figures.ipynb #ca389dbc
+def _step_of(arms: list[str]) -> float:
+    "The distance between the arms of one benchmark."
+    return min(0.3, 0.72 / len(arms))
+
+
+def _offset(arm: str, arms: list[str]) -> float:
+    "How far an arm stands below the middle of its benchmark."
+    return (arms.index(arm) - (len(arms) - 1) / 2) * _step_of(arms)
+
+
 def _dots(ax, heights: dict, rows: list[dict], arms: list[str]):
     "The dots of all rows, the arms of one benchmark above each other."
-    step = min(0.3, 0.72 / len(arms))
     for row in rows:
         if row["arm"] in arms:
-            order = arms.index(row["arm"])
-            y = heights[_place(row)] + (order - (len(arms) - 1) / 2) * step
-            _dot(ax, y, row, colour=COLOURS[order % len(COLOURS)])
+            colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
+            _dot(ax, heights[_place(row)] + _offset(row["arm"], arms), row, colour=colour)
 
 # %% ../../nbs/evaluate/08_figures.ipynb #39830cf9
-def _chance_rules(ax, heights: dict, rows: list[dict]):
-    "A dotted rule at the chance of each benchmark."
-    chances = {_place(row): row["chance"] for row in rows if row.get("chance")}
-    for place, chance in chances.items():
-        ax.plot(
-            [100 * chance] * 2,
-            [heights[place] - 0.42, heights[place] + 0.42],
-            color=FAINT,
-            lw=1.2,
-            ls=(0, (2, 2)),
-            zorder=1,
-        )
+def _chance_rule(ax, chance: float, y: float, reach: float):
+    "A dotted rule, so far above and below a height."
+    ax.plot(
+        [100 * chance] * 2,
+        [y - reach, y + reach],
+        color=FAINT,
+        lw=1.2,
+        ls=(0, (2, 2)),
+        zorder=1,
+    )
+
+
+def _chance_rules(ax, heights: dict, rows: list[dict], arms: list[str]):
+    "A dotted rule at the chance of each benchmark; where arms differ in it, beside each of them."
+    chances: dict[tuple, dict] = {}
+    for row in rows:
+        if row.get("chance") and row["arm"] in arms:
+            chances.setdefault(_place(row), {})[row["arm"]] = row["chance"]
+    step = _step_of(arms)
+    for place, by_arm in chances.items():
+        if len(set(by_arm.values())) == 1:
+            _chance_rule(ax, next(iter(by_arm.values())), heights[place], reach=0.42)
+            continue
+        for arm, chance in by_arm.items():
+            y = heights[place] + _offset(arm, arms)
+            _chance_rule(ax, chance, y, reach=step / 2)
 
 
 def _dot_entries(rows: list[dict], arms: list[str]) -> list[tuple]:
@@ -268,11 +290,13 @@ def draw_accuracies(
     arms=None,  # order and choice of arms; default: as they come
     xlabel: str = "accuracy, %",
     xlim=None,  # in per cent
+    reading: str = "generated",  # which rows, where they hold both readings
 ):
     """Arms by benchmark: filled dots are ours, hollow ones the paper's, a dotted rule is chance.
 
     Raises `OctomedError` without rows."""
-    rows = list(rows)
+    rows = [row for row in rows if row.get("reading", reading) == reading]
+    rows = [row for row in rows if not row.get("blind")]  # chance students are the rules
     if not rows:
         raise OctomedError("there is nothing to draw: give at least one row")
     arms = list(arms or dict.fromkeys(row["arm"] for row in rows))
@@ -282,7 +306,7 @@ def draw_accuracies(
     with use_style():
         heights = _axis_of_benchmarks(ax, places, gap=0.85)
         _dots(ax, heights, rows, arms=arms)
-        _chance_rules(ax, heights, rows)
+        _chance_rules(ax, heights, rows, arms=arms)
         ax.set(xlabel=xlabel, xlim=xlim)
         _key(ax, _dot_entries(rows, arms), 1.01)
     return _settled(fig, title)

@@ -22,7 +22,7 @@ from ..core.store import Stage, run_stage
 from ..core.workers import run_all
 from ..data.sources import find_source
 from .arms import Arm, declare_evaluation, list_read_joins
-from .evaluate import score_runs
+from .evaluate import READINGS, score_runs, take_likelihoods
 
 # %% ../../nbs/evaluate/04_results.ipynb #cc833084
 def scope_recipe(
@@ -91,6 +91,9 @@ def with_part(self: Results, benchmark: str, name: str, ids: set) -> Results:
     "The same results with the questions of these ids beside the benchmark, as a part of it."
     rows = {}
     for arm, by_benchmark in self.rows.items():
+        if benchmark not in by_benchmark:  # of a chance student
+            rows[arm] = by_benchmark
+            continue
         chosen = [
             [row for row in of_seed if row["question"] in ids]
             for of_seed in by_benchmark[benchmark]
@@ -138,7 +141,9 @@ def joins_read(self: Results) -> list[set[str]]:
             "these results do not say which arms were trained, so no question can be called seen: "
             "make them with run_arms"
         )
-    trained = [arm for arm in self.arms.values() if arm.schedule.epochs or arm.base]
+    trained = [
+        arm for arm in self.arms.values() if (arm.schedule.epochs or arm.base) and not arm.blind
+    ]
     return [list_read_joins(arm, self.common) for arm in trained]
 
 
@@ -161,12 +166,33 @@ def take_joins(
         rows[arm] = {b: by_seed for b, by_seed in chosen.items() if all(by_seed)}
     return replace(self, rows=rows)
 
-
+# %% ../../nbs/evaluate/04_results.ipynb #4ead0008
 def _take_part(by_seed: list[list[dict]], joins: str, read) -> list[list[dict]]:
     "The rows of one part, for each training seed."
     return [
         [row for row in rows if tell_part(row.get("tags", {}), read) == joins] for rows in by_seed
     ]
+
+# %% ../../nbs/evaluate/04_results.ipynb #4ead0006
+@patch
+def take_reading(
+    self: Results,
+    reading: str,  # one of READINGS
+) -> Results:
+    """The same results, read in one of the two ways.
+
+    Raises `UsageError` for an unknown reading, and for arms that were not read by likelihood."""
+    if reading not in READINGS:
+        raise UsageError(f"there is no reading {reading}: choose from {', '.join(READINGS)}")
+    if reading == "generated":
+        return self
+    rows = {}
+    for arm, by_benchmark in self.rows.items():
+        rows[arm] = {
+            benchmark: list(map(take_likelihoods, by_seed))
+            for benchmark, by_seed in by_benchmark.items()
+        }
+    return replace(self, rows=rows)
 
 # %% ../../nbs/evaluate/04_results.ipynb #b5cef5ef
 def give_seeds(arm: Arm, seeds: int, common: Common) -> list[Arm]:
@@ -174,6 +200,14 @@ def give_seeds(arm: Arm, seeds: int, common: Common) -> list[Arm]:
     return [replace(arm, seed=arm.seed + s + 1000 * common.base_seed) for s in range(seeds)]
 
 # %% ../../nbs/evaluate/04_results.ipynb #d6ad7394
+def _benchmarks_of_arm(arm: Arm, benchmarks) -> list[str]:
+    "The benchmarks that an arm is evaluated on: a chance student only on those of its category."
+    if not arm.blind:
+        return list(benchmarks)
+    categories = {find_source(spec).category for spec, _ in arm.sources}
+    return [benchmark for benchmark in benchmarks if find_source(benchmark).category in categories]
+
+
 def declare_evaluations(
     arms: dict[str, Arm],
     recipe: Recipe,
@@ -187,7 +221,7 @@ def declare_evaluations(
         with_seeds = give_seeds(arm, seeds, common)
         declared[name] = {
             benchmark: [declare_evaluation(one_seed, benchmark, common) for one_seed in with_seeds]
-            for benchmark in benchmarks or common.benchmarks
+            for benchmark in _benchmarks_of_arm(arm, benchmarks or common.benchmarks)
         }
     return declared
 
@@ -196,7 +230,7 @@ def _jobs(declared: dict[str, dict[str, list[Stage]]], seeds: int) -> list[list[
     "The evaluations of each student together, arm after arm and seed after seed."
     jobs = []
     for by_benchmark in declared.values():
-        for seed in range(seeds):
+        for seed in range(seeds if by_benchmark else 0):
             jobs.append([by_seed[seed] for by_seed in by_benchmark.values()])
     return jobs
 

@@ -137,6 +137,8 @@ def claims_frame(claims: list[Claim]):
         }
         if claim.joins != "all":
             row["joins"] = claim.joins
+        if claim.reading != "generated":
+            row["reading"] = claim.reading
         if hasattr(claim, "measure"):
             row["measure"] = claim.measure
         rows.append(row)

@@ -21,7 +21,16 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 
 from ..core.paths import OctomedError
-from .engines import Engine, begin_forced_exit, make_sample
+from octomed.generate.engines import (
+    KNOWN_IMAGE_MARKS,
+    NEVER,
+    Engine,
+    begin_forced_exit,
+    explain_control_token,
+    explain_image_mark,
+    find_image_mark,
+    make_sample,
+)
 from .samples import Request, Sample, Sampling, derive_sample_seed
 from octomed.generate.server_errors import (
     Fault,
@@ -116,6 +125,7 @@ class OpenAIEngine:
         self._model = model
         self._reported = None  # version that answers
         self._is_vllm = None
+        self._image_ids = []  # tokens that a vLLM server is asked never to draw
 
 # %% ../../nbs/generate/12_engine_openai.ipynb #7d39495b
 @patch(as_prop=True)
@@ -244,6 +254,44 @@ def _ask_vllm(self: OpenAIEngine, client) -> bool:
         return False
     return "vllm" in _list_owners(text)
 
+# %% ../../nbs/generate/12_engine_openai.ipynb #12marks1
+_MARKS = (
+    *KNOWN_IMAGE_MARKS,
+    "<image>",
+    "<video>",
+    "<img>",
+    "</img>",
+)
+
+
+def _read_image_ids(text: str) -> list[int]:
+    "The numbers of the tokens that stand for images, in the answer of vLLM's `/tokenize`."
+    try:
+        answer = parse_json(text)
+        pairs = zip(answer["tokens"], answer["token_strs"], strict=True)
+        return sorted({int(token) for token, mark in pairs if mark in _MARKS})
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+@patch
+def _ask_image_ids(self: OpenAIEngine, client) -> list[int]:
+    "What a vLLM server's model has as tokens of images; nothing where it does not say so."
+    import httpx2
+
+    url = self.server.url.rstrip("/").removesuffix("/v1") + "/tokenize"
+    body = {
+        "model": self.api_name,
+        "prompt": "".join(_MARKS),
+        "add_special_tokens": False,
+        "return_token_strs": True,
+    }
+    try:
+        return _read_image_ids(client.post(url, cast_to=httpx2.Response, body=body).text)
+    except Exception as e:
+        self._read_fault(e)  # a path that is not there is none of the run's faults
+        return []
+
 # %% ../../nbs/generate/12_engine_openai.ipynb #9ceffc6c
 @patch
 def _say_hello(self: OpenAIEngine, client, budget: int) -> ServerResponse:
@@ -283,6 +331,8 @@ def _look(self: OpenAIEngine):
                 self._reported = self._ask_version(client)
                 same = self._reported == self.api_name
                 self._model = self.api_name if same else f"{self.api_name}@{self._reported}"
+            if is_vllm and "logit_bias" not in self._left_out:
+                self._image_ids = self._ask_image_ids(client)
             self._is_vllm = is_vllm
         except Fault as fault:
             raise self._explain_stop(fault) from None
@@ -323,6 +373,8 @@ def _body(
         body["logprobs"] = True
     if self._is_vllm:
         body |= {**_PINNED, "repetition_penalty": sampling.repetition_penalty}
+    if self._image_ids:
+        body["logit_bias"] = {str(token): NEVER for token in self._image_ids}
     if forced:
         body["messages"] = [*body["messages"], {"role": "assistant", "content": forced}]
         body["add_generation_prompt"] = False
@@ -398,7 +450,11 @@ async def _ask(self: OpenAIEngine, client, body: dict, begun=lambda: None) -> Se
         try:
             reply = await self._read(client, body, begun)
         except Exception as e:
-            pause = self._choose_pause(self._read_fault(e), attempt)
+            fault = self._read_fault(e)
+            if "logit_bias" in fault.sentence and body.pop("logit_bias", None):
+                self._image_ids = []  # vLLM takes none when it guesses tokens ahead
+                return await self._ask(client, body, begun)
+            pause = self._choose_pause(fault, attempt)
         else:
             self._check_version(reply)
             self._check_end(reply)
@@ -420,6 +476,9 @@ def _sample(
     seconds: float = 0.0,
 ) -> Sample:
     tokens = [reply.tokens or reply.pieces for reply in passes]
+    mark = find_image_mark(text)
+    if mark and finish != "error":
+        text, finish = explain_image_mark(mark), "error"
     logprobs = []
     for reply in passes:
         logprobs += [round(x, 4) for x in reply.logprobs]
@@ -438,6 +497,20 @@ def _sample(
         logprobs=json.dumps(logprobs) if logprobs else "",
     )
 
+# %% ../../nbs/generate/12_engine_openai.ipynb #12marks2
+@patch
+def _refuse_question(
+    self: OpenAIEngine, request: Request, index: int, sampling: Sampling
+) -> Sample | None:
+    "The error sample of a question that holds a token of images; None for one that may be asked."
+    from octomed.generate.render import join_texts
+
+    mark = find_image_mark(join_texts(request.messages))
+    if not mark:
+        return None
+    text = explain_control_token(mark)
+    return self._sample(request, index, sampling=sampling, text=text, finish="error")
+
 # %% ../../nbs/generate/12_engine_openai.ipynb #07forced
 @patch
 async def _force_exit(
@@ -450,16 +523,18 @@ async def _force_exit(
     sampling: Sampling,
 ) -> tuple[str, tuple[ServerResponse, ...]]:
     "(text, passes) of a response whose thought is ended if that is due."
-    forced = begin_forced_exit(first.whole, first.outcome, sampling)
+    mark = request.end_of_think
+    text = first.join_thought(mark)
+    forced = begin_forced_exit(text, first.outcome, sampling, end_of_think=mark)
     if not forced:
-        return first.whole, (first,)
+        return text, (first,)
     try:
         second = await self._ask(client, self._body(request, sampling, index, forced=forced))
     except Fault as fault:
         if fault.kind == "stop":
             raise
-        return first.whole, (first,)  # the thought stays cut
-    return forced + second.whole, (first, second)
+        return text, (first,)  # the thought stays cut
+    return forced + second.join_thought(mark), (first, second)
 
 # %% ../../nbs/generate/12_engine_openai.ipynb #e9594c60
 @patch
@@ -593,7 +668,7 @@ def _describe_shape(request: Request) -> tuple:
         shape.append((message["role"], has_images))
     return tuple(shape)
 
-
+# %% ../../nbs/generate/12_engine_openai.ipynb #12drawn2
 @patch
 async def obtain(self: _Run, wire: _Wire, request: Request, index: int) -> Sample:
     "One sample, also of a fault that is the request's own. Raises `Unanswered`."
@@ -611,6 +686,10 @@ async def obtain(self: _Run, wire: _Wire, request: Request, index: int) -> Sampl
 async def draw(self: _Run, wire: _Wire, request: Request, index: int):
     "Draw one sample. Raises `Unanswered` when nothing but failures came back."
     start = time.time()
+    refusal = self.engine._refuse_question(request, index, self.sampling)
+    if refusal:
+        self.out(refusal)
+        return
     try:
         sample = await self.obtain(wire, request, index)
     except Unanswered as e:

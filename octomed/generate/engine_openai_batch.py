@@ -55,6 +55,16 @@ def _name_jobs(requests: list[Request]) -> dict[str, tuple[Request, int]]:
             jobs[f"{request.prompt}-{request.question}-{index}"] = (request, index)
     return jobs
 
+# %% ../../nbs/generate/13_engine_openai_batch.ipynb #13marks1
+@patch
+def _take_refused(self: OpenAIBatchEngine, jobs: dict, sampling: Sampling):
+    "Take the jobs that are not asked out of `jobs`; yields their error samples."
+    for name, (request, index) in list(jobs.items()):
+        refusal = self._refuse_question(request, index, sampling)
+        if refusal:
+            del jobs[name]
+            yield refusal
+
 # %% ../../nbs/generate/13_engine_openai_batch.ipynb #09ef36c1
 @patch
 def _file_line(self: OpenAIBatchEngine, name: str, job: tuple, sampling: Sampling) -> bytes:
@@ -233,7 +243,7 @@ def _settle(self: OpenAIBatchEngine, result, job: tuple, sampling: Sampling) -> 
     "The sample of a response or of a fault; None if it is to be asked again."
     request, index = job
     if isinstance(result, ServerResponse):
-        text, finish, reply = result.whole, result.outcome, result
+        text, finish, reply = result.join_thought(request.end_of_think), result.outcome, result
     else:
         text, reply = self.server.line(result.sentence), ServerResponse()
         finish = "refused" if result.kind == "filtered" else "error"
@@ -420,6 +430,7 @@ def generate(self: OpenAIBatchEngine, requests, sampling: Sampling):
             "set answer_tokens to 0, or use an openai: teacher"
         )
     jobs, trouble = _name_jobs(requests), ""
+    yield from self._take_refused(jobs, sampling)
     self._reasons.clear()
     with hide_frames(), self._client("OpenAI", max_retries=self.retries) as client:
         try:

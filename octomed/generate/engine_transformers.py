@@ -10,7 +10,6 @@ __all__ = ['TOGETHER', 'choose_from_nucleus', 'decode_shrinking', 'use_grouped_a
 import time
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 
 from fastcore.basics import patch
 
@@ -21,10 +20,12 @@ from octomed.generate.engines import (
     Engine,
     Likelihood,
     begin_forced_exit,
+    check_continuations,
     explain_control_token,
+    explain_long_pair,
     explain_no_room,
     make_sample,
-    split_pair,
+    tokenize_pair,
 )
 from octomed.generate.models import (
     find_padding,
@@ -378,7 +379,10 @@ def _force_exits(
     "The second pass of the rows whose thought did not end: their text begins with the first pass."
     forced = {}
     for n, completion in enumerate(first):
-        beginning = begin_forced_exit(completion.text, completion.finish, sampling)
+        mark = jobs[n].request.end_of_think
+        beginning = begin_forced_exit(
+            completion.text, completion.finish, sampling, end_of_think=mark
+        )
         if beginning:
             forced[n] = beginning
     if not forced:
@@ -433,7 +437,6 @@ class _Scored:
 
     prompt: int  # number of the prompt
     place: int  # among the continuations of the prompt
-    start: int  # of its first token's logits in the row
     tokens: list[int]
 
 
@@ -444,44 +447,24 @@ def _write_prompt(engine: TransformersEngine, prompt: str | ChatPrompt) -> tuple
     if isinstance(prompt, str):
         return prompt, []
     text = write_chat(engine.processor, prompt.messages, engine.max_pixels)
-    if prompt.beginning:
+    if prompt.beginning or prompt.ends_thought:
         text += continue_thought(text, prompt.beginning)
     return text, list_chat_images(prompt.messages)
 
-# %% ../../nbs/generate/07_engine_transformers.ipynb #77f4c28a
-def _split_prompt(
-    engine: TransformersEngine, text: str, continuation: str, is_chat: bool
-) -> tuple[list[int], list[int]]:
-    "Tokens of a prompt and of its continuation; raw text begins as its tokenizer begins a text."
-    tokenizer = engine.processor.tokenizer
-    begin = tokenizer.bos_token_id
-    has_begun = begin is not None and text.startswith(tokenizer.bos_token)
-    adds_begin = bool(text) and not (is_chat or has_begun)
-
-    def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=adds_begin)["input_ids"]
-
-    before, after = split_pair(encode, text, continuation)
-    first = begin if begin is not None else tokenizer.eos_token_id
-    return before or [first], after
-
 # %% ../../nbs/generate/07_engine_transformers.ipynb #298e256f
 def _list_rows(engine: TransformersEngine, prompts, continuations) -> dict:
-    "(tokens, pixel hashes) of each row that goes through the model → what is read from it."
-    rows: dict[tuple, list[_Scored]] = {}
+    "(tokens, pixel hashes) of each different prompt → what is read after it."
+    tokenizer, rows = engine.processor.tokenizer, {}
     for number, prompt in enumerate(prompts):
         text, images = _write_prompt(engine, prompt)
         is_chat = isinstance(prompt, ChatPrompt)
         for place, continuation in enumerate(continuations[number]):
-            before, after = _split_prompt(engine, text, continuation, is_chat=is_chat)
-            row = [*before, *after][:-1]
-            if len(row) > engine.limit:
-                raise OctomedError(
-                    f"prompt {number} has {len(row)} tokens with its continuation, and the model "
-                    f"takes {engine.limit}: shorten it"
-                )
-            asked = _Scored(number, place, start=len(before) - 1, tokens=after)
-            rows.setdefault((tuple(row), tuple(images)), []).append(asked)
+            before, after = tokenize_pair(tokenizer, text, continuation, is_chat=is_chat)
+            size = len(before) + len(after) - 1
+            if size > engine.limit:
+                raise OctomedError(explain_long_pair(number, size, engine.limit))
+            asked = _Scored(number, place, tokens=after)
+            rows.setdefault((tuple(before), tuple(images)), []).append(asked)
     return rows
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #746c60f2
@@ -512,39 +495,70 @@ def _read_likelihood(logits, tokens: list[int]) -> Likelihood:
     )
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #30d253d1
-def _score_group(engine: TransformersEngine, group: list[tuple], rows: dict):
-    "(what was asked, its likelihood) for everything that is read from a group of rows."
-    import torch
+def _read_prompts(engine: TransformersEngine, group: list[tuple]):
+    "(output for the last token, arguments of the model after it) of a group of prompts."
+    from transformers import DynamicCache
 
     from octomed.generate.render import build_inputs
 
-    inputs = build_inputs(
-        engine.processor,
-        rows=[list(tokens) for tokens, _ in group],
-        images=[list(images) for _, images in group],
-        max_pixels=engine.max_pixels,
-        left=False,
-    ).to(engine.device)
-    width = inputs["input_ids"].shape[1]
-    first = min(asked.start for asked in chain.from_iterable(rows[row] for row in group))
+    kw = dict(
+        build_inputs(
+            engine.processor,
+            rows=[list(tokens) for tokens, _ in group],
+            images=[list(images) for _, images in group],
+            max_pixels=engine.max_pixels,
+            left=True,
+        ).to(engine.device)
+    )
+    kw["position_ids"] = engine.net._prepare_position_ids_for_generation(kw["input_ids"], kw)
+    ids, config = kw.pop("input_ids"), engine.net.config.get_text_config()
+    kw |= {"past_key_values": DynamicCache(config=config), "use_cache": True, "logits_to_keep": 1}
+    inputs = engine.net.prepare_inputs_for_generation(ids, is_first_iteration=True, **kw)
+    return engine.net(**inputs, return_dict=True), kw
+
+
+def _read_continuations(engine: TransformersEngine, out, kw: dict, *, prompts, tokens):
+    "Logits (rows, tokens, vocabulary) of the tokens that continue the prompts with these numbers."
+    width = tokens.shape[1]
+    kw = engine.net._update_model_kwargs_for_generation(out, kw, num_new_tokens=width)
+    kw["logits_to_keep"] = width
+    _keep_rows(kw, prompts)
+    inputs = engine.net.prepare_inputs_for_generation(
+        tokens, next_sequence_length=width, is_first_iteration=False, **kw
+    )
+    return engine.net(**inputs, return_dict=True).logits
+
+# %% ../../nbs/generate/07_engine_transformers.ipynb #30d253d2
+def _score_group(engine: TransformersEngine, group: list[tuple], rows: dict):
+    "(what was asked, its likelihood) for everything that is read from a group of prompts."
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    asked = []
+    for n, row in enumerate(group):
+        asked += [(n, scored) for scored in rows[row]]
     with torch.inference_mode():
-        out = engine.net(**inputs, logits_to_keep=width - first, use_cache=False)
-    for row, logits in zip(group, out.logits, strict=True):
-        for asked in rows[row]:
-            start = asked.start - first
-            part = logits[start : start + len(asked.tokens)]
-            yield asked, _read_likelihood(part, asked.tokens)
+        out, kw = _read_prompts(engine, group)
+        first = out.logits[:, -1:]
+        prompts = torch.tensor([n for n, _ in asked], device=engine.device)
+        later = [torch.tensor(scored.tokens[:-1], dtype=torch.long) for _, scored in asked]
+        tokens = pad_sequence(later, batch_first=True, padding_value=find_padding(engine.processor))
+        rest = None
+        if tokens.shape[1]:
+            tokens = tokens.to(engine.device)
+            rest = _read_continuations(engine, out, kw, prompts=prompts, tokens=tokens)
+    for place, (n, scored) in enumerate(asked):
+        logits = first[n]
+        if rest is not None:
+            logits = torch.cat([logits, rest[place, : len(scored.tokens) - 1]])
+        yield scored, _read_likelihood(logits, scored.tokens)
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #6617f640
 def _score_all(engine: TransformersEngine, prompts, continuations) -> list[list[Likelihood]]:
     """The likelihoods of all continuations, in their order.
 
     Raises `OctomedError` for a text that is too long, and for a continuation without a token."""
-    if len(prompts) != len(continuations):
-        raise OctomedError(
-            f"{len(prompts)} prompts have {len(continuations)} lists of continuations: "
-            "give one list for each prompt"
-        )
+    check_continuations(prompts, continuations)
     rows = _list_rows(engine, prompts, continuations)
     scored = [[None] * len(texts) for texts in continuations]
     for group in _group_rows(rows, engine.batch) if rows else []:

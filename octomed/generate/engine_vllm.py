@@ -17,11 +17,17 @@ from ..core.paths import OctomedError
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #af7d1b91
 from octomed.generate.engines import (
+    NEVER,
+    ChatPrompt,
     Engine,
+    Likelihood,
     begin_forced_exit,
+    check_continuations,
     explain_control_token,
+    explain_long_pair,
     explain_no_room,
     make_sample,
+    tokenize_pair,
 )
 from .models import find_turn_end, open_processor, tokenize_chat
 from .samples import FINISHES, Request, Sample, Sampling, derive_sample_seed
@@ -95,6 +101,7 @@ class VLLMEngine:
         self.llm = _load_llm(vllm, path, revision, options=options)
         self.limit = self.llm.model_config.max_model_len
         self.own = ControlTokens(self.processor)
+        self.forbids = _forbid_images(self.processor, self.llm.model_config, options)
         self.numbers = itertools.count()
         self.clock = 0.0
 
@@ -116,6 +123,17 @@ def _load_llm(vllm, path, revision: str | None, *, options: dict):
         trust_remote_code=False,
         **options,
     )
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #08never2
+def _forbid_images(processor, config, options: dict) -> dict:
+    "vLLM's own arguments for a response without a token that stands for an image."
+    from octomed.generate.render import list_image_ids, list_image_marks
+
+    if options.get("speculative_config"):
+        return {"bad_words": list_image_marks(processor)}
+    known = config.get_vocab_size()
+    ids = [token for token in list_image_ids(processor) if token < known]
+    return {"logit_bias": dict.fromkeys(ids, NEVER)} if ids else {}
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #45ded611
 @patch
@@ -198,6 +216,7 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         include_stop_str_in_output=True,
         logprobs=0 if self.logprobs else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **self.forbids,
     )
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #06prepar
@@ -316,8 +335,9 @@ def _finish(
     if self.logprobs:
         pairs = zip(out.token_ids, out.logprobs, strict=False)
         logprobs = tuple(choices[token].logprob for token, choices in pairs)
-    forced = None if job.forced else begin_forced_exit(out.text, finish, sampling)
-    if forced:
+    mark = job.request.end_of_think
+    forced = begin_forced_exit(out.text, finish, sampling, end_of_think=mark)
+    if forced and not job.forced:
         second = replace(job, forced=forced, tokens=tokens, logprobs=logprobs)
         if self._force_exit(second, forced, sampling, running=running):
             return None
@@ -366,6 +386,75 @@ def generate(self: VLLMEngine, requests, sampling: Sampling):
     finally:
         if running:
             self.llm.llm_engine.abort_request(list(running))
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #8c1e0a02
+@dataclass
+class _Scored:
+    "A continuation whose likelihood is asked."
+
+    input: dict  # what vLLM takes
+    after: int  # tokens of the continuation
+
+
+@patch
+def _write_prompt(self: VLLMEngine, prompt: str | ChatPrompt) -> tuple[str, list, int]:
+    "(text, images by hash, tokens that the images add) of a prompt."
+    from octomed.generate.render import continue_thought
+
+    if isinstance(prompt, str):
+        return prompt, [], 0
+    text, images, size = self._prompt(prompt.messages)
+    added = size - len(self._ids(text))
+    if prompt.beginning or prompt.ends_thought:
+        text += continue_thought(text, prompt.beginning)
+    return text, images, added
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #8c1e0a03
+@patch
+def _list_scored(self: VLLMEngine, prompts: list, continuations: list) -> list[_Scored]:
+    """The continuations of all prompts, in their order.
+
+    Raises `OctomedError` for a text that is too long, and for a continuation without a token."""
+    scored = []
+    for number, prompt in enumerate(prompts):
+        text, images, added = self._write_prompt(prompt)
+        is_chat = isinstance(prompt, ChatPrompt)
+        more = self._image_inputs(images) if images else {}
+        for continuation in continuations[number]:
+            before, after = tokenize_pair(self.tokenizer, text, continuation, is_chat=is_chat)
+            size = len(before) + len(after) + added
+            if size >= self.limit:  # vLLM draws one token more
+                raise OctomedError(explain_long_pair(number, size, self.limit - 1))
+            ids = {"prompt_token_ids": [*before, *after]}
+            scored.append(_Scored(ids | more, after=len(after)))
+    return scored
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #8c1e0a04
+def _read_likelihood(output, after: int) -> Likelihood:
+    "The likelihood of the last tokens of a prompt that vLLM has read."
+    ids, rows = output.prompt_token_ids[-after:], output.prompt_logprobs[-after:]
+    read = [row[token] for token, row in zip(ids, rows, strict=True)]
+    return Likelihood(
+        logprob=sum(token.logprob for token in read),
+        tokens=after,
+        is_greedy=all(token.rank == 1 for token in read),
+    )
+
+
+@patch
+def likelihoods(
+    self: VLLMEngine, prompts: list[str | ChatPrompt], continuations: list[list[str]]
+) -> list[list[Likelihood]]:
+    "For each prompt, the likelihood of each of its continuations. Raises as `_list_scored`."
+    check_continuations(prompts, continuations)
+    scored = self._list_scored(prompts, continuations)
+    params = self.Params(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    outputs = []
+    if scored:
+        outputs = self.llm.generate([asked.input for asked in scored], params, use_tqdm=False)
+    pairs = zip(outputs, scored, strict=True)
+    read = iter([_read_likelihood(output, asked.after) for output, asked in pairs])
+    return [list(itertools.islice(read, len(texts))) for texts in continuations]
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #5dba5462
 def make_vllm_teacher(model: str, revision: str, max_pixels: int) -> Engine:

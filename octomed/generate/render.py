@@ -95,25 +95,32 @@ IMAGE_MARKS = (
     "video_token",
     "start_image_token",
     "end_image_token",
+    "boi_token",
+    "eoi_token",
+    "image_break_token",
+    "image_end_token",
+    "fake_image_token",
+    "global_image_token",
 )  # a processor's names of the tokens that stand around and in the place of an image
 
 
 def list_image_marks(
     processor,  # of a model; a tokenizer alone has none
 ) -> list[str]:  # sorted
-    "The tokens that stand for images; the transformers engine never draws them."
+    "The tokens that stand for images; no engine draws them."
     marks = {getattr(processor, name, None) for name in IMAGE_MARKS}
     tokenizer = getattr(processor, "tokenizer", processor)
     marks |= {token for token in tokenizer.all_special_tokens if "vision_" in token}
     return sorted(mark for mark in marks if mark)
 
-
+# %% ../../nbs/generate/03_render.ipynb #02ctrl06
 def list_image_ids(
     processor,  # of a model
 ) -> list[int]:
     "The numbers of the tokens that stand for images."
     tokenizer = getattr(processor, "tokenizer", processor)
-    return tokenizer.convert_tokens_to_ids(list_image_marks(processor))
+    ids = tokenizer.convert_tokens_to_ids(list_image_marks(processor))
+    return [token for token in ids if token not in (None, tokenizer.unk_token_id)]
 
 
 def list_control_tokens(

@@ -9,6 +9,7 @@ __all__ = ['FINISHES', 'KEY', 'Sampling', 'Request', 'Sample', 'derive_sample_se
 from dataclasses import dataclass
 
 from ..core.identity import digest, seed_for
+from .prompts import END_OF_THINK
 
 # %% ../../nbs/generate/05_samples.ipynb #e94f84dc
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Request:
     messages: list  # chat messages; images are {"type": "image", "image": pixel hash}
     prompt: str  # key of the messages and their template
     indices: tuple[int, ...] = (0,)
+    end_of_think: str = END_OF_THINK  # how its template's model ends its thinking
 
 # %% ../../nbs/generate/05_samples.ipynb #87e3c3ec
 FINISHES = (

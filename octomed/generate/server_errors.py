@@ -228,6 +228,7 @@ FIELDS = (
     "repetition_penalty",
     "max_tokens",
     "max_completion_tokens",
+    "logit_bias",
     "top_k",
     "min_p",
     "include_stop_str_in_output",
@@ -236,9 +237,9 @@ FIELDS = (
     "continue_final_message",
 )
 _REFUSES = re.compile(
-    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted|not allowed"
-    r"|cannot find|no such|forbidden|not (?:take|accept)|invalid (?:parameter|argument|field)"
-    r"|additional propert|not valid",
+    r"unsupported|not (?:yet )?support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted"
+    r"|not allowed|cannot find|no such|forbidden|not (?:take|accept)"
+    r"|invalid (?:parameter|argument|field)|additional propert|not valid",
     re.I,
 )
 

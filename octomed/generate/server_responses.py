@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
+from .prompts import END_OF_THINK, find_start_of_think
 from .server_errors import Fault, find_sentence, parse_json, read_fault
 
 # %% ../../nbs/generate/11_server_responses.ipynb #8c000006
@@ -110,15 +111,19 @@ class ServerResponse:
     budget: int = 0  # tokens that it may have; 0: not known
     is_done: bool = False  # the server says that nothing follows
 
-    @property
-    def whole(self) -> str:
+    def join_thought(
+        self,
+        end_of_think: str = END_OF_THINK,  # how the template's model ends its thinking
+    ) -> str:
         "The response as the model wrote it."
         text = self.text or self.refusal
         if not self.thought:
             return _join_surrogates(self.refusal or self.text)
+        start = find_start_of_think(end_of_think)
         if not text and self.outcome != "stop":
-            return _join_surrogates(f"<think>{self.thought}")
-        return _join_surrogates(f"<think>{self.thought.strip()}\n</think>\n\n{text.lstrip()}")
+            return _join_surrogates(f"{start}{self.thought}")
+        thought = f"{start}{self.thought.strip()}\n{end_of_think}"
+        return _join_surrogates(f"{thought}\n\n{text.lstrip()}")
 
     @property
     def outcome(self) -> str:

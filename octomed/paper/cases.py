@@ -359,7 +359,8 @@ def choose_open_questions(recipe: Recipe, benchmark: str, limit, n: int) -> list
 def ask_without_options(q: Question, template) -> Request:
     "The request for a question whose options are left out."
     messages = write_messages(template, replace(q, options=(), answer=None))
-    return Request(q.id, messages, make_prompt_key(messages, template), indices=(0,))
+    prompt = make_prompt_key(messages, template)
+    return Request(q.id, messages, prompt, end_of_think=template.end_of_think)
 
 # %% ../../nbs/paper/55_cases.ipynb #55a00006
 def ask_open_questions(

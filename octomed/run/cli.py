@@ -6,14 +6,14 @@
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
            'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
            'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords',
-           'Tracker', 'StudentName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show', 'show_default',
-           'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs',
-           'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports', 'show_reports',
-           'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill', 'train',
-           'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'print_next',
-           'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8',
-           'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error',
-           'describe_error', 'discard_output', 'main']
+           'Tracker', 'StudentName', 'BaseName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show',
+           'show_default', 'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options',
+           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports',
+           'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill',
+           'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'base',
+           'print_next', 'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student',
+           'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command',
+           'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -163,8 +163,10 @@ SectionNames = Annotated[
 @app.command(help_epilogue=show_example("plan course"))
 def plan(recipe: RecipeName, /, *, only: SectionNames = None, json: Json = False):
     "What a recipe will run and cost. Nothing is run."
+    from octomed.run.environment import check_settings
     from octomed.run.plan import plan as plan_recipe
 
+    check_settings()
     planned = plan_recipe(recipe, only=only)
     if json:
         show(planned, as_json=True)
@@ -262,7 +264,10 @@ def submit_jobs(recipe: str, options: RunOptions):
 @app.command(help_epilogue=show_example("run course --only 42_formatting"))
 def run(recipe: RecipeName, /, *, options: RunOptions = RunOptions()):
     "Run a recipe's sections, here or as jobs of a cluster."
+    from octomed.run.environment import check_settings
+
     check_run_options(options)
+    check_settings()
     if options.on == "slurm":
         submit_jobs(recipe, options)
     elif options.rehearse:
@@ -467,7 +472,7 @@ def show_reports(reports: dict):
         print(f"{column:8} {meaning}")
     print("\nA word ends at a blank; --no-punctuation compares letters and digits only.")
 
-# %% ../../nbs/run/25_cli.ipynb #25c11a02
+# %% ../../nbs/run/25_cli.ipynb #25dec002
 @app.command(help_epilogue=show_example("decontaminate mine.jsonl --against medqa:test"))
 def decontaminate(
     train: TrainFiles,
@@ -530,7 +535,9 @@ def declare_arm(
     from octomed.core.recipe import load_recipe
     from octomed.data.sources import check_pools
     from octomed.evaluate.arms import Arm
+    from octomed.run.environment import check_settings
 
+    check_settings()
     common = load_recipe(options.recipe).common
     if options.samples:
         common = replace(common, samples=options.samples)
@@ -741,8 +748,10 @@ def evaluate(
 ):
     "A model's accuracy on benchmarks."
     from octomed.core.recipe import load_recipe
+    from octomed.run.environment import check_settings
     from octomed.run.report import drop_empty_columns, rate_row, score_row
 
+    check_settings()
     common = load_recipe(options.recipe).common
     wanted = benchmarks or common.benchmarks
     if not wanted:
@@ -763,6 +772,26 @@ def evaluate(
             as_json=False,
         )
         print()
+
+# %% ../../nbs/run/25_cli.ipynb #25base01
+BaseName = Annotated[str, Parameter(help="One of the clinic's base students, such as tiny.")]
+
+
+@app.command(help_epilogue=show_example("base tiny --out data/students/tiny"))
+def base(
+    name: BaseName,
+    /,
+    *,
+    out: Annotated[str, Parameter(help="A folder for its weights and its card.")] = "",
+    json: Json = False,
+) -> int:
+    "Make a base student from nothing, and let it take the gate (some 15 minutes)."
+    from octomed.clinic.bases import ship_base, take_gate
+
+    results = ship_base(name, Path(out)) if out else take_gate(name)
+    rows = [*results["lines"], *results["modalities"]]
+    show(rows, as_json=json)
+    return int(not all(row["passed"] for row in results["lines"]))
 
 # %% ../../nbs/run/25_cli.ipynb #622cc561
 export = App(

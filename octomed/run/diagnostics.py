@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['FAILURES', 'diagnose']
 
+# %% ../../nbs/run/16_diagnostics.ipynb #d6a7e0a1
+from ..evaluate.tables import rows_at_chance
+
 # %% ../../nbs/run/16_diagnostics.ipynb #5818bd76
 def _some(items: list[str], most: int = 4) -> str:
     "The first few items, and how many more there are."
@@ -14,15 +17,13 @@ def _some(items: list[str], most: int = 4) -> str:
 
 def _where(row: dict) -> str:
     "Which row of a table this is."
-    return f"{row['arm']} on {row['benchmark']}"
+    by = ", by likelihood" if row.get("reading") == "likelihood" else ""
+    return f"{row['arm']} on {row['benchmark']}{by}"
 
 # %% ../../nbs/run/16_diagnostics.ipynb #d6a7e005
 def _near_chance(rows: list[dict]) -> list[str]:
     "Accuracies whose interval reaches down to chance."
-    low = []
-    for row in rows:
-        if row.get("chance") and row.get("interval") and row["interval"][0] <= row["chance"]:
-            low.append(_where(row))
+    low = list(map(_where, rows_at_chance(rows)))
     return [f"Not shown to beat chance: {_some(low)}."] if low else []
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'OTHER_CHECKS', 'read_version', 'check_version', 'check_python', 'check_torchvision',
-           'check_student_class', 'check_kernel', 'check_store', 'check_data', 'check_machine', 'list_checks',
-           'run_checks']
+           'check_student_class', 'check_kernel', 'check_store', 'check_data', 'check_settings', 'check_machine',
+           'list_checks', 'run_checks']
 
 # %% ../../nbs/run/23_environment.ipynb #9d91620d
 import os
@@ -115,6 +115,23 @@ def check_data() -> str:
     return f"{folder.name}, see `octomed sources`"
 
 
+def check_settings() -> str:
+    """What the environment says of engine, workers, budget, prices and training.
+
+    Raises `UsageError` for a value that cannot be."""
+    from octomed.core.workers import count_workers
+    from octomed.distill.cost import load_prices, read_budget
+    from octomed.evaluate.evaluate import engine_here
+    from octomed.train.launch import current_execution
+
+    engine, workers = engine_here(), count_workers()
+    budget = read_budget()
+    load_prices()
+    current_execution()
+    limits = f"budget {os.environ['OCTOMED_BUDGET'].strip()}" if budget else "no budget"
+    return f"{engine}, {workers} at a time, {limits}"
+
+
 def check_machine() -> str:
     "The machine in words."
     from octomed.core.identity import describe_hardware
@@ -138,6 +155,7 @@ OTHER_CHECKS: dict[str, Callable[[], str]] = {
     "kernel": check_kernel,
     "store": check_store,
     "OCTOMED_DATA": check_data,
+    "settings": check_settings,
     "machine": check_machine,
 }
 

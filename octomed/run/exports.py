@@ -152,7 +152,7 @@ def collect_traces(
 ) -> tuple[list[Trace], dict]:  # traces, and what became of the pairs
     """The traces of an arm as its student reads them. Its stages are made unless they are done.
 
-    Raises `OctomedError` when nothing is left, `UsageError` for chats of others."""
+    Raises `OctomedError` when nothing is left, `UsageError` for others' chats and for chance."""
     from octomed.generate.render import load_processor
 
     rendered = declare_stages(arm, common)["rendered"]
@@ -160,6 +160,10 @@ def collect_traces(
     if "form" not in params:
         raise UsageError(
             f"{arm.sources[0][0]} holds the chats of others: take them from their publisher"
+        )
+    if arm.blind:
+        raise UsageError(
+            "an arm without stem and pictures measures chance alone: export the arm beside it"
         )
     questions = {
         question.id: question for question in read_questions(run_stage(params["questions"]))

@@ -16,8 +16,6 @@ RATES = {
     "row_tokens": {"cot": 165, "direct": 100},
     # trained tokens per second: about 1 M parameters, two students side by side
     "train_tokens": 13_000,
-    # textbook tokens per second that one student reads before it is trained
-    "read_tokens": 8_000,
     # responses per second, of some 50 tokens each, two students side by side
     "responses": 80,
     # of a question under a teacher's template or a grader's, the mean over the paper's text pools;

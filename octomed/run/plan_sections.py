@@ -247,10 +247,10 @@ def _minutes_on_devices(plan: Plan, before: tuple, student: str) -> dict:
 
 # %% ../../nbs/run/07_plan_sections.ipynb #7a7e0011
 def _time_reading(stage: Stage) -> float:
-    "Seconds in which a base student reads its textbook; 0 for any other stage."
-    if stage.name in READ:
-        return SPEEDS[f"clinic/{stage.name}"].time_training(READ[stage.name])
-    return stage.params.get("tokens", 0) / RATES["read_tokens"] if stage.name == "base" else 0
+    "Seconds in which a pretrained student reads its textbook; 0 for any other stage."
+    if stage.name not in READ:
+        return 0
+    return SPEEDS[f"clinic/{stage.name}"].time_training(READ[stage.name])
 
 
 def _minutes_here(plan: Plan, before: tuple) -> dict:

@@ -195,7 +195,6 @@ AMOUNTS = (
 # %% ../../nbs/run/15_rehearsal.ipynb #a7ad7874
 SMALL = {
     "student": "clinic/tiny",
-    "pretrain_tokens": 2000,
     "batch": 4,
     "samples": 4,
     "benchmark_limit": 2,

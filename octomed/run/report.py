@@ -362,6 +362,8 @@ def _which(r: dict) -> dict:
     benchmark = r["benchmark"]
     if benchmark == "Overall":
         benchmark = f"Overall, {r['category'].replace('_', ' ')}"
+    if r.get("reading") == "likelihood":
+        benchmark += ", by likelihood"
     return {"arm": r["arm"], "benchmark": benchmark}
 
 

@@ -78,8 +78,11 @@ def _read_value(name: str, value: str, kind, example):
 
 # %% ../../nbs/train/07_launch.ipynb #70bc8ee0
 def current_execution() -> Execution:
-    "The execution that `OCTOMED_TRAIN` describes."
-    return parse_execution(os.environ.get("OCTOMED_TRAIN", ""))
+    "The execution that `OCTOMED_TRAIN` describes. Raises `UsageError`."
+    try:
+        return parse_execution(os.environ.get("OCTOMED_TRAIN", ""))
+    except UsageError as e:
+        raise UsageError(f"OCTOMED_TRAIN: {e}") from None
 
 # %% ../../nbs/train/07_launch.ipynb #7a07c003
 @contextlib.contextmanager

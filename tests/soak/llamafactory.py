@@ -146,7 +146,6 @@ def export(work: Path):
     common = Common(
         train=("clinic_ward:train", "clinic_rounds:train"),
         samples=2,
-        pretrain_tokens=2000,
         answer="text",
         batch=4,
     )

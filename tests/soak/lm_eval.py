@@ -137,7 +137,7 @@ def main(folder: Path):
     from octomed.run.export_lm_eval import export_tasks, task_name
 
     python = environment(folder)
-    common = Common(pretrain_tokens=60_000, answer="text")
+    common = Common(answer="text")
     schedule = schedule_of(common, 3.0)
     arm = Arm((("clinic_ward:train", 600),), form=FORM, k=0, schedule=schedule)
     student = declare_stages(arm, common)["student"]

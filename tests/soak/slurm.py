@@ -24,7 +24,6 @@ SECTION = "42_formatting"
 TINY = {
     "benchmarks": ["clinic_ward:test", "clinic_rounds:test", "clinic_reading:test"],
     "benchmark_limit": 4,
-    "pretrain_tokens": 8000,
 }
 ASKS = "default: {timeout_min: 20, cpus_per_task: 1, mem_gb: 2, slurm_signal_delay_s: 10}\n"
 CONF = """ClusterName=soak
