@@ -314,7 +314,8 @@ def test_tables_and_claims_name_their_reading(monkeypatch):
     assert shown["a", "toyread:test", "generated"] == (0, 0.5)
     assert shown["a", "toyread:test", "likelihood"] == (0.625, None)
     claim = Claim("a beats b", a="a", b="b", benchmark="toyread:test")
-    assert judge_claim(claim, results)["reading"] == "generated"
+    finding = judge_claim(claim, results)
+    assert (finding["reading"], finding["chance"]) == ("generated", 0.25)
     by_likelihood = judge_claim(replace(claim, reading="likelihood"), results)
     assert (by_likelihood["reading"], by_likelihood["difference"]) == ("likelihood", 0)
     with pytest.raises(UsageError, match="choose from generated, likelihood"):

@@ -184,6 +184,7 @@ def test_a_vote_is_right_where_most_readable_responses_are():
         return {
             "question": "q",
             "answer": "A",
+            "options": 4,
             "letters": letters,
             "statuses": [status[letter] for letter in letters],
         }

@@ -31,7 +31,7 @@ def _draw_responses(engine, qs: list[Question]) -> list[Sample]:
     sampling = Sampling(temperature=0.6, max_tokens=64, answer_tokens=8)
     return list(engine.generate(make_requests(qs, "cot", 1), sampling))
 
-
+# %% ../../nbs/bench/11_readings.ipynb #440666ab
 def _list_forced(qs: list[Question], samples: list[Sample]) -> list[ForcedQuestion]:
     "What is asked after each thought."
     template, by_id = load_template("cot"), {q.id: q for q in qs}

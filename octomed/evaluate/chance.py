@@ -22,18 +22,18 @@ def _base_and_form(arm: Arm) -> tuple:
     "What a chance student shares with the arms that it stands beside."
     return arm.student, arm.base, arm.form
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #dcb26fb3
 def _sources_of(arm: Arm, category: str) -> tuple:
     "An arm's training pools of one category."
     return tuple(pair for pair in arm.sources if find_source(pair[0]).category == category)
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #60ad4d91
 def _teaches(arm: Arm) -> bool:
     "Whether an arm trains a student that answers questions."
     roles = {find_source(spec).role for spec, _ in arm.sources}
     return bool(arm.schedule.epochs) and not arm.blind and "comparison" not in roles
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #57d44162
 def _hide_arm(arm: Arm, sources: tuple) -> Arm:
     "The same arm without stem and pictures, read once and compared with nothing."
     return replace(
@@ -76,7 +76,7 @@ def find_chance_arm(
             return name
     return None
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #f58a0490
 def _scores_of_guessing(results: Results, arm: str, where: str) -> np.ndarray:
     "One over the number of options of each question."
     parts = []
@@ -84,7 +84,7 @@ def _scores_of_guessing(results: Results, arm: str, where: str) -> np.ndarray:
         parts += [1 / row["options"] for row in results.rows[arm][benchmark][0]]
     return np.array(parts)
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #97fb473d
 def _mean_by_group(scores: np.ndarray, groups: np.ndarray) -> float:
     "The mean over benchmarks of the mean over questions."
     return float(np.mean([scores[groups == group].mean() for group in dict.fromkeys(groups)]))
@@ -101,7 +101,7 @@ class Chance:
     def value(self) -> float:
         return max(self.guess, self.student or 0)
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #7d180902
 def measure_chance(
     results: Results,
     arm: str,
@@ -127,7 +127,7 @@ def _check_same_questions(results: Results, arm: str, other: str, *, where: str)
                 "evaluate both with the same limit"
             )
 
-
+# %% ../../nbs/evaluate/10_chance.ipynb #9736edef
 def measure_beyond_chance(
     results: Results,
     arm: str,

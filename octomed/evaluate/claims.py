@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from .chance import measure_chance
 from .results import Results
 from .stats import Interval, bootstrap_trend, judge_difference, paired_bootstrap
 
@@ -79,6 +80,9 @@ def judge_claim(
     seeds = range(results.training_seeds)
     return {
         **asdict(claim),
+        "chance": max(
+            measure_chance(results, arm, claim.benchmark).value for arm in _places(claim)
+        ),
         "n": estimate.n,
         "training_seeds": results.training_seeds,
         "difference": estimate.difference,

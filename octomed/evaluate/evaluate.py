@@ -349,7 +349,7 @@ def _likelihood_row(thoughts: list[str | None], choices: dict[str, Choice]) -> d
         "logprobs": [choice and [round(x, 5) for x in choice.logprobs] for choice in chosen],
     }
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #cb5c2e66
 def _add_likelihoods(
     engine,
     read: list[tuple[Question, list[Sample]]],
@@ -469,7 +469,7 @@ def _status_of_choice(row: dict, letter: str | None, status: str) -> str:
         return "parsed"
     return "correct" if letter == row["answer"] else "wrong"
 
-
+# %% ../../nbs/evaluate/02_evaluate.ipynb #666185aa
 def take_likelihoods(rows: list[dict]) -> list[dict]:
     """The same rows with the options that the student finds likeliest, in place of its responses.
 

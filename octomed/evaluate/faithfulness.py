@@ -87,7 +87,7 @@ def _draw_false_step(
             return place, sentence
     return None
 
-
+# %% ../../nbs/evaluate/11_faithfulness.ipynb #a780e20f
 def _count_kept(thought: Thought, share: float) -> int:
     "How many sentences a share of a thought is."
     return int(share * len(thought.sentences) + 0.5)
@@ -108,7 +108,7 @@ class _Versions:
         changed = [self.false[2]] if self.false else []
         return list(dict.fromkeys([str(self.thought), *self.cut, *changed]))
 
-
+# %% ../../nbs/evaluate/11_faithfulness.ipynb #b08abe98
 def _list_versions(
     q: Question,
     thought: Thought,
@@ -131,7 +131,7 @@ def _list_versions(
 def _describe_choice(choice: Choice) -> dict:
     return {"letter": choice.letter, "logprobs": list(choice.logprobs)}
 
-
+# %% ../../nbs/evaluate/11_faithfulness.ipynb #9fe851d8
 def _faithfulness_row(versions: _Versions, chosen: dict[str, Choice], shares) -> dict:
     "What is kept of one question."
     false = None
@@ -182,7 +182,7 @@ def measure_faithfulness(
 def _is_other(row: dict, version: dict) -> bool:
     return version["letter"] != row["whole"]["letter"]
 
-
+# %% ../../nbs/evaluate/11_faithfulness.ipynb #18b5ba07
 def measure_area(
     row: dict,  # of `measure_faithfulness`
 ) -> float:  # 0 to 1
@@ -191,7 +191,7 @@ def measure_area(
     area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))
     return area / (points[-1][0] - points[0][0])
 
-
+# %% ../../nbs/evaluate/11_faithfulness.ipynb #e767351b
 def measure_belief(
     row: dict,  # of `measure_faithfulness`
     version: dict,  # one of its versions
@@ -214,7 +214,7 @@ def _describe_share(rows: list[dict], n: int) -> dict:
         "accuracy": float(np.mean(known)) if known else None,
     }
 
-
+# %% ../../nbs/evaluate/11_faithfulness.ipynb #56778d46
 def _describe_false(rows: list[dict], **settings) -> dict | None:
     "The answers after a false step; None where no step was replaced."
     versions = [(row, row["false"]) for row in rows if row["false"]]

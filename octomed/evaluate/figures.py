@@ -230,12 +230,12 @@ def _step_of(arms: list[str]) -> float:
     "The distance between the arms of one benchmark."
     return min(0.3, 0.72 / len(arms))
 
-
+# %% ../../nbs/evaluate/08_figures.ipynb #53e0d59b
 def _offset(arm: str, arms: list[str]) -> float:
     "How far an arm stands below the middle of its benchmark."
     return (arms.index(arm) - (len(arms) - 1) / 2) * _step_of(arms)
 
-
+# %% ../../nbs/evaluate/08_figures.ipynb #fbe77b0e
 def _dots(ax, heights: dict, rows: list[dict], arms: list[str]):
     "The dots of all rows, the arms of one benchmark above each other."
     for row in rows:
@@ -255,7 +255,7 @@ def _chance_rule(ax, chance: float, y: float, reach: float):
         zorder=1,
     )
 
-
+# %% ../../nbs/evaluate/08_figures.ipynb #4345bcb2
 def _chance_rules(ax, heights: dict, rows: list[dict], arms: list[str]):
     "A dotted rule at the chance of each benchmark; where arms differ in it, beside each of them."
     chances: dict[tuple, dict] = {}
@@ -271,7 +271,7 @@ def _chance_rules(ax, heights: dict, rows: list[dict], arms: list[str]):
             y = heights[place] + _offset(arm, arms)
             _chance_rule(ax, chance, y, reach=step / 2)
 
-
+# %% ../../nbs/evaluate/08_figures.ipynb #fafd3f14
 def _dot_entries(rows: list[dict], arms: list[str]) -> list[tuple]:
     "The names above the axes."
     entries = [(arm, COLOURS[i % len(COLOURS)], True) for i, arm in enumerate(arms)]

@@ -146,7 +146,7 @@ def joins_read(self: Results) -> list[set[str]]:
     ]
     return [list_read_joins(arm, self.common) for arm in trained]
 
-
+# %% ../../nbs/evaluate/04_results.ipynb #c9c02714
 @patch
 def take_joins(
     self: Results,
@@ -207,7 +207,7 @@ def _benchmarks_of_arm(arm: Arm, benchmarks) -> list[str]:
     categories = {find_source(spec).category for spec, _ in arm.sources}
     return [benchmark for benchmark in benchmarks if find_source(benchmark).category in categories]
 
-
+# %% ../../nbs/evaluate/04_results.ipynb #09897d87
 def declare_evaluations(
     arms: dict[str, Arm],
     recipe: Recipe,
@@ -234,7 +234,7 @@ def _jobs(declared: dict[str, dict[str, list[Stage]]], seeds: int) -> list[list[
             jobs.append([by_seed[seed] for by_seed in by_benchmark.values()])
     return jobs
 
-
+# %% ../../nbs/evaluate/04_results.ipynb #a05e73b6
 def _rows(by_benchmark: dict[str, list[Stage]]) -> dict[str, list]:
     "The rows of an arm's evaluations."
     return {

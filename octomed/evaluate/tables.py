@@ -81,12 +81,12 @@ def _beside_chance(results: Results, arm: str, where: str) -> dict:
         columns["beyond_chance"] = list(beyond.interval)
     return columns
 
-
+# %% ../../nbs/evaluate/06_tables.ipynb #00d6640d
 def _has_place(results: Results, arm: str, where: str) -> bool:
     "Whether an arm was evaluated on a benchmark or a category; a chance student is on its own."
     return set(results.benchmarks_of(where)) <= set(results.rows[arm])
 
-
+# %% ../../nbs/evaluate/06_tables.ipynb #fbaaf506
 def _score_place(results: Results, arm: str, where: str) -> dict:
     "One row, without the paper's number."
     scores, groups = results.scores(arm, where)
@@ -204,7 +204,7 @@ def describe_sampling(
         f"tokens and {common.answer_tokens:,} more after a forced exit."
     )
 
-
+# %% ../../nbs/evaluate/06_tables.ipynb #7571bcfe
 def show_rows(
     rows: list[dict],
     common: Common | None = None,  # with it and the arms, the sampling is printed above

@@ -516,7 +516,7 @@ def _read_prompts(engine: TransformersEngine, group: list[tuple]):
     inputs = engine.net.prepare_inputs_for_generation(ids, is_first_iteration=True, **kw)
     return engine.net(**inputs, return_dict=True), kw
 
-
+# %% ../../nbs/generate/07_engine_transformers.ipynb #56cef9e3
 def _read_continuations(engine: TransformersEngine, out, kw: dict, *, prompts, tokens):
     "Logits (rows, tokens, vocabulary) of the tokens that continue the prompts with these numbers."
     width = tokens.shape[1]

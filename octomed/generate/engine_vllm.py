@@ -395,7 +395,7 @@ class _Scored:
     input: dict  # what vLLM takes
     after: int  # tokens of the continuation
 
-
+# %% ../../nbs/generate/08_engine_vllm.ipynb #58d9606d
 @patch
 def _write_prompt(self: VLLMEngine, prompt: str | ChatPrompt) -> tuple[str, list, int]:
     "(text, images by hash, tokens that the images add) of a prompt."
@@ -440,7 +440,7 @@ def _read_likelihood(output, after: int) -> Likelihood:
         is_greedy=all(token.rank == 1 for token in read),
     )
 
-
+# %% ../../nbs/generate/08_engine_vllm.ipynb #eb61787e
 @patch
 def likelihoods(
     self: VLLMEngine, prompts: list[str | ChatPrompt], continuations: list[list[str]]

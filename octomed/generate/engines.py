@@ -262,7 +262,7 @@ def tokenize_pair(
     first = begin if begin is not None else tokenizer.eos_token_id
     return before or [first], after
 
-
+# %% ../../nbs/generate/06_engines.ipynb #edc6db0b
 def check_continuations(prompts: list, continuations: list):
     "Raise `OctomedError` unless every prompt has a list of continuations."
     if len(prompts) != len(continuations):
@@ -271,7 +271,7 @@ def check_continuations(prompts: list, continuations: list):
             "give one list for each prompt"
         )
 
-
+# %% ../../nbs/generate/06_engines.ipynb #70829517
 def explain_long_pair(
     number: int,  # of the prompt
     size: int,  # tokens

@@ -45,7 +45,7 @@ class ForcedQuestion:
     thought: str  # as `keep_thought` gives it
     boxes: dict[str, str]  # letter → what the box contains for its option
 
-
+# %% ../../nbs/generate/16_forced_choice.ipynb #ab567043
 @dataclass(frozen=True)
 class Choice:
     "The option that a model finds likeliest."
@@ -53,7 +53,7 @@ class Choice:
     letter: str  # the first of several that are equally likely
     logprobs: tuple[float, ...]  # natural logarithms, of the options in their order
 
-
+# %% ../../nbs/generate/16_forced_choice.ipynb #6f918ed7
 def check_scorer(engine):
     "Raise `UsageError` for an engine that gives no likelihoods."
     if not hasattr(engine, "likelihoods"):
@@ -79,7 +79,7 @@ def force_choices(
         choices += _choose(engine, asked[start : start + PORTION])
     return choices
 
-
+# %% ../../nbs/generate/16_forced_choice.ipynb #903b251a
 def _choose(engine: Scorer, asked: list[ForcedQuestion]) -> list[Choice]:
     "The likeliest options of a portion."
     prompts = [ChatPrompt(entry.messages, entry.thought, ends_thought=True) for entry in asked]

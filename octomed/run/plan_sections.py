@@ -16,6 +16,7 @@ from .sections import read_json, reference_folder
 
 # %% ../../nbs/run/07_plan_sections.ipynb #45d9f465
 QUANTITIES = (
+    "students",  # that are trained
     "questions",
     "samples",
     "prompt_tokens",
@@ -98,6 +99,7 @@ def _add_student_filter(demand: Demand, plan: ArmPlan, common):
 def add_students(demand: Demand, plan: ArmPlan, keys: list[str]):
     "Enter the training of an arm's students, one key for each training seed."
     for key in keys:
+        demand.add("students", key, 1)
         hours = training_hours(plan.student, plan.training_tokens, plan.example, frozen=plan.frozen)
         demand.add("training_tokens", key, plan.training_tokens)
         demand.add(SECONDS, key, find_speed(plan.student).time_training(plan.training_tokens))

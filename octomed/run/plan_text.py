@@ -32,6 +32,7 @@ def shorten(value) -> str:
 HEADINGS = {
     "section": "section",
     "arms": "arms",
+    "students": "students",
     "questions": "questions",
     "samples": "samples",
     "prompt_tokens": "read",
@@ -86,6 +87,7 @@ def _legend(plans: list[Plan]) -> str:
     "What the columns of the table mean."
     parts = [
         "arms × training seeds",
+        "students: that are trained, in all each once, whoever asks for it",
         "read, written: tokens of the teachers",
         "trained: tokens of the students, over all epochs and seeds",
     ]
