@@ -20,7 +20,7 @@ from .gate import gate, read_gate, read_modalities
 from .lessons import MIXTURE, Lesson, choose_lesson_picture, write_lessons
 from .questions import draw_pictures, identify_world
 from .students import SHIPPED, build_for_clinic
-from .towers import find_patch_layer, teach_tower
+from .towers import list_seeing_parts, teach_tower
 from ..core.devices import device
 from ..core.files import read_jsonl, write_json
 from ..core.identity import seed_for
@@ -40,8 +40,8 @@ class Base:
     size: str = "tiny"  # a name in SIZES
     family: str = "qwen2_5_vl"  # one of MARKERS
     seed: int = 0  # of the first weights, the lessons and their order
-    tower_steps: int = 1600  # of 16 drawings, before the lessons
-    steps: int = 7000  # of 16 rows
+    tower_steps: int = 2000  # of 16 drawings, before the lessons
+    steps: int = 6500  # of 16 rows
     chains: float = 0.0  # share of the rows that are whole chains of reasoning
 
 
@@ -116,14 +116,14 @@ def _learn_to_see(model, processor, how: Base, max_pixels: int):
 
 
 def _read_lessons(out: Path, model, processor, how: Base, max_pixels: int) -> list[dict]:
-    "Train a model in place on its lessons; the log."
+    "Train the language model in place on its lessons, while the tower stays; the log."
     amount = how.steps * LESSON_SCHEDULE.batch
     items = write_lessons(how.seed, amount, max_pixels=max_pixels, chains=how.chains)
     return fit(
         model,
         processor,
         render_lessons(processor, items, how.seed, max_pixels=max_pixels),
-        schedule=replace(LESSON_SCHEDULE, freeze=(find_patch_layer(model)[0],)),
+        schedule=replace(LESSON_SCHEDULE, freeze=list_seeing_parts(model)),
         seed=how.seed,
         steps=how.steps,
         max_pixels=max_pixels,

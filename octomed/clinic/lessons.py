@@ -301,13 +301,13 @@ def ask_chain(rng: np.random.Generator, truth: Truth, stem: str, image: str | No
 
 # %% ../../nbs/clinic/12_lessons.ipynb #932f5a58
 MIXTURE = {
-    "textbook": 0.15,
+    "textbook": 0.14,
     "glossary": 0.03,
     "fact": 0.37,
     "record": 0.12,
     "copy": 0.07,
-    "option": 0.16,
-    "look": 0.10,
+    "option": 0.15,
+    "look": 0.12,
 }  # share of the rows of each kind
 TEXT_LESSONS = {
     "glossary": write_glossary,

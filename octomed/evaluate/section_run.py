@@ -76,6 +76,7 @@ def write(
         self.recipe,
         claims=findings,
         rows=rows,
+        gate=read_base_gates([self.recipe.common.student], self.recipe.common),
         started=self.started,
         parents=list(chain.from_iterable(map(list_stages, evaluated))),
         **facts,
@@ -175,12 +176,12 @@ def _find_gate_file(student: str, common: Common) -> Path | None:
 
 
 def read_base_gates(
-    arms: dict[str, Arm],
+    students: Iterable[str],  # names of base students
     common: Common,
 ) -> list[dict]:  # rows as results files hold them
-    "The lines of the gate of every base that arms start from, where a base has taken it."
+    "The lines of the gate of each base, where it has taken the gate."
     rows = []
-    for student in dict.fromkeys(arm.student or common.student for arm in arms.values()):
+    for student in dict.fromkeys(students):
         file = _find_gate_file(student, common)
         lines = json.loads(file.read_text(encoding="utf-8"))["lines"] if file else []
         for line in lines:
@@ -204,8 +205,8 @@ def gate_frame(
     "The gate of the bases of a section's arms as a data frame: a line in each row."
     import pandas as pd
 
-    rows = []
-    for row in read_base_gates(arms, common):
+    rows, students = [], [arm.student or common.student for arm in arms.values()]
+    for row in read_base_gates(students, common):
         low, high = row["interval"]
         shown = {
             "base": row["of"],
