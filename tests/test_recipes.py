@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cache
 
 import pytest
 
@@ -230,7 +231,7 @@ def test_a_name_that_another_section_reads_and_no_recipe_gives_is_reported():
         ("common: {batch: true}", "batch must be a whole number of at least 1, not true"),
         ("common: {batch: '8'}", "write 8 without quotation marks"),
         ("common: {batch: }", "batch must be a whole number of at least 1, but has no value"),
-        ("common: {lr: .inf}", "lr must be a number above 0, not inf"),
+        ("common: {lr: .inf}", "above 0 and at most 1,000,000,000,000, not inf"),
         ("common: {answer: word}", "answer must be one of letter, text"),
         ("common: {train: [medqa: train]}", "write medqa:train, without a blank"),
         ("common: {train: ['a:b', 'a:b']}", "has a:b twice"),
@@ -276,7 +277,11 @@ def test_numbers_are_read_as_yaml_1_2_writes_them_and_keep_one_type(tmp_path):
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
-        ("42_formatting", "epochs: -1.0", "epochs of 42_formatting must be at least 0, not -1.0"),
+        (
+            "42_formatting",
+            "epochs: -1.0",
+            "epochs of 42_formatting must be a number above 0, not -1",
+        ),
         ("42_formatting", "seeds: 0", "must be a whole number of at least 1, not 0"),
         ("30_dataset", "lr: 0.0", "must be a number above 0, not 0.0"),
         ("30_dataset", "epochs: '8'", "must be float, not '8'"),
@@ -370,14 +375,20 @@ def test_the_schema_is_shipped_beside_the_recipes_that_name_it():
         assert first == "# yaml-language-server: $schema=schema.json"
 
 
-def list_schema_errors(text: str) -> list[str]:
+@cache
+def make_validator():
     from jsonschema import Draft202012Validator
 
-    from octomed.core.yaml_files import parse_yaml
     from octomed.run.recipe_schema import make_recipe_schema
 
-    validator = Draft202012Validator(make_recipe_schema())
-    return [error.json_path for error in validator.iter_errors(parse_yaml(text, "r.yaml").value)]
+    return Draft202012Validator(make_recipe_schema())
+
+
+def list_schema_errors(text: str) -> list[str]:
+    from octomed.core.yaml_files import parse_yaml
+
+    value = parse_yaml(text, "r.yaml").value
+    return [error.json_path for error in make_validator().iter_errors(value)]
 
 
 @pytest.mark.parametrize(
@@ -408,3 +419,77 @@ def test_the_schema_marks_what_the_command_line_refuses(tmp_path, text, place):
 def test_the_schema_takes_what_the_command_line_takes():
     text = "extends: course\ncommon: {lr: 1e-4, bootstrap: 1e4}\nsections: {30_dataset: }\n"
     assert list_schema_errors(text) == []
+
+
+VALUES = [
+    *("0", "1", "-1", "1.5", "2.0", "1e12", "1e13", "1e30", ".inf", "-.inf", "1e-400"),
+    *("true", "null", "x", "''", "' '", "'a:b:c'", "[]", "[1]", "{a: 1}"),
+]
+
+
+def is_refused(path, section=None):
+    try:
+        recipe = load_recipe(path)
+        if section:
+            read_parameters(*find_sections(recipe, section), recipe)
+    except UsageError as error:
+        assert "line 3" in str(error) or "line 4" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_the_schema_and_the_command_agree_on_every_shared_value(tmp_path, value):
+    from octomed.core.recipe import common_types
+
+    for name in common_types():
+        text = f"extends: smoke\ncommon:\n  {name}: {value}\n"
+        refused = is_refused(write_recipe(tmp_path, text))
+        assert refused == bool(list_schema_errors(text)), name
+
+
+@pytest.mark.parametrize("value", [*VALUES, "adamw", "clinic_ward:test"])
+def test_the_schema_and_the_command_agree_on_the_values_of_sections(tmp_path, value):
+    names = {
+        "30_dataset": ("images", "epochs", "optimizer", "lr", "seeds"),
+        "43_filtering": ("benchmark", "lowest", "limit"),
+        "53_datasets": ("captions", "each"),
+    }
+    for section, parameters in names.items():
+        for name in parameters:
+            text = f"extends: smoke\nsections:\n  {section}:\n    {name}: {value}\n"
+            refused = is_refused(write_recipe(tmp_path, text), section)
+            is_spec = refused and value == "'a:b:c'"  # no source has the name
+            assert refused == bool(list_schema_errors(text)) or is_spec, (section, name)
+
+
+SECTION_FAULTS = {
+    "42_formatting: {qestions: 1}": "mine.yaml line 3: 42_formatting has no parameter qestions",
+    "99_other: {}": "mine.yaml line 3 names 99_other, which has no notebook",
+    "42_formatting: []": "mine.yaml line 3 is no recipe: section 42_formatting holds names",
+    "30_dataset: {optimizer: x}": "mine.yaml line 3: optimizer of 30_dataset must be one of adamw",
+    "43_filtering: {benchmark: nothere:test}": "mine.yaml line 3: benchmark of 43_filtering: there "
+    "is no source nothere:test",
+    "51_scaling: {smaller: clinic/none}": "mine.yaml line 3: smaller of 51_scaling: no student is",
+    "54_families: {families: x}": "mine.yaml line 3: 54_families knows no family x",
+}
+
+
+@pytest.mark.parametrize("fault", SECTION_FAULTS)
+def test_a_fault_in_a_section_names_file_and_line(tmp_path, fault):
+    from octomed.run.plan import plan
+
+    path = write_recipe(tmp_path, f"extends: smoke\nsections:\n  {fault}\n")
+    with pytest.raises(UsageError) as error:
+        plan(path, only=fault.split(":")[0])
+    assert str(error.value).startswith(SECTION_FAULTS[fault])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["student: clinic/none", "teacher_text: none", "teacher_image: vllm:x", "grader: none"],
+)
+def test_a_model_that_no_one_knows_is_named_with_file_and_line(tmp_path, fault):
+    recipe = load_recipe(write_recipe(tmp_path, f"extends: smoke\ncommon:\n  {fault}\n"))
+    with pytest.raises(UsageError, match=f"^mine.yaml line 3: {fault.split(':')[0]}: "):
+        find_sections(recipe)

@@ -10,6 +10,7 @@ from misbehaving import (
     Handler,
     chunks,
     completion,
+    send_bytes,
     send_json,
     serving,
     status,
@@ -18,6 +19,7 @@ from misbehaving import (
 from toys import ask, chat
 
 from octomed.core.paths import OctomedError
+from octomed.core.recipe import load_recipe
 from octomed.generate.engine_openai import OpenAIEngine
 from octomed.generate.engine_openai_batch import OpenAIBatchEngine
 from octomed.generate.engine_transformers import TransformersEngine
@@ -138,9 +140,53 @@ def test_a_run_begins_with_one_request_until_the_server_answers(fake):
     with pytest.MonkeyPatch.context() as m:
         m.setattr("octomed.generate.engine_openai.asyncio.sleep", sleep)
         samples = engine(concurrency=8, retries=3).generate([ask("q1", 16)], PLAIN)
-        with pytest.raises(OctomedError, match="got no answer"):
+        with pytest.raises(OctomedError, match=r"FAKE does not answer \(broken\)"):
             list(samples)
     assert begun[:3] == [1, 2, 3], "the first request is asked again before another is sent"
+
+
+FAILURES = {
+    "500": status(500, "the engine is dead"),
+    "502": send_bytes(b"<title>the engine is dead</title>", "text/html", 502),
+    "503": status(503, "the engine is dead"),
+    "529": status(529, "the engine is dead"),
+    "429": status(429, "the engine is dead"),
+    "an error in the stream": lambda h, body: h.stream(
+        [chunks()[0], {"error": {"message": "the engine is dead", "code": 500}}]
+    ),
+    "a stated one": send_json({"error": "the engine is dead"}),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_server_that_only_fails_gets_nine_requests_within_32_seconds(fake, monkeypatch, name):
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    fake.always = FAILURES[name]
+    monkeypatch.setattr("octomed.generate.engine_openai.PAUSE", 0.5)
+    monkeypatch.setattr("octomed.generate.engine_openai.asyncio.sleep", sleep)
+    with pytest.raises(OctomedError, match=r"FAKE does not answer .*the engine is dead.*is up"):
+        list(OpenAIEngine("fake", "FAKE").generate([ask("q1", 500)], PLAIN))
+    assert len(fake.asked) <= 9 and sum(pauses) < 32
+
+
+def test_a_server_that_dies_is_asked_no_second_round(fake, monkeypatch):
+    "Requests under way are sent again seven times; when all have failed, no other is begun."
+    fake.script = [lambda h, body: h.stream(chunks())] * 5
+    fake.always = status(500, "the engine is dead")
+    run, samples = engine(retries=6, concurrency=4).generate([ask("q1", 500)], PLAIN), []
+    with pytest.raises(OctomedError, match="the engine is dead"):
+        samples.extend(run)
+    assert len(fake.asked) <= 5 + 7 * (4 + 3)
+
+
+def test_a_server_that_fails_at_first_is_waited_for(fake):
+    fake.script = [status(503)] * 4
+    samples = list(engine(retries=6).generate([ask("q1", 40)], PLAIN))
+    assert len(samples) == 40 and len(fake.asked) == 44
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +210,29 @@ def test_transformers_begins_no_batch_after_the_stop(here, tmp_path, monkeypatch
     with pytest.raises(Stopped, match="enough: 1 of 8 samples are kept"):
         top_up(ledger, here, [ask("q1", 8)], PLAIN, stop=lambda sample: "enough")
     assert batches == [2]
+
+
+def test_a_simulated_teacher_answers_nothing_after_the_stop(tmp_path, monkeypatch):
+    from octomed.clinic.teachers import SimulatedTeacher
+    from octomed.data.sources import load
+    from octomed.generate.engines import load_teacher
+
+    answered, plain = [], SimulatedTeacher.answer
+
+    def answer(self, request, sampling, seed):
+        answered.append(request.question)
+        return plain(self, request, sampling, seed)
+
+    monkeypatch.setattr(SimulatedTeacher, "answer", answer)
+    load_recipe("smoke")
+    q = load("clinic_ward:train", limit=1)[0]
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    requests = [Request(q.id, chat(q.stem), "a prompt", tuple(range(8)))]
+    with pytest.raises(Stopped, match="enough: 1 of 8 samples are kept"):
+        top_up(
+            ledger, load_teacher("clinic/reasoner"), requests, PLAIN, stop=lambda sample: "enough"
+        )
+    assert len(answered) == len(ledger) == 1
 
 
 def test_the_ledger_closes_an_engine_at_once_and_takes_one_without_close(tmp_path):
@@ -237,6 +306,20 @@ def test_a_batch_file_that_is_refused_stops_the_others(fake):
     with pytest.raises(OctomedError, match="refused the batch file"):
         list(batches(lines=2).generate([question("q", 6)], PLAIN))
     assert "batch-1" in fake.cancelled and "batch-2" in fake.cancelled
+
+
+def test_files_that_only_fail_are_sent_seven_times(fake, monkeypatch):
+    sent = []
+
+    def fail(h, data):
+        sent.append(data)
+        status(503, "the engine is dead")(h, data)
+
+    monkeypatch.setattr(Handler, "upload", fail)
+    run = OpenAIBatchEngine("fake", "FAKE", poll=0.01).generate([question("q", 4)], PLAIN)
+    with pytest.raises(OctomedError, match=r"FAKE does not answer .the engine is dead.: run again"):
+        list(run)
+    assert len(sent) == 7 and not fake.batches
 
 
 def submit(fake, n, name="q", **kw):

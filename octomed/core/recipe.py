@@ -39,12 +39,12 @@ class TextForm(GroupedMetadata):
         yield Field(pattern=self.pattern, examples=[self.example])
 
 # %% ../../nbs/core/06_recipe.ipynb #32030d86
-LARGEST = 10**12  # of whole numbers
+LARGEST = 10**12  # of all numbers
 Count = Annotated[int, Ge(1), Le(LARGEST)]
 Amount = Annotated[int, Ge(0), Le(LARGEST)]
 Pixels = Annotated[int, Ge(3136), Le(LARGEST)]  # the smallest area of smart resize, 56 × 56
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0), Le(LARGEST)]
+NotNegative = Annotated[float, Ge(0), Le(LARGEST)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 ShareAboveZero = Annotated[float, Gt(0), Le(1)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -90,14 +90,14 @@ class Common:
 class Scalars(dict):
     "What a recipe gives one section. Raises `UsageError` for a name that it does not give."
 
-    def __init__(self, recipe: str, section: str, values: dict):
+    def __init__(self, where: str, section: str, values: dict):
         super().__init__(values)
-        self.recipe = recipe
+        self.where = where  # the beginning of an error
         self.section = section
 
     def __missing__(self, name: str):
         raise UsageError(
-            f"recipe {self.recipe} gives {self.section} no {name}, which another section reads "
+            f"{self.where} gives {self.section} no {name}, which another section reads "
             "there: add it, as the section's notebook declares it"
         )
 
@@ -111,7 +111,8 @@ class Recipe:
     sections: dict = field(default_factory=dict)
     usual: tuple[str, ...] = ()  # sections that are meant where none is named; empty: all
     extends: str = ""  # the recipe that this one changes, as `load_recipe` takes it; empty: none
-    # (section, name) → the file and line that give a scalar; (`common`, name) likewise
+    # (section, name) → the file and line that give a scalar; (`common`, name) likewise;
+    # (section, "") → those of the section itself; ("", "") → the file
     places: dict = field(default_factory=dict, compare=False, repr=False)
 
     def scalars(self, section: str) -> dict:
@@ -119,15 +120,18 @@ class Recipe:
         if section not in self.sections:
             choices = ", ".join(self.sections) or "nothing: it has none, name it under sections:"
             raise UsageError(f"recipe {self.name} has no section {section}: choose from {choices}")
-        return Scalars(self.name, section, self.sections[section])
+        return Scalars(self.place(section), section, self.sections[section])
 
     def with_scalars(self, section: str, **scalars) -> "Recipe":
         "The same recipe with a section's scalars replaced by those of its parameters cell."
         return replace(self, sections={**self.sections, section: scalars})
 
-    def place(self, section: str, name: str) -> str:
-        "Where a value is given, as the beginning of an error."
-        return self.places.get((section, name), f"recipe {self.name}")
+    def place(self, section: str, name: str = "") -> str:
+        "Where a value, or else its section, is given, as the beginning of an error."
+        for keys in ((section, name), (section, ""), ("", "")):
+            if keys in self.places:
+                return self.places[keys]
+        return f"recipe {self.name}"
 
 # %% ../../nbs/core/06_recipe.ipynb #89b38d3e
 @cache
@@ -223,8 +227,8 @@ def _show(value) -> str:
 
 # %% ../../nbs/core/06_recipe.ipynb #63a9781a
 def _shown_schema(schema: dict, value) -> dict:
-    "A schema without the bound that all whole numbers have, unless that bound is exceeded."
-    is_large = isinstance(value, int) and value > LARGEST
+    "A schema without the bound that all numbers have, unless that bound is exceeded."
+    is_large = isinstance(value, int | float) and value > LARGEST
     if schema.get("maximum") != LARGEST or is_large:
         return schema
     return {key: limit for key, limit in schema.items() if key != "maximum"}
@@ -301,8 +305,13 @@ def _check_parts(file: PlainFile) -> dict:
     for name in parts:
         _check_part(file, name)
     for name in ("common", "sections"):
-        if not isinstance(parts.get(name) or {}, dict):
-            raise UsageError(f"{file.place(name)} is no recipe: {name} holds names and values")
+        value = parts.get(name)
+        if not isinstance({} if value is None else value, dict):
+            raise UsageError(
+                f"{file.place(name)} is no recipe: {name} holds names and values, {_show(value)}"
+            )
+    if not isinstance(parts.get("$schema", ""), str):
+        raise UsageError(f"{file.place('$schema')}: $schema must be a text, or remove it")
     return parts
 
 
@@ -344,7 +353,7 @@ def _check_sections(file: PlainFile) -> dict:
         where = file.place("sections", name)
         if name in common_types():
             raise UsageError(f"{where}: {name} is shared by all sections: write it under common:")
-        if not isinstance(values or {}, dict):
+        if not isinstance({} if values is None else values, dict):
             raise UsageError(
                 f"{where} is no recipe: section {name} holds names and values, {_show(values)}"
             )
@@ -371,13 +380,15 @@ class _Parts:
 
 
 def _list_places(file: PlainFile) -> dict:
-    "(section, name) → place, of all values in a file; `common` counts as a section."
-    places = {}
+    "(section, name) → place, of all in a file; `common` and `sections` count as sections."
+    places = {("", ""): file.name}
     for keys in file.lines:
+        if keys in (("common",), ("sections",)):
+            places[(*keys, "")] = file.place(*keys)
         if len(keys) == 2 and keys[0] == "common":
             places[keys] = file.place(*keys)
-        if len(keys) == 3 and keys[0] == "sections":
-            places[keys[1:]] = file.place(*keys)
+        if 1 < len(keys) <= 3 and keys[0] == "sections":
+            places[(*keys[1:], "")[:2]] = file.place(*keys)
     return places
 
 

@@ -125,6 +125,7 @@ class OpenAIEngine:
         self._model = model
         self._reported = None  # version that answers
         self._is_vllm = None
+        self._is_silent = False  # a request used up its retries, and none was answered
         self._image_ids = []  # tokens that a vLLM server is asked never to draw
 
 # %% ../../nbs/generate/12_engine_openai.ipynb #7d39495b
@@ -174,7 +175,8 @@ def _choose_pause(self: OpenAIEngine, fault: Fault, attempt: int) -> float:
     if fault.kind not in ("passing", "stated"):
         raise fault
     is_stated = fault.kind == "stated"
-    if attempt >= min(self.retries, 1 if is_stated else self.retries):
+    patience = 0 if self._is_silent else self.retries
+    if attempt >= min(patience, 1 if is_stated else patience):
         raise Unanswered(self.server.line(fault.sentence), is_stated)
     backoff = min(60.0, PAUSE * 2**attempt) * random.uniform(0.75, 1)
     return max(backoff, fault.wait)
@@ -210,7 +212,7 @@ def _explain_silence(self: OpenAIEngine, trouble: str) -> OctomedError:
     name = self.server.name
     return OctomedError(
         f"the server {name} does not answer ({trouble}): "
-        f"see that {name}_BASE_URL is right and that it is up"
+        f"see that {name}_BASE_URL is right and that it is up, or run again later"
     )
 
 # %% ../../nbs/generate/12_engine_openai.ipynb #09call01
@@ -654,6 +656,7 @@ class _Run:
         self.sampling = sampling
         self.out = out
         self.failed = 0
+        engine._is_silent = False
         self.has_answers = False
         self.trust = {}  # refusals that are a request's own fault, by the shape of the request
 
@@ -678,7 +681,7 @@ async def obtain(self: _Run, wire: _Wire, request: Request, index: int) -> Sampl
     except Fault as fault:
         return await self.settle(wire, fault, request=request, index=index, start=start)
     self.trust[_describe_shape(request)] = _TRUST
-    self.has_answers = True
+    self.has_answers, engine._is_silent = True, False
     return sample
 
 
@@ -749,12 +752,13 @@ def count_failure(
         self.out(sample)
     else:
         self.out(failure)
-    if failure.is_stated and not self.has_answers and not self.engine.keep_failures:
+    if not self.has_answers and not self.engine.keep_failures:
+        self.engine._is_silent = True
         if self.failed >= FEW:
             raise self.engine._explain_silence(str(failure))
         return
     wire.begun.set()
-    if self.failed > max(3, self.engine.concurrency):
+    if self.failed >= max(FEW, self.engine.concurrency):
         raise failure
 
 # %% ../../nbs/generate/12_engine_openai.ipynb #82b0d7fe

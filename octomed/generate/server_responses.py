@@ -341,7 +341,7 @@ async def read_response(
         async with asyncio.timeout(None) as limit, aclosing(_read_events(response)) as events:
             async for name, data in events:
                 reply.take_event(name, data)
-                if reply.pieces:
+                if reply.text or reply.thought or reply.finish:
                     begun()
                 if reply.is_done or reply.finish:
                     limit.reschedule(loop.time() + LINGER)

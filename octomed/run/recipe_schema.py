@@ -11,15 +11,10 @@ import io
 import tokenize
 
 from ..core.notebooks import CodeCell, Parameter, code_cells
-from ..core.recipe import LARGEST, Common, common_types, make_schema
+from ..core.recipe import Common, common_types, make_schema
 from .sections import Section, choose_range, notebooks_dir, read_declared
 
 # %% ../../nbs/run/27_recipe_schema.ipynb #27a00006
-def _drop_large_bound(schema: dict) -> dict:
-    "Without the bound that all whole numbers have, which would only distract."
-    return {key: limit for key, limit in schema.items() if limit != LARGEST}
-
-
 def make_common_schema() -> dict:
     "The schema of `common`: each value with its range, its comment and its default."
     from fastcore.docments import docments
@@ -28,7 +23,7 @@ def make_common_schema() -> dict:
     for name, kind in common_types().items():
         default = getattr(Common(), name)
         properties[name] = {
-            **_drop_large_bound(make_schema(kind)),
+            **make_schema(kind),
             "description": notes[name],
             "default": list(default) if isinstance(default, tuple) else default,
         }
@@ -75,12 +70,11 @@ def make_parameter_schema(
     if parameter.kinds:
         names = sorted({TYPE_NAMES[kind] for kind in parameter.kinds})
         schema["type"] = names[0] if len(names) == 1 else names
-    default = parameter.value
-    if type(default) in (int, float) and default >= 0:
-        schema["minimum"] = 0
-        kind = choose_range(name, parameter)
-        if kind:
-            schema = {**_drop_large_bound(make_schema(kind)), "description": note}
+    default, kind = parameter.value, choose_range(name, parameter)
+    if kind:
+        limits = dict(make_schema(kind))
+        limits["type"] = schema["type"] if len(parameter.kinds) > 1 else limits["type"]
+        schema |= limits
     if default is not None:
         schema["default"] = default
     return schema

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'BASE_MAKERS', 'load_student', 'save_student', 'count_steps', 'count_matched_steps', 'make_student', 'sft',
-           'main', 'register_student', 'register_base_maker', 'find_base_student']
+           'main', 'register_student', 'register_base_maker', 'check_student_name', 'find_base_student']
 
 # %% ../../nbs/train/09_students.ipynb #443afa7c
 import contextlib
@@ -252,18 +252,23 @@ def register_base_maker(
     BASE_MAKERS[name] = make
 
 # %% ../../nbs/train/09_students.ipynb #92d27a5b
+def check_student_name(name: str):
+    "Raises `UsageError` for a name that looks registered, such as clinic/…, and is not."
+    prefixes = ("clinic", *(known.split("/")[0] for known in STUDENTS))
+    if name not in STUDENTS and name.split("/")[0] in prefixes:
+        raise UsageError(
+            f"no student is registered as {name}: choose from "
+            f"{', '.join(sorted(STUDENTS))}, and name its plugin in the recipe"
+        )
+
+
 def find_base_student(common: Common):  # a stage, a folder as an input, or a hub id as text
     """The base student of a recipe; a relative folder is one of the current folder.
 
-    Raises `UsageError` for a name that looks registered, such as clinic/…, and is not."""
+    Raises `UsageError` as `check_student_name`."""
+    check_student_name(common.student)
     if common.student in STUDENTS:
         return STUDENTS[common.student](common)
-    prefix = common.student.split("/")[0]
-    if prefix in ("clinic", *(name.split("/")[0] for name in STUDENTS)):
-        raise UsageError(
-            f"no student is registered as {common.student}: choose from "
-            f"{', '.join(sorted(STUDENTS))}, and name its plugin in the recipe"
-        )
     folder = Path(common.student).expanduser()
     return ModelFolder(folder.resolve()) if folder.is_dir() else common.student
 

@@ -1,6 +1,6 @@
 """The real LLaMA-Factory reads an export of ours and trains a few steps on a CPU.
 
-It must make the same tokens of it as we do.
+It must make the same tokens of it as we do, also of the pairs of `octomed export preferences`.
 
     python tests/soak/llamafactory.py
         in the environment of `octomed bench trainers`;
@@ -62,6 +62,32 @@ json.dump(rows, open(sys.argv[1], "w"))
 """
 
 
+# the same for pairs: what it makes of the better and of the worse response
+READ_PAIRS = """
+import json
+import sys
+
+import yaml
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
+
+args = yaml.safe_load(open("train.yaml"))
+args.update(bf16=False, use_cpu=True, stage="rm", dataset_dir=sys.argv[1])
+args.update(media_dir=sys.argv[1], output_dir="pairs", disable_shuffling=True)
+model_args, data_args, training_args, *_ = get_train_args(args)
+module = load_tokenizer(model_args)
+template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+data = get_dataset(template, model_args, data_args, training_args, stage="rm", **module)
+names = [f"{kind}_{what}" for kind in ("chosen", "rejected") for what in ("input_ids", "labels")]
+rows = [
+    {**{name: row[name] for name in names}, "images": len(row["images"] or [])}
+    for row in data["train_dataset"]
+]
+json.dump(rows, open(sys.argv[2], "w"))
+"""
+
+
 def processor_of_arm(arm, common):
     "The processor with which the rows of an arm are rendered."
     from transformers import AutoProcessor
@@ -112,6 +138,32 @@ def compare_rows(theirs: list[dict], arm, common) -> dict:
     return {**counts, "first": describe_row(ours[0], theirs[0], processor.tokenizer)}
 
 
+def compare_pairs(theirs: list[dict], arm, common) -> dict:
+    "Their pairs compared with ours: the tokens and masks of both responses, the images."
+    from octomed.generate.render import render_row
+    from octomed.run.export_samples import collect_pairs
+
+    processor = processor_of_arm(arm, common)
+    newline = processor.tokenizer("\n")["input_ids"]
+    pairs = collect_pairs(arm, common)[0]
+    assert len(pairs) == len(theirs), f"they have {len(theirs)} pairs and we {len(pairs)}"
+    counts = {"pairs": len(pairs), "same": 0, "with_images": 0, "same_images": 0}
+    for pair, their in zip(pairs, theirs, strict=True):
+        same = []
+        for kind, trace in zip(("chosen", "rejected"), pair, strict=True):
+            our = render_row(processor, trace.messages, trace.response, common.max_pixels)
+            labels = [-100] * our.prompt + our.input_ids[our.prompt :]
+            ends = [[], newline]
+            same.append(
+                (their[f"{kind}_input_ids"], their[f"{kind}_labels"])
+                in [(our.input_ids + end, labels + end) for end in ends]
+            )
+        counts["same"] += all(same)
+        counts["with_images"] += bool(our.images)
+        counts["same_images"] += their["images"] == len(our.images)
+    return counts
+
+
 def compare_images(their: dict, images: list[tuple]) -> tuple[bool, float]:
     "(whether grid and shape of a row's images are the same, difference of the pixels' sums)."
     import torch
@@ -155,6 +207,20 @@ def export(work: Path):
     return arm, common, export_llamafactory(arm, common, out), out
 
 
+def export_ranking(arm, common, out: Path):
+    "Export pairs of an arm's samples: (the arm, its common parameters)."
+    from dataclasses import replace
+
+    from octomed.core.store import run_stage
+    from octomed.evaluate.arms import declare_stages
+    from octomed.run.export_samples import export_preferences
+
+    arm, common = replace(arm, k=8), replace(common, samples=8)
+    run_stage(declare_stages(arm, common)["accepted"])
+    export_preferences(arm, common, out, form="llamafactory")
+    return arm, common
+
+
 def main():
     import yaml
 
@@ -183,6 +249,10 @@ def main():
     read, compared = run_theirs("-c", READ, "rows.json"), {}
     if not read:
         compared = compare_rows(json.loads((out / "rows.json").read_text()), arm, common)
+    pairs = export_ranking(arm, common, work / "pairs")
+    ranked, compared_pairs = run_theirs("-c", READ_PAIRS, str(work / "pairs"), "pairs.json"), {}
+    if not ranked:
+        compared_pairs = compare_pairs(json.loads((out / "pairs.json").read_text()), *pairs)
     for_cpu = {  # what a CPU needs, and nothing else
         "bf16": False,
         "use_cpu": True,
@@ -195,7 +265,9 @@ def main():
     log = read_jsonl(out / "saves" / "trainer_log.jsonl") if not trained else []
     losses = [record["loss"] for record in log if record.get("loss") is not None]
     succeeded = not read and not trained and len(losses) == STEPS
-    good = succeeded and is_same(compared, rows=counts["kept"])
+    good = succeeded and is_same(compared, rows=counts["kept"]) and not ranked
+    good = good and 0 < compared_pairs["pairs"] == compared_pairs["same"]
+    good = good and compared_pairs["pairs"] == compared_pairs["same_images"]
     write_json(
         root() / "outputs" / "reference" / "soak" / "llamafactory.json",
         {
@@ -205,11 +277,14 @@ def main():
             "rc_train": trained,
             "losses": losses,
             "compared": compared,
+            "rc_pairs": ranked,
+            "pairs": compared_pairs,
             "good": good,
             "card": make_card(minutes=round((time.time() - started) / 60, 1)),
         },
     )
-    print(json.dumps({"rc": [read, trained], "losses": losses, **compared}, indent=1))
+    shown = {"rc": [read, trained, ranked], "losses": losses, "pairs": compared_pairs}
+    print(json.dumps({**shown, **compared}, indent=1))
     sys.exit(not good)
 
 
