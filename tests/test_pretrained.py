@@ -220,7 +220,7 @@ def short_reading(monkeypatch):
 def read_textbook(folder, tmp_path, monkeypatch, name: str) -> dict:
     "The weights of a student that has read, in a store of its own."
     monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / name))
-    student = pretrained.smol(student=ExternalInput(folder), seed=0, max_pixels=PIXELS, world="w")
+    student = pretrained.taught(student=ExternalInput(folder), seed=0, max_pixels=PIXELS, world="w")
     model, _ = load_student(run_stage(student))
     return model.state_dict()
 
@@ -234,7 +234,7 @@ def test_the_textbook_is_read_twice_alike_and_the_tower_stays(
     second = read_textbook(folder, tmp_path, monkeypatch, "b")
     assert all(torch.equal(first[name], second[name]) for name in first)
     before = load_student(folder)[0].state_dict()
-    changed = {name for name in first if not torch.equal(first[name], before[name])}
+    changed = list_changed(before, first)
     assert "model.language_model.layers.0.mlp.up_proj.weight" in changed
     eyes = {name for name in changed if "visual" in name}
     assert eyes == {f"model.visual.{pretrained.LAST}{part}" for part in ("weight", "bias")}
@@ -263,6 +263,23 @@ def test_a_reading_that_was_stopped_goes_on_to_the_same_weights(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def list_changed(before: dict, after: dict) -> set[str]:
+    "The weights that differ."
+    return {name for name in after if not torch.equal(after[name], before[name])}
+
+
+def test_looking_again_moves_the_mergers_last_layer_alone(carried, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "AGAIN", {"mri": 2})
+    monkeypatch.setenv("OCTOMED_STORE", str(tmp_path / "store"))
+    folder = tmp_path / "taught"
+    save_student(folder, carried.model, carried.processor, log=[])
+    student = pretrained.smol(student=ExternalInput(folder), seed=0, max_pixels=PIXELS)
+    before = load_student(folder)[0].state_dict()
+    after = load_student(run_stage(student))[0].state_dict()
+    last = {f"model.visual.{pretrained.LAST}{part}" for part in ("weight", "bias")}
+    assert list_changed(before, after) == last
+
+
 def test_it_reads_facts_and_drawings_of_the_merger_and_no_question(carried, short_reading):
     rows = pretrained.build_reading(carried.processor, 0, PIXELS)
     assert [row.images != [] for row in rows] == [False] * 8 + [True] * 4
@@ -274,7 +291,9 @@ def test_it_reads_facts_and_drawings_of_the_merger_and_no_question(carried, shor
 def test_only_small_eyes_are_shipped_and_the_name_is_known():
     student = find_base_student(Common(student="clinic/smol"))
     assert student.name == "smol"
-    assert student.params["student"].params["sha256"] == pretrained.GGUF_SHA256
+    reader = student.params["student"]
+    assert reader.name == "taught"
+    assert reader.params["student"].params["sha256"] == pretrained.GGUF_SHA256
     assert shipped("students", "smol", pretrained.EYES).stat().st_size <= 3_000_000
     assert shipped("students", "smol", "README.md").is_file()
 

@@ -270,7 +270,7 @@ def test_the_figures_show_every_part_and_the_paper_hollow():
     assert hollow(scaling.progress_figure(r)) == [57.99, 90.81, 93.16]
     assert scaling.epochs_figure(r).axes[0].get_xlabel() == "epochs"
     assert len(scaling.table_figure(r).axes[0].get_yticklabels()) == 3
-    assert set(OUTCOME_COLOURS) == {"agrees", "disagrees", "undecided"}
+    assert set(OUTCOME_COLOURS) == {"agrees", "disagrees", "undecided", "not tested"}
 
 
 def test_findings_see_what_was_put_in():

@@ -239,8 +239,8 @@ def take_gate(
     max_pixels: int = PIXELS,
 ) -> dict:  # `lines` and `modalities`
     "Make a base unless it is made, and let it take the gate."
-    made = declare_base(name, max_pixels)
-    answers = run_stage(gate(student=made, max_pixels=max_pixels, world=identify_world()))
+    student = declare_base(name, max_pixels)
+    answers = run_stage(gate(student=student, max_pixels=max_pixels, world=identify_world()))
     rows = read_jsonl(answers / "answers.jsonl")
     return {
         "lines": read_gate(rows, reasons=BASES[name].chains > 0),

@@ -46,12 +46,12 @@ def _as_item(asked: Lesson | Question, form: str) -> Item:
 
 
 def _ask_under(form: str, asked: list) -> list[Item]:
-    return [_as_item(one, form) for one in asked]
+    return [_as_item(each, form) for each in asked]
 
 
 def _ask_in_turn(asked: list) -> list[Item]:
     "Items that are asked with and without a thought in turn."
-    return [_as_item(one, ("cot", "direct")[i % 2]) for i, one in enumerate(asked)]
+    return [_as_item(each, ("cot", "direct")[i % 2]) for i, each in enumerate(asked)]
 
 
 def _draw(name: str, make: Callable, n: int) -> list[Lesson]:

@@ -250,8 +250,8 @@ def ask_class(
     knowledge = load_knowledge()
     thought = say(rng, "look", k=cls) + "."
     if rng.random() < 0.3:
-        seen = knowledge["images"][modality][cls]
-        thought += " " + pick(rng, knowledge["speech"]["seen"]).format(u=seen)
+        look = knowledge["images"][modality][cls]
+        thought += " " + pick(rng, knowledge["speech"]["seen"]).format(u=look)
     options = pick_several(rng, CLASSES[modality], 4) if rng.random() < 0.7 else ()
     return _make_lesson(
         "look",

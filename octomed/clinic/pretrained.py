@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'GGUF', 'GGUF_SHA256', 'INSTALL', 'VISION', 'CARRIED', 'MARKED', 'SEEDS', 'COUNTS', 'SCANNER', 'LOOK',
            'LOOKING', 'BODY', 'LAST', 'TOWER', 'ALIGNING', 'ALIGNED', 'EYES', 'SIGHT', 'LEAST', 'PARAGRAPHS', 'LOOKED',
-           'READING', 'find_gguf', 'read_gguf', 'build_carried', 'carry_weights', 'mark_tokenizer', 'build_processor',
-           'carry_model', 'list_drawings', 'ask_look', 'build_looks', 'build_looker', 'whiten_patches', 'tower',
-           'save_eyes', 'load_eyes', 'eyes', 'answer_looks', 'score_looks', 'sight', 'build_reading', 'carried', 'smol',
-           'declare_carried', 'declare_smol', 'main']
+           'READING', 'AGAIN', 'LOOKING_AGAIN', 'find_gguf', 'read_gguf', 'build_carried', 'carry_weights',
+           'mark_tokenizer', 'build_processor', 'carry_model', 'list_drawings', 'ask_look', 'build_looks',
+           'build_looker', 'whiten_patches', 'tower', 'save_eyes', 'load_eyes', 'eyes', 'answer_looks', 'score_looks',
+           'sight', 'build_reading', 'fit_pretrained', 'carried', 'taught', 'smol', 'declare_carried', 'declare_smol',
+           'main']
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c003
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
@@ -507,6 +509,39 @@ def build_reading(processor, seed: int, max_pixels: int) -> list[Row]:
     rows = build_textbook_rows(processor, paragraphs, atlas=[], max_pixels=max_pixels)
     return rows + build_looks(processor, list_drawings("merger", LOOKED), max_pixels)
 
+# %% ../../nbs/clinic/11_pretrained.ipynb #11a0c048
+AGAIN = dict.fromkeys(CLASSES, 30)  # drawings per class, of the merger's
+LOOKING_AGAIN = replace(ALIGNING, epochs=1, lr=1e-3, warmup=0.1)
+
+
+def fit_pretrained(
+    out: Path,  # the student's folder
+    model,
+    processor,
+    rows: list[Row],
+    schedule: Schedule,
+    seed: int,
+    max_pixels: int,
+    desc: str,  # names the run where it is shown
+):
+    "Train a model on rows, and leave the student in `out`."
+    import torch
+
+    torch.manual_seed(seed_for("reading", seed))
+    log = fit(
+        model.to(device()),
+        processor,
+        rows,
+        schedule=schedule,
+        seed=seed,
+        steps=count_steps(rows, schedule),
+        max_pixels=max_pixels,
+        desc=desc,
+        folder=out / "checkpoints",
+    )
+    save_student(out, model, processor, log=log)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c045
 @stage
 def carried(out, sha256, eyes, max_pixels):
@@ -517,28 +552,39 @@ def carried(out, sha256, eyes, max_pixels):
 
 
 @stage(resumable=True)
-def smol(out, student, seed, max_pixels, world):
+def taught(out, student, seed, max_pixels, world):
     """The pretrained student that has read the textbook.
 
     `student`: the stage `carried`; `world`: the world's identity, part of the key."""
-    import torch
-
-    torch.manual_seed(seed_for("reading", seed))
     model, processor = load_student(student)
     rows = build_reading(processor, seed, max_pixels)
-    log = fit(
-        model.to(device()),
+    fit_pretrained(
+        out,
+        model,
         processor,
         rows,
         schedule=READING,
         seed=seed,
-        steps=count_steps(rows, READING),
         max_pixels=max_pixels,
         desc="the pretrained student reads the textbook",
-        folder=out / "checkpoints",
     )
-    save_student(out, model, processor, log=log)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+@stage(resumable=True)
+def smol(out, student, seed, max_pixels):
+    "The pretrained student after it has read and looked again; `student`: the stage `taught`."
+    model, processor = load_student(student)
+    rows = build_looks(processor, list_drawings("merger", AGAIN), max_pixels)
+    fit_pretrained(
+        out,
+        model,
+        processor,
+        rows,
+        schedule=LOOKING_AGAIN,
+        seed=seed,
+        max_pixels=max_pixels,
+        desc="the merger learns to speak again",
+    )
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c046
 def declare_carried(common: Common):
@@ -551,12 +597,9 @@ def declare_smol(common: Common):
     "The pretrained student of a recipe, as a stage that is not yet run."
     from octomed.clinic.questions import identify_world
 
-    return smol(
-        student=declare_carried(common),
-        seed=common.base_seed,
-        max_pixels=common.max_pixels,
-        world=identify_world(),
-    )
+    shared = {"seed": common.base_seed, "max_pixels": common.max_pixels}
+    reader = taught(student=declare_carried(common), world=identify_world(), **shared)
+    return smol(student=reader, **shared)
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c030
 def main():

@@ -11,6 +11,7 @@ __all__ = ['QWEN', 'INTERNVL', 'MARKERS', 'CHAT', 'PIECE', 'SIZES', 'ROPE_THETA'
 import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from ..core.identity import seed_for
 from ..core.paths import OctomedError, shipped
@@ -18,7 +19,7 @@ from ..core.recipe import Common
 from ..core.store import ModelFolder, stage
 from ..data.resize import processor_arguments
 from ..generate.render import Row
-from ..train.students import register_student, save_student
+from ..train.students import register_base_maker, register_student, save_student
 
 # %% ../../nbs/clinic/10_students.ipynb #3f31a5a2
 @dataclass(frozen=True)
@@ -430,8 +431,16 @@ def _shipped_of_recipe(name: str, common: Common) -> ModelFolder:
     return find_shipped_student(name, common.base_seed)
 
 
+def _make_base(name: str, out: Path | None) -> dict:
+    "Make one of the clinic's base students again."
+    from octomed.clinic.bases import ship_base, take_gate
+
+    return ship_base(name, out) if out else take_gate(name)
+
+
 for _name in SHIPPED:
     register_student(f"clinic/{_name}", partial(_shipped_of_recipe, _name))
+    register_base_maker(_name, partial(_make_base, _name))
 
 # %% ../../nbs/clinic/10_students.ipynb #10ship04
 def _pretrained_of_recipe(common: Common):

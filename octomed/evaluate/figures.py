@@ -312,7 +312,12 @@ def draw_accuracies(
     return _settled(fig, title)
 
 # %% ../../nbs/evaluate/08_figures.ipynb #463b0a47
-OUTCOME_COLOURS = {"agrees": COLOURS[0], "disagrees": COLOURS[1], "undecided": FAINT}
+OUTCOME_COLOURS = {
+    "agrees": COLOURS[0],
+    "disagrees": COLOURS[1],
+    "undecided": FAINT,
+    "not tested": FAINT,
+}
 
 # %% ../../nbs/evaluate/08_figures.ipynb #686aba72
 def _claim_text(ax, y: float, lines: list[str]):
@@ -339,7 +344,7 @@ def _outcome_text(ax, y: float, finding: dict, colour: str):
         color=colour,
         fontsize=10.5,
         annotation_clip=False,
-        fontweight="bold" if finding["outcome"] != "undecided" else "normal",
+        fontweight="bold" if finding["outcome"] in ("agrees", "disagrees") else "normal",
     )
 
 # %% ../../nbs/evaluate/08_figures.ipynb #e4a53cf3

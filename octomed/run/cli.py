@@ -774,7 +774,7 @@ def evaluate(
         print()
 
 # %% ../../nbs/run/25_cli.ipynb #25base01
-BaseName = Annotated[str, Parameter(help="One of the clinic's base students, such as tiny.")]
+BaseName = Annotated[str, Parameter(help="A base student that a plugin can make, such as tiny.")]
 
 
 @app.command(help_epilogue=show_example("base tiny --out data/students/tiny"))
@@ -784,13 +784,17 @@ def base(
     *,
     out: Annotated[str, Parameter(help="A folder for its weights and its card.")] = "",
     json: Json = False,
+    recipe: Plugins = "smoke",
 ) -> int:
     "Make a base student from nothing, and let it take the gate (some 15 minutes)."
-    from octomed.clinic.bases import ship_base, take_gate
+    from octomed.core.recipe import load_recipe
+    from octomed.train.students import BASE_MAKERS
 
-    results = ship_base(name, Path(out)) if out else take_gate(name)
-    rows = [*results["lines"], *results["modalities"]]
-    show(rows, as_json=json)
+    load_recipe(recipe)
+    if name not in BASE_MAKERS:
+        raise UsageError(f"there is no base {name}: choose from {', '.join(BASE_MAKERS)}")
+    results = BASE_MAKERS[name](Path(out) if out else None)
+    show(results["lines"], as_json=json)
     return int(not all(row["passed"] for row in results["lines"]))
 
 # %% ../../nbs/run/25_cli.ipynb #622cc561

@@ -73,7 +73,10 @@ SPEEDS = {
         basis="measured rates of clinic/smol on two slow cores",
     ),
 }
-READ = {"smol": 31_500}  # tokens that such a stage reads before any arm, by its name
+READ = {
+    "taught": 31_500,
+    "smol": 18_700,
+}  # tokens that the stages of clinic/smol read before any arm
 
 
 def find_speed(student: str) -> Speed:

@@ -11,7 +11,7 @@ from ..core.recipe import Recipe
 from ..core.store import Stage
 from .plan_arms import ArmPlan, plan_arm
 from .plan_hours import drawing_hours, training_hours
-from .plan_rates import RATES, READ, SPEEDS, estimate_example, find_speed, is_built_here
+from .plan_rates import RATES, READ, estimate_example, find_speed, is_built_here
 from .sections import read_json, reference_folder
 
 # %% ../../nbs/run/07_plan_sections.ipynb #45d9f465
@@ -252,7 +252,7 @@ def _time_reading(stage: Stage) -> float:
     "Seconds in which a pretrained student reads its textbook; 0 for any other stage."
     if stage.name not in READ:
         return 0
-    return SPEEDS[f"clinic/{stage.name}"].time_training(READ[stage.name])
+    return find_speed("clinic/smol").time_training(READ[stage.name])
 
 
 def _minutes_here(plan: Plan, before: tuple) -> dict:

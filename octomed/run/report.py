@@ -473,7 +473,12 @@ def format_report(
     return "\n".join(lines).strip()
 
 # %% ../../nbs/run/17_report.ipynb #cf582cf0
-OUTCOME_NAMES = ("agrees", "disagrees", "undecided")
+OUTCOME_NAMES = (
+    "agrees",
+    "disagrees",
+    "undecided",
+    "not tested",
+)
 
 
 def count_outcomes(claims: list[dict]) -> dict[str, int]:

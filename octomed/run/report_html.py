@@ -53,7 +53,7 @@ tr:last-child td{border-bottom:0}th{background:var(--wash);font-weight:600;white
 td.num{text-align:right;white-space:nowrap}.wide th.num{text-align:right}td.text{min-width:17rem}
 td.key{min-width:9.5rem}tr.overall td{font-weight:600;background:var(--wash)}
 .outcome{font-weight:700;white-space:nowrap}.agrees{color:var(--yes)}.disagrees{color:var(--no)}
-.undecided{color:var(--open)}nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}
+.undecided,.not-tested{color:var(--open)}nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}
 nav a{display:block;padding:.15rem 0;color:inherit;break-inside:avoid;text-decoration:none}
 nav a:hover{text-decoration:underline}nav small{color:var(--soft)}
 .scores th,.scores td{padding:.4rem .42rem}
@@ -175,7 +175,7 @@ def _claim(claim: dict, trial: str = "") -> str:
         _element(
             "td",
             outcome,
-            class_="outcome mark" if trial else f"outcome {outcome}",
+            class_="outcome mark" if trial else f"outcome {outcome.replace(' ', '-')}",
             data_k="outcome",
         ),
         *(_element("td", value, class_="num", data_k=key) for key, value in numbers.items()),
@@ -441,7 +441,9 @@ OUTCOMES = (
     "<p>Every claim was written down before its run. Its outcome is <em>agrees</em> if the 95 % "
     "interval of the difference lies beyond zero on the claimed side, or wholly inside the "
     "claim's margin. It is <em>disagrees</em> if the interval lies beyond zero on the other side, "
-    "and <em>undecided</em> otherwise.</p>"
+    "and <em>undecided</em> otherwise. A claim is <em>not tested</em> if none of its students is "
+    "beyond chance, if one of them writes responses that cannot be read, or if all are at the "
+    "ceiling.</p>"
 )
 TABLES = (
     "We recomputed every Overall in Tables 1 and 2. The Overalls below are not the mean of the "

@@ -450,7 +450,7 @@ def _check_recipe(recipe: Recipe, only, notebooks) -> list[Section]:
     "The sections to run. Raises `UsageError` for a recipe that cannot be run as it is."
     todo = find_sections(recipe, only, notebooks)
     check_has_sections(recipe)
-    for section in find_sections(recipe, None, notebooks):
+    for section in find_sections(recipe, ",".join(recipe.sections), notebooks):
         read_parameters(section, recipe)
     return todo
 
