@@ -108,7 +108,7 @@ def asked(pictures):
         "thoughts": (
             [
                 ask(f"c{n}", text=" ".join(WORDS.split()[n % 13 : n % 13 + 2 + n // 13]))
-                for n in range(39)
+                for n in range(104)
             ],
             None,
         ),

@@ -357,6 +357,7 @@ def read_parameters(section: Section, recipe: Recipe) -> dict:
 
     Raises `UsageError` for a name or a type that the notebook does not declare."""
     declared, given = read_declared(section), dict(recipe.scalars(section.name))
+    _ = section.module  # it may register the sources that its parameters name
     own = {name: value for name, value in declared.items() if name not in ("recipe", "out")}
     for name, value in given.items():
         if name not in own:
