@@ -13,7 +13,7 @@ from octomed.clinic.bases import (
     BASES,
     MIXTURE,
     base,
-    count_parameters,
+    count_weights,
     declare_base,
     render_lesson,
     render_lessons,
@@ -280,7 +280,7 @@ def test_a_shipped_base_passed_its_gate_and_its_card_says_so(name):
     card = (folder / "README.md").read_text(encoding="utf-8")
     weights = folder / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
-    assert f"{count_parameters(weights):,} parameters" in card
+    assert f"{count_weights(weights):,} parameters" in card
     lines = read_shipped_gate(folder)
     wanted = [line.name for line in GATE if line.of_reasoners or not BASES[name].chains]
     assert [line["line"] for line in lines] == [*wanted, "unparsed or truncated"]

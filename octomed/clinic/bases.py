@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASES', 'THOUGHTS', 'LESSON_SCHEDULE', 'PIXELS', 'LEFT_BEHIND', 'Base', 'render_lesson', 'render_lessons', 'base',
-           'declare_base', 'write_card', 'count_parameters', 'take_gate', 'ship_base']
+           'declare_base', 'write_card', 'count_weights', 'take_gate', 'ship_base']
 
 # %% ../../nbs/clinic/15_bases.ipynb #817e86e6
 import hashlib
@@ -205,7 +205,7 @@ def write_card(
     return template.format(
         name=name,
         model=config["architectures"][0],
-        parameters=count_parameters(weights),
+        parameters=count_weights(weights),
         sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         tower_steps=how.tower_steps,
         steps=how.steps,
@@ -221,7 +221,7 @@ def write_card(
     )
 
 
-def count_parameters(
+def count_weights(
     weights: Path,  # a safetensors file
 ) -> int:
     "How many numbers a file of weights holds."

@@ -562,14 +562,14 @@ def taught(out, student, seed, max_pixels, world):
         out,
         model,
         processor,
-        rows,
+        rows=rows,
         schedule=READING,
         seed=seed,
         max_pixels=max_pixels,
         desc="the pretrained student reads the textbook",
     )
 
-
+# %% ../../nbs/clinic/11_pretrained.ipynb #11a0c145
 @stage(resumable=True)
 def smol(out, student, seed, max_pixels):
     "The pretrained student after it has read and looked again; `student`: the stage `taught`."
@@ -579,7 +579,7 @@ def smol(out, student, seed, max_pixels):
         out,
         model,
         processor,
-        rows,
+        rows=rows,
         schedule=LOOKING_AGAIN,
         seed=seed,
         max_pixels=max_pixels,

@@ -114,7 +114,7 @@ def _gate_line(arm: str, what: str, value: Interval, line: float, passed: bool) 
         "passed": passed,
     }
 
-
+# %% ../../nbs/evaluate/05_claims.ipynb #05gate03
 def read_claim_gate(
     claim: Claim,
     results: Results,  # in the claim's reading, with the claim's part of the questions

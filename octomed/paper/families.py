@@ -62,7 +62,7 @@ def state_finding(claim: Compared, results: Results) -> dict:
 # %% ../../nbs/paper/54_families.ipynb #897da4bf
 IN_WORDS = "Fig. 9, in words alone"
 BUILT_SMALL = (
-    "Three classes built small, of one or two million parameters, on one textbook; what the"
+    "Three classes built small, of one or two million parameters, on one kind of lessons; what the"
     " families' own pretraining adds is not here."
 )
 

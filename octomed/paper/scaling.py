@@ -174,7 +174,7 @@ def controls() -> list[Claim]:
             b=SMALLER,
             benchmark=EVERYWHERE,
             not_proved=(
-                "Two sizes make no law; both have read the same textbook, which may be too short "
+                "Two sizes make no law; both have read the same lessons, which may be too few "
                 "for the larger one."
             ),
         ),
