@@ -86,5 +86,7 @@ soak: install
 	$(BIN)/python tests/soak/answers.py
 	$(BIN)/python tests/soak/near_duplicates.py
 	$(BIN)/python tests/soak/real_model.py
+	$(BIN)/python tests/soak/bases.py
+	$(BIN)/python tests/soak/competence.py
 	$(BIN)/python tests/soak/slurm.py
 	$(BIN)/python tests/soak/resolve.py
