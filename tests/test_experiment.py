@@ -180,6 +180,43 @@ def test_a_trend_is_the_slope_along_its_arms():
     assert falls["outcome"] == "disagrees"
 
 
+BETTER = Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test")
+
+
+def lines_that_fail(finding):
+    return [(line["of"], line["what"]) for line in finding["gate"] if not line["passed"]]
+
+
+def test_a_claim_about_students_at_chance_is_not_tested():
+    at_chance = [1, 0, 0, 0] * 50  # of four options
+    finding = judge_claim(BETTER, results(a=[at_chance], b=[[0] * 200]))
+    assert finding["interval"][0] > 0
+    assert finding["outcome"] == "not tested"
+    assert lines_that_fail(finding) == [("a", "above chance")]
+    beyond = judge_claim(BETTER, results(a=[[1, 1, 0, 0] * 50], b=[at_chance]))
+    assert (beyond["outcome"], lines_that_fail(beyond)) == ("agrees", [])
+
+
+def test_a_claim_about_responses_that_cannot_be_read_is_not_tested():
+    r = results(a=[[1, 1, 1, 0] * 50], b=[[1, 1, 0, 0] * 50])
+    for place, row in enumerate(r.rows["b"]["clinic_ward:test"][0]):
+        if place % 4 == 3:
+            row["statuses"] = ["truncated" if place % 8 == 3 else "unparsed"]
+    finding = judge_claim(BETTER, r)
+    assert lines_that_fail(finding) == [("b", "unread")]
+    assert finding["gate"][1]["value"] == 0.25
+    assert finding["outcome"] == "not tested"
+
+
+def test_a_claim_at_the_ceiling_is_not_tested():
+    nearly = [1] * 39 + [0]
+    finding = judge_claim(BETTER, results(a=[[1] * 200], b=[nearly * 5]))
+    assert lines_that_fail(finding) == [("b", "below the ceiling")]
+    assert finding["outcome"] == "not tested"
+    below = judge_claim(BETTER, results(a=[[1] * 200], b=[[1, 1, 1, 0] * 50]))
+    assert below["outcome"] == "agrees"
+
+
 def test_a_difference_by_seed_is_a_minus_b():
     r = results(a=[[1, 1, 1, 0], [1, 0, 0, 0]], b=[[0, 1, 0, 0], [1, 0, 0, 0]])
     f = judge_claim(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)

@@ -37,7 +37,7 @@ def declare(recipe: Recipe, pool: str, form: str, settings) -> Arm:
         sources=((f"{pool}:train", settings.questions),),
         form=form,
         k=1 if form == "cot" else 0,
-        schedule=schedule_of(recipe.common, settings.epochs),
+        schedule=schedule_of(recipe.common, settings.epochs, freeze=tuple(settings.freeze)),
         likelihood=True,
     )
 
@@ -114,6 +114,7 @@ def measure(category: str, settings) -> dict:
         benchmark_limit=0,
         batch=settings.batch,
         lr=settings.lr,
+        teacher_text=settings.teacher or course.common.teacher_text,
     )
     recipe = replace(course, common=common)
     arms = {form: declare(recipe, pool, form, settings) for form in FORMS}
@@ -142,6 +143,8 @@ def main():
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--freeze", nargs="*", default=[], help="such as model.visual")
+    parser.add_argument("--teacher", default="", help="of text; by default the course's")
     parser.add_argument("--only", choices=POOLS)
     settings = parser.parse_args()
     measured = {}
