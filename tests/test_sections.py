@@ -93,7 +93,8 @@ def test_recipes_name_only_what_notebooks_declare(name):
 @RECIPES
 def test_recipes_run_in_the_paper_order(name):
     recipe = load_recipe(name)
-    assert [section.name for section in find_sections(recipe)] == sorted(recipe.sections)
+    named = recipe.usual or recipe.sections
+    assert [section.name for section in find_sections(recipe)] == sorted(named)
 
 
 def test_no_executed_copy_lies_under_nbs():
@@ -106,6 +107,8 @@ def test_recipe_values_carry_their_reason_or_size():
     "Every recipe is plain YAML: what it holds is what `load_recipe` gives."
     for name in list_recipes():
         raw = yaml.safe_load(shipped_recipes(f"{name}.yaml").read_text(encoding="utf-8"))
+        if "extends" in raw:
+            raw["sections"] = load_recipe(raw["extends"]).sections | raw["sections"]
         assert load_recipe(name).sections == {
             section: values or {} for section, values in raw["sections"].items()
         }

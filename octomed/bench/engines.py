@@ -26,7 +26,7 @@ from octomed.bench.timing import (
     time_call,
     time_command,
     timing,
-    train_small_student,
+    find_small_student,
 )
 from ..core.files import write_json
 from ..core.paths import OctomedError, root, store_dir
@@ -76,7 +76,7 @@ def _run_vllm(questions: int, rounds: int) -> str:  # what the script prints
     with TemporaryDirectory() as folder:
         chats = Path(folder) / "chats.json"
         _write_chats(chats)
-        command = [python, script, train_small_student()]
+        command = [python, script, find_small_student()]
         command += [chats, questions, rounds]
         return time_command(command, env=variables).out
 

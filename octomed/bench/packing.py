@@ -25,7 +25,7 @@ from octomed.bench.timing import (
     run_in_turns,
     time_call,
     timing,
-    train_small_student,
+    find_small_student,
 )
 from ..generate.render import PixelCache, Row
 
@@ -182,7 +182,7 @@ def bench_packed_training(
     budget: int = 2048,  # tokens that go through the model at once
 ) -> list[dict]:
     "Useful tokens a second of the processor in forward and backward, packed and padded."
-    student, rows = load_student(train_small_student()), build_small_rows(questions)
+    student, rows = load_student(find_small_student()), build_small_rows(questions)
     _, common = build_small_arm(0)
     pixels = PixelCache(student[1], common.max_pixels)
     steps, ways = _shuffled_steps(rows, batch), choose_batchings(budget)

@@ -13,7 +13,7 @@ from octomed.bench.timing import (
     run_in_turns,
     time_call,
     timing,
-    train_small_student,
+    find_small_student,
 )
 from ..data.questions import Question
 from ..data.sources import load
@@ -46,7 +46,7 @@ def _list_forced(qs: list[Question], samples: list[Sample]) -> list[ForcedQuesti
 @timing(questions=64, rounds=5)
 def bench_readings(questions: int = 4, rounds: int = 1) -> list[dict]:
     "Milliseconds a question of drawing a response, and of reading it by likelihood."
-    engine = TransformersEngine(train_small_student(), "small@1", max_pixels=12_544)
+    engine = TransformersEngine(find_small_student(), "small@1", max_pixels=12_544)
     qs = take_subset(load("clinic_ward:test", max_pixels=12_544), questions)
     samples = _draw_responses(engine, qs)
     ways = {

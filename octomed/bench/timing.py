@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'TIMINGS', 'make_timing_row', 'find_range', 'make_repeated_row', 'compute_ratio', 'time_call', 'run_in_turns',
            'divide_turns', 'timing', 'run_timings', 'hold_to_two_cores', 'Timed', 'find_last_line', 'time_command',
-           'install_peer', 'build_small_arm', 'train_small_student', 'build_small_rows']
+           'install_peer', 'build_small_arm', 'find_small_student', 'build_small_rows']
 
 # %% ../../nbs/bench/01_timing.ipynb #3a056ce8
 import importlib
@@ -311,16 +311,16 @@ def build_small_arm(
 ) -> tuple[Arm, Common]:
     """An arm of the recipe `smoke` with the test splits of its pools, which are quick to draw.
 
-    Its base student has read next to nothing."""
+    It starts from the shipped base."""
     common = replace(load_recipe("smoke").common, samples=1)
     pools = [(pool.replace(":train", ":test"), questions) for pool in common.train]
     return Arm(tuple(pools)), common
 
 # %% ../../nbs/bench/01_timing.ipynb #ae8d48b7
-def train_small_student() -> Path:
-    "The folder of that student."
+def find_small_student() -> Path:
+    "The folder of the shipped base."
     _, common = build_small_arm(0)
-    return run_stage(find_base_student(common))
+    return find_base_student(common).path
 
 # %% ../../nbs/bench/01_timing.ipynb #46b766d1
 def build_small_rows(questions: int) -> list[Row]:
