@@ -20,13 +20,13 @@ from unittest.mock import patch
 from PIL import Image
 
 from octomed.bench.timing import (
+    find_small_student,
     make_repeated_row,
     make_timing_row,
     run_in_turns,
     time_call,
     time_command,
     timing,
-    find_small_student,
 )
 from ..core.files import write_json
 from ..core.paths import OctomedError, root, store_dir

@@ -20,12 +20,12 @@ from octomed.bench.timing import (
     build_small_arm,
     build_small_rows,
     divide_turns,
+    find_small_student,
     make_repeated_row,
     make_timing_row,
     run_in_turns,
     time_call,
     timing,
-    find_small_student,
 )
 from ..generate.render import PixelCache, Row
 

@@ -9,11 +9,11 @@ __all__ = ['bench_readings']
 from functools import partial
 
 from octomed.bench.timing import (
+    find_small_student,
     make_repeated_row,
     run_in_turns,
     time_call,
     timing,
-    find_small_student,
 )
 from ..data.questions import Question
 from ..data.sources import load

@@ -64,7 +64,7 @@ class Speed:
         "Seconds of drawing responses."
         return count / self.responses.get(form, self.responses["cot"])
 
-
+# %% ../../nbs/run/03_plan_rates.ipynb #3a7e1111
 SPEEDS = {
     "clinic/smol": Speed(
         row_tokens={"cot": 152, "direct": 103},

@@ -472,7 +472,7 @@ def format_report(
     lines += map(describe_inconsistency, report["inconsistencies"])
     return "\n".join(lines).strip()
 
-# %% ../../nbs/run/17_report.ipynb #cf582cf0
+# %% ../../nbs/run/17_report.ipynb #17outn01
 OUTCOME_NAMES = (
     "agrees",
     "disagrees",
@@ -480,7 +480,7 @@ OUTCOME_NAMES = (
     "not tested",
 )
 
-
+# %% ../../nbs/run/17_report.ipynb #cf582cf0
 def count_outcomes(claims: list[dict]) -> dict[str, int]:
     "How many claims have each outcome."
     outcomes = [claim["outcome"] for claim in claims]
