@@ -250,7 +250,7 @@ def test_other_seeds_start_from_another_main_base():
         return find_base_student(Common(student=name, base_seed=seed)).path.name
 
     assert [start("clinic/tiny", seed) for seed in (0, 1, 2)] == ["tiny", "tiny-other", "tiny"]
-    assert start("clinic/small", 1) == "small"
+    assert start("clinic/mini", 1) == "mini"
 
 
 def test_what_is_written_about_a_model_is_no_part_of_its_identity(tmp_path):

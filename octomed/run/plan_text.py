@@ -74,7 +74,8 @@ def _has_hours(plans: list[Plan]) -> bool:
 
 
 def _table(plans: list[Plan]) -> str:
-    keys = [key for key in HEADINGS if _has_hours(plans) or not key.endswith("hours")]
+    left_out = "students" if _has_hours(plans) else "hours"  # a line has 120 characters at most
+    keys = [key for key in HEADINGS if not key.endswith(left_out)]
     return format_table([{HEADINGS[key]: _cell(plan, key) for key in keys} for plan in plans])
 
 # %% ../../nbs/run/09_plan_text.ipynb #9a7e0008
@@ -87,12 +88,13 @@ def _legend(plans: list[Plan]) -> str:
     "What the columns of the table mean."
     parts = [
         "arms × training seeds",
-        "students: that are trained, in all each once, whoever asks for it",
         "read, written: tokens of the teachers",
         "trained: tokens of the students, over all epochs and seeds",
     ]
     if _has_hours(plans):
         parts.append("train, draw, eval: device-hours")
+    else:
+        parts.append("students: that are trained, in all each once, whoever asks for one")
     parts.append(f"time: {plans[-1]['basis'] or 'not known'}")
     return "; ".join(parts)
 
