@@ -19,7 +19,7 @@ import numpy as np
 from .gate import gate, read_gate, read_modalities
 from .lessons import MIXTURE, Lesson, choose_lesson_picture, write_lessons
 from .questions import draw_pictures, identify_world
-from .students import NOT_SHIPPED, SHIPPED, build_for_clinic
+from .students import NOT_SHIPPED, SHIPPED, build_for_clinic, build_paragraph_rows
 from .towers import list_seeing_parts, teach_tower
 from ..core.devices import device
 from ..core.files import read_jsonl, write_json
@@ -59,12 +59,6 @@ BASES = {
 THOUGHTS = 0.6  # share of the lessons that are asked with a thought
 
 
-def _render_paragraph(processor, text: str) -> Row:
-    "A paragraph and the end of a turn."
-    tokenizer = processor.tokenizer
-    return Row(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id], 0, [])
-
-
 def render_lesson(
     processor,
     lesson: Lesson,
@@ -93,7 +87,7 @@ def render_lessons(
     rows = []
     for item in items:
         if isinstance(item, str):
-            rows.append(_render_paragraph(processor, item))
+            rows += build_paragraph_rows(processor, [item])
             continue
         thinks = rng.random() < THOUGHTS or item.kind == "chain"
         form = "cot" if thinks else "direct"

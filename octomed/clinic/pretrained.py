@@ -21,7 +21,7 @@ from itertools import chain, product
 from pathlib import Path
 
 from .drawings import CLASSES
-from .students import CHAT, QWEN, Size, build_student, build_textbook_rows
+from .students import CHAT, QWEN, Size, build_paragraph_rows, build_student
 from ..core.devices import device
 from ..core.files import progress, write_json
 from ..core.identity import seed_for
@@ -29,6 +29,7 @@ from ..core.paths import OctomedError, shipped
 from ..core.recipe import Common
 from ..core.store import ExternalInput, run_stage, stage
 from ..data.resize import processor_arguments
+from ..evaluate.stats import estimate_share
 from ..generate.render import PixelCache, Row, encode_prompts, render_row, write_chat
 from ..train.loop import fit
 from ..train.schedule import Schedule
@@ -447,16 +448,13 @@ def answer_looks(model, processor, keys: list[tuple], max_pixels: int) -> list[s
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c026
 def _score(right: list[bool]) -> dict:
     "Share of right answers in percent, with its 95 % Wilson interval."
-    from scipy.stats import binomtest
-
-    low, high = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
-    shares = [sum(right) / len(right), low, high]
-    percent, low, high = (round(100 * float(share), 1) for share in shares)
+    share = estimate_share(right)
+    percent, low, high = (round(100 * x, 1) for x in (share.estimate, share.low, share.high))
     return {
         "percent": percent,
         "low": low,
         "high": high,
-        "n": len(right),
+        "n": share.n,
     }
 
 
@@ -506,7 +504,7 @@ def build_reading(processor, seed: int, max_pixels: int) -> list[Row]:
     from octomed.clinic.textbook import write_textbook
 
     paragraphs = write_textbook(seed, **PARAGRAPHS)
-    rows = build_textbook_rows(processor, paragraphs, atlas=[], max_pixels=max_pixels)
+    rows = build_paragraph_rows(processor, paragraphs)
     return rows + build_looks(processor, list_drawings("merger", LOOKED), max_pixels)
 
 # %% ../../nbs/clinic/11_pretrained.ipynb #11a0c048

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QWEN', 'INTERNVL', 'MARKERS', 'CHAT', 'PIECE', 'SIZES', 'ROPE_THETA', 'TILE', 'PATCH', 'SHIPPED', 'NOT_SHIPPED',
            'OTHER_SEEDS', 'Markers', 'write_piece_pattern', 'list_pieces', 'build_tokenizer', 'Size', 'build_student',
-           'build_textbook_rows', 'build_for_clinic', 'blank', 'find_shipped_student']
+           'build_paragraph_rows', 'build_for_clinic', 'blank', 'find_shipped_student']
 
 # %% ../../nbs/clinic/10_students.ipynb #619750ed
 import re
@@ -341,31 +341,14 @@ def build_student(
     )
     return model, processor
 
-# %% ../../nbs/clinic/10_students.ipynb #1378d06c
-def _captioned_row(processor, image: str, caption: str, max_pixels: int) -> Row:
-    "An image and its caption; only the caption is trained."
-    from octomed.generate.render import write_chat
-
-    tokenizer = processor.tokenizer
-    chat = [{"role": "user", "content": [{"type": "image", "image": image}]}]
-    text = write_chat(processor, chat, max_pixels)
-    image_text = text.split("user\n", 1)[1].split("<|im_end|>")[0]
-    prompt = tokenizer(image_text)["input_ids"]
-    ids = prompt + tokenizer(caption)["input_ids"] + [tokenizer.eos_token_id]
-    return Row(ids, len(prompt), [image])
-
 # %% ../../nbs/clinic/10_students.ipynb #e18b027b
-def build_textbook_rows(
-    processor, paragraphs: list[str], atlas: list, max_pixels: int
-) -> list[Row]:
-    "Paragraphs and captioned images (pixel hash, caption) as rows; all but the images is trained."
+def build_paragraph_rows(processor, paragraphs: list[str]) -> list[Row]:
+    "Paragraphs as rows, each with the end of a turn; all of it is trained."
     tokenizer = processor.tokenizer
     rows = []
     for paragraph in paragraphs:
         ids = tokenizer(paragraph)["input_ids"] + [tokenizer.eos_token_id]
         rows.append(Row(ids, 0, []))
-    for image, caption in atlas:
-        rows.append(_captioned_row(processor, image, caption, max_pixels=max_pixels))
     return rows
 
 # %% ../../nbs/clinic/10_students.ipynb #4932df93

@@ -12,6 +12,7 @@ import numpy as np
 from .drawings import CLASSES
 from ..core.files import progress
 from ..core.identity import seed_for
+from ..core.paths import OctomedError
 from ..generate.render import PixelCache
 
 # %% ../../nbs/clinic/14_towers.ipynb #fc299211
@@ -22,11 +23,13 @@ FILTER_STD = 0.0125  # of the first weights
 
 
 def find_patch_layer(model) -> tuple:  # (name, module)
-    "The layer that reads an image's patches."
+    "The layer that reads an image's patches. Raises `OctomedError` for a model without one."
     for name, module in model.named_modules():
         if name.endswith(PATCH_LAYERS):
             return name, module
-    raise ValueError(f"{type(model).__name__} has no layer that reads patches")
+    raise OctomedError(
+        f"{type(model).__name__} has no layer that reads patches: name a model that reads images"
+    )
 
 
 def list_seeing_parts(model) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--base", default="clinic/tiny")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--freeze", nargs="*", default=[], help="such as model.visual")
     parser.add_argument("--teacher", default="", help="of text; by default the course's")
