@@ -30,7 +30,7 @@ from ..generate.samples import Sampling
 # %% ../../nbs/evaluate/03_arms.ipynb #6cbaeba8
 from ..generate.prompts import load_template
 from ..train.schedule import Schedule
-from ..train.students import find_base_student, sft
+from ..train.students import find_base_student, sft, student_at
 
 # %% ../../nbs/evaluate/03_arms.ipynb #b2b8125c
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Arm:
     likelihood: bool = False  # is its student read by likelihood too; reported beside it
     # is its student taught and asked with the options alone, without stem and pictures (chance)
     blind: bool = False
+    points: tuple[float, ...] = ()  # shares of the schedule at which its student is kept, too
+    at: float = 1.0  # which of them is read: one of `points`, or 1, the end
 
 # %% ../../nbs/evaluate/03_arms.ipynb #b8cc223b
 def _teacher_row(name: str, common: Common) -> tuple[str, str, str]:
@@ -211,7 +213,21 @@ def _student(arm: Arm, common: Common, tokens: Stage, base):
         seed=arm.seed,
         max_pixels=common.max_pixels,
         match=match,
+        points=arm.points,
     )
+
+# %% ../../nbs/evaluate/03_arms.ipynb #03poin01
+def _at_point(arm: Arm, trained: Stage) -> Stage:
+    """The student of an arm at the point that is read.
+
+    Raises `UsageError` for a point at which it is not kept."""
+    if arm.at == 1:
+        return trained
+    if arm.at not in arm.points:
+        raise UsageError(
+            f"an arm is read at {arm.at:g} of its schedule and is not kept there: add it to points"
+        )
+    return student_at(student=trained, point=arm.at)
 
 # %% ../../nbs/evaluate/03_arms.ipynb #92135676
 def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
@@ -235,7 +251,8 @@ def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
         )
     kept = declared.get("accepted")
     declared["rendered"] = _rendered(arm, common, asked, kept=kept, base=base)
-    declared["student"] = _student(arm, common, declared["rendered"], base=base)
+    declared["trained"] = _student(arm, common, declared["rendered"], base=base)
+    declared["student"] = _at_point(arm, declared["trained"])
     return declared
 
 # %% ../../nbs/evaluate/03_arms.ipynb #386f8a01

@@ -157,11 +157,15 @@ def _add_one(demand: Demand, arm, common, evaluations: list[Stage]) -> list[ArmP
     add_arm(demand, plan, arm, common=common)
     if arm.schedule.epochs:
         students = [evaluation.params["student"] for evaluation in evaluations]
-        keys = dict.fromkeys(s.key for s in students if isinstance(s, Stage))
-        add_students(demand, plan, list(keys))
+        add_students(demand, plan, list(dict.fromkeys(map(_key_of_training, students))))
     for evaluation in evaluations:
         add_evaluation(demand, evaluation, plan.student, common=common)
     return [plan, *parts]
+
+# %% ../../nbs/run/07_plan_sections.ipynb #7a7e0a09
+def _key_of_training(student: Stage) -> str:
+    "The key of the stage that trains a student; one that is read on its way is trained once."
+    return student.params["student"].key if student.name == "student_at" else student.key
 
 # %% ../../nbs/run/07_plan_sections.ipynb #7a7e0a01
 def find_sharers(

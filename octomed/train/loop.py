@@ -355,6 +355,7 @@ def fit(
     how: Execution | None = None,  # by default what `OCTOMED_TRAIN` says
     folder: Path | None = None,  # where checkpoints are kept, and looked for; None: there are none
     accelerator=None,  # as `build_accelerator` gives it, by default for `how`
+    after_step=None,  # called by every process with the log after each step but the last
 ) -> list[dict]:  # one record a step: lr, loss per token, norm of the gradient, tokens, seconds
     """Train in place.
 
@@ -371,13 +372,17 @@ def fit(
             max_pixels=max_pixels,
             accelerator=accelerator,
         )
-        return _fit(loop, rows, seed=seed, steps=steps, desc=desc, folder=folder)
+        return _fit(
+            loop, rows, seed=seed, steps=steps, desc=desc, folder=folder, after_step=after_step
+        )
 
 # %% ../../nbs/train/08_loop.ipynb #38a41094
 STOP = 1000  # a process adds this to its note when it was asked to stop
 
 # %% ../../nbs/train/08_loop.ipynb #6ce341ff
-def _fit(loop: Loop, rows, seed: int, steps: int, desc: str, folder: Path | None) -> list[dict]:
+def _fit(
+    loop: Loop, rows, seed: int, steps: int, desc: str, folder: Path | None, after_step
+) -> list[dict]:
     "The steps of a run, from its last checkpoint on."
 
     def order(start: int):
@@ -405,7 +410,7 @@ def _fit(loop: Loop, rows, seed: int, steps: int, desc: str, folder: Path | None
             done += 1
             display.show(log)
             if done < steps:
-                _keep_or_stop(keeper, note, log=log, steps=steps)
+                _end_step(keeper, note, log=log, steps=steps, after_step=after_step)
             if done % 20 == 1:
                 bar.set_postfix_str(f"loss {log[-1]['loss']:.2f}", refresh=False)
     display.close()
@@ -426,8 +431,10 @@ def _record(rows: list[Row], step: int, lr: float, total: float, norm: float, st
     }
 
 # %% ../../nbs/train/08_loop.ipynb #84510c4d
-def _keep_or_stop(keeper: CheckpointKeeper, note: float, log: list[dict], steps: int):
-    "Save the state if any process wants it, and stop if one was asked to."
+def _end_step(keeper: CheckpointKeeper, note: float, log: list[dict], steps: int, after_step):
+    "Hand the log on, save the state if any process wants it, and stop if one was asked to."
+    if after_step:
+        after_step(log)
     if note:
         keeper.write(len(log), log)
     if note >= STOP:
