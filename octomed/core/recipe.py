@@ -83,6 +83,8 @@ class Common:
     max_tokens: Count = 128  # response budget in evaluation (paper: 8,192)
     answer_tokens: Amount = 8  # further budget after a forced exit (paper: not given)
     eval_seeds: Count = 1  # runs that are averaged (paper: 5)
+    likelihood: bool = False  # is every student read by likelihood too, beside its own answers
+    chance: bool = False  # are chance students trained, which see the options alone
     bootstrap: Count = 10_000  # resamples of questions for every interval (paper: 10,000)
     base_seed: Amount = 0  # changes every seed at once, for a second run with other seeds
 

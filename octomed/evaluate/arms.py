@@ -308,7 +308,7 @@ def declare_evaluation(
         vote=dict(arm.votes).get(benchmark, 0),
         grader=grader,
         revision=find_teacher_revision(grader) if grader else "",
-        likelihood=arm.likelihood,
+        likelihood=arm.likelihood or common.likelihood,
         answer=common.answer,
         blind=arm.blind,
     )

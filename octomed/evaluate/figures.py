@@ -291,11 +291,13 @@ def draw_accuracies(
     xlabel: str = "accuracy, %",
     xlim=None,  # in per cent
     reading: str = "generated",  # which rows, where they hold both readings
+    joins: str = "all",  # and where they hold parts of the questions
 ):
     """Arms by benchmark: filled dots are ours, hollow ones the paper's, a dotted rule is chance.
 
     Raises `OctomedError` without rows."""
     rows = [row for row in rows if row.get("reading", reading) == reading]
+    rows = [row for row in rows if row.get("joins", joins) == joins]
     rows = [row for row in rows if not row.get("blind")]  # chance students are the rules
     if not rows:
         raise OctomedError("there is nothing to draw: give at least one row")

@@ -27,12 +27,16 @@ from .evaluate import READINGS, score_runs, take_likelihoods
 # %% ../../nbs/evaluate/04_results.ipynb #cc833084
 def scope_recipe(
     recipe: Recipe,
-    section: str,  # has two scalars: `samples` per question and a `limit` per benchmark
+    section: str,  # may have scalars of its own: `samples` per question, a `limit` per benchmark
 ) -> Recipe:
-    "The recipe with a section's own number of samples and of test questions."
-    scalars = recipe.scalars(section)
-    common = replace(recipe.common, samples=scalars["samples"], benchmark_limit=scalars["limit"])
-    return replace(recipe, common=common)
+    "The recipe with a section's own number of samples and of test questions, where it has them."
+    scalars, common = recipe.scalars(section), recipe.common
+    scoped = replace(
+        common,
+        samples=scalars.get("samples", common.samples),
+        benchmark_limit=scalars.get("limit", common.benchmark_limit),
+    )
+    return replace(recipe, common=scoped)
 
 # %% ../../nbs/evaluate/04_results.ipynb #63ffd791
 def choose_benchmarks(

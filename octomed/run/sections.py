@@ -87,13 +87,13 @@ def resolve_recipe(
     return str(Path(name).resolve()) if is_yaml_name(name) else name
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0004
-def _keep_recipe(recipe: Recipe) -> Recipe:
-    "A section without `scope` uses the recipe as it is."
-    return recipe
-
-
 def _keep_benchmarks(recipe: Recipe) -> None:
     "A section without `benchmarks` evaluates on the recipe's own."
+
+
+def _train_no_chance(recipe: Recipe) -> dict:
+    "A section without `chance` trains no chance students."
+    return {}
 
 
 def _read_no_files(recipe: Recipe) -> list:
@@ -108,8 +108,10 @@ class Interface:
     arms: Callable  # recipe → {name: Arm}
     claims: Callable  # → list of Claim
     figure: Callable  # results → the section's main figure
-    scope: Callable = _keep_recipe  # recipe → the recipe as the section uses it
     benchmarks: Callable = _keep_benchmarks  # recipe → names of benchmarks; None: the recipe's
+    # recipe → the recipe as the section uses it; None: with its `samples` and its `limit`
+    scope: Callable | None = None
+    chance: Callable = _train_no_chance  # recipe → {name: Arm}, students that see options alone
     inputs: Callable = _read_no_files  # recipe → files from outside that the notebook reads
 
 # %% ../../nbs/run/02_sections.ipynb #2a5e0006
@@ -117,8 +119,9 @@ PARAMETERS = {
     "arms": ("recipe",),
     "claims": (),
     "figure": ("results",),
-    "scope": ("recipe",),
     "benchmarks": ("recipe",),
+    "scope": ("recipe",),
+    "chance": ("recipe",),
     "inputs": ("recipe",),
 }
 
@@ -412,15 +415,18 @@ def read_arms(section: Section, recipe: Recipe) -> SectionArms:
     "What a section asks for under a recipe. Raises `UsageError` for a wrong parameter."
     interface = section.interface
     full = recipe.with_scalars(section.name, **read_parameters(section, recipe))
+    from octomed.evaluate.results import scope_recipe
     from octomed.train.students import check_student_name
 
     try:
         arms = interface.arms(full)
         for student in {arm.student for arm in arms.values() if arm.student}:
             check_student_name(student)
+        chance = interface.chance(full) if full.common.chance else {}
+        scoped = interface.scope(full) if interface.scope else scope_recipe(full, section.name)
         return SectionArms(
-            recipe=interface.scope(full),
-            arms=arms,
+            recipe=scoped,
+            arms={**arms, **chance},
             seeds=full.scalars(section.name).get("seeds", 1),
             benchmarks=interface.benchmarks(full),
         )
