@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'TEACHER', 'WARD', 'ROUNDS', 'READING', 'IN', 'OUT', 'NAMES', 'WORDS', 'REASONED', 'INDENT',
-           'claims_of_half', 'claims', 'arms', 'Case', 'read_answers', 'ask_own_teacher', 'collect_cases', 'take_first',
+           'claims_of_half', 'claims', 'arms', 'Case', 'ask_own_teacher', 'collect_cases', 'take_first',
            'find_first_of_kinds', 'find_extremes', 'choose_cases', 'is_valid', 'find_break', 'describe_trace',
            'describe_case', 'quote', 'options_of', 'write_case', 'choose_open_questions', 'ask_without_options',
            'ask_open_questions', 'make_open_row', 'count_taught', 'count_answers', 'measure_validity',
@@ -125,38 +125,6 @@ class Case:
         "The teacher's first correct sample."
         return next((s for s, verdict in self.taught if verdict.status == "correct"), None)
 
-# %% ../../nbs/paper/55_cases.ipynb #86dce1db
-def read_answers(
-    recipe: Recipe, arm: Arm, benchmark: str
-) -> list[tuple[Question, Sample, Verdict]]:
-    """The student's first response to each question of a benchmark, from the ledger.
-
-    Raises `OctomedError` where one is missing.
-    """
-    params, template = (
-        declare_evaluation(arm, benchmark, recipe.common).params,
-        load_template(arm.form),
-    )
-    questions = take_subset(load(benchmark, max_pixels=params["max_pixels"]), params["limit"])
-    student = student_identity(run_stage(params["student"]))
-    keys = [
-        make_sample_key(
-            request.question,
-            student,
-            request.prompt,
-            sampling=params["sampling"].key,
-            index=0,
-        )
-        for request in make_requests(questions, arm.form, 1)
-    ]
-    samples = Ledger().find(keys)
-    if any(key not in samples for key in keys):
-        raise OctomedError(
-            f"the ledger lacks responses to {benchmark}: run the section again with --fresh"
-        )
-    pairs = zip(questions, keys, strict=True)
-    return [(q, samples[key], judge_sample(samples[key], q, template)) for q, key in pairs]
-
 # %% ../../nbs/paper/55_cases.ipynb #0fbcebfb
 def ask_own_teacher(
     recipe: Recipe,
@@ -175,7 +143,7 @@ def collect_cases(recipe: Recipe) -> list[Case]:
     drawn = recipe.scalars("55_cases")["drawn"]
     every = []
     for benchmark in recipe.common.benchmarks:
-        responses = read_answers(recipe, arm, benchmark)
+        responses = read_answers(arm, benchmark, recipe.common)
         answers = ask_own_teacher(recipe, [q for q, *_ in responses], drawn)
         for q, sample, verdict in responses:
             case = Case(
