@@ -3,16 +3,21 @@
 import pytest
 
 from octomed.core.recipe import load_recipe
+from octomed.evaluate.results import scope_recipe
 from octomed.evaluate.stats import KINDS
 
 RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 PLACES = load_recipe("course").common.benchmarks
 
 
-def declared(section, name):
+SECTIONS = {"sourcing": "41_sourcing", "scaling": "51_scaling", "datasets": "53_datasets"}
+
+
+def declared(module, name):
     "The recipe as a section uses it, and the section's arms."
-    recipe = section.scope(load_recipe(name))
-    return recipe, section.arms(recipe)
+    section = SECTIONS[module.__name__.rpartition(".")[2]]
+    recipe = scope_recipe(load_recipe(name), section)
+    return recipe, module.arms(recipe)
 
 
 def check_claims(claims, arms, benchmarks):

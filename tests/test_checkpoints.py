@@ -12,7 +12,7 @@ import pytest
 import torch
 from toys import chat
 
-from octomed.core.paths import OctomedError
+from octomed.core.paths import OctomedError, UsageError
 from octomed.core.store import ExternalInput
 from octomed.core.store import run_stage as make
 from octomed.generate.render import render_row, save_rows
@@ -27,7 +27,7 @@ from octomed.train.checkpoints import (
 from octomed.train.launch import Execution
 from octomed.train.loop import CheckpointKeeper, Loop, fit
 from octomed.train.schedule import Schedule, draw_batches
-from octomed.train.students import save_student, sft
+from octomed.train.students import load_student, save_student, sft, student_at
 
 PIXELS = 12_544
 EVERY = Execution(checkpoint_every=2)
@@ -265,6 +265,49 @@ def test_generators_go_on_where_they_were():
     drawn = torch.rand(5)
     restore_random_states(states)
     assert torch.equal(drawn, torch.rand(5))
+
+
+def test_a_student_is_kept_on_its_way_and_ends_the_same(student, rows, tmp_path):
+    for name in ("base", "rows"):
+        (tmp_path / name).mkdir()
+    save_student(tmp_path / "base", *student, [])
+    save_rows(tmp_path / "rows", rows, {})
+    job = {
+        "base": ExternalInput(tmp_path / "base"),
+        "rendered": ExternalInput(tmp_path / "rows"),
+        "schedule": Schedule(epochs=2, batch=3, lr=1e-2),
+        "seed": 1,
+        "max_pixels": PIXELS,
+    }
+    whole = sft(**job)
+    kept = sft(**job, points=(0.4, 0.6))
+    ends = [load_student(make(stage))[0].state_dict() for stage in (whole, kept)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    ways = {point: make(student_at(student=kept, point=point)) for point in (0.4, 0.6)}
+    steps = {
+        point: len((folder / "log.jsonl").read_text().splitlines())
+        for point, folder in ways.items()
+    }
+    assert steps == {0.4: 2, 0.6: 3}  # of five
+    early = load_student(ways[0.4])[0].state_dict()
+    assert any(not torch.equal(early[name], ends[1][name]) for name in early)
+
+
+def test_a_student_of_low_rank_additions_is_not_kept_on_its_way(student, rows, tmp_path):
+    for name in ("base", "rows"):
+        (tmp_path / name).mkdir()
+    save_student(tmp_path / "base", *student, [])
+    save_rows(tmp_path / "rows", rows, {})
+    stage = sft(
+        base=ExternalInput(tmp_path / "base"),
+        rendered=ExternalInput(tmp_path / "rows"),
+        schedule=Schedule(epochs=2, batch=3, lora=2),
+        seed=1,
+        max_pixels=PIXELS,
+        points=(0.5,),
+    )
+    with pytest.raises(UsageError, match="lora=0"):
+        make(stage)
 
 
 def test_a_killed_stage_goes_on_from_its_checkpoint(student, rows, tmp_path, monkeypatch):

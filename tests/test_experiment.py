@@ -351,9 +351,11 @@ def declare(section, recipe="course"):
     import importlib
 
     from octomed.core.recipe import load_recipe
+    from octomed.evaluate.results import scope_recipe
 
-    module, r = importlib.import_module(f"octomed.paper.{section[3:]}"), load_recipe(recipe)
-    return module, module.scope(r), module.arms(module.scope(r))
+    module = importlib.import_module(f"octomed.paper.{section[3:]}")
+    scoped = scope_recipe(load_recipe(recipe), section)
+    return module, scoped, module.arms(scoped)
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "54_families"])

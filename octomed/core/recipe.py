@@ -20,7 +20,7 @@ from typing import Annotated, Literal, get_type_hints
 
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MinLen
 
-from .identity import Registry
+from .identity import Registry, digest
 from .paths import UsageError, shipped_recipes
 from .yaml_files import PlainFile, is_yaml_name, read_plain_file, read_scalar
 
@@ -127,6 +127,11 @@ class Recipe:
     def with_scalars(self, section: str, **scalars) -> "Recipe":
         "The same recipe with a section's scalars replaced by those of its parameters cell."
         return replace(self, sections={**self.sections, section: scalars})
+
+    def identify(self, section: str) -> str:
+        "A digest of all values that a section runs with, without the seed of a second run."
+        common = replace(self.common, base_seed=0)
+        return digest(common, dict(self.sections.get(section, {})))
 
     def place(self, section: str, name: str = "") -> str:
         "Where a value, or else its section, is given, as the beginning of an error."

@@ -215,14 +215,14 @@ def _benchmarks_of_arm(arm: Arm, benchmarks) -> list[str]:
 def declare_evaluations(
     arms: dict[str, Arm],
     recipe: Recipe,
-    seeds: int = 1,  # training seeds of every arm
+    seeds: int = 1,  # training seeds of every arm; chance students have one
     benchmarks=None,  # default: the recipe's
 ) -> dict[str, dict[str, list[Stage]]]:  # arm → benchmark → one evaluation for each training seed
     "All evaluations of a section, declared and not run."
     common = recipe.common
     declared = {}
     for name, arm in arms.items():
-        with_seeds = give_seeds(arm, seeds, common)
+        with_seeds = give_seeds(arm, 1 if arm.blind else seeds, common)
         declared[name] = {
             benchmark: [declare_evaluation(one_seed, benchmark, common) for one_seed in with_seeds]
             for benchmark in _benchmarks_of_arm(arm, benchmarks or common.benchmarks)
@@ -230,12 +230,11 @@ def declare_evaluations(
     return declared
 
 # %% ../../nbs/evaluate/04_results.ipynb #a81dd057
-def _jobs(declared: dict[str, dict[str, list[Stage]]], seeds: int) -> list[list[Stage]]:
+def _jobs(declared: dict[str, dict[str, list[Stage]]]) -> list[list[Stage]]:
     "The evaluations of each student together, arm after arm and seed after seed."
     jobs = []
     for by_benchmark in declared.values():
-        for seed in range(seeds if by_benchmark else 0):
-            jobs.append([by_seed[seed] for by_seed in by_benchmark.values()])
+        jobs += map(list, zip(*by_benchmark.values(), strict=True))
     return jobs
 
 # %% ../../nbs/evaluate/04_results.ipynb #a05e73b6
@@ -255,6 +254,6 @@ def run_arms(
 ) -> Results:
     "Train every arm with every seed, and evaluate it; arguments as `declare_evaluations`."
     declared = declare_evaluations(arms, recipe, seeds=seeds, benchmarks=benchmarks)
-    run_all(_jobs(declared, seeds), desc="students, trained and read")
+    run_all(_jobs(declared), desc="students, trained and read")
     rows = {name: _rows(declared[name]) for name in declared}
     return Results(recipe.common, rows, arms)

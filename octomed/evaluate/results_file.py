@@ -43,6 +43,7 @@ def write_results(
         "card": make_card(
             minutes=_minutes_since(started),
             code=section_digest(section),
+            values=recipe.identify(section),
             parents=sorted(stage.key for stage in parents),
         ),
     }

@@ -25,18 +25,17 @@ from ..core.store import run_stage
 from ..data.questions import Question
 from ..data.sources import load
 from ..distill.pools import take_subset
-from ..distill.rejection import judge_sample
-from ..distill.sampling import make_requests, student_identity
+from ..distill.sampling import student_identity
 from ..evaluate.arms import Arm, declare_evaluation
 from ..evaluate.claims import Claim
 from ..evaluate.results import give_seeds
-from ..evaluate.section_run import ask_teachers, finding_of
+from ..evaluate.section_run import ask_teachers, finding_of, read_answers
 from ..evaluate.stats import Interval
 from ..generate.answers import Verdict
 from ..generate.engine_transformers import TransformersEngine
 from ..generate.ledger import Ledger, draw_samples
 from ..generate.prompts import load_template, make_prompt_key, write_messages
-from ..generate.samples import Request, Sample, Sampling, make_sample_key
+from ..generate.samples import Request, Sample, Sampling
 from .formatting import arms as arms_of_42
 
 # %% ../../nbs/paper/55_cases.ipynb #30e6201c

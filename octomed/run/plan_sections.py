@@ -280,7 +280,7 @@ def estimate_minutes(recipe: Recipe, section: str, plan: Plan, before: tuple) ->
         return {"minutes": 0, "basis": "all evaluations are done"}
     kept = reference_folder(recipe) / "results" / f"{section}.json"
     card = read_json(kept).get("card", {}) if kept.exists() else {}
-    if card.get("minutes"):
+    if card.get("minutes") and card.get("values") == recipe.identify(section):
         basis = f"a run on {card.get('hardware', 'its machine')}"
         return {"minutes": card["minutes"], "basis": basis}
     if not plan.parts:
