@@ -269,7 +269,7 @@ def settle_finding(
         "p_holm": None,  # needs all claims of a run
         "detectable": detectable or None,
         "about": "training" if is_about_training else "these students",
-        "seed_sd": used.sd if used else None,
+        "seed_spread": asdict(used) if used else None,
         "outcome": _find_outcome(finding, interval),
     }
 

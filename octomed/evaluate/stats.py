@@ -198,6 +198,12 @@ def bootstrap_trend(
 KINDS = ("greater", "equivalent", "trend")
 
 # %% ../../nbs/evaluate/01_stats.ipynb #ed4984b5
+def _check_margin(margin: float | None):
+    "Raises `OctomedError` where an equivalence has no margin."
+    if not margin or margin < 0:
+        raise OctomedError("an equivalence needs a margin above 0: declare it with the claim")
+
+
 def _greater_outcome(low: float, high: float) -> str:
     "Whether an interval lies above 0, below 0, or neither."
     if low > 0:
@@ -225,8 +231,7 @@ def judge_difference(
         raise OctomedError(f"there is no claim of kind {kind!r}: choose from {', '.join(KINDS)}")
     if kind != "equivalent":
         return _greater_outcome(low, high)
-    if not margin or margin < 0:
-        raise OctomedError("an equivalence needs a margin above 0: declare it with the claim")
+    _check_margin(margin)
     return _equivalent_outcome(low, high, margin)
 
 # %% ../../nbs/evaluate/01_stats.ipynb #01sign01
@@ -256,9 +261,12 @@ def find_p(
     resampled: np.ndarray,  # the difference in each resample
     margin: float | None = None,  # of `equivalent`
 ) -> float:  # from 1 / (resamples + 1) to 1
-    "The probability of so clear a result if there were no difference, or one beyond the margin."
+    """The probability of so clear a result if there were no difference, or one beyond the margin.
+
+    Raises `OctomedError` for a missing margin."""
     n = len(resampled)
     if kind == "equivalent":
+        _check_margin(margin)
         beyond = max((resampled <= -margin).sum(), (resampled >= margin).sum())
         return float((1 + beyond) / (n + 1))
     other_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
