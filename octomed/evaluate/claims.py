@@ -260,7 +260,7 @@ def settle_finding(
         tally, used, seed_weight=weight, n=evidence["resamples"], seed=evidence["seed"]
     )
     interval = [float(bound) for bound in np.quantile(drawn, [0.025, 0.975])]
-    detectable, _ = measure_detectable(tally, used, weight)
+    detectable, _ = measure_detectable(tally, interval, used, seed_weight=weight)
     return {
         **finding,
         "difference": tally.estimate,

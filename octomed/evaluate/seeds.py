@@ -17,6 +17,7 @@ from scipy.special import stdtrit
 from octomed.evaluate.stats import (
     average_runs,
     detectable_difference,
+    find_error,
     find_strata,
     resample_means,
     tabulate_units,
@@ -170,28 +171,26 @@ def resample_twice(
     return drawn
 
 # %% ../../nbs/evaluate/12_seeds.ipynb #12seed22
-def _unit_sd(tally: Tally) -> tuple[float, int]:
-    "(the standard deviation of what a unit adds to the difference, its degrees of freedom)."
+def _unit_sd(tally: Tally) -> float:
+    "The standard deviation of what a unit adds to the difference."
     sums, sizes = tally.expand()
     asked = sizes.sum(0)
     parts = ((sums - sizes * (sums.sum(0) / asked)) / asked).mean(axis=1)
     df = max(1, len(parts) - len(find_strata(sizes)))
-    return len(parts) * sqrt((parts**2).sum() / df), df
+    return len(parts) * sqrt((parts**2).sum() / df)
 
 
 def measure_detectable(
     tally: Tally,
+    interval,  # (low, high), of 95 %
     spread: SeedSpread | None = None,
     seed_weight: float = 0.0,
-) -> tuple[float, float]:  # in accuracy; degrees of freedom
+) -> tuple[float, float]:  # in accuracy; how much wider the interval is than the normal one
     "The difference that a finding detects with a power of 80 %."
-    sd, unit_df = _unit_sd(tally)
-    of_units = sd**2 / tally.units
-    of_seeds = seed_weight * spread.sd**2 if spread else 0.0
-    df = float(unit_df)
-    if of_seeds and of_units + of_seeds:
-        between = seed_weight * spread.between
-        df = (of_units + of_seeds) ** 2 / (of_units**2 / unit_df + between**2 / spread.df)
-    seed_sd = spread.sd if spread else 0.0
-    more = {"seed_sd": seed_sd, "seed_weight": seed_weight, "df": df}
-    return detectable_difference(tally.units, sd, **more), df
+    parts = {"n": tally.units, "sd": _unit_sd(tally)}
+    if spread:
+        parts |= {"seed_sd": spread.sd, "seed_weight": seed_weight}
+    error = find_error(**parts)
+    half = (interval[1] - interval[0]) / 2
+    widening = half / (error * stdtrit(np.inf, 0.975)) if error else 1.0
+    return detectable_difference(**parts, widening=widening), float(widening)

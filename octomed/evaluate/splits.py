@@ -13,6 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
+from ..core.identity import seed_for
 from ..core.paths import OctomedError
 from .claims import Claim, list_seed_spreads
 from .results import Results
@@ -95,17 +96,23 @@ def list_places(
     return places
 
 # %% ../../nbs/evaluate/13_splits.ipynb #13splt12
-def _judge_halves(place: Place, first: np.ndarray, second: np.ndarray) -> tuple[str, str]:
-    "The outcome of first minus second, before and after the rule on signs."
-    scores = first - second
+def _draw_interval(place: Place, scores: np.ndarray) -> tuple[float, float]:
+    "The interval of a difference of two halves of a place's seeds."
     seeds = scores.shape[1]
     spread = place.spread if seeds >= HALF else None
     drawn = resample_twice(
         place.tally(scores), spread, seed_weight=2 / seeds, n=place.resamples, seed=place.seed
     )
-    before = judge_difference("greater", tuple(np.quantile(drawn, [0.025, 0.975])))
+    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
+    return low, high
+
+
+def _judge_halves(place: Place, scores: np.ndarray, interval) -> dict:
+    "The outcome of a difference of two halves, before and after the rule on signs."
+    before = judge_difference("greater", interval)
     by_seed = [place.tally(of_seed).estimate for of_seed in scores.T]
-    return before, heed_signs(before, "greater", by_seed)
+    after = heed_signs(before, "greater", by_seed)
+    return {"arm": place.arm, "before": before, "after": after}
 
 
 def split_place(
@@ -117,8 +124,8 @@ def split_place(
     splits = list_splits() if half > 1 else [((a,), (b,)) for a, b in combinations(range(6), 2)]
     rows = []
     for first, second in splits:
-        before, after = _judge_halves(place, scores[:, first], scores[:, second])
-        rows.append({"arm": place.arm, "before": before, "after": after})
+        difference = scores[:, first] - scores[:, second]
+        rows.append(_judge_halves(place, difference, _draw_interval(place, difference)))
     return rows
 
 # %% ../../nbs/evaluate/13_splits.ipynb #13splt14
@@ -136,19 +143,38 @@ def _share_wrong(place: Place, right: np.ndarray) -> float:
     return 1 - place.tally(right.mean(axis=(1, 2))).estimate
 
 
-def _detect(place: Place, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    "(the detectable difference, its degrees of freedom)."
-    tally = place.tally(first.mean(axis=2) - second.mean(axis=2))
-    return measure_detectable(tally, place.spread, 2 / first.shape[1])
+def _subtract(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    "(questions, training seeds): the difference of two halves, runs averaged."
+    return first.mean(axis=2) - second.mean(axis=2)
 
 # %% ../../nbs/evaluate/13_splits.ipynb #13splt15
+def _detect(place: Place, scores: np.ndarray, interval) -> tuple[float, float]:
+    "(the detectable difference of two halves, how much wider their interval is)."
+    weight = 2 / scores.shape[1]
+    return measure_detectable(place.tally(scores), interval, place.spread, seed_weight=weight)
+
+
 def _find_rate(place: Place, first: np.ndarray, second: np.ndarray, rng) -> float:
     "The rate that plants the difference that is then detectable; above 1 where none does."
     wrong, rate = _share_wrong(place, first), 0.0
-    for _ in range(4):
-        planted = plant_difference(first, min(rate, 1), rng)
-        rate = _detect(place, planted, second)[0] / max(wrong, 1e-9)
+    for _ in range(3):
+        scores = _subtract(plant_difference(first, min(rate, 1), rng), second)
+        detectable, _ = _detect(place, scores, _draw_interval(place, scores))
+        rate = detectable / max(wrong, 1e-9)
     return rate
+
+# %% ../../nbs/evaluate/13_splits.ipynb #13plant1
+def _plant_case(place: Place, first: np.ndarray, second: np.ndarray, share: float, rng):
+    "What is found of a planted difference; None where too few answers are wrong to plant it."
+    rate = _find_rate(place, first, second, rng=rng)
+    if rate > 1:
+        return None
+    scores = _subtract(plant_difference(first, share * rate, rng), second)
+    interval = _draw_interval(place, scores)
+    detectable, widening = _detect(place, scores, interval)
+    difference = share * rate * _share_wrong(place, first)
+    expected = find_power(difference, detectable, widening=widening) if detectable else 0.0
+    return {**_judge_halves(place, scores, interval), "expected": expected}
 
 
 def plant_place(
@@ -156,22 +182,14 @@ def plant_place(
     share: float,  # of the detectable difference that is planted
 ) -> list[dict]:  # {arm, before, after, expected}
     "What is found of a difference that was planted in either half of each split."
-    rng = np.random.default_rng((place.seed, len(place.right), round(100 * share)))
+    where = sorted(set(place.groups.tolist()))
+    rng = np.random.default_rng(seed_for("planted", place.seed, place.arm, where, share))
     sides = list_splits() + [(second, first) for first, second in list_splits()]
     rows = []
-    for sides_of_split in sides:
-        first, second = (place.right[:, side] for side in sides_of_split)
-        rate = _find_rate(place, first, second, rng=rng)
-        if rate > 1:
-            continue
-        planted = plant_difference(first, share * rate, rng)
-        detectable, df = _detect(place, planted, second)
-        difference = share * rate * _share_wrong(place, first)
-        before, after = _judge_halves(place, planted.mean(axis=2), second.mean(axis=2))
-        expected = find_power(difference, detectable, df=df) if detectable else 0.0
-        row = {"arm": place.arm, "before": before, "after": after, "expected": expected}
-        rows.append(row)
-    return rows
+    for of_first, of_second in sides:
+        first, second = place.right[:, of_first], place.right[:, of_second]
+        rows.append(_plant_case(place, first, second, share=share, rng=rng))
+    return [row for row in rows if row]
 
 # %% ../../nbs/evaluate/13_splits.ipynb #13splt17
 BEYOND = ("agrees", "disagrees")  # outcomes of an interval beyond 0

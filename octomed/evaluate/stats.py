@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'OURS', 'LABELS', 'average_runs', 'Interval', 'tabulate_units', 'find_strata', 'resample_means',
            'bootstrap', 'estimate_share', 'paired_bootstrap', 'bootstrap_trend', 'judge_difference', 'heed_signs',
-           'name_outcome', 'find_p', 'adjust_holm', 'paired_sd', 'detectable_difference', 'find_power',
+           'name_outcome', 'find_p', 'adjust_holm', 'paired_sd', 'find_error', 'detectable_difference', 'find_power',
            'needed_questions', 'load_paper_table', 'find_paper_number', 'find_odd_overalls']
 
 # %% ../../nbs/evaluate/01_stats.ipynb #e221fec1
@@ -15,7 +15,6 @@ from math import ceil, sqrt
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 from ..core.paths import OctomedError, shipped
 
@@ -297,16 +296,20 @@ def paired_sd(
     return sqrt(max(0.0, var_p + var_q - 2 * rho * sqrt(var_p * var_q)) / seeds)
 
 
-def _find_quantile(share: float, df: float | None) -> float:
-    "A quantile of Student's t, or of the normal distribution without degrees of freedom."
-    if df is None:
-        return NormalDist().inv_cdf(share)
-    return float(stdtrit(df, share))
-
-
-def _find_error(n: int, sd: float, seed_sd: float = 0.0, seed_weight: float = 0.0) -> float:
+def find_error(
+    n: int,  # paired questions, or joins where joins are drawn
+    sd: float,  # of a unit's paired difference
+    seed_sd: float = 0.0,  # of an arm's accuracy between training seeds
+    seed_weight: float = 0.0,  # of its variance: 2 / s for two arms of s seeds each
+) -> float:
     "The standard error of a difference: of the units, and of the training seeds."
     return sqrt(sd**2 / n + seed_weight * seed_sd**2)
+
+
+def _needed_errors(power: float, level: float, widening: float) -> float:
+    "How many standard errors a difference must be to be detected."
+    normal = NormalDist()
+    return widening * normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)
 
 # %% ../../nbs/evaluate/01_stats.ipynb #bddf8697
 def detectable_difference(
@@ -314,26 +317,25 @@ def detectable_difference(
     sd: float,  # of a unit's paired difference: measured, or `paired_sd`
     power: float = 0.8,  # chance that the interval excludes 0 when the difference is real
     level: float = 0.95,  # of the interval
-    seed_sd: float = 0.0,  # of an arm's accuracy between training seeds, in accuracy
-    seed_weight: float = 0.0,  # of its variance: 2 / s for two arms of s seeds each
-    df: float | None = None,  # degrees of freedom; None: many
+    seed_sd: float = 0.0,  # as in `find_error`
+    seed_weight: float = 0.0,
+    widening: float = 1.0,  # of the interval, beside the normal one
 ) -> float:
     "The smallest difference that can be detected: for the plan, and for a finding."
-    error = _find_error(n, sd, seed_sd=seed_sd, seed_weight=seed_weight)
-    return (_find_quantile((1 + level) / 2, df) + _find_quantile(power, df)) * error
+    error = find_error(n, sd, seed_sd=seed_sd, seed_weight=seed_weight)
+    return _needed_errors(power, level, widening) * error
 
 
 def find_power(
     difference: float,  # that is real
-    detectable: float,  # what `detectable_difference` gives with the same degrees of freedom
+    detectable: float,  # what `detectable_difference` gives for the same interval
     power: float = 0.8,  # that it was computed for
     level: float = 0.95,
-    df: float | None = None,
+    widening: float = 1.0,
 ) -> float:
     "The chance that the interval lies beyond 0 on the side of a real difference."
-    beyond, more = _find_quantile((1 + level) / 2, df), _find_quantile(power, df)
-    reached = difference / detectable * (beyond + more) - beyond
-    return NormalDist().cdf(reached) if df is None else float(stdtr(df, reached))
+    errors = difference / detectable * _needed_errors(power, level, widening)
+    return NormalDist().cdf(errors - widening * NormalDist().inv_cdf((1 + level) / 2))
 
 # %% ../../nbs/evaluate/01_stats.ipynb #9e0e76ff
 def needed_questions(
