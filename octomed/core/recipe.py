@@ -84,6 +84,8 @@ class Common:
     answer_tokens: Amount = 8  # further budget after a forced exit (paper: not given)
     eval_seeds: Count = 1  # runs that are averaged (paper: 5)
     bootstrap: Count = 10_000  # resamples of questions for every interval (paper: 10,000)
+    # Training seeds of the arms that are split in halves to test the instrument: 6; 0: none.
+    split_seeds: Amount = 0
     base_seed: Amount = 0  # changes every seed at once, for a second run with other seeds
 
 # %% ../../nbs/core/06_recipe.ipynb #4d2989b5

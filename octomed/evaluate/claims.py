@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..core.identity import seed_for
 from .chance import measure_beyond_chance, measure_chance
 from .results import Results
 from octomed.evaluate.seeds import (
@@ -121,7 +122,7 @@ def collect_evidence(claim: Claim, results: Results) -> dict:
             "joins": claim.joins,
             "reading": claim.reading,
             "resamples": common.bootstrap,
-            "seed": common.base_seed,
+            "seed": seed_for("claim", common.base_seed, claim.text),
         },
     }
 

@@ -97,12 +97,14 @@ def list_places(
 
 # %% ../../nbs/evaluate/13_splits.ipynb #13splt12
 def _draw_interval(place: Place, scores: np.ndarray) -> tuple[float, float]:
-    "The interval of a difference of two halves of a place's seeds."
+    """The interval of a difference of two halves of a place's seeds.
+
+    Each has random numbers of its own, or the errors of all intervals would be the same."""
     seeds = scores.shape[1]
     spread = place.spread if seeds >= HALF else None
-    drawn = resample_twice(
-        place.tally(scores), spread, seed_weight=2 / seeds, n=place.resamples, seed=place.seed
-    )
+    seed = seed_for("split", place.seed, place.arm, scores.sum(axis=0).tolist())
+    tally = place.tally(scores)
+    drawn = resample_twice(tally, spread, seed_weight=2 / seeds, n=place.resamples, seed=seed)
     low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
     return low, high
 

@@ -109,10 +109,14 @@ def resample_means(sums: np.ndarray, sizes: np.ndarray, n: int, rng) -> np.ndarr
     total = np.zeros((2, n, sums.shape[1]))
     for members in find_strata(sizes):
         columns = np.flatnonzero(sizes[members[0]])
-        table = np.hstack([part[np.ix_(members, columns)] for part in (sums, sizes)])
-        drawn = _draw_sums(table, n, rng)
-        total[0][:, columns] += drawn[:, : len(columns)]
-        total[1][:, columns] += drawn[:, len(columns) :]
+        own_sums, own_sizes = sums[np.ix_(members, columns)], sizes[np.ix_(members, columns)]
+        if (own_sizes == own_sizes[0]).all():  # as single questions are
+            total[0][:, columns] += _draw_sums(own_sums, n, rng)
+            total[1][:, columns] += own_sizes.sum(0)
+        else:
+            drawn = _draw_sums(np.hstack([own_sums, own_sizes]), n, rng)
+            total[0][:, columns] += drawn[:, : len(columns)]
+            total[1][:, columns] += drawn[:, len(columns) :]
     return (total[0] / total[1]).mean(axis=1)
 
 # %% ../../nbs/evaluate/01_stats.ipynb #a74421c6

@@ -122,6 +122,7 @@ def _table(head: list[str], body: list[str], **attributes) -> str:
 PARTS = {
     "": "the main figure",
     "findings": "each claim's difference with its interval and outcome",
+    "instrument": "how often halves of an arm are told apart, as they are and with a difference",
 }
 
 
