@@ -146,7 +146,14 @@ def make_results(seeds_of, joins=False, spread=0.0, n=120, lift=None, bootstrap=
 
 def make_row(number, right):
     status = "correct" if right else "wrong"
-    return {"question": str(number), "options": 4, "statuses": [status]}
+    return {
+        "question": str(number),
+        "options": 4,
+        "statuses": [status],
+        "letters": ["A"],
+        "forced": [False],
+        "tokens": [3],
+    }
 
 
 def claim_of(a="a", b="b", **more):
