@@ -129,8 +129,8 @@ def test_findings_by_hand():
     n |= {b: counts(right=4, valid=0) for b in cases.OUT}
     findings = [cases.state_finding(claim, n, resamples=500, seed=0) for claim in cases.claims()]
     assert [round(f["difference"], 6) for f in findings] == [0.4, 0.4, 0.4, 0.15, 0.9]
-    as_teacher = "undecided" if findings[3]["interval"][0] <= 0.1 else "disagrees"
-    assert [f["outcome"] for f in findings] == [*["agrees"] * 3, as_teacher, "agrees"]
+    as_teacher = "undecided" if findings[3]["interval"][0] <= 0.1 else "fails"
+    assert [f["outcome"] for f in findings] == [*["holds"] * 3, as_teacher, "holds"]
     assert [f["n"] for f in findings] == [80, 80, 80, 240, 480]
 
 

@@ -603,7 +603,9 @@ def test_report_is_a_line_for_each_section_and_ends_on_counts_and_page(capsys, t
         ["42_b", "1"]
     ]
     assert f"octomed report {recipe} --all" in hint
-    assert counts == "1 sections, 1 claims: 1 agrees, 0 disagrees, 0 undecided, 0 not tested"
+    assert counts == (
+        "1 sections, 1 claims: of the paper's 1 agrees, 0 disagrees, 0 undecided, 0 not tested"
+    )
     assert page == f"as a page: `octomed report {recipe} --html`"
     call(capsys, "report", recipe, "--html")
     page = call(capsys, "report", recipe)[1].splitlines()[-1]

@@ -142,7 +142,7 @@ def results(**arms):
     )
 
 
-def test_a_trend_is_the_slope_along_its_arms():
+def test_a_trend_is_the_rise_from_its_first_place_to_its_last():
     n = 40
     r = results(
         **{
@@ -161,9 +161,9 @@ def test_a_trend_is_the_slope_along_its_arms():
         ),
         r,
     )
-    assert f["difference"] == pytest.approx(0.1)
-    assert f["by_seed"] == pytest.approx([0.1, 0.1])
-    assert f["outcome"] == "agrees"
+    assert f["difference"] == pytest.approx(0.4)
+    assert f["by_seed"] == pytest.approx([0.4, 0.4])
+    assert f["outcome"] == "holds"
     assert f["training_seeds"] == 2
     falls = judge_claim(
         Claim(
@@ -176,8 +176,8 @@ def test_a_trend_is_the_slope_along_its_arms():
         ),
         r,
     )
-    assert falls["difference"] == pytest.approx(-0.1)
-    assert falls["outcome"] == "disagrees"
+    assert falls["difference"] == pytest.approx(-0.4)
+    assert falls["outcome"] == "fails"
 
 
 BETTER = Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test")
@@ -194,7 +194,7 @@ def test_a_claim_about_students_at_chance_is_not_tested():
     assert finding["outcome"] == "not tested"
     assert lines_that_fail(finding) == [("a", "above chance")]
     beyond = judge_claim(BETTER, results(a=[[1, 1, 0, 0] * 50], b=[at_chance]))
-    assert (beyond["outcome"], lines_that_fail(beyond)) == ("agrees", [])
+    assert (beyond["outcome"], lines_that_fail(beyond)) == ("holds", [])
 
 
 def test_a_claim_about_responses_that_cannot_be_read_is_not_tested():
@@ -214,7 +214,7 @@ def test_a_claim_at_the_ceiling_is_not_tested():
     assert lines_that_fail(finding) == [("b", "below the ceiling")]
     assert finding["outcome"] == "not tested"
     below = judge_claim(BETTER, results(a=[[1] * 200], b=[[1, 1, 1, 0] * 50]))
-    assert below["outcome"] == "agrees"
+    assert below["outcome"] == "holds"
 
 
 def test_a_difference_by_seed_is_a_minus_b():
@@ -238,7 +238,7 @@ def test_an_equivalence_needs_its_margin():
             ),
             r,
         )["outcome"]
-        == "agrees"
+        == "holds"
     )
     with pytest.raises(OctomedError, match="margin"):
         judge_claim(

@@ -60,7 +60,7 @@ def claim(text="one beats two", outcome="agrees", difference=0.1):
     return {
         "text": text,
         "kind": "greater",
-        "paper": None,
+        "paper": "38 against 23",
         "a": "x",
         "b": "y",
         "benchmark": "text_only",

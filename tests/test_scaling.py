@@ -155,11 +155,11 @@ def test_the_check_on_the_whole_can_pass_and_can_fail():
     c = next(c for c in scaling.claims() if c.b == scaling.CURVE)
     smooth = scaling.state_finding(c, invented(shares=tuple(expit(0.5 * at)), n=400), None)
     jump = scaling.state_finding(c, invented(shares=(0.2, 0.25, 0.3, 0.9), n=400), None)
-    assert smooth["outcome"] == "agrees"
+    assert smooth["outcome"] == "holds"
     assert abs(smooth["difference"]) < 0.02
     assert len(smooth["by_seed"]) == smooth["training_seeds"] == 2
     assert smooth["n"] == 2400
-    assert jump["outcome"] == "disagrees"
+    assert jump["outcome"] == "fails"
     assert jump["difference"] > 0.4
     assert jump["interval"][0] > scaling.MARGIN
 
@@ -270,7 +270,14 @@ def test_the_figures_show_every_part_and_the_paper_hollow():
     assert hollow(scaling.progress_figure(r)) == [57.99, 90.81, 93.16]
     assert scaling.epochs_figure(r).axes[0].get_xlabel() == "epochs"
     assert len(scaling.table_figure(r).axes[0].get_yticklabels()) == 3
-    assert set(OUTCOME_COLOURS) == {"agrees", "disagrees", "undecided", "not tested"}
+    assert set(OUTCOME_COLOURS) == {
+        "agrees",
+        "disagrees",
+        "holds",
+        "fails",
+        "undecided",
+        "not tested",
+    }
 
 
 def test_findings_see_what_was_put_in():
@@ -278,6 +285,6 @@ def test_findings_see_what_was_put_in():
     claims = [c for c in scaling.claims() if c.b != scaling.CURVE and c.a != scaling.VOTE]
     findings = [judge_claim(c, r) for c in claims]
     students = [f for f in findings if scaling.TEACHERS not in (f["a"], f["b"])]
-    assert {f["outcome"] for f in students} == {"agrees"}
+    assert {f["outcome"] for f in students} == {"agrees", "holds"}
     (passes,) = (f for f in findings if f["b"] == scaling.TEACHERS)
     assert passes["outcome"] == "disagrees"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'MODEL_CARDS', 'LIBRARIES', 'canonicalize', 'digest', 'read_ahead', 'file_digest', 'content_digest',
            'split_revision', 'seed_for', 'unkeyed', 'is_unkeyed', 'Registry', 'list_versions', 'describe_hardware',
-           'find_commit', 'make_card']
+           'find_commit', 'find_commit_of', 'make_card']
 
 # %% ../../nbs/core/03_identity.ipynb #f6c4ea97
 import contextlib
@@ -221,6 +221,22 @@ def find_commit() -> str | None:
         return None
     mark = "+" if changes.stdout.strip() else ""
     return head.stdout.strip() + mark
+
+# %% ../../nbs/core/03_identity.ipynb #03com002
+@unkeyed
+@lru_cache
+def find_commit_of(
+    path: Path,
+) -> str | None:  # None where the file has changes, or no checkout holds it
+    "The commit that last changed a file."
+    path = Path(path).resolve()
+    try:
+        last = _ask_git(path.parent, "log", "-1", "--format=%h", "--abbrev=12", "--", path.name)
+        changes = _ask_git(path.parent, "status", "--porcelain", "--", path.name)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    is_clean = last.returncode == changes.returncode == 0 and not changes.stdout.strip()
+    return last.stdout.strip() or None if is_clean else None
 
 # %% ../../nbs/core/03_identity.ipynb #73e0b857
 @unkeyed

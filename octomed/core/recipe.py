@@ -86,6 +86,8 @@ class Common:
     likelihood: bool = False  # is every student read by likelihood too, beside its own answers
     chance: bool = False  # are chance students trained, which see the options alone
     bootstrap: Count = 10_000  # resamples of questions for every interval (paper: 10,000)
+    # Training seeds of the arms that are split in halves to test the instrument: 6; 0: none.
+    split_seeds: Amount = 0
     base_seed: Amount = 0  # changes every seed at once, for a second run with other seeds
 
 # %% ../../nbs/core/06_recipe.ipynb #4d2989b5

@@ -48,6 +48,8 @@ class Arm:
     student: str = ""  # the base student; empty: the recipe's
     schedule: Schedule = Schedule()  # noqa: RUF009 - a frozen dataclass, safe to share
     seed: int = 0  # training seed
+    # training seeds that it is given, where more than the section's others; 0: as many as they
+    seeds: int = 0
     compute_of: "Arm | None" = None  # a control: read as many tokens as this arm's student
     teacher: str = ""  # one teacher for all questions; empty: routed by modality (paper §4)
     keep: str = "correct"  # which traces: `correct` (eq. 2), `all` or `wrong`

@@ -37,7 +37,14 @@ def _teaches(arm: Arm) -> bool:
 def _hide_arm(arm: Arm, sources: tuple) -> Arm:
     "The same arm without stem and pictures, read once and compared with nothing."
     return replace(
-        arm, sources=sources, blind=True, compute_of=None, control=0, votes=(), graded=False
+        arm,
+        sources=sources,
+        blind=True,
+        compute_of=None,
+        control=0,
+        votes=(),
+        graded=False,
+        seeds=0,
     )
 
 # %% ../../nbs/evaluate/10_chance.ipynb #ca000007
@@ -143,5 +150,10 @@ def measure_beyond_chance(
         baseline, _ = results.scores(name, where)
     common = results.common
     return paired_bootstrap(
-        scores, baseline, n=common.bootstrap, seed=common.base_seed, groups=groups
+        scores,
+        baseline,
+        n=common.bootstrap,
+        seed=common.base_seed,
+        groups=groups,
+        units=results.label_units(arm, where),
     )

@@ -316,7 +316,9 @@ def draw_accuracies(
 # %% ../../nbs/evaluate/08_figures.ipynb #463b0a47
 OUTCOME_COLOURS = {
     "agrees": COLOURS[0],
+    "holds": COLOURS[0],
     "disagrees": COLOURS[1],
+    "fails": COLOURS[1],
     "undecided": FAINT,
     "not tested": FAINT,
 }
@@ -346,7 +348,7 @@ def _outcome_text(ax, y: float, finding: dict, colour: str):
         color=colour,
         fontsize=10.5,
         annotation_clip=False,
-        fontweight="bold" if finding["outcome"] in ("agrees", "disagrees") else "normal",
+        fontweight="normal" if finding["outcome"] in ("undecided", "not tested") else "bold",
     )
 
 # %% ../../nbs/evaluate/08_figures.ipynb #e4a53cf3

@@ -62,6 +62,7 @@ class Results:
     common: Common
     rows: dict  # rows[arm][benchmark]: a list of evaluation rows for each training seed
     arms: dict = field(default_factory=dict)  # name → Arm, of the arms that were trained
+    joins: str = "all"  # which part of the questions these are, of `JOINS`
 
     @property
     def benchmarks(self) -> list[str]:
@@ -69,8 +70,9 @@ class Results:
 
     @property
     def training_seeds(self) -> int:
-        first_arm = next(iter(self.rows.values()))
-        return len(next(iter(first_arm.values())))
+        "Training seeds that all arms have."
+        lengths = [len(by_seed) for of_arm in self.rows.values() for by_seed in of_arm.values()]
+        return min(lengths)
 
     def scores(
         self,
@@ -168,7 +170,7 @@ def take_joins(
     for arm, by_benchmark in self.rows.items():
         chosen = {b: _take_part(by_seed, joins, read) for b, by_seed in by_benchmark.items()}
         rows[arm] = {b: by_seed for b, by_seed in chosen.items() if all(by_seed)}
-    return replace(self, rows=rows)
+    return replace(self, rows=rows, joins=joins)
 
 # %% ../../nbs/evaluate/04_results.ipynb #4ead0008
 def _take_part(by_seed: list[list[dict]], joins: str, read) -> list[list[dict]]:
@@ -176,6 +178,21 @@ def _take_part(by_seed: list[list[dict]], joins: str, read) -> list[list[dict]]:
     return [
         [row for row in rows if tell_part(row.get("tags", {}), read) == joins] for rows in by_seed
     ]
+
+# %% ../../nbs/evaluate/04_results.ipynb #12unit02
+@patch
+def label_units(
+    self: Results,
+    arm: str,
+    where: str,  # a benchmark or a category
+) -> list[str] | None:  # the join of each question on unseen joins; None: questions are drawn
+    "What is resampled: on unseen joins the join, elsewhere the question."
+    if self.joins != "unseen":
+        return None
+    labels = []
+    for benchmark in self.benchmarks_of(where):
+        labels += [row["tags"]["join"] for row in self.rows[arm][benchmark][0]]
+    return labels
 
 # %% ../../nbs/evaluate/04_results.ipynb #4ead0006
 @patch
@@ -200,8 +217,9 @@ def take_reading(
 
 # %% ../../nbs/evaluate/04_results.ipynb #b5cef5ef
 def give_seeds(arm: Arm, seeds: int, common: Common) -> list[Arm]:
-    "The arm with each of its training seeds."
-    return [replace(arm, seed=arm.seed + s + 1000 * common.base_seed) for s in range(seeds)]
+    "The arm with each of its training seeds: as many as asked for, or more where it wants more."
+    first = arm.seed + 1000 * common.base_seed
+    return [replace(arm, seed=first + s) for s in range(max(seeds, arm.seeds))]
 
 # %% ../../nbs/evaluate/04_results.ipynb #d6ad7394
 def _benchmarks_of_arm(arm: Arm, benchmarks) -> list[str]:
@@ -234,7 +252,7 @@ def _jobs(declared: dict[str, dict[str, list[Stage]]]) -> list[list[Stage]]:
     "The evaluations of each student together, arm after arm and seed after seed."
     jobs = []
     for by_benchmark in declared.values():
-        jobs += map(list, zip(*by_benchmark.values(), strict=True))
+        jobs += [list(of_student) for of_student in zip(*by_benchmark.values(), strict=True)]
     return jobs
 
 # %% ../../nbs/evaluate/04_results.ipynb #a05e73b6

@@ -12,15 +12,33 @@ from pathlib import Path
 
 from ..core.code import section_digest
 from ..core.files import write_json
-from ..core.identity import make_card
-from ..core.paths import read_number, shipped_results
+from ..core.identity import canonicalize, find_commit_of, make_card
+from ..core.paths import read_number, shipped_notebooks, shipped_results
 from ..core.recipe import Recipe
+from .claims import word_outcome
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #cf457013
 def _minutes_since(started: float) -> float:
     "Minutes since then; where sections run side by side, this section's share of the machine."
     side_by_side = max(1, read_number("OCTOMED_BESIDE", 1))
     return round((time.time() - started) / 60 / side_by_side, 2)
+
+# %% ../../nbs/evaluate/07_results_file.ipynb #07comm01
+def _take_spreads(claims: list[dict]) -> list[dict]:
+    "What the findings say of the spread of seeds, once for each arm and place."
+    spreads = {}
+    for claim in claims:
+        spreads |= {canonicalize(row): row for row in claim.get("seed_spreads", ())}
+    return list(spreads.values())
+
+
+def _commit_claims(claims: list[dict], section: str) -> list[dict]:
+    "The findings as files hold them: with the commit that the claims were declared in."
+    committed = find_commit_of(shipped_notebooks() / f"{section}.ipynb")
+    rows = [{**claim, "committed": committed} for claim in claims]
+    for row in rows:
+        row.pop("seed_spreads", None)
+    return rows
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #c4bedac2
 def write_results(
@@ -37,7 +55,8 @@ def write_results(
     results = {
         "section": section,
         "recipe": recipe.name,
-        "claims": claims,
+        "claims": _commit_claims(claims, section),
+        "seed_spreads": _take_spreads(claims),
         "rows": rows,
         **more,
         "card": make_card(
@@ -60,7 +79,7 @@ def _finding_line(finding: dict) -> str:
         finding["paper"] or "–",
         f"{100 * finding['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
         f"{finding['n']} × {finding['training_seeds']}",
-        f"**{finding['outcome']}**",
+        f"**{word_outcome(finding)}**",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -16,15 +16,18 @@ import numpy as np
 # %% ../../nbs/evaluate/06_tables.ipynb #65809845
 from ..core.recipe import CATEGORIES, Common
 from .chance import find_chance_arm, measure_beyond_chance, measure_chance
+from .claims import word_outcome
 from .evaluate import READINGS, compute_rates, score_votes, score_with_grader
 from .results import Results, category_of
 from .stats import Interval, bootstrap
 
 # %% ../../nbs/evaluate/06_tables.ipynb #3818bb82
-def _bootstrap(results: Results, scores: np.ndarray, groups: np.ndarray) -> Interval:
+def _bootstrap(results: Results, arm: str, where: str, **reading) -> Interval:
     "The accuracy with its interval, with the recipe's settings."
     common = results.common
-    return bootstrap(scores, n=common.bootstrap, seed=common.base_seed, groups=groups)
+    scores, groups = results.scores(arm, where, **reading)
+    units = results.label_units(arm, where)
+    return bootstrap(scores, n=common.bootstrap, seed=common.base_seed, groups=groups, units=units)
 
 
 def _places(results: Results) -> list[str]:
@@ -46,8 +49,7 @@ def _beside(results: Results, arm: str, where: str) -> dict:
     numbers = {}
     for key, read in readings.items():
         if any(key in row for row in first_rows):
-            scores, groups = results.scores(arm, where, of=read)
-            interval = _bootstrap(results, scores, groups)
+            interval = _bootstrap(results, arm, where, of=read)
             numbers[key] = interval.estimate
             numbers[f"{key}_interval"] = list(interval.interval)
     if "vote" in numbers:
@@ -89,15 +91,15 @@ def _has_place(results: Results, arm: str, where: str) -> bool:
 # %% ../../nbs/evaluate/06_tables.ipynb #fbaaf506
 def _score_place(results: Results, arm: str, where: str) -> dict:
     "One row, without the paper's number."
-    scores, groups = results.scores(arm, where)
-    interval = _bootstrap(results, scores, groups)
+    interval = _bootstrap(results, arm, where)
     is_category = where in CATEGORIES
     return {
         "arm": arm,
         "category": where if is_category else category_of(where),
         "benchmark": "Overall" if is_category else where,
-        "n": len(groups),
-        "seeds": scores.shape[1],
+        "n": interval.n,
+        "n_joins": interval.joins or None,
+        "seeds": results.scores(arm, where)[0].shape[1],
         "accuracy": interval.estimate,
         "interval": list(interval.interval),
         **_beside(results, arm, where),
@@ -182,6 +184,7 @@ def _shown_row(row: dict) -> dict:
         "joins": None if row.get("joins", "all") == "all" else row["joins"],
         "reading": None if row.get("reading", READINGS[0]) == READINGS[0] else row["reading"],
         "n": row["n"],
+        "of joins": row.get("n_joins"),
         "runs": row["seeds"],
         "accuracy": _per_cent(row["accuracy"]),
         "interval": _interval_text(row["interval"], ".1f"),
@@ -220,6 +223,17 @@ def show_rows(
     return frame.astype(dict.fromkeys(with_gaps, object)).fillna("")
 
 # %% ../../nbs/evaluate/06_tables.ipynb #bcb38e83
+def _size_text(finding: dict) -> str:
+    "The number of questions, and of joins where these were drawn."
+    joins = finding.get("n_joins")
+    return f"{finding['n']:,} of {joins:,} joins" if joins else f"{finding['n']:,}"
+
+
+def _points_text(difference: float | None) -> str | None:
+    "A detectable difference in points; None where it is not known."
+    return None if difference is None else f"{100 * difference:.1f}"
+
+
 def _shown_finding(finding: dict) -> dict:
     "One finding as a reader sees it, in percentage points."
     margin = f" ±{100 * finding['margin']:.0f}" if finding["margin"] else ""
@@ -230,8 +244,10 @@ def _shown_finding(finding: dict) -> dict:
         "points": f"{100 * finding['difference']:+.1f}",
         "interval": _interval_text(finding["interval"], "+.1f"),
         "each training seed": ", ".join(f"{100 * d:+.1f}" for d in finding["by_seed"]),
-        "n": finding["n"],
-        "outcome": finding["outcome"],
+        "n": _size_text(finding),
+        "p": None if finding.get("p") is None else round(finding["p"], 4),
+        "detects": _points_text(finding.get("detectable")),
+        "outcome": word_outcome(finding),
     }
 
 # %% ../../nbs/evaluate/06_tables.ipynb #9936113b
@@ -239,4 +255,4 @@ def show_findings(findings: list[dict]):
     "Findings as a data frame: differences in percentage points, with those of each training seed."
     import pandas as pd
 
-    return pd.DataFrame(map(_shown_finding, findings))
+    return pd.DataFrame(map(_shown_finding, findings)).dropna(axis=1, how="all")

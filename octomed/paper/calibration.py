@@ -526,11 +526,13 @@ def state_finding(c: Measured, results: Results, cells: dict) -> dict:
     for block in _blocks(results.common.bootstrap):
         weights = [rng.multinomial(n, [1 / n] * n, size=block).astype(float) for n in sizes]
         resampled.append(statistic(c, cells, weights))
-    low, high = map(float, np.quantile(np.concatenate(resampled), [0.025, 0.975]))
+    resampled = np.concatenate(resampled)
+    low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
     return finding_of(
         c,
         Interval(estimate=estimate(), low=low, high=high, n=sum(sizes)),
         [estimate(seed) for seed in range(results.training_seeds)],
+        resampled=resampled,
     )
 
 # %% ../../nbs/paper/52_calibration.ipynb #8ec536f2

@@ -448,11 +448,12 @@ def state_finding(
     drawn = measure_difference(c, n, weights)
     low, high = -1.0, 1.0
     if np.isfinite(point):
-        low, high = map(float, np.nanquantile(drawn, [0.025, 0.975]))
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
     else:
-        point = 0.0
+        point, drawn = 0.0, None
     estimate = Interval(estimate=point, low=low, high=high, n=sum(sizes.values()))
-    return finding_of(c, estimate, [point])
+    return finding_of(c, estimate, [point], resampled=drawn)
 
 # %% ../../nbs/paper/55_cases.ipynb #e6f7199d
 def cases_with_image(results: dict, most: int) -> list[dict]:

@@ -111,7 +111,12 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         schedule=schedule_of(recipe.common, own["epochs"]),
     )
     direct = replace(cot, form="direct")
-    return {"cot": cot, "direct": direct, "direct, same compute": replace(direct, compute_of=cot)}
+    split = recipe.common.split_seeds
+    return {
+        "cot": replace(cot, seeds=split),
+        "direct": replace(direct, seeds=split),
+        "direct, same compute": replace(direct, compute_of=cot),
+    }
 
 # %% ../../nbs/paper/42_formatting.ipynb #42chan01
 def chance(recipe: Recipe, *categories: str, forms: tuple[str, ...] = ("cot", "direct")) -> dict:

@@ -436,7 +436,7 @@ def forecast_finding(c: Claim, results: Results) -> dict:
     low, high = interval_of(missed)
     estimate = Interval(estimate=float(missed[0]), low=low, high=high, n=len(scored))
     by_seed = [float(miss(seed)[0]) for seed in range(results.training_seeds)]
-    return finding_of(c, estimate, by_seed)
+    return finding_of(c, estimate, by_seed, resampled=missed[1:])
 
 # %% ../../nbs/paper/51_scaling.ipynb #8373ceca
 def state_finding(c: Claim, results: Results, votes: Results) -> dict:

@@ -203,6 +203,7 @@ SMALL = {
     "cutoff": 2048,
     "eval_seeds": 2,
     "bootstrap": 200,
+    "split_seeds": 0,
 }
 PLUGINS = ("octomed.clinic.students", "octomed.run.rehearsal")
 

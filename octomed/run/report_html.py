@@ -16,12 +16,14 @@ from pathlib import Path
 from ..core.files import atomic_write
 from ..core.paths import OctomedError, outputs_dir
 from octomed.run.report import (
+    TESTED,
     claim_row,
     count_outcomes,
     describe_inconsistency,
     describe_run,
     drop_empty_columns,
     gather_report,
+    instrument_row,
     rate_row,
     score_row,
 )
@@ -52,7 +54,8 @@ th,td{padding:.4rem .6rem;text-align:left;vertical-align:top;border-bottom:1px s
 tr:last-child td{border-bottom:0}th{background:var(--wash);font-weight:600;white-space:nowrap}
 td.num{text-align:right;white-space:nowrap}.wide th.num{text-align:right}td.text{min-width:17rem}
 td.key{min-width:9.5rem}tr.overall td{font-weight:600;background:var(--wash)}
-.outcome{font-weight:700;white-space:nowrap}.agrees{color:var(--yes)}.disagrees{color:var(--no)}
+.outcome{font-weight:700;min-width:6rem}.agrees,.holds{color:var(--yes)}
+.disagrees,.fails{color:var(--no)}
 .undecided,.not-tested{color:var(--open)}nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}
 nav a{display:block;padding:.15rem 0;color:inherit;break-inside:avoid;text-decoration:none}
 nav a:hover{text-decoration:underline}nav small{color:var(--soft)}
@@ -119,6 +122,7 @@ def _table(head: list[str], body: list[str], **attributes) -> str:
 PARTS = {
     "": "the main figure",
     "findings": "each claim's difference with its interval and outcome",
+    "instrument": "how often halves of an arm are told apart, as they are and with a difference",
 }
 
 
@@ -142,6 +146,8 @@ def _figure(path: str) -> str:
 NUMBERS = (
     "ours, points",
     "95 % interval",
+    "p, Holm",
+    "detects, points",
     "n",
     "training seeds",
 )
@@ -151,6 +157,8 @@ CLAIM_COLUMNS = (
     "ours, points",
     "95 % interval",
     "outcome",
+    "p, Holm",
+    "detects, points",
     "n",
     "training seeds",
 )
@@ -164,7 +172,9 @@ def _claim(claim: dict, trial: str = "") -> str:
         limit = _element("span", f"Does not prove: {_text(claim['not_proved'])}", class_="proof")
     outcome = _text(row["outcome"])
     numbers = {
-        "n": f"{row['n']:,}",
+        "p, Holm": row["p, Holm"] or "–",
+        "detects, points": row["detects"] or "–",
+        "n": f"{row['n']:,} of {row['joins']:,} joins" if row["joins"] else f"{row['n']:,}",
         "training seeds": str(row["seeds"]),
     }
     cells = [
@@ -175,7 +185,7 @@ def _claim(claim: dict, trial: str = "") -> str:
         _element(
             "td",
             outcome,
-            class_="outcome mark" if trial else f"outcome {outcome.replace(' ', '-')}",
+            class_="outcome mark" if trial else f"outcome {claim['outcome'].replace(' ', '-')}",
             data_k="outcome",
         ),
         *(_element("td", value, class_="num", data_k=key) for key, value in numbers.items()),
@@ -247,6 +257,7 @@ FACTS = {
     "open": "Asked without options",
     "valid": "Correct answers with valid reasoning",
     "broken": "Where wrong chains break",
+    "seed_spreads": "How much accuracy varies between training seeds",
 }
 
 # %% ../../nbs/run/18_report_html.ipynb #a281eb76
@@ -350,6 +361,7 @@ SHOWN_APART = (
     "figures",
     "diagnostics",
     "trial",
+    "instrument",
 )
 
 # %% ../../nbs/run/18_report_html.ipynb #b537beba
@@ -404,6 +416,8 @@ def _section(r: dict) -> str:
     if r["diagnostics"]:
         items = "".join(_element("li", _text(line)) for line in r["diagnostics"])
         parts.append(f"<h3>Before you believe it</h3><ul>{items}</ul>")
+    if r.get("instrument"):
+        parts.append(_fact(TESTED, list(map(instrument_row, r["instrument"])), is_open=True))
     facts = _further_facts(r)
     if facts:
         parts += ["<h3>Further facts</h3>", *facts]
@@ -441,9 +455,12 @@ OUTCOMES = (
     "<p>Every claim was written down before its run. Its outcome is <em>agrees</em> if the 95 % "
     "interval of the difference lies beyond zero on the claimed side, or wholly inside the "
     "claim's margin. It is <em>disagrees</em> if the interval lies beyond zero on the other side, "
-    "and <em>undecided</em> otherwise. A claim is <em>not tested</em> if none of its students is "
-    "beyond chance, if one of them writes responses that cannot be read, or if all are at the "
-    "ceiling.</p>"
+    "and <em>undecided</em> otherwise, or if training seeds point in opposite directions. A claim "
+    "that the paper does not make <em>holds</em> or <em>fails</em>. From three training seeds on "
+    "the interval counts the seeds; with fewer, the outcome is about these students. "
+    "<em>Detects</em> is the smallest difference that is found in 80 % of cases. A claim is "
+    "<em>not tested</em> if none of its students is beyond chance, if one of them writes "
+    "responses that cannot be read, or if all are at the ceiling.</p>"
 )
 TABLES = (
     "We recomputed every Overall in Tables 1 and 2. The Overalls below are not the mean of the "
