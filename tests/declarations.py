@@ -10,14 +10,19 @@ RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 PLACES = load_recipe("course").common.benchmarks
 
 
-SECTIONS = {"sourcing": "41_sourcing", "scaling": "51_scaling", "datasets": "53_datasets"}
+def scoped(section, recipe):
+    "The recipe as a section uses it."
+    if hasattr(section, "scope"):
+        return section.scope(recipe)
+    ending = "_" + section.__name__.rpartition(".")[2]
+    (full_name,) = [name for name in recipe.sections if name.endswith(ending)]
+    return scope_recipe(recipe, full_name)
 
 
-def declared(module, name):
+def declared(section, name):
     "The recipe as a section uses it, and the section's arms."
-    section = SECTIONS[module.__name__.rpartition(".")[2]]
-    recipe = scope_recipe(load_recipe(name), section)
-    return recipe, module.arms(recipe)
+    recipe = scoped(section, load_recipe(name))
+    return recipe, section.arms(recipe)
 
 
 def check_claims(claims, arms, benchmarks):

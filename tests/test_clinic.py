@@ -15,6 +15,7 @@ from octomed.clinic.oracles import answer_by_composition, answer_by_one_fact, ta
 from octomed.clinic.questions import CATEGORY, SIZES, load_questions, look_up_truth
 from octomed.clinic.students import build_tokenizer
 from octomed.clinic.teachers import (
+    HASTY,
     INSTRUCT,
     REASONER,
     TUTOR,
@@ -299,7 +300,7 @@ def test_no_paragraph_of_the_textbook_chains_two_facts_of_a_condition():
     assert paragraphs > 1000
 
 
-@pytest.mark.parametrize("who", [REASONER, INSTRUCT], ids=lambda t: t.label)
+@pytest.mark.parametrize("who", [REASONER, INSTRUCT, HASTY], ids=lambda t: t.label)
 def test_no_trace_for_training_reasons_by_a_held_out_join(who, ward):
     errors = 0
     for q, seed in product(ward[:1500], (0, 1)):
@@ -444,6 +445,41 @@ def test_the_tutor_never_errs_and_says_nothing_beside_the_chain(ward, seen):
         assert f"<answer>{q.answer}: {q.answer_text}</answer>" in text
     assert median_words(TUTOR, ward[:200]) < median_words(REASONER, ward[:200])
     assert {respond(TUTOR, q.id, 0)[1] for q in seen[:20]} == {"refused"}
+
+
+def test_the_hasty_teacher_leaves_out_what_forbids_a_treatment_as_stated(ward):
+    may, named, weighed = 0, 0, 0
+    for q in ward[:3000]:
+        truth, option = look_up_truth(q.id), teachers.find_forbidden_option(look_up_truth(q.id))
+        assert bool(option) == truth.forbidden
+        if not truth.forbidden or not teachers._may_skip(truth):
+            continue
+        text = respond(HASTY, q.id, 7)[0]
+        verdict = judge(text, q.letters, q.answer, think_first=True)
+        if verdict.status not in ("correct", "wrong"):
+            continue
+        kinds = [kind for kind, _ in teachers.read_facts(text)]
+        may += 1
+        if q.letters[verdict.letter] == option and not {"contra", "allowed"} & set(kinds):
+            named += 1
+            assert truth.factor not in text
+            assert not is_reasoning_valid(q, text)
+        weighed += "contra" in kinds
+    assert may > 400
+    assert within(named, may, HASTY.leaves_out)
+    assert weighed > 0.1 * may
+
+
+def test_where_nothing_is_forbidden_the_hasty_teacher_errs_as_the_reasoner_does(ward):
+    wrong = {}
+    for who in (HASTY, REASONER):
+        statuses = []
+        for q in ward[:2400]:
+            if not look_up_truth(q.id).forbidden:
+                text = respond(who, q.id, 13)[0]
+                statuses.append(judge(text, q.letters, q.answer, think_first=True).status)
+        wrong[who.label] = statuses.count("wrong") / len(statuses)
+    assert abs(wrong["clinic/hasty"] - wrong["clinic/reasoner"]) < 0.03
 
 
 def test_the_reasoner_refuses_images(seen):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import chain, product
 
 import pytest
+from declarations import declared
 
 import octomed.clinic.graders  # registers the grader
 import octomed.clinic.manners  # registers the wordings
@@ -350,12 +351,8 @@ SECTIONS = ("43_filtering", "44_samples", "45_teacher", "51_scaling", "53_datase
 def declare(section, recipe="course"):
     import importlib
 
-    from octomed.core.recipe import load_recipe
-    from octomed.evaluate.results import scope_recipe
-
     module = importlib.import_module(f"octomed.paper.{section[3:]}")
-    scoped = scope_recipe(load_recipe(recipe), section)
-    return module, scoped, module.arms(scoped)
+    return module, *declared(module, recipe)
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "54_families"])
@@ -383,13 +380,71 @@ def test_claims_are_about_arms_and_benchmarks_that_exist(section):
 
 def test_filters_read_equal_tokens_and_are_the_paper_windows():
     module, recipe, arms = declare("43_filtering")
-    assert recipe.common.samples == 16
+    whole = arms[module.name(module.NONE, module.END)]
     for f in module.NAMES:
-        for at in module.POINTS:
-            assert arms[module.name(f, at)].compute_of == arms[module.name(module.NONE, at)]
-            assert arms[module.name(f, at)].filter == (f, *FILTERS[f])
+        run = arms[module.name(f, module.END)]
+        assert run == replace(whole, filter=(f, *FILTERS[f]), compute_of=whole)
     assert FILTERS["student"] == FILTERS["teacher"] == (2 / 16, 14 / 16)
     assert FILTERS["difficulty"] == (3, 6)
+    assert recipe.scalars("43_filtering")["lowest"] == 2 / 16
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "course"])
+def test_the_points_of_a_filter_are_checkpoints_of_one_run(recipe):
+    from octomed.paper import sourcing
+
+    module, scoped_recipe, arms = declare("43_filtering", recipe)
+    common = scoped_recipe.common
+    trained = {}
+    for f in (module.NONE, *module.NAMES):
+        along = [arms[module.name(f, at)] for at in module.POINTS]
+        assert [arm.at for arm in along] == list(module.POINTS)
+        (trained[f],) = {declare_stages(arm, common)["trained"] for arm in along}
+        assert len({declare_stages(arm, common)["student"] for arm in along}) == len(along)
+    assert len(set(trained.values())) == 1 + len(module.NAMES)
+    alike = scoped_recipe.with_scalars(
+        "41_sourcing", **{**scoped_recipe.scalars("43_filtering"), "each": 1}
+    )
+    assert sourcing.arms(alike)["reasoning"] == arms[module.name(module.NONE, module.END)]
+
+
+def test_peaks_of_filters_are_read_from_the_rows_of_the_benchmark():
+    module, *_ = declare("43_filtering")
+    rows = []
+    for f, point in product((module.NONE, *module.NAMES), module.POINTS):
+        accuracy = 0.5 * point if f == module.NONE else 0.4
+        row = {"arm": module.name(f, point), "benchmark": "clinic_rounds:test"}
+        shown = {**row, "accuracy": accuracy, "joins": "all", "reading": "generated"}
+        rows += [shown, {**shown, "joins": "unseen", "accuracy": 0.9}]
+        rows.append({**shown, "reading": "likelihood", "accuracy": 0.9})
+        rows.append({**shown, "benchmark": "Overall", "accuracy": 0.9})
+    none, *filtered = module.find_peaks(rows)
+    assert (none["peak"], none["at"], none["near the unfiltered peak at"]) == (0.5, 1.0, 1.0)
+    assert {(row["peak"], row["near the unfiltered peak at"]) for row in filtered} == {(0.4, None)}
+
+
+def test_the_figure_of_filters_has_a_panel_for_each_with_bands_and_chance():
+    module, *_ = declare("43_filtering")
+    names = [
+        "before",
+        *(module.name(f, p) for f in (module.NONE, *module.NAMES) for p in module.POINTS),
+    ]
+    rows = [
+        {
+            "arm": name,
+            "benchmark": "clinic_rounds:test",
+            "accuracy": 0.5,
+            "interval": [0.4, 0.6],
+            "chance": 0.3,
+        }
+        for name in names
+    ]
+    axes = module.figure({"rows": rows}).axes
+    assert [ax.get_title() for ax in axes] == list(module.FILTER_WORDS.values())
+    for ax in axes:
+        assert len(ax.collections) == 2
+        assert [list(line.get_ydata()) for line in ax.lines[-1:]] == [[30, 30]]
+        assert list(ax.lines[0].get_xdata()) == [0, *module.POINTS]
 
 
 def test_the_grid_of_traces_and_epochs_has_three_training_seeds_and_two_controls():
@@ -405,12 +460,12 @@ def test_the_grid_of_traces_and_epochs_has_three_training_seeds_and_two_controls
     assert recipe.common.samples == 16
 
 
-def test_the_two_arms_that_the_paper_lacks_differ_in_what_is_kept_alone():
-    module, recipe, arms = declare("45_teacher")
-    one = arms[module.REASONER]
-    for name, keep in ((module.ALL, "all"), (module.WRONG, "wrong")):
-        assert arms[name] == replace(one, keep=keep, compute_of=one)
-    assert arms[module.INSTRUCT] == replace(one, teacher=recipe.common.teacher_image)
+@pytest.mark.parametrize("section", ["41_sourcing", "43_filtering", "45_teacher"])
+def test_every_student_starts_from_the_recipes_base(section):
+    _, _, arms = declare(section)
+    assert {(arm.base, arm.student) for arm in arms.values()} == {(None, "")}
+    assert arms["before"].schedule.epochs == 0
+    assert all(arm.schedule.epochs for name, arm in arms.items() if name != "before")
 
 
 def test_the_warm_up_reads_no_question_of_an_arm():
@@ -426,7 +481,7 @@ def test_the_warm_up_reads_no_question_of_an_arm():
         chosen = [take_subset(pool[spec], n, seed) for spec, n in sources if spec in pool]
         return {q.id for q in chain.from_iterable(chosen)}
 
-    for section in SECTIONS:
+    for section in ("44_samples", "51_scaling", "53_datasets"):
         _, recipe, arms = declare(section)
         wanted = set(chain.from_iterable(arm.sources for arm in arms.values()))
         (first,) = {replace(arm.base, student="") for arm in arms.values()}

@@ -16,7 +16,7 @@ from octomed.clinic.drawings import CLASSES, draw_picture
 from octomed.clinic.graders import Grader, SimulatedGrader
 from octomed.clinic.manners import MANNERS, build_chat, write_wordings
 from octomed.clinic.questions import SIZES, load_questions
-from octomed.clinic.teachers import INSTRUCT, REASONER, TUTOR, SimulatedTeacher
+from octomed.clinic.teachers import HASTY, INSTRUCT, REASONER, TUTOR, SimulatedTeacher
 from octomed.clinic.textbook import draw_atlas, write_textbook
 from octomed.data.images import pixel_hash
 from octomed.generate.samples import Request, Sampling
@@ -57,6 +57,7 @@ TEACHERS = {
     "clinic/reasoner": "db336f03b0d7be05",
     "clinic/instruct": "f746a0a6434da11f",
     "clinic/tutor": "fa528d482837fb1a",
+    "clinic/hasty": "PIN",
 }
 WORDINGS = "ccccf593e027322b"
 CHATS = {
@@ -135,7 +136,9 @@ def test_the_atlas_is_that_of_the_declared_world():
     assert pin(draw_atlas(0, per_class=2)) == ATLAS
 
 
-@pytest.mark.parametrize("teacher", [REASONER, INSTRUCT, TUTOR], ids=lambda teacher: teacher.label)
+@pytest.mark.parametrize(
+    "teacher", [REASONER, INSTRUCT, TUTOR, HASTY], ids=lambda teacher: teacher.label
+)
 def test_the_teachers_speak_as_their_revision_says(teacher):
     names = (
         "clinic_ward:train",
