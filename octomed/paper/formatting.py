@@ -109,14 +109,15 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         form="cot",
         k=1,
         schedule=schedule_of(recipe.common, own["epochs"]),
+        points=(0.16, 0.5),  # of the schedule, for 53
     )
-    direct = replace(cot, form="direct")
+    direct = replace(cot, form="direct", points=())
     return {"cot": cot, "direct": direct, "direct, same compute": replace(direct, compute_of=cot)}
 
 # %% ../../nbs/paper/42_formatting.ipynb #42chan01
 def chance(recipe: Recipe, *categories: str, forms: tuple[str, ...] = ("cot", "direct")) -> dict:
     "Chance students of the recipe's base: of these categories, by default of all, and forms."
-    both = {form: arm for form, arm in arms(recipe).items() if form in forms}
+    both = {form: replace(arm, points=()) for form, arm in arms(recipe).items() if form in forms}
     return {
         name: arm
         for name, arm in declare_chance(both).items()
