@@ -321,7 +321,9 @@ def save_figures(
     "Save the section's figures, and one of its findings, where a folder was given."
     if self.out is None:
         return
-    with_findings = {**figures, "-findings": draw_findings(self.findings)}
-    for suffix, figure in with_findings.items():
+    every = dict(figures)
+    if self.findings:
+        every["-findings"] = draw_findings(self.findings)
+    for suffix, figure in every.items():
         if figure is not None:
             save_figure(figure, f"{self.out}/figures/{self.section}{suffix}")
