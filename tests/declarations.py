@@ -3,15 +3,25 @@
 import pytest
 
 from octomed.core.recipe import load_recipe
+from octomed.evaluate.results import scope_recipe
 from octomed.evaluate.stats import KINDS
 
 RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
 PLACES = load_recipe("course").common.benchmarks
 
 
+def scoped(section, recipe):
+    "The recipe as a section uses it."
+    if hasattr(section, "scope"):
+        return section.scope(recipe)
+    ending = "_" + section.__name__.rpartition(".")[2]
+    (full_name,) = [name for name in recipe.sections if name.endswith(ending)]
+    return scope_recipe(recipe, full_name)
+
+
 def declared(section, name):
     "The recipe as a section uses it, and the section's arms."
-    recipe = section.scope(load_recipe(name))
+    recipe = scoped(section, load_recipe(name))
     return recipe, section.arms(recipe)
 
 

@@ -65,14 +65,14 @@ def find_chance_arm(
     where: str,  # a benchmark or a category
 ) -> str | None:
     "The name of the chance student of an arm's base and template, if it was trained."
-    own, category = results.arms.get(arm), where
+    own = results.arms.get(arm)
     if own is None or own.blind:
         return None
-    if where not in CATEGORIES:
-        category = category_of(where)
+    categories = set(map(category_of, results.benchmarks_of(where)))
     for name, other in results.arms.items():
         is_alike = other.blind and _base_and_form(other) == _base_and_form(own)
-        if is_alike and _sources_of(other, category) and results.rows.get(name):
+        reads_all = all(_sources_of(other, category) for category in categories)
+        if is_alike and reads_all and results.rows.get(name):
             return name
     return None
 
