@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import chain, product
 
 import pytest
+from declarations import scoped
 
 import octomed.clinic.graders  # registers the grader
 import octomed.clinic.manners  # registers the wordings
@@ -352,8 +353,9 @@ def declare(section, recipe="course"):
 
     from octomed.core.recipe import load_recipe
 
-    module, r = importlib.import_module(f"octomed.paper.{section[3:]}"), load_recipe(recipe)
-    return module, module.scope(r), module.arms(module.scope(r))
+    module = importlib.import_module(f"octomed.paper.{section[3:]}")
+    scoped_recipe = scoped(module, load_recipe(recipe))
+    return module, scoped_recipe, module.arms(scoped_recipe)
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "54_families"])
@@ -424,7 +426,7 @@ def test_the_warm_up_reads_no_question_of_an_arm():
         chosen = [take_subset(pool[spec], n, seed) for spec, n in sources if spec in pool]
         return {q.id for q in chain.from_iterable(chosen)}
 
-    for section in SECTIONS:
+    for section in set(SECTIONS) - {"53_datasets"}:
         _, recipe, arms = declare(section)
         wanted = set(chain.from_iterable(arm.sources for arm in arms.values()))
         (first,) = {replace(arm.base, student="") for arm in arms.values()}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OURS', 'IMAGES', 'OTHERS', 'REASONING', 'EARLY', 'END', 'SAID', 'IN_WORDS', 'FORGET', 'GRADER', 'name',
            'claims_of_lead', 'claims_of_others', 'claims', 'benchmarks', 'list_other_sources', 'arms', 'chance',
-           'Tasks', 'find_unread', 'iterate_runs', 'copy_rows', 'grade_unread', 'add_graded', 'measure_along',
-           'list_shown_rows', 'figure', 'categories_figure', 'count_learnt']
+           'Tasks', 'see_tasks', 'find_unread', 'iterate_runs', 'copy_rows', 'grade_unread', 'add_graded',
+           'measure_along', 'list_shown_rows', 'figure', 'categories_figure', 'count_learnt']
 
 # %% ../../nbs/paper/53_datasets.ipynb #f07a778a
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from ..generate.prompts import load_template
 from ..generate.samples import make_sample_key
 from .formatting import arms as arms_of_42
 from .formatting import chance as chance_of_42
-from .sourcing import BEFORE, EVERYWHERE, Everywhere
+from .sourcing import BEFORE, EVERYWHERE, Everywhere, see_everywhere
 
 # %% ../../nbs/paper/53_datasets.ipynb #e92b48a9
 OURS, IMAGES = "ours", "ours, images alone"
@@ -159,6 +159,12 @@ class Tasks(Everywhere):
             return super().benchmarks_of(where)
         return [b for b in self.benchmarks if category_of(b) != "multimodal_classification"]
 
+
+def see_tasks(results: Results) -> Tasks:
+    "The same results, with a chance student for tasks of several categories, too."
+    together = see_everywhere(results)
+    return Tasks(together.common, together.rows, together.arms)
+
 # %% ../../nbs/paper/53_datasets.ipynb #093ef18f
 @lru_cache
 def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
@@ -253,7 +259,7 @@ def grade_unread(
         )
         for (row, run, *_), verdict in zip(own, verdicts, strict=True):
             row["statuses"][run] = verdict.status
-    return type(results)(results.common, rows)
+    return replace(results, rows=rows)
 
 # %% ../../nbs/paper/53_datasets.ipynb #53grad01
 def add_graded(
