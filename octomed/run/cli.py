@@ -680,6 +680,14 @@ class EvaluationOptions:
         CountOrZero | None,
         Parameter(help="Budget after a forced exit; 0 for servers that cannot continue."),
     ] = None
+    likelihood: Annotated[
+        bool,
+        Parameter(help="Also choose by the likelihood of each option after the model's thought."),
+    ] = False
+    blind: Annotated[
+        bool,
+        Parameter(help="Show the options alone, without question and pictures."),
+    ] = False
     json: Json = False
 
 # %% ../../nbs/run/25_cli.ipynb #5dc0956e
@@ -691,7 +699,8 @@ def declare_benchmark_stages(student: str, benchmarks: tuple[str, ...], common, 
     from octomed.generate.prompts import load_template
 
     respondent, own_form = student_of(student, common)
-    check_images(respondent, benchmarks)
+    if not options.blind:
+        check_images(respondent, benchmarks)
     form = options.form or own_form
     sampling = sampling_of(common, load_template(form).think_first, options.answer_tokens)
     voted = options.voted or benchmarks
@@ -709,6 +718,9 @@ def declare_benchmark_stages(student: str, benchmarks: tuple[str, ...], common, 
             vote=options.vote if benchmark in voted else 0,
             grader=options.grader,
             revision=find_teacher_revision(options.grader) if options.grader else "",
+            likelihood=options.likelihood,
+            answer=common.answer,
+            blind=options.blind,
         )
         for benchmark in benchmarks
     }
@@ -717,16 +729,18 @@ def declare_benchmark_stages(student: str, benchmarks: tuple[str, ...], common, 
 def tabulate_evaluations(student: str, stages: dict, common) -> list[dict]:
     "Make the evaluations, and give the rows of their table beside the paper's numbers."
     from octomed.core.store import run_stage
-    from octomed.evaluate.evaluate import find_contender, find_paper_accuracies
+    from octomed.evaluate.evaluate import READINGS, find_contender, find_paper_accuracies
     from octomed.evaluate.results import Results
     from octomed.evaluate.tables import tabulate_scores
 
     responses = {name: [read_jsonl(run_stage(s) / "rows.jsonl")] for name, s in stages.items()}
     known = find_contender(student.partition("@")[0].split(":")[-1])
     paper = find_paper_accuracies(known.name if known else "", list(stages))
+    by_likelihood = any(stage.params["likelihood"] for stage in stages.values())
     return tabulate_scores(
         Results(common, {student: responses}),
         {(student, where): number for where, number in paper.items()},
+        readings=READINGS if by_likelihood else READINGS[:1],
     )
 
 # %% ../../nbs/run/25_cli.ipynb #9145068a

@@ -18,6 +18,8 @@ RATES = {
     "train_tokens": 13_000,
     # responses per second, of some 50 tokens each, two students side by side
     "responses": 80,
+    # responses per second whose options are read by likelihood, two students side by side
+    "likelihoods": 100,
     # of a question under a teacher's template or a grader's, the mean over the paper's text pools;
     # and of an image at the paper's size
     "prompt_tokens": {
@@ -54,6 +56,7 @@ class Speed:
     row_tokens: dict = field(default_factory=lambda: RATES["row_tokens"])  # by template
     train_tokens: float = RATES["train_tokens"]  # per second
     responses: dict = field(default_factory=lambda: _share(RATES["responses"]))  # per second
+    likelihoods: float = RATES["likelihoods"]  # per second
     basis: str = "rates of a small student on two free cores"
 
     def time_training(self, tokens: float) -> float:
@@ -64,12 +67,17 @@ class Speed:
         "Seconds of drawing responses."
         return count / self.responses.get(form, self.responses["cot"])
 
+    def time_likelihoods(self, count: float) -> float:
+        "Seconds of reading the options of so many responses by likelihood."
+        return count / self.likelihoods
+
 # %% ../../nbs/run/03_plan_rates.ipynb #3a7e1111
 SPEEDS = {
     "clinic/smol": Speed(
         row_tokens={"cot": 152, "direct": 103},
         train_tokens=220,
         responses={"cot": 1.75, "direct": 7},
+        likelihoods=2.5,
         basis="measured rates of clinic/smol on two slow cores",
     ),
 }

@@ -119,7 +119,11 @@ def add_evaluation(demand: Demand, evaluation: Stage, student: str, common):
     example = estimate_example(form, image)
     hours = drawing_hours(student, questions, responses=responses, example=example)
     demand.add("responses", evaluation.key, responses)
-    demand.add(SECONDS, evaluation.key, find_speed(student).time_answers(responses, form))
+    speed = find_speed(student)
+    seconds = speed.time_answers(responses, form)
+    if evaluation.params["likelihood"]:
+        seconds += speed.time_likelihoods(responses)
+    demand.add(SECONDS, evaluation.key, seconds)
     demand.add("evaluation_hours", evaluation.key, hours)
 
 # %% ../../nbs/run/07_plan_sections.ipynb #a39343d1
