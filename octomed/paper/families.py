@@ -75,14 +75,14 @@ def compare_gains(claim: Compared, results: Results) -> dict:
     """The finding of a claim about two gains: the difference of two differences.
 
     Its gate is that of the accuracies after the fine-tuning."""
-    common, seeds = results.common, range(results.training_seeds)
+    common = results.common
     gains = [score_gains(results, arm, claim.benchmark) for arm in (claim.a, claim.b)]
     (a, groups), (b, _) = gains
     settings = {"n": common.bootstrap, "seed": common.base_seed, "groups": groups}
     by_seed = []
-    for seed in seeds:
-        of_seed = [score_gains(results, arm, claim.benchmark, seed) for arm in (claim.a, claim.b)]
-        (of_a, _), (of_b, _) = of_seed
+    for seed in range(results.training_seeds):
+        of_a, _ = score_gains(results, claim.a, claim.benchmark, seed=seed)
+        of_b, _ = score_gains(results, claim.b, claim.benchmark, seed=seed)
         by_seed.append(paired_bootstrap(of_a, of_b, n=1, groups=groups).difference)
     finding = finding_of(claim, paired_bootstrap(a, b, **settings), by_seed)
     gate = read_claim_gate(claim, results)
@@ -257,19 +257,22 @@ def list_moves(results: dict) -> dict[str, list[tuple]]:  # category → (name, 
     return moves
 
 # %% ../../nbs/paper/54_families.ipynb #54figu02
-def draw_move(ax, y: float, before: dict, after: dict, colour: str):
+def draw_move(ax, y: float, ends: tuple[dict, dict], colour: str):
     "A base as a hollow point, an arrow to its student as a filled one, intervals and chance."
-    for row, height in ((before, y - 0.17), (after, y + 0.17)):
+    from octomed.evaluate.figures import FAINT
+
+    heights = (y - 0.17, y + 0.17)
+    for row, height in zip(ends, heights, strict=True):
         low, high = (100 * bound for bound in row["interval"])
         ax.plot([low, high], [height, height], color=colour, lw=2.2, alpha=0.45, zorder=2)
         chance = 100 * row["chance"]
         rule = [height - 0.15, height + 0.15]
-        ax.plot([chance, chance], rule, color="#767676", lw=1.2, ls=(0, (2, 2)), zorder=1)
-    ends = [(100 * before["accuracy"], y - 0.17), (100 * after["accuracy"], y + 0.17)]
+        ax.plot([chance, chance], rule, color=FAINT, lw=1.2, ls=(0, (2, 2)), zorder=1)
+    start, end = ((100 * row["accuracy"], h) for row, h in zip(ends, heights, strict=True))
     arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.3, "shrinkA": 4, "shrinkB": 4}
-    ax.annotate("", ends[1], ends[0], arrowprops=arrow, zorder=3)
-    ax.plot(*ends[0], "o", ms=7, mfc="white", mec=colour, mew=1.6, zorder=4)
-    ax.plot(*ends[1], "o", ms=7, color=colour, zorder=4)
+    ax.annotate("", end, start, arrowprops=arrow, zorder=3)
+    ax.plot(*start, "o", ms=7, mfc="white", mec=colour, mew=1.6, zorder=4)
+    ax.plot(*end, "o", ms=7, color=colour, zorder=4)
 
 # %% ../../nbs/paper/54_families.ipynb #76e8927b
 def figure(results: dict):
@@ -283,9 +286,9 @@ def figure(results: dict):
     )
     with use_style():
         for ax, (category, of_category) in zip(axes, moves.items(), strict=True):
-            for y, (name, before, after) in enumerate(of_category):
-                draw_move(ax, y, before, after, colour=COLOURS[names.index(name)])
-            ax.set_yticks(range(len(of_category)), [name for name, _, _ in of_category])
+            for y, (name, *ends) in enumerate(of_category):
+                draw_move(ax, y, ends, colour=COLOURS[names.index(name)])
+            ax.set_yticks(range(len(of_category)), [name for name, *_ in of_category])
             ax.set_ylim(len(of_category) - 0.4, -0.6)
             ax.set_title(category.replace("_", " ").capitalize(), fontsize=11, pad=6)
             ax.grid(axis="x")
