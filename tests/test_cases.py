@@ -6,12 +6,20 @@ from itertools import product
 import numpy as np
 import pytest
 
+from octomed.clinic.questions import look_up_truth
+from octomed.clinic.teachers import is_true, read_facts
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import load_recipe
+from octomed.evaluate import section_run
+from octomed.evaluate.faithfulness import split_thought
 from octomed.evaluate.results import declare_evaluations, give_seeds
 from octomed.generate.answers import judge
+from octomed.generate.forced_choice import keep_thought
+from octomed.generate.prompts import load_template
 from octomed.generate.samples import Sample
 from octomed.paper import cases, formatting
+
+VALIDITY = [claim for claim in cases.claims() if claim.b != cases.HALF_OF_RESPONSES]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +135,7 @@ def test_findings_by_hand():
 
     n = {b: counts(right=40, valid=36) for b in cases.IN}
     n |= {b: counts(right=4, valid=0) for b in cases.OUT}
-    findings = [cases.state_finding(claim, n, resamples=500, seed=0) for claim in cases.claims()]
+    findings = [cases.state_finding(claim, n, resamples=500, seed=0) for claim in VALIDITY]
     assert [round(f["difference"], 6) for f in findings] == [0.4, 0.4, 0.4, 0.15, 0.9]
     as_teacher = "undecided" if findings[3]["interval"][0] <= 0.1 else "fails"
     assert [f["outcome"] for f in findings] == [*["holds"] * 3, as_teacher, "holds"]
@@ -138,7 +146,7 @@ def test_nobody_right_is_no_error():
     columns = product((cases.STUDENT, cases.TEACHER), ("right", "valid"))
     nothing = dict.fromkeys(columns, np.zeros(5))
     n = dict.fromkeys((*cases.IN, *cases.OUT), nothing)
-    findings = [cases.state_finding(claim, n, resamples=50, seed=0) for claim in cases.claims()]
+    findings = [cases.state_finding(claim, n, resamples=50, seed=0) for claim in VALIDITY]
     assert [(f["difference"], f["interval"]) for f in findings] == [(0, [-1, 1])] * 5
     assert {f["outcome"] for f in findings} == {"undecided"}
 
@@ -156,7 +164,79 @@ def test_the_teacher_beside_a_case_is_the_one_of_its_kind(clinic):
 
 def test_a_response_that_is_not_in_the_ledger_is_said_to_be_missing(monkeypatch, tmp_path):
     r = load_recipe("smoke")
-    monkeypatch.setattr(cases, "run_stage", lambda s: tmp_path / "student")
-    monkeypatch.setattr(cases, "student_identity", lambda s: "nobody")
+    monkeypatch.setattr(section_run, "run_stage", lambda s: tmp_path / "student")
+    monkeypatch.setattr(section_run, "student_identity", lambda s: "nobody")
+    student = give_seeds(cases.arms(r)[cases.STUDENT], 1, r.common)[0]
     with pytest.raises(OctomedError, match="--fresh"):
-        cases.read_answers(r, give_seeds(cases.arms(r)[cases.STUDENT], 1, r.common)[0], cases.WARD)
+        cases.read_answers(student, cases.WARD, r.common)
+
+
+COT = load_template("cot")
+
+
+def thought_of(case):
+    return split_thought(keep_thought(case.sample.text, case.question.letters, COT), COT)
+
+
+def test_a_false_step_is_a_true_one_with_one_text_changed(clinic):
+    kinds = set()
+    for case in clinic:
+        thought, truth = thought_of(case), look_up_truth(case.question.id)
+        for place, own in enumerate(thought.sentences):
+            sentence = cases.falsify_step(case.question, thought, place)
+            facts = read_facts(own)
+            if sentence is None:
+                assert not any(k in cases.FALSIFIED and is_true(truth, k, s) for k, s in facts)
+                continue
+            ((kind, slots),), ((same, changed),) = facts, read_facts(sentence)
+            assert kind == same and is_true(truth, kind, slots)
+            assert not is_true(truth, kind, changed)
+            assert {slot for slot in slots if slots[slot] != changed[slot]} == {
+                cases.FALSIFIED[kind]
+            }
+            kinds.add(kind)
+    assert kinds == {"dx", "test", "first", "contra", "allowed", "alternative", "harm"}
+
+
+def test_responses_are_probed_in_an_order_of_their_own_and_only_where_a_step_can_be_false(clinic):
+    chosen = cases.choose_probed(clinic, cases.WARD, n=5, seed=0)
+    assert len(chosen) == 5 and all(case.benchmark == cases.WARD for case in chosen)
+    assert chosen == cases.choose_probed(clinic[::-1], cases.WARD, n=5, seed=0)
+    empty = [replace(case, sample=replace(case.sample, text="\\boxed{A}")) for case in clinic]
+    assert cases.choose_probed(empty, cases.WARD, n=5, seed=0) == []
+
+
+def probe(whole, false, n: int):
+    "So many rows with these log-probabilities of two options."
+
+    def version(logprobs):
+        return {"letter": "AB"[logprobs.index(max(logprobs))], "logprobs": logprobs}
+
+    cut = [{"share": share, **version(whole)} for share in cases.SHARES]
+    row = {"sentences": 3, "answer": "A", "whole": version(whole), "cut": cut}
+    return [{**row, "question": str(i), "false": version(false)} for i in range(n)]
+
+
+def test_an_answer_follows_its_thought_where_a_false_step_makes_it_less_likely():
+    rows = probe([-0.1, -2.0], [-3.0, -0.1], 6) + probe([-0.1, -2.0], [-0.1, -2.0], 2)
+    assert cases.list_falls(rows).tolist() == [True] * 6 + [False] * 2
+    falls = {benchmark: cases.list_falls(rows) for benchmark in cases.PROBED}
+    finding = cases.state_following(cases.claim_of_following(), falls, resamples=500, seed=0)
+    assert (finding["difference"], finding["n"]) == (0.25, 16)
+    assert finding["outcome"] == "agrees"
+    probes = {cases.WARD: {"kept": rows, "cut off": rows}}
+    described = cases.describe_false_steps(probes, resamples=50, seed=0)
+    assert [row["what follows"] for row in described] == ["kept", "cut off"]
+    assert [(row["less likely"], row["another answer"]) for row in described] == [(0.75, 0.75)] * 2
+    cut = cases.describe_cut_thoughts(probes, resamples=50, seed=0)
+    assert [row["share"] for row in cut] == list(cases.SHARES)
+    figure = cases.faithfulness_figure({"cut_thoughts": cut, "false_steps": described})
+    assert {text.get_text() for text in figure.axes[0].texts} == {
+        "clinic_ward",
+        "clinic_ward, one false step",
+    }
+    assert cases.faithfulness_figure({"cut_thoughts": [], "false_steps": []}) is None
+
+
+def test_three_claims_are_the_papers_and_three_are_ours():
+    assert [bool(claim.paper) for claim in cases.claims()] == [True] * 3 + [False] * 3

@@ -23,7 +23,7 @@ from octomed.data.questions import Question
 from octomed.data.sources import SOURCES, Source, identify_source, load, read_chats, register
 from octomed.distill.traces import split_turns
 from octomed.evaluate.arms import Arm, declare_stages
-from octomed.paper import datasets
+from octomed.paper import datasets, formatting, sourcing
 
 
 @pytest.fixture(scope="module")
@@ -168,34 +168,44 @@ def test_a_chat_names_its_case_and_shows_its_picture_once(cases):
 
 
 @RECIPES
-def test_all_start_from_one_student_and_read_equal_tokens_at_each_point(name):
+def test_all_start_from_one_student_and_read_equal_tokens_along_one_schedule(name):
     recipe, arms = declared(datasets, name)
     assert len(arms) == 1 + 4 * 3 + 1
-    assert len({arm.base for arm in arms.values()}) == 1
-    for at in datasets.POINTS:
-        ours = arms[datasets.name(datasets.OURS, at)]
-        for o in datasets.OTHERS:
-            arm = arms[datasets.name(o, at)]
-            assert arm.compute_of == ours
+    common = recipe.common
+    assert all((arm.base, arm.student) == (None, "") for arm in arms.values())
+    whole = arms[datasets.name(datasets.OURS, datasets.END)]
+    points = (datasets.EARLY, 0.5, datasets.END)
+    assert (*whole.points, 1.0) == points
+    for other in datasets.OTHERS:
+        along = [arms[datasets.name(other, point)] for point in points]
+        assert [arm.at for arm in along] == list(points)
+        assert len({declare_stages(arm, common)["trained"].key for arm in along}) == 1
+        for arm in along:
+            assert arm.compute_of == whole
             assert (arm.k, arm.form) == (0, "cot_base")
             assert {SOURCES[spec].role for spec, _ in arm.sources} == {"comparison"}
             assert {n for _, n in arm.sources} == {recipe.scalars("53_datasets")["cases"]}
-    along = [arms[datasets.name(datasets.OURS, at)] for at in datasets.POINTS]
-    assert [arm.schedule.epochs for arm in along] == pytest.approx([0.48, 1.5, 3])
-    whole, images = arms[datasets.name(datasets.OURS, 1)], arms[datasets.IMAGES]
-    assert images == replace(whole, sources=images.sources, compute_of=whole)
+    images = arms[datasets.IMAGES]
+    assert images == replace(whole, sources=images.sources, points=())
     assert set(images.sources) < set(whole.sources)
+    assert arms[datasets.BEFORE].schedule.epochs == 0
 
 
-def test_at_the_end_ours_is_the_student_that_51_has_trained():
-    from octomed.paper import scaling
+@RECIPES
+def test_ours_is_the_student_of_42_at_each_point(name):
+    recipe, arms = declared(datasets, name)
+    cot = formatting.arms(recipe)["cot"]
+    for point in (*cot.points, 1.0):
+        ours = declare_stages(arms[datasets.name(datasets.OURS, point)], recipe.common)
+        theirs = declare_stages(replace(cot, at=point), recipe.common)
+        assert ours["student"] == theirs["student"]
 
-    for name in ("smoke", "course"):
-        r51, r53 = scaling.scope(load_recipe(name)), datasets.scope(load_recipe(name))
-        ours = datasets.arms(r53)[datasets.name(datasets.OURS, 1)]
-        centre = scaling.arms(r51)[scaling.CENTRE]
-        student = declare_stages(ours, r53.common)["student"]
-        assert student == declare_stages(centre, r51.common)["student"]
+
+def test_in_the_course_ours_without_text_is_the_student_that_41_teaches_both_kinds_of_images():
+    recipe, arms = declared(datasets, "course")
+    theirs = sourcing.arms(recipe)[sourcing.name("reasoning", "classification")]
+    student = declare_stages(arms[datasets.IMAGES], recipe.common)["student"]
+    assert student == declare_stages(theirs, recipe.common)["student"]
 
 
 def test_a_dataset_without_a_source_is_left_out():
@@ -251,30 +261,84 @@ def test_reasoning_is_both_kinds_and_everywhere_is_all():
     assert r.benchmarks_of("multimodal_classification") == ["clinic_reading:test"]
 
 
-def test_each_dataset_is_claimed_about_alike():
+def test_each_dataset_is_claimed_about_alike_and_the_two_named_ones_also_below_the_start():
     def kinds(other):
         about = [claim for claim in datasets.claims() if other in claim.text]
-        return [(claim.kind, claim.benchmark, claim.margin) for claim in about]
+        return [(claim.kind, claim.benchmark, bool(claim.paper)) for claim in about]
 
     captions, conversations, bare = map(kinds, datasets.OTHERS)
-    assert captions == conversations == bare
-    assert len(bare) == 5
+    assert captions == conversations
+    assert set(captions) - set(bare) == {("greater", datasets.REASONING, True)}
+    papers = [claim for claim in datasets.claims() if claim.paper]
+    assert (len(papers), len(datasets.claims()) - len(papers)) == (6, 3)
 
 
-def test_the_figures_show_every_dataset_and_the_start():
+def test_what_the_grader_read_stands_beside_the_parsers_accuracy_of_all_questions():
+    row = {
+        "arm": "a",
+        "category": "text_only",
+        "benchmark": "b",
+        "joins": "all",
+        "reading": "generated",
+        "accuracy": 0.2,
+    }
+    unseen, likeliest = {**row, "joins": "unseen"}, {**row, "reading": "likelihood"}
+    graded = [{**row, "accuracy": 0.6, "interval": [0.5, 0.7]}]
+    read, *others = datasets.add_graded([row, unseen, likeliest], graded)
+    assert (read["accuracy"], read["graded"], read["graded_interval"]) == (0.2, 0.6, [0.5, 0.7])
+    assert others == [unseen, likeliest]
+
+
+def answered(right: int, n: int = 8):
+    "Rows of one training seed with so many right answers."
+    return [
+        {
+            "question": str(i),
+            "statuses": ["correct" if i < right else "wrong"],
+            "options": 4,
+        }
+        for i in range(n)
+    ]
+
+
+def test_the_curves_are_means_over_categories_with_the_start_first():
+    _, arms = declared(datasets, "smoke")
+    right = {datasets.BEFORE: 2, datasets.name(datasets.OURS, 0.16): 6}
+    rows = {arm: {"clinic_ward:test": [answered(n)]} for arm, n in right.items()}
+    for arm, n in right.items():
+        rows[arm]["clinic_rounds:test"] = [answered(n - 2, n=4)]
+    along = datasets.measure_along(datasets.Tasks(Common(bootstrap=50), rows), arms)
+    assert [(row["dataset"], row["point"]) for row in along] == [
+        (datasets.BEFORE, 0.0),
+        (datasets.OURS, 0.16),
+    ]
+    assert [row["accuracy"] for row in along] == [0.125, 0.875]
+    assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in along)
+
+
+def test_the_figures_show_every_dataset_the_start_and_chance():
     every = (datasets.OURS, *datasets.OTHERS)
-    along = [datasets.name(dataset, point) for dataset, point in product(every, datasets.POINTS)]
-    arms = [datasets.BEFORE, datasets.IMAGES, *along]
+    ends = [datasets.name(dataset, datasets.END) for dataset in every]
     rows = [
         {
             "arm": arm,
             "category": category,
             "benchmark": "Overall",
+            "joins": joins,
+            "reading": "generated",
             "graded": 0.3,
             "graded_interval": [0.2, 0.4],
+            "chance": 0.25,
         }
-        for arm, category in product(arms, CATEGORIES)
+        for arm, category in product([datasets.BEFORE, datasets.IMAGES, *ends], CATEGORIES)
+        for joins in ("all", "seen")
     ]
-    labels = {text.get_text() for text in datasets.figure({"rows": rows}).axes[0].texts}
-    assert labels == {*every, "start"}
+    point = {"accuracy": 0.3, "interval": [0.2, 0.4]}
+    along = [{"dataset": datasets.BEFORE, "point": 0.0, **point}]
+    along += [{"dataset": d, "point": x, **point} for d, x in product(every, (0.16, 0.5, 1.0))]
+    ax = datasets.figure({"rows": rows, "along": along}).axes[0]
+    assert {text.get_text() for text in ax.texts} == {*every, "start", "chance"}
+    levels = [list(line.get_ydata()) for line in ax.lines if list(line.get_xdata()) == [0, 1]]
+    assert levels == [[30, 30], [25, 25]]
+    assert all(len(line.get_xdata()) == 4 for line in ax.lines if len(line.get_xdata()) > 2)
     assert len(datasets.categories_figure({"rows": rows}).axes[0].get_yticklabels()) == 3

@@ -15,19 +15,21 @@ from PIL import Image
 from toys import WORDS, chat, toy_size
 
 from octomed.clinic.students import MARKERS, SIZES, build_student
-from octomed.core.paths import OctomedError
+from octomed.core.paths import OctomedError, shipped
 from octomed.core.recipe import CATEGORIES, load_recipe
 from octomed.data.images import find_stored, image_path, load_image, store_image
 from octomed.data.resize import count_visual_tokens, find_family, image_grid, processor_arguments
 from octomed.data.sources import load
 from octomed.distill.sampling import load_missing_images
 from octomed.evaluate.arms import declare_stages
-from octomed.evaluate.results import Results
+from octomed.evaluate.results import Results, scope_recipe
 from octomed.evaluate.tables import tabulate_scores
 from octomed.generate.engine_transformers import TransformersEngine
 from octomed.generate.render import PixelCache, encode_prompts, render_row, render_rows, write_chat
 from octomed.generate.samples import Request, Sampling
 from octomed.paper import families as section
+from octomed.paper import formatting
+from octomed.run.section_page import start_section
 from octomed.train.loop import sum_padded_loss
 from octomed.train.objective import sum_packed_loss
 from octomed.train.packing import collate_packed
@@ -286,7 +288,8 @@ def test_the_three_students_are_of_comparable_size_and_registered():
     names = {"clinic/tiny", "clinic/tiny-qwen3", "clinic/tiny-internvl", "clinic/small"}
     assert names <= set(STUDENTS)
     common = load_recipe("smoke").common
-    bases = [STUDENTS[name](common) for name in section.FAMILIES.values()]
+    families = [name for name in section.FAMILIES if name != section.REASONING]
+    bases = [STUDENTS[section.FAMILIES[name]](common) for name in families]
     assert len({base.key for base in bases}) == 3
     configurations = [json.loads((base.path / "config.json").read_text()) for base in bases]
     assert [each["model_type"] for each in configurations] == list(MARKERS)
@@ -296,50 +299,62 @@ def test_the_three_students_are_of_comparable_size_and_registered():
 
 
 def declared(name):
-    recipe = section.scope(load_recipe(name))
-    return recipe, section.declare_bases(recipe), section.arms(recipe)
+    recipe = scope_recipe(load_recipe(name), "54_families")
+    return recipe, section.choose_families(recipe), section.arms(recipe)
 
 
-def test_course_has_every_family_and_smoke_the_two_further_ones():
-    course, course_bases, _ = declared("course")
-    assert set(course_bases) == {*section.FAMILIES, section.REASONING}
-    assert set(declared("smoke")[1]) == {"Qwen3-VL", "InternVL", section.REASONING}
+def test_course_has_every_base_and_smoke_those_that_no_other_section_has():
+    course, bases, _ = declared("course")
+    assert bases == list(section.FAMILIES)
+    assert declared("smoke")[1] == ["Qwen3-VL", "InternVL"]
     assert course.scalars("54_families")["seeds"] >= 2
+
+
+def is_at_hand(base: str) -> bool:
+    "Whether a base's weights are there."
+    folder = shipped("students", section.FAMILIES[base].partition("/")[2])
+    return (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["smoke", "course"])
 def test_arms_differ_in_their_base_alone(name):
     recipe, bases, arms = declared(name)
-    assert set(arms) == set(bases) | {section.name_base(b) for b in bases}
-
-    def stage_of(arm, name):
-        return declare_stages(arm, recipe.common)[name]
-
-    after = [arms[name] for name in bases]
-    assert len({replace(arm, base=None, student="") for arm in after}) == 1
-    assert len({stage_of(arm, "student").key for arm in arms.values()}) == len(arms)
-    traces = {stage_of(arm, "accepted").key for arm in after}
+    assert set(arms) == set(bases) | {section.name_base(base) for base in bases}
+    assert len({replace(arms[base], student="") for base in bases}) == 1
+    traces = set()
+    for base in filter(is_at_hand, bases):
+        after = declare_stages(arms[base], recipe.common)
+        before = declare_stages(arms[section.name_base(base)], recipe.common)["student"]
+        traces.add(after["accepted"].key)
+        assert after["student"].params["base"].path == before.path
+        assert before.path.name == section.FAMILIES[base].partition("/")[2]
     assert len(traces) == 1, "families learn from different traces"
-    for name, base in bases.items():
-        before, after = arms[section.name_base(name)], arms[name]
-        assert stage_of(before, "student") == stage_of(base, "student")
-        assert stage_of(after, "student").params["base"] == stage_of(base, "student")
-        assert before.form == base.form and after.form == "cot"
-        assert all(n < 0 for _, n in base.sources)
 
 
-def test_the_two_kinds_of_bases_differ_in_what_they_imitate_and_read_equal_tokens():
-    recipe, bases, _ = declared("course")
-    reasons, answers = bases[section.REASONING], bases["InternVL"]
-    assert answers == replace(reasons, form="direct", compute_of=reasons)
-    answering, reasoning = (
-        declare_stages(answers, recipe.common),
-        declare_stages(reasons, recipe.common),
-    )
-    assert answering["accepted"] == reasoning["accepted"]
-    student, other = answering["student"], reasoning["student"]
-    assert student.params["match"] == reasoning["rendered"]
-    assert student.params["base"].key == other.params["base"].key
+def test_instruct_bases_answer_at_once_and_the_one_that_reasons_thinks():
+    _, bases, arms = declared("course")
+    forms = {base: arms[section.name_base(base)].form for base in bases}
+    assert forms.pop(section.REASONING) == "cot" and set(forms.values()) == {"direct"}
+    assert {arms[base].form for base in bases} == {"cot"}
+
+
+def test_in_the_course_qwen_is_the_student_of_42():
+    recipe, _, arms = declared("course")
+    student = declare_stages(arms["Qwen2.5-VL"], recipe.common)["student"]
+    assert student == declare_stages(formatting.arms(recipe)["cot"], recipe.common)["student"]
+
+
+def test_each_base_has_chance_students_of_its_own():
+    recipe, bases, arms = declared("course")
+    chance = section.chance(recipe)
+    assert len(chance) == len(bases) * len(CATEGORIES)
+    assert {arm.student for arm in chance.values()} == {arms[base].student for base in bases}
+    assert all(arm.blind and arm.form == "cot" for arm in chance.values())
+    of_42 = formatting.chance(recipe, CATEGORIES[0], forms=("cot",))
+    (theirs,) = of_42.values()
+    ours = next(arm for arm in chance.values() if arm.student == section.FAMILIES["Qwen2.5-VL"])
+    stages = [declare_stages(arm, recipe.common)["student"] for arm in (ours, theirs)]
+    assert stages[0] == stages[1]
 
 
 def results(recipe, **runs_of_arms):
@@ -387,33 +402,72 @@ def test_a_claim_about_gains_is_a_difference_of_differences():
     assert claim.measure == "gain" and gain["difference"] == pytest.approx(0.25)
     assert gain["by_seed"] == pytest.approx([0.3, 0.2])
     assert gain["n"] == n and gain["outcome"] == "agrees"
+    assert [line["passed"] for line in gain["gate"]] == [True] * 3 and gain["chance"] == 0.25
     level = section.state_finding(replace(claim, measure="accuracy"), measured)
     assert level["difference"] == pytest.approx(-0.05) and gain["interval"][0] > 0
+
+
+def test_the_gate_of_a_gain_is_that_of_the_students_and_not_of_the_gains():
+    "Both students are at the ceiling; a gain of 10 points is far below what guessing reaches."
+    recipe, n = declared("smoke")[0], 60
+    high, start = [True] * (n - 1) + [False], [i < 0.9 * n for i in range(n)]
+    runs_of_arms = {
+        "Qwen3-VL": [high],
+        section.name_base("Qwen3-VL"): [start],
+        section.REASONING: [high],
+        section.name_base(section.REASONING): [high],
+    }
+    claim = next(claim for claim in section.claims() if claim.measure == "gain" and claim.paper)
+    claim = replace(claim, a="Qwen3-VL", b=section.REASONING, kind="greater", margin=None)
+    finding = section.state_finding(claim, results(recipe, **runs_of_arms))
+    passed = {line["what"]: line["passed"] for line in finding["gate"]}
+    assert passed == {"above chance": True, "unread": True, "below the ceiling": False}
+    assert finding["outcome"] == "not tested" and finding["difference"] == pytest.approx(5 / 60)
 
 
 def test_claims_of_the_paper_and_controls():
     claims, (text, reasoning, looks) = section.claims(), CATEGORIES
     paper = [claim for claim in claims if claim.paper]
+    ours = [claim for claim in claims if not claim.paper]
+    assert (len(paper), len(ours)) == (6, 4)
     greater = [claim for claim in paper if claim.kind == "greater"]
-    families = ("Qwen2.5-VL", "Qwen3-VL", section.REASONING)
+    bases = ("Qwen2.5-VL", "Qwen3-VL", section.REASONING)
     by_looking = {(claim.a, claim.b) for claim in greater if claim.benchmark == looks}
-    assert by_looking == {(name, section.name_base(name)) for name in families}
+    assert by_looking == {(name, section.name_base(name)) for name in bases}
     gains = {claim.benchmark for claim in greater if claim.measure == "gain"}
     assert gains == {text, reasoning}
     assert all(claim.paper == "Fig. 9, in words alone" for claim in paper)
-    ours = {(claim.a, claim.b) for claim in claims if not claim.paper}
-    assert ours == {("InternVL", section.name_base("InternVL")), ("InternVL", section.REASONING)}
+    assert {(claim.a, claim.b) for claim in ours} == {("InternVL", section.REASONING)}
     assert len({claim.text for claim in claims}) == len(claims)
 
 
+def test_claims_about_bases_that_a_recipe_leaves_out_are_set_aside_and_named(capsys):
+    page = start_section(
+        "54_families", "smoke", None, **load_recipe("smoke").scalars("54_families")
+    )
+    page.show_claims(section.claims())
+    page.arms = section.arms(page.recipe)
+    aside = page.set_aside_claims()
+    assert len(aside) + len(page.claims) == 10
+    assert [(claim.a, claim.measure) for claim in page.claims] == [("Qwen3-VL", "accuracy")]
+    printed = capsys.readouterr().out
+    assert "9 claims are not judged" in printed and "InternVL (reasoning)" in printed
+    assert "Qwen3-VL" not in printed
+
+
 def test_the_figure_has_every_base_before_and_after():
-    recipe, names = declared("smoke")[0], list(declared("course")[1])
+    recipe, names = declared("smoke")[0], list(section.FAMILIES)
     after = {name: [[1, 0, 1, 1]] for name in names}
     before = {section.name_base(name): [[1, 0, 0, 0]] for name in names}
     measured = results(recipe, **after, **before)
-    rows = [row for row in tabulate_scores(measured) if row["benchmark"] != "Overall"]
-    figure = section.figure({"rows": rows})
-    assert {label.get_text() for label in figure.axes[0].get_yticklabels()} == set(names)
+    figure = section.figure({"rows": tabulate_scores(measured)})
+    assert len(figure.axes) == len(CATEGORIES)
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_yticklabels()] == names
+        hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+        assert [float(line.get_xdata()[0]) for line in hollow] == [25.0] * len(names)
+        rules = [line for line in axes.lines if list(line.get_xdata()) == [25.0, 25.0]]
+        assert len(rules) == 2 * len(names), "chance is marked beside each base and student"
     gained = section.measure_gains(measured)
     assert len(gained) == len(names) * len(section.benchmarks(recipe))
     assert {round(gain["gain"], 6) for gain in gained} == {0.5}

@@ -308,7 +308,7 @@ def test_a_section_says_whose_samples_it_reads(own_places):
             "which holds chats and no questions",
         ),
         ("extends: smoke\ncommon: {benchmarks: []}", "54_families needs a benchmark of text_only"),
-        ("extends: smoke\nsections: {54_families: {warm: 0}}", "warm of 54_families must be at"),
+        ("extends: smoke\nsections: {54_families: {warm: 0}}", "54_families has no parameter warm"),
         ("extends: smoke\nsections: {54_families: {families: Qwen}}", "knows no family Qwen"),
         (
             "extends: smoke\nsections: {30_dataset: {size: huge}}",

@@ -30,7 +30,7 @@ from ..evaluate.results import Results
 from ..evaluate.section_run import finding_of
 from ..evaluate.stats import Interval, bootstrap
 from ..generate.engines import register_teacher
-from .formatting import arms as arms_of_42
+from .formatting import declare_students as students_of_42
 
 # %% ../../nbs/paper/52_calibration.ipynb #5f29c685
 LENGTH = 60  # words of a thought: as long as the brief teacher's longest; about 400 characters
@@ -283,7 +283,7 @@ def claims() -> list[Measured]:
 # %% ../../nbs/paper/52_calibration.ipynb #2df8f9a5
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The CoT student of 42, the student of one teacher, and that of one length."
-    cot = arms_of_42(recipe)["cot"]
+    cot = students_of_42(recipe)["cot"]
     return {
         ROUTED: cot,
         ONE_TEACHER: replace(cot, teacher=recipe.common.teacher_image),
