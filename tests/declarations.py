@@ -3,6 +3,7 @@
 import pytest
 
 from octomed.core.recipe import load_recipe
+from octomed.evaluate.results import scope_recipe
 from octomed.evaluate.stats import KINDS
 
 RECIPES = pytest.mark.parametrize("name", ["smoke", "course"])
@@ -11,7 +12,10 @@ PLACES = load_recipe("course").common.benchmarks
 
 def declared(section, name):
     "The recipe as a section uses it, and the section's arms."
-    recipe = section.scope(load_recipe(name))
+    recipe = load_recipe(name)
+    module = section.__name__.rpartition(".")[2]
+    (own,) = (each for each in recipe.sections if each.endswith(f"_{module}"))
+    recipe = scope_recipe(recipe, own)
     return recipe, section.arms(recipe)
 
 

@@ -62,14 +62,14 @@ def declare_chance(
 def find_chance_arm(
     results: Results,
     arm: str,
-    where: str,  # a benchmark or a category
+    where: str,  # a benchmark or a category; over several categories there is no one student
 ) -> str | None:
     "The name of the chance student of an arm's base and template, if it was trained."
-    own, category = results.arms.get(arm), where
-    if own is None or own.blind:
+    own = results.arms.get(arm)
+    categories = set(map(category_of, results.benchmarks_of(where)))
+    if own is None or own.blind or len(categories) > 1:
         return None
-    if where not in CATEGORIES:
-        category = category_of(where)
+    (category,) = categories
     for name, other in results.arms.items():
         is_alike = other.blind and _base_and_form(other) == _base_and_form(own)
         if is_alike and _sources_of(other, category) and results.rows.get(name):

@@ -628,9 +628,11 @@ def _fill_panel(ax, panel: Panel, names: list[str], scale: float):
     ax.set_title(panel.heading, fontsize=11.5)
     if panel.log:
         ax.set_xscale("log", base=2)
+    every = chain.from_iterable(panel.series.values())
+    has_bars = any(len(point) > 2 for point in every)
     for name, points in panel.series.items():
         if points:
-            place = names.index(name) - (len(names) - 1) / 2
+            place = names.index(name) - (len(names) - 1) / 2 if has_bars else 0
             colour = _series_colour(name, names)
             _barred_curve(ax, points, colour, scale=scale, hollow=panel.hollow, place=place)
     for name, points in panel.dotted.items():

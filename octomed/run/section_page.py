@@ -301,10 +301,10 @@ def save_figures(
     self: SectionPage,
     figures: dict,  # end of the file's name → matplotlib figure; None is left out
 ) -> None:
-    "Save the section's figures, and one of its findings, where a folder was given."
+    "Save the section's figures, and one of its findings unless it brings its own, in its folder."
     if self.out is None:
         return
-    with_findings = {**figures, "-findings": draw_findings(self.findings)}
+    with_findings = {"-findings": draw_findings(self.findings), **figures}
     for suffix, figure in with_findings.items():
         if figure is not None:
             save_figure(figure, f"{self.out}/figures/{self.section}{suffix}")
