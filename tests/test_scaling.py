@@ -57,7 +57,7 @@ def test_chance_and_voters_are_students_of_42():
     own = scaling.chance(recipe)
     assert own.items() <= formatting.chance(recipe).items()
     assert len(own) == len(CATEGORIES)
-    asked = scaling.voters(recipe)
+    asked = scaling.list_voters(recipe)
     assert asked[scaling.LONG] == arms[scaling.FINAL]
     assert asked[scaling.SHORT] == formatting.arms(recipe)["direct"]
 

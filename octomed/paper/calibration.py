@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LENGTH', 'FILLING_REVISION', 'ROUTED', 'ONE_TEACHER', 'ONE_LENGTH', 'WARD', 'ROUNDS', 'READING', 'IN', 'BOARDS',
            'GRAND', 'SCANNER', 'OUT', 'INSIDE', 'STEPS', 'FLAT', 'SMALL', 'OURS', 'PAIRS', 'fill_thought', 'OneLength',
-           'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length', 'own_claims', 'claims', 'arms', 'chance',
-           'ask_again', 'Cell', 'collect_over_runs', 'share_dissenting', 'collect_cells', 'concordance', 'compute_risk',
-           'measure_saving', 'measure_gap', 'measure_pairs', 'measure_saving_by', 'statistic', 'state_finding',
-           'average_lengths', 'figure', 'compute_curves', 'coverage_figure', 'measure_traces', 'probe_student',
-           'group_by_length', 'tabulate_belief', 'belief_figure']
+           'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length', 'claims_on_single_questions', 'claims',
+           'arms', 'chance', 'ask_again', 'Cell', 'collect_over_runs', 'share_dissenting', 'collect_cells',
+           'concordance', 'compute_risk', 'measure_saving', 'measure_gap', 'measure_pairs', 'measure_saving_by',
+           'statistic', 'state_finding', 'average_lengths', 'figure', 'compute_curves', 'coverage_figure',
+           'measure_traces', 'probe_student', 'group_by_length', 'tabulate_belief', 'belief_figure']
 
 # %% ../../nbs/paper/52_calibration.ipynb #171d597d
 import re
@@ -212,7 +212,7 @@ OURS = [  # text, measure, benchmarks
 ]
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00006
-def own_claims() -> list[Measured]:
+def claims_on_single_questions() -> list[Measured]:
     "Our claims about single questions, and about which of them to defer."
     return [
         Measured(text=text, a=ROUTED, b=ROUTED, benchmark=where, measure=measure, not_proved=SMALL)
@@ -222,7 +222,7 @@ def own_claims() -> list[Measured]:
 # %% ../../nbs/paper/52_calibration.ipynb #52a00008
 def claims() -> list[Measured]:
     "What the paper says in Fig. 8, and what it does not ask."
-    return [*claims_of_tasks(), *claims_of_one_length(), *own_claims()]
+    return [*claims_of_tasks(), *claims_of_one_length(), *claims_on_single_questions()]
 
 # %% ../../nbs/paper/52_calibration.ipynb #2df8f9a5
 def arms(recipe: Recipe) -> dict[str, Arm]:

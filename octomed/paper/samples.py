@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KS', 'EPOCHS', 'REPEATED', 'REWORDED', 'WHERE', 'STEPS', 'ON_THE_WAY', 'POINTS', 'PEAK', 'name', 'paper_claims',
-           'own_claims', 'claims', 'benchmarks', 'read_after', 'arms', 'chance', 'measure_coverage', 'choose_claims',
-           'paper_rows', 'make_series', 'make_paper_series', 'figure']
+           'claims_of_controls', 'claims', 'benchmarks', 'read_after', 'arms', 'chance', 'measure_coverage',
+           'choose_claims', 'paper_rows', 'make_series', 'make_paper_series', 'figure']
 
 # %% ../../nbs/paper/44_samples.ipynb #c84b38ca
 from dataclasses import replace
@@ -69,7 +69,7 @@ def paper_claims() -> list[Claim]:
     ]
 
 # %% ../../nbs/paper/44_samples.ipynb #44a00005
-def own_claims() -> list[Claim]:
+def claims_of_controls() -> list[Claim]:
     "Two controls at equal steps, and the paper's comparison on new joins."
     return [
         Claim(
@@ -77,7 +77,9 @@ def own_claims() -> list[Claim]:
             a=name(16, 3),
             b=REPEATED,
             benchmark=WHERE,
-            not_proved=("Equal tokens are equal steps only on average: traces differ in length."),
+            not_proved=(
+                "Equal tokens are equal steps only on average: traces differ in length."
+            ),
         ),
         Claim(
             text="Sixteen traces of a question teach as much as sixteen wordings, a trace each",
@@ -102,7 +104,7 @@ def own_claims() -> list[Claim]:
 # %% ../../nbs/paper/44_samples.ipynb #44a00003
 def claims() -> list[Claim]:
     "What the paper says in Fig. 5, its two controls, and the same on new joins."
-    return [*paper_claims(), *own_claims()]
+    return [*paper_claims(), *claims_of_controls()]
 
 # %% ../../nbs/paper/44_samples.ipynb #2f75aa50
 def benchmarks(recipe: Recipe) -> tuple[str, ...]:
@@ -203,8 +205,8 @@ def figure(results: dict):
     The controls stand at the end of k = 16, whose tokens they read."""
     from octomed.evaluate.figures import Panel, draw_panels
 
-    drawn = [row for row in results["rows"] if row["benchmark"] != "Overall"]
-    drawn = [row for row in drawn if (row["joins"], row["reading"]) == ("all", "generated")]
+    whole = ("all", "generated")
+    drawn = [row for row in results["rows"] if (row["joins"], row["reading"]) == whole]
     rows = {row["arm"]: row for row in drawn if not row.get("blind")}
     level = rows[name(16, 3)]["chance"]
     along = {"xlabel": "epochs", "xticks": (0, *EPOCHS)}

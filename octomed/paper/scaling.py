@@ -6,7 +6,7 @@
 __all__ = ['SHARES', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED', 'TEACHERS', 'CURVE', 'BESIDE', 'SIMULATED', 'LONG',
            'SHORT', 'VOTES', 'name', 'say', 'quote_overalls', 'claims_of_gain', 'claims_of_teachers',
            'claims_of_growth', 'claims', 'benchmarks', 'take_part', 'arms', 'chance', 'make_row', 'ask_own_teacher',
-           'teacher_of', 'paper_rows', 'voters', 'ask_for_vote', 'vote_on_question', 'tabulate_votes',
+           'teacher_of', 'paper_rows', 'list_voters', 'ask_for_vote', 'vote_on_question', 'tabulate_votes',
            'resample_accuracies', 'design_matrix', 'read_curve', 'interval_of', 'fit_curve', 'forecast_finding',
            'state_finding', 'rows_by_category', 'make_point', 'make_growth', 'figure', 'table_figure', 'medqa_of',
            'find_progress', 'progress_figure', 'votes_figure', 'rank_ours', 'rank_papers', 'models_figure']
@@ -287,7 +287,7 @@ VOTES = (  # responses in a vote
 )
 
 
-def voters(recipe: Recipe) -> dict[str, Arm]:
+def list_voters(recipe: Recipe) -> dict[str, Arm]:
     "The students whose votes are compared: the final one, and 42's of the answer alone."
     return {LONG: arms(recipe)[FINAL], SHORT: arms_of_42(recipe)["direct"]}
 
@@ -543,11 +543,15 @@ def votes_figure(results: dict):
     "Accuracy against the tokens that a question costs, each point with the size of its vote."
     from octomed.evaluate.figures import Panel, draw_panels
 
+    _, level = find_progress(results)
+    tokens = [row["tokens"] for row in results["votes"]]
     series = {}
     for row in results["votes"]:
         point = (row["tokens"], row["accuracy"], row["interval"])
         series.setdefault(row["student"], []).append(point)
-    panel = Panel("", series, xlabel="tokens per question, logarithmic", log=True)
+    chance_of_first = {f"chance, {LONG}": [(min(tokens), level), (max(tokens), level)]}
+    along = {"xlabel": "tokens per question, logarithmic", "log": True}
+    panel = Panel("", series, dotted=chance_of_first, **along)
     fig = draw_panels([panel], "What a vote costs: 1, 3, 5 or 10 responses")
     for row in results["votes"]:
         fig.axes[0].annotate(
