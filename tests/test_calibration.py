@@ -1,4 +1,4 @@
-"Length against difficulty and error, the teacher of one length, and students that are 42's."
+"Length against difficulty and error, the teacher of one length, cut thoughts, 42's students."
 
 from dataclasses import replace
 from itertools import chain
@@ -9,7 +9,6 @@ import pytest
 from octomed.core.recipe import load_recipe
 from octomed.evaluate.arms import declare_evaluation, declare_stages
 from octomed.evaluate.results import Results, declare_evaluations, give_seeds
-from octomed.evaluate.stats import heed_signs, judge_difference, name_outcome
 from octomed.generate.engines import find_teacher_revision
 from octomed.generate.samples import Request, Sampling
 from octomed.paper import calibration, formatting
@@ -44,7 +43,7 @@ def test_the_other_students_differ_in_their_teacher_alone():
     r = load_recipe("smoke")
     first, *others = calibration.arms(r).values()
     for arm in others:
-        assert replace(arm, teacher=first.teacher) == first
+        assert replace(arm, teacher=first.teacher, points=first.points) == first
         assert arm.teacher != first.teacher
         other, own = declare_stages(arm, r.common), declare_stages(first, r.common)
         assert other["data"].key == own["data"].key
@@ -58,7 +57,8 @@ def test_a_repeated_reading_asks_the_same_student_under_the_same_sampling():
         declare_evaluation(arm, calibration.WARD, x.common).params
         for x in (r, calibration.ask_again(r))
     )
-    assert more["seeds"] == r.scalars("52_calibration")["samples"] > one["seeds"]
+    assert more["seeds"] == r.scalars("52_calibration")["responses"] > one["seeds"]
+    assert not more["likelihood"]
     assert one["student"].key == more["student"].key
     assert one["sampling"] == more["sampling"]
     assert one["limit"] == more["limit"]
@@ -162,12 +162,6 @@ def test_risk_and_what_a_signal_saves_by_hand():
     assert calibration.measure_saving(ONCE, column(1, 4, 3, 2), column(1, 0, 0, 1))[0] < 0
 
 
-def test_places_are_within_a_benchmark():
-    assert calibration.rank_places(column(30, 10, 20)).ravel().tolist() == [1, 0, 0.5]
-    assert calibration.rank_places(column(5, 5, 5)).ravel().tolist() == [0.5] * 3
-    assert calibration.rank_places(column(7)).tolist() == [[0]]
-
-
 def made(longer: float, seeds: int = 2, n: int = 60, flat: bool = False):
     "Results of students whose wrong answers are `longer` tokens longer."
     rng, r = np.random.default_rng(1), load_recipe("smoke")
@@ -211,40 +205,78 @@ def made(longer: float, seeds: int = 2, n: int = 60, flat: bool = False):
     return results, Results(common, {calibration.ROUTED: repeated})
 
 
+HELD = ("agrees", "holds")  # the paper's claims, and ours
+
+
 def test_findings_see_what_was_put_in():
     results, repeated = made(longer=10)
     measured = calibration.collect_cells(results, repeated)
     findings = [
         calibration.state_finding(claim, results, measured) for claim in calibration.claims()
     ]
-    outcomes = {f["measure"]: f["outcome"] for f in findings if f["a"] == calibration.ROUTED}
-    for measure in (
-        "error",
-        "error at equal steps",
-        "pass count",
-        "escalation",
-        "escalation within a benchmark",
-    ):
-        assert outcomes[measure] in ("agrees", "holds"), measure
+    by_measure = {finding["measure"]: finding for finding in findings}
+    for measure in ("error at equal steps", "escalation"):
+        assert by_measure[measure]["outcome"] in HELD, measure
     gaps = [f for f in findings if f["measure"] == "gap"]
-    assert {gaps[place]["outcome"] for place in (0, 3, 4)} <= {"agrees", "holds"}
-    assert gaps[4]["kind"] == "equivalent"
-    assert abs(gaps[4]["difference"]) < 0.05
+    assert [gaps[place]["outcome"] for place in (0, 2, 3)] == ["agrees"] * 3
+    assert gaps[3]["kind"] == "equivalent"
+    assert abs(gaps[3]["difference"]) < 0.05
     assert gaps[0]["difference"] > 0.3
     for f in findings:
         assert f["interval"][0] <= f["interval"][1]
         assert len(f["by_seed"]) == f["training_seeds"] == 2
-        outcome = judge_difference(f["kind"], f["interval"], f["margin"])
-        outcome = heed_signs(outcome, f["kind"], f["by_seed"])
-        assert f["outcome"] == name_outcome(outcome, f["whose"])
 
 
 def test_findings_see_nothing_where_nothing_is():
     results, repeated = made(longer=0)
     measured = calibration.collect_cells(results, repeated)
     for claim in calibration.claims():
-        if claim.measure in ("error", "escalation within a benchmark"):
+        if claim.measure == "error at equal steps":
             assert abs(calibration.state_finding(claim, results, measured)["difference"]) < 0.2
+
+
+def test_a_chance_student_has_no_lengths():
+    results, repeated = made(longer=10)
+    blind = replace(calibration.arms(load_recipe("smoke"))[calibration.ROUTED], blind=True)
+    ward = {calibration.WARD: results.rows[calibration.ROUTED][calibration.WARD]}
+    with_chance = Results(results.common, {**results.rows, "chance": ward}, {"chance": blind})
+    cells = calibration.collect_cells(with_chance, repeated)
+    assert cells.keys() == calibration.collect_cells(results, repeated).keys()
+    assert (
+        calibration.chance(load_recipe("smoke")).items()
+        <= formatting.chance(load_recipe("smoke")).items()
+    )
+
+
+def thought(sentences: int, belief: tuple[float, ...]) -> dict:
+    "A row of `measure_faithfulness`: how likely the final answer A is after each share."
+    shares = (0, 0.5, 1)
+    cut = [
+        {"share": share, "letter": "A", "logprobs": [float(np.log(p)), float(np.log(1 - p))]}
+        for share, p in zip(shares, belief, strict=True)
+    ]
+    return {"answer": "A", "sentences": sentences, "whole": cut[-1], "cut": cut, "false": None}
+
+
+def test_belief_is_tabulated_by_the_length_of_the_thought():
+    short = [thought(2, (0.8, 0.9, 0.9))] * 3
+    long = [thought(6, (0.5, 0.6, 0.9)), thought(7, (0.5, 0.8, 0.9))]
+    rows = [*long, *short, thought(0, (0.5, 0.5, 0.6))]
+    assert list(calibration.group_by_length(rows)) == ["2 sentences", "6 sentences", "7 sentences"]
+    assert calibration.group_by_length(short) == {"2 sentences": short}
+    table = calibration.tabulate_belief(rows, n=50, seed=0)
+    by_place = {(row["thought"], row["kept"]): row for row in table}
+    assert by_place["2 sentences", 0]["belief"] == pytest.approx(0.8)
+    assert by_place["7 sentences", 0.5]["belief"] == pytest.approx(0.8)
+    assert {row["chance"] for row in table} == {0.5}
+    assert sum(row["n"] for row in table if row["kept"] == 0) == 5
+    (ax,) = calibration.belief_figure(table).axes
+    curves = [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o"]
+    assert curves[0] == pytest.approx([80, 90, 90])
+    assert len(curves) == 3
+    empty = calibration.tabulate_belief([thought(0, (0.5, 0.5, 0.6))], n=50, seed=0)
+    assert empty == []
+    assert calibration.belief_figure(empty) is None
 
 
 def test_a_finding_is_the_same_twice_and_a_flat_student_gives_numbers():
@@ -261,7 +293,7 @@ def test_a_finding_is_the_same_twice_and_a_flat_student_gives_numbers():
     for by_benchmark in results.rows.values():
         for row in chain.from_iterable(chain(*by_benchmark.values())):
             row["statuses"] = ["wrong"]
-    error = next(claim for claim in calibration.claims() if claim.measure == "error")
+    error = next(c for c in calibration.claims() if c.measure == "error at equal steps")
     f = calibration.state_finding(error, results, calibration.collect_cells(results, repeated))
     assert f["difference"] == 0
     assert f["outcome"] == "undecided"
@@ -275,12 +307,14 @@ def test_the_figures_show_every_arm_and_signal():
     arms = {calibration.ROUTED, calibration.ONE_TEACHER, calibration.ONE_LENGTH}
     assert set(labels[:3]) == arms
     curves = calibration.compute_curves(seen)
-    best, chance = dict(curves["the errors (best)"]), dict(curves["by lot"])
+    best, chance = dict(curves["the errors (best)"]), dict(curves["at random"])
     assert all(best[share] <= chance[share] + 1e-9 for share in chance)
     for points in curves.values():
         assert points[-1][1] == pytest.approx(chance[1.0])
     figure = calibration.coverage_figure({"coverage": curves})
     assert figure.axes[0].get_ylabel() == "errors among them, %"
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == list(curves)
 
 
 def test_claims_name_arms_and_benchmarks_of_the_recipe():
@@ -289,3 +323,4 @@ def test_claims_name_arms_and_benchmarks_of_the_recipe():
         assert {claim.a, claim.b} <= set(calibration.arms(r))
         assert set(claim.where) <= set(r.common.benchmarks)
         assert claim.kind != "equivalent" or claim.margin
+    assert [bool(claim.paper) for claim in calibration.claims()] == [True] * 4 + [False] * 4

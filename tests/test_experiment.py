@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from itertools import chain, product
 
 import pytest
 from declarations import declared
@@ -14,7 +13,7 @@ from octomed.core.paths import OctomedError, UsageError
 from octomed.core.recipe import Common, Recipe
 from octomed.distill.filters import FILTERS
 from octomed.distill.pools import read_questions
-from octomed.evaluate.arms import Arm, declare_stages, declare_warm_up, list_read_joins
+from octomed.evaluate.arms import Arm, declare_stages, list_read_joins
 from octomed.evaluate.claims import Claim, judge_claim
 from octomed.evaluate.results import Results
 from octomed.evaluate.results_file import write_results
@@ -103,14 +102,6 @@ def test_no_epoch_is_the_base_student_itself():
         declare_stages(replace(ARM, base=first, schedule=Schedule(epochs=0)), COMMON)["student"]
         == declare_stages(first, COMMON)["student"]
     )
-
-
-def test_a_warm_up_reads_the_last_questions_of_every_pool():
-    recipe = Recipe("r", replace(COMMON, base_seed=2))
-    arm = declare_warm_up(recipe, 7, 1.0)
-    assert arm.sources == tuple((p, -7) for p in COMMON.train)
-    assert arm.seed == 2000
-    assert declare_warm_up(recipe, 0, 1.0) is None
 
 
 def test_an_arm_as_formatting_declares_it_expands_as_before():
@@ -447,49 +438,12 @@ def test_the_figure_of_filters_has_a_panel_for_each_with_bands_and_chance():
         assert list(ax.lines[0].get_xdata()) == [0, *module.POINTS]
 
 
-def test_the_grid_of_traces_and_epochs_has_three_training_seeds_and_two_controls():
-    module, recipe, arms = declare("44_samples")
-    assert {
-        (a.k, a.schedule.epochs) for n, a in arms.items() if a.compute_of is None and n != "before"
-    } == set(product((1, 4, 16), (1, 2, 3)))
-    most = arms[module.name(16, 1)]
-    assert arms[module.REPEATED].compute_of == arms[module.REWORDED].compute_of == most
-    assert arms[module.REWORDED].sources[0][1] == 16 * most.sources[0][1]
-    assert arms[module.REWORDED].k == 1
-    assert recipe.scalars("44_samples")["seeds"] == 3
-    assert recipe.common.samples == 16
-
-
-@pytest.mark.parametrize("section", ["41_sourcing", "43_filtering", "45_teacher"])
+@pytest.mark.parametrize("section", ["41_sourcing", "43_filtering", "44_samples", "45_teacher"])
 def test_every_student_starts_from_the_recipes_base(section):
     _, _, arms = declare(section)
     assert {(arm.base, arm.student) for arm in arms.values()} == {(None, "")}
     assert arms["before"].schedule.epochs == 0
     assert all(arm.schedule.epochs for name, arm in arms.items() if name != "before")
-
-
-def test_the_warm_up_reads_no_question_of_an_arm():
-    from octomed.data.sources import SOURCES, load
-    from octomed.distill.pools import take_subset
-
-    pool = {
-        spec: load(spec, images=False)
-        for spec in ("clinic_ward:train", "clinic_near:one", "clinic_near:sixteen")
-    }
-
-    def ids(sources, seed):
-        chosen = [take_subset(pool[spec], n, seed) for spec, n in sources if spec in pool]
-        return {q.id for q in chain.from_iterable(chosen)}
-
-    for section in ("44_samples", "51_scaling", "53_datasets"):
-        _, recipe, arms = declare(section)
-        wanted = set(chain.from_iterable(arm.sources for arm in arms.values()))
-        (first,) = {replace(arm.base, student="") for arm in arms.values()}
-        assert all(n < 0 for _, n in first.sources)
-        seed = recipe.common.base_seed
-        assert not ids(wanted, seed) & ids(first.sources, seed)
-        for spec, n in first.sources:
-            assert dict(wanted).get(spec, 0) - n <= SOURCES[spec].expected
 
 
 def test_minutes_of_sections_side_by_side_are_their_share_of_the_machine(monkeypatch):

@@ -53,14 +53,16 @@ SERIES = {
     "k = 1": [(1, 0.5, (0.45, 0.55)), (2, 0.6, (0.55, 0.65))],
     "k = 4": [(1, 0.61), (2, 0.61)],
 }
-MODELS = [
-    {"name": n, "x": x, "y": y, "size": k, "paper": k > 1}
-    for n, x, y, k in (
-        ("ours", 0.4, 0.45, 1),
-        ("ours, smaller", 0.3, 0.41, 0.25),
-        ("a model with a rather long name-7B", 0.5, 0.451, 7),
-        ("27B", 0.7, 0.452, 27),
-    )
+MODELS = {
+    "Ours": [
+        {"name": "smaller", "text": 0.3, "images": 0.41},
+        {"name": "ours", "text": 0.4, "images": 0.45, "intervals": {"text": (0.35, 0.45)}},
+    ],
+    "The paper's": [{"name": "a model with a rather long name-7B", "text": 0.5, "images": 0.451}],
+}
+PANELS = [
+    F.Panel("Ours", {**SERIES, "alone": [(2, 0.55, (0.5, 0.6))]}, dotted={"chance": [(1, 0.25)]}),
+    F.Panel("The paper's", {"k = 4": [(1, 0.85)]}, hollow=True, log=True, xticks=(1, 2)),
 ]
 SHELVES = {
     "Kind": [
@@ -100,8 +102,12 @@ def draw_lines_with_a_curve_and_a_level():
     return F.draw_lines(SERIES, "Title", dotted=dotted)
 
 
-def draw_circles():
-    return F.draw_models(MODELS, "Title", xlabel="text, %", ylabel="images, %")
+def draw_panels():
+    return F.draw_panels(PANELS, "Title")
+
+
+def draw_ranks():
+    return F.draw_ranks(MODELS, ["text", "images"], "Title", hollow=("The paper's",))
 
 
 def draw_grid():
@@ -115,7 +121,8 @@ DRAW = {
     "forest": draw_forest,
     "lines": draw_lines,
     "lines with a curve and a level": draw_lines_with_a_curve_and_a_level,
-    "circles": draw_circles,
+    "panels": draw_panels,
+    "ranks": draw_ranks,
     "grid": draw_grid,
 }
 
@@ -172,19 +179,40 @@ def test_a_fitted_curve_has_its_series_colour_and_a_level_its_own_name():
     assert [t.get_text() for t in ax.texts] == ["k = 1", "k = 4", "start"]
 
 
-def test_circles_are_as_large_as_their_models_within_ours_and_within_the_paper():
-    ax = F.draw_models(MODELS).axes[0]
-    drawn = {
-        tuple(c.get_offsets()[0].round(1)): (
-            float(c.get_sizes()[0]),
-            tuple(c.get_facecolor()[0][:3]) == (1, 1, 1),
-        )
-        for c in ax.collections
-    }
-    assert drawn[40, 45][0] == drawn[70, 45.2][0] == 4 * drawn[30, 41][0]
-    assert [hollow for _, hollow in drawn.values()].count(True) == 2
-    with pytest.raises(OctomedError, match="at least one point"):
-        F.draw_models([])
+def test_panels_have_axes_of_their_own_and_share_their_colours():
+    ours, paper = draw_panels().axes
+    assert [ax.get_title(loc="left") for ax in (ours, paper)] == ["Ours", "The paper's"]
+    assert (ours.get_xscale(), paper.get_xscale()) == ("linear", "log")
+    low, high = ours.get_ylim()
+    assert low < 25 and high > 65, "the axis holds every point and bar"
+    colour = F.COLOURS[1]  # of the second series, in both panels
+    (point,) = paper.lines
+    assert (point.get_color(), point.get_markerfacecolor()) == (colour, "white")
+    drawn = {line.get_marker(): line for line in ours.lines if line.get_color() == colour}
+    assert list(drawn["o"].get_ydata()) == pytest.approx([61, 61])
+    bars = [line for line in ours.lines if line.get_marker() == "None" and line.get_alpha()]
+    assert [list(line.get_ydata()) for line in bars] == [
+        pytest.approx(bounds) for bounds in ([45, 55], [55, 65], [50, 60])
+    ]
+    single = [line for line in ours.lines if line.get_marker() == "D"]
+    assert [list(line.get_ydata()) for line in single] == [pytest.approx([55])]
+    names = [text.get_text() for text in draw_panels().legends[0].get_texts()]
+    assert names == ["k = 1", "k = 4", "alone", "paper", "chance"]
+
+
+def test_models_stand_in_the_order_of_their_mean_and_the_paper_is_hollow():
+    ours, paper = draw_ranks().axes
+    assert [label.get_text() for label in ours.get_yticklabels()] == ["ours", "smaller"]
+    dots = [line for line in ours.lines if line.get_marker() == "o"]
+    assert [(float(line.get_xdata()[0]), round(line.get_ydata()[0])) for line in dots] == [
+        pytest.approx(place) for place in ((40, 0), (45, 0), (30, 1), (41, 1))
+    ]
+    (interval,) = (line for line in ours.lines if line.get_marker() == "None")
+    assert list(interval.get_xdata()) == pytest.approx([35, 45])
+    assert {line.get_markerfacecolor() for line in paper.lines} == {"white"}
+    assert "white" not in {line.get_markerfacecolor() for line in dots}
+    with pytest.raises(OctomedError, match="at least one model"):
+        F.draw_ranks({"Ours": []}, ["text"])
 
 
 def test_counts_are_where_their_axis_says_and_the_paper_is_hollow():
@@ -233,6 +261,7 @@ def test_bad_input_gets_a_sentence():
         lambda: F.draw_accuracies([]),
         lambda: F.draw_findings([]),
         lambda: F.draw_lines({"a": []}),
+        lambda: F.draw_panels([F.Panel("a", {"b": []})]),
         lambda: F.draw_overview({"a": [{"name": "b", "paper": 0}]}, ["paper"]),
     ):
         with pytest.raises(OctomedError, match="nothing to draw"):

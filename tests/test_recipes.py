@@ -195,11 +195,9 @@ def test_a_rehearsals_chats_ask_for_no_picture_that_is_not_at_hand(
 
 def test_a_name_that_another_section_reads_and_no_recipe_gives_is_reported():
     recipe = Recipe("mine", sections={"51_scaling": {"questions": 8}})
-    message = (
-        "recipe mine gives 51_scaling no warm_epochs, which another section reads there: add it"
-    )
+    message = "recipe mine gives 51_scaling no epochs, which another section reads there: add it"
     with pytest.raises(UsageError, match=message):
-        recipe.scalars("51_scaling")["warm_epochs"]
+        recipe.scalars("51_scaling")["epochs"]
 
 
 @pytest.mark.parametrize(

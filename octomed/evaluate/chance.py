@@ -69,7 +69,7 @@ def declare_chance(
 def find_chance_arm(
     results: Results,
     arm: str,
-    where: str,  # a benchmark or a category
+    where: str,  # a benchmark or a category, or several: then of one student that has read them all
 ) -> str | None:
     "The name of the chance student of an arm's base and template, if it was trained."
     own = results.arms.get(arm)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'INK', 'FAINT', 'RULE', 'OUTCOME_COLOURS', 'use_style', 'make_canvas', 'save_figure', 'draw_accuracies',
-           'draw_findings', 'draw_lines', 'draw_models', 'draw_images', 'draw_overview']
+           'draw_findings', 'draw_lines', 'Panel', 'draw_panels', 'draw_ranks', 'draw_images', 'draw_overview']
 
 # %% ../../nbs/evaluate/08_figures.ipynb #50c91074
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -571,66 +572,180 @@ def draw_lines(
             _key(ax, [("ours", INK, True), ("paper", INK, False)], 1.01)
     return _settled(fig, title)
 
-# %% ../../nbs/evaluate/08_figures.ipynb #7ba51e25
-def _is_paper(point: dict) -> bool:
-    "Whether a point is the paper's."
-    return bool(point.get("paper"))
+# %% ../../nbs/evaluate/08_figures.ipynb #08pan002
+@dataclass(frozen=True)
+class Panel:
+    "Curves on axes of their own."
+
+    heading: str
+    series: dict  # {name: [(x, y) or (x, y, (low, high)), …]}
+    # {name: [(x, y), …]}: a fitted curve in the colour of the same name, or a level of its own
+    dotted: dict = field(default_factory=dict)
+    hollow: bool = False  # are these the paper's
+    xlabel: str = ""
+    xticks: tuple = ()
+    log: bool = False  # a logarithmic x
+    width: float = 1.0  # beside the other panels'
+
+# %% ../../nbs/evaluate/08_figures.ipynb #08pan003
+_APART = 6.0  # points between the bars of two series
 
 
-def _circle(ax, point: dict, height: float, most: float):
-    "One model with its name at the right; `most`: the size of the largest circle."
-    colour = FAINT if _is_paper(point) else COLOURS[0]
-    x, y = 100 * point["x"], 100 * point["y"]
-    ax.scatter(
-        x,
-        y,
-        s=max(25, 500 * point["size"] / most),
-        facecolor="white" if _is_paper(point) else colour,
-        edgecolor=colour,
-        linewidth=1.5,
-        alpha=0.85,
+def _plot_beside(ax, x, y, place: float, **look):
+    "Plot at x, moved a little to the left or to the right; the axis takes its limits from x."
+    from matplotlib.transforms import ScaledTranslation
+
+    (line,) = ax.plot(x, y, **look)
+    moved = ScaledTranslation(place * _APART / 72, 0, ax.figure.dpi_scale_trans)
+    line.set_transform(ax.transData + moved)
+
+# %% ../../nbs/evaluate/08_figures.ipynb #08pan004
+_BAR = {"lw": 2.2, "alpha": 0.45, "solid_capstyle": "round", "zorder": 2}
+
+
+def _barred_curve(ax, points, colour: str, scale: float, hollow: bool, place: float):
+    "A curve with its intervals as bars; a single point is a diamond."
+    points = sorted((*point, None)[:3] for point in points)
+    for x, _, interval in points:
+        if interval is not None:
+            heights = [scale * bound for bound in interval]
+            _plot_beside(ax, [x, x], heights, place, color=colour, **_BAR)
+    _plot_beside(
+        ax,
+        [point[0] for point in points],
+        [scale * point[1] for point in points],
+        place,
+        color=colour,
+        marker="D" if len(points) == 1 else "o",
+        ms=6.5,
+        mfc="white" if hollow else colour,
+        mew=1.6,
+        lw=1.6,
         zorder=3,
     )
-    ax.annotate(
-        point["name"],
-        (x, y),
-        xytext=(1.02, height),
-        textcoords=ax.get_yaxis_transform(),
-        va="center",
-        fontsize=9,
-        color=colour,
-        annotation_clip=False,
-        arrowprops={"arrowstyle": "-", "color": RULE, "lw": 0.8},
-        zorder=2,
+
+# %% ../../nbs/evaluate/08_figures.ipynb #08pan005
+def _fill_panel(ax, panel: Panel, names: list[str], scale: float):
+    "Draw one panel; a name has the same colour and the same shift in all of them."
+    ax.set_title(panel.heading, fontsize=11.5)
+    if panel.log:
+        ax.set_xscale("log", base=2)
+    every = chain.from_iterable(panel.series.values())
+    has_bars = any(len(point) > 2 for point in every)
+    for name, points in panel.series.items():
+        if points:
+            place = names.index(name) - (len(names) - 1) / 2 if has_bars else 0
+            colour = _series_colour(name, names)
+            _barred_curve(ax, points, colour, scale=scale, hollow=panel.hollow, place=place)
+    for name, points in panel.dotted.items():
+        _dotted_line(ax, points, colour=_series_colour(name, names), scale=scale)
+    ax.set_xlabel(panel.xlabel)
+    ax.grid(axis="y")
+    ax.margins(x=0.08, y=0.08)
+    if panel.xticks:
+        ax.set_xticks(panel.xticks, [f"{tick:g}" for tick in panel.xticks])
+        ax.minorticks_off()
+
+# %% ../../nbs/evaluate/08_figures.ipynb #08pan006
+def _levels(panels: list[Panel], names: list[str]) -> list[str]:
+    "The dotted lines that are no series."
+    every = chain.from_iterable(panel.dotted for panel in panels)
+    return [name for name in dict.fromkeys(every) if name not in names]
+
+
+def _name_beneath(fig, panels: list[Panel], names: list[str]):
+    "The names of all series beneath the panels, with those of the dotted levels."
+    from matplotlib.lines import Line2D
+
+    handles = [_handle(name, _series_colour(name, names), True) for name in names]
+    if any(panel.hollow for panel in panels):
+        handles.append(_handle("paper", FAINT, False))
+    for level in _levels(panels, names):
+        handles.append(Line2D([], [], color=FAINT, lw=1.6, ls=(0, (1, 1.6)), label=level))
+    fig.legend(
+        handles=handles,
+        loc="outside lower left",
+        ncols=min(4, len(handles)),
+        handletextpad=0.3,
+        columnspacing=1.4,
     )
 
-# %% ../../nbs/evaluate/08_figures.ipynb #5b0d7a13
-def draw_models(
-    points,  # [{"name", "x", "y", "size", "paper"?: True for the paper's}, …], x and y 0–1
+# %% ../../nbs/evaluate/08_figures.ipynb #08pan007
+def draw_panels(
+    panels: list[Panel],
     title: str = "",
-    xlabel: str = "",
-    ylabel: str = "",
+    ylabel: str = "accuracy, %",
+    scale: float = 100,  # from the series' unit to the axis's
+    same_y: bool = False,  # do all panels have one scale
 ):
-    """Models by two accuracies, the area by size within ours and within the paper's.
+    """Curves with bars, in panels side by side; the paper's are hollow.
 
     Raises `OctomedError` without points."""
-    points = sorted(points, key=lambda point: point["y"])
-    if not points:
+    names = list(dict.fromkeys(chain.from_iterable(panel.series for panel in panels)))
+    if not any(any(panel.series.values()) for panel in panels):
         raise OctomedError("there is nothing to draw: give at least one point")
-    fig, ax = make_canvas(height=4.8)
-    most: dict[bool, float] = {}
-    for point in points:
-        most[_is_paper(point)] = max(point["size"], most.get(_is_paper(point), 0))
+    widths = [panel.width for panel in panels]
+    fig, axes = make_canvas(
+        columns=len(panels),
+        width=max(6.4, 3.0 * len(panels)),
+        height=4.4,
+        squeeze=False,
+        sharey=same_y,
+        width_ratios=widths,
+    )
     with use_style():
-        ys = [100 * point["y"] for point in points]
-        height = max(ys) - min(ys) or 10
-        for point, at in zip(points, _spread(ys, height * 0.05), strict=False):
-            _circle(ax, point, at, most=most[_is_paper(point)])
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.grid(axis="x")
-        ax.margins(0.08)
-        if len(most) == 2:
-            _key(ax, [("ours", COLOURS[0], True), ("paper", FAINT, False)], 1.01)
+        for ax, panel in zip(axes.flat, panels, strict=True):
+            _fill_panel(ax, panel, names, scale=scale)
+        axes.flat[0].set_ylabel(ylabel)
+        _name_beneath(fig, panels, names)
+    return _settled(fig, title)
+
+# %% ../../nbs/evaluate/08_figures.ipynb #7ba51e25
+def _rank(rows: list[dict], series: list[str]) -> list[dict]:
+    "Models by the mean of their accuracies, the best first."
+    return sorted(rows, key=lambda row: -sum(row[name] for name in series) / len(series))
+
+
+def _rank_dots(ax, rows: list[dict], series: list[str], hollow: bool):
+    "One panel: a model a row, a dot for each accuracy, with its interval where it has one."
+    for rank, row in enumerate(rows):
+        for place, name in enumerate(series):
+            y = rank + 0.2 * (place - (len(series) - 1) / 2)
+            colour = _series_colour(name, series)
+            if interval := row.get("intervals", {}).get(name):
+                ax.plot([100 * bound for bound in interval], [y, y], color=colour, **_BAR)
+            face = "white" if hollow else colour
+            ax.plot(100 * row[name], y, "o", ms=6.5, color=colour, mfc=face, mew=1.6, zorder=3)
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.grid(axis="x")
+    ax.spines["left"].set_visible(False)
+
+# %% ../../nbs/evaluate/08_figures.ipynb #5b0d7a13
+def draw_ranks(
+    # heading → [{"name", an accuracy (0–1) for each series, "intervals"?: {series: (low, high)}}]
+    panels: dict[str, list[dict]],
+    series: list[str],  # names of the accuracies
+    title: str = "",
+    xlabel: str = "accuracy, %",
+    hollow: tuple[str, ...] = (),  # headings of the panels that are the paper's
+):
+    """Models by their rank, in panels above each other.
+
+    Raises `OctomedError` without models."""
+    panels = {heading: _rank(rows, series) for heading, rows in panels.items() if rows}
+    if not panels:
+        raise OctomedError("there is nothing to draw: give at least one model")
+    lengths = [len(rows) for rows in panels.values()]
+    height = 1.2 + 0.8 * len(panels) + 0.27 * sum(lengths)
+    fig, axes = make_canvas(len(panels), height=height, squeeze=False, height_ratios=lengths)
+    with use_style():
+        for ax, (heading, rows) in zip(axes.flat, panels.items(), strict=True):
+            _rank_dots(ax, rows, series, hollow=heading in hollow)
+            ax.set_title(heading, fontsize=11.5)
+        axes.flat[-1].set_xlabel(xlabel)
+        handles = [_handle(name, _series_colour(name, series), True) for name in series]
+        fig.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     return _settled(fig, title)
 
 # %% ../../nbs/evaluate/08_figures.ipynb #acde76f3

@@ -167,7 +167,7 @@ def describe_arm(
 ) -> dict:
     "What an arm is, as a row of a table."
     trains = arm.schedule.epochs > 0
-    epochs = round(arm.schedule.epochs, 2)
+    epochs = round(arm.schedule.epochs * arm.at, 2)
     routed = f"{common.teacher_text}; {common.teacher_image} for images"
     return {
         "reads": ", ".join(spec for spec, _ in arm.sources) if trains else "",

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'FILLING_REVISION', 'ROUTED', 'ONE_TEACHER', 'ONE_LENGTH', 'WARD', 'ROUNDS', 'READING', 'IN', 'BOARDS',
-           'GRAND', 'SCANNER', 'OUT', 'INSIDE', 'STEPS', 'FLAT', 'SMALL', 'WITHIN', 'ESCALATION', 'PAIRS',
-           'fill_thought', 'OneLength', 'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length',
-           'claims_within', 'claims_of_escalation', 'claims', 'arms', 'ask_again', 'measure_traces', 'Cell',
-           'collect_over_runs', 'share_wrong', 'share_dissenting', 'collect_cells', 'concordance', 'compute_risk',
-           'measure_saving', 'rank_places', 'measure_gap', 'measure_pairs', 'measure_saving_by', 'statistic',
-           'state_finding', 'average_lengths', 'figure', 'compute_curves', 'coverage_figure']
+           'GRAND', 'SCANNER', 'OUT', 'INSIDE', 'STEPS', 'FLAT', 'SMALL', 'OURS', 'PAIRS', 'fill_thought', 'OneLength',
+           'Measured', 'claim_gap', 'claims_of_tasks', 'claims_of_one_length', 'claims_on_single_questions', 'claims',
+           'arms', 'chance', 'ask_again', 'Cell', 'collect_over_runs', 'share_dissenting', 'collect_cells',
+           'concordance', 'compute_risk', 'measure_saving', 'measure_gap', 'measure_pairs', 'measure_saving_by',
+           'statistic', 'state_finding', 'average_lengths', 'figure', 'compute_curves', 'coverage_figure',
+           'measure_traces', 'probe_student', 'group_by_length', 'tabulate_belief', 'belief_figure']
 
 # %% ../../nbs/paper/52_calibration.ipynb #171d597d
 import re
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -23,13 +24,21 @@ from ..clinic.world import load_knowledge, pick
 from ..core.files import read_jsonl
 from ..core.identity import digest, seed_for
 from ..core.recipe import Recipe
+from ..core.store import run_stage
 from ..distill.pools import read_questions
+from ..distill.sampling import load_missing_images
 from ..evaluate.arms import Arm, declare_stages
-from ..evaluate.claims import Claim, judge_claim
-from ..evaluate.results import Results
-from ..evaluate.section_run import finding_of
+
+# %% ../../nbs/paper/52_calibration.ipynb #52impo01
+from ..evaluate.claims import Claim
+from ..evaluate.evaluate import engine_of
+from ..evaluate.faithfulness import measure_belief, measure_faithfulness
+from ..evaluate.results import Results, give_seeds
+from ..evaluate.section_run import finding_of, read_answers
 from ..evaluate.stats import Interval, bootstrap
 from ..generate.engines import register_teacher
+from ..generate.prompts import load_template
+from .formatting import chance as chance_of_42
 from .formatting import declare_students as students_of_42
 
 # %% ../../nbs/paper/52_calibration.ipynb #5f29c685
@@ -90,7 +99,7 @@ BOARDS, GRAND, SCANNER = OUT = "clinic_boards:test", "clinic_grand:test", "clini
 class Measured(Claim):
     "A claim about lengths; `benchmark` names one benchmark or several, with commas between."
 
-    measure: str = "accuracy"
+    measure: str = "gap"
 
     @property
     def where(self) -> list[str]:
@@ -125,7 +134,7 @@ def claim_gap(
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00004
 def claims_of_tasks() -> list[Measured]:
-    "What the paper says in Fig. 8 of two teachers, and our counterpart out of distribution."
+    "What the paper says in Fig. 8 of a student of two teachers."
     return [
         claim_gap(
             "In distribution, responses are longer on multimodal reasoning than on classification",
@@ -133,15 +142,6 @@ def claims_of_tasks() -> list[Measured]:
             ROUTED,
             benchmark=f"{ROUNDS}, {READING}",
             paper="Fig. 8, by its bars alone: PMC-VQA about 320 tokens, Brain Tumor short",
-        ),
-        claim_gap(
-            (
-                "Out of distribution, responses are longer on multimodal reasoning than on "
-                "classification"
-            ),
-            ROUTED,
-            ROUTED,
-            benchmark=f"{GRAND}, {SCANNER}",
         ),
         claim_gap(
             (
@@ -157,10 +157,13 @@ def claims_of_tasks() -> list[Measured]:
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00005
 def claims_of_one_length() -> list[Measured]:
-    "What a student of one length, or of one teacher, writes."
+    "What a student of one length writes."
     return [
         claim_gap(
-            "In distribution, lengths differ more than those of a student trained on one length",
+            (
+                "From multimodal reasoning to classification, lengths differ more than those of "
+                "a student trained on one length"
+            ),
             ROUTED,
             ONE_LENGTH,
             benchmark=f"{ROUNDS}, {READING}",
@@ -178,12 +181,6 @@ def claims_of_one_length() -> list[Measured]:
             margin=0.10,
             paper=FLAT,
         ),
-        claim_gap(
-            "A student of one teacher, too, writes longer on text than on classification",
-            ONE_TEACHER,
-            ONE_TEACHER,
-            benchmark=f"{WARD}, {READING}",
-        ),
     ]
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a0000e
@@ -191,135 +188,63 @@ SMALL = (
     "Length is read beside the answer of one small student; a 7B's long traces hold doubts"
     " and returns that these do not."
 )
-WITHIN = [  # text, measure, arm, benchmarks
+OURS = [  # text, measure, benchmarks
     (
         "Within a benchmark, questions of more steps have longer responses",
         "steps",
-        ROUTED,
         STEPS,
     ),
     (
-        "Within a benchmark, questions that are answered right less often have longer responses",
-        "pass count",
-        ROUTED,
-        INSIDE,
-    ),
-    (
-        "Within a benchmark, wrong responses are longer than right ones",
-        "error",
-        ROUTED,
-        INSIDE,
-    ),
-    (
-        "The same at an equal number of steps",
+        "Within a benchmark, wrong responses are longer than right ones of equally many steps",
         "error at equal steps",
-        ROUTED,
         STEPS,
     ),
     (
-        "Wrong responses are longer for a student of one teacher, too",
-        "error",
-        ONE_TEACHER,
+        "Handing the longest responses on first leaves fewer errors than handing on any",
+        "escalation",
+        INSIDE,
+    ),
+    (
+        "Disagreement among repeated responses saves more errors than length",
+        "disagreement over length",
         INSIDE,
     ),
 ]
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00006
-def claims_within() -> list[Measured]:
-    "Our claims about single questions of one benchmark."
+def claims_on_single_questions() -> list[Measured]:
+    "Our claims about single questions, and about which of them to defer."
     return [
-        Measured(text=text, a=arm, b=arm, benchmark=where, measure=measure, not_proved=SMALL)
-        for text, measure, arm, where in WITHIN
-    ]
-
-# %% ../../nbs/paper/52_calibration.ipynb #52a00007
-ESCALATION = {  # measure → text
-    "escalation": (
-        "Handing the longest responses on first leaves fewer errors than handing on any"
-    ),
-    "escalation within a benchmark": (
-        "Handing on the longest of each task first leaves fewer errors, too"
-    ),
-    "disagreement over length": (
-        "Disagreement among repeated responses saves more errors than length"
-    ),
-}
-
-# %% ../../nbs/paper/52_calibration.ipynb #e464dd15
-def claims_of_escalation() -> list[Measured]:
-    "Our claims about deferring the longest responses first."
-    return [
-        Measured(
-            text=text,
-            a=ROUTED,
-            b=ROUTED,
-            benchmark=INSIDE,
-            measure=measure,
-            not_proved=SMALL,
-        )
-        for measure, text in ESCALATION.items()
+        Measured(text=text, a=ROUTED, b=ROUTED, benchmark=where, measure=measure, not_proved=SMALL)
+        for text, measure, where in OURS
     ]
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00008
 def claims() -> list[Measured]:
     "What the paper says in Fig. 8, and what it does not ask."
-    accurate = Measured(
-        text="Trained on one length, a student is as accurate on multimodal reasoning",
-        a=ONE_LENGTH,
-        b=ONE_TEACHER,
-        benchmark=ROUNDS,
-        kind="equivalent",
-        margin=0.10,
-        not_proved="The filling says nothing; a reward for length may fill with something.",
-    )
-    return [
-        *claims_of_tasks(),
-        *claims_of_one_length(),
-        *claims_within(),
-        *claims_of_escalation(),
-        accurate,
-    ]
+    return [*claims_of_tasks(), *claims_of_one_length(), *claims_on_single_questions()]
 
 # %% ../../nbs/paper/52_calibration.ipynb #2df8f9a5
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The CoT student of 42, the student of one teacher, and that of one length."
     cot = students_of_42(recipe)["cot"]
+    other = replace(cot, points=())
     return {
         ROUTED: cot,
-        ONE_TEACHER: replace(cot, teacher=recipe.common.teacher_image),
-        ONE_LENGTH: replace(cot, teacher=OneLength.label),
+        ONE_TEACHER: replace(other, teacher=recipe.common.teacher_image),
+        ONE_LENGTH: replace(other, teacher=OneLength.label),
     }
+
+# %% ../../nbs/paper/52_calibration.ipynb #52chan01
+def chance(recipe: Recipe) -> dict[str, Arm]:
+    "The chance students that think first, which 42 trains."
+    return chance_of_42(recipe, forms=("cot",))
 
 # %% ../../nbs/paper/52_calibration.ipynb #52a00009
 def ask_again(recipe: Recipe) -> Recipe:
-    """The recipe under which the first student is asked several times.
-
-    The first response is the one that the evaluation has already drawn.
-    """
-    samples = recipe.scalars("52_calibration")["samples"]
-    return replace(recipe, common=replace(recipe.common, eval_seeds=samples))
-
-# %% ../../nbs/paper/52_calibration.ipynb #f90516b0
-def measure_traces(recipe: Recipe) -> list[dict]:
-    "Words of the accepted traces by arm and source."
-    rows = []
-    for name, arm in arms(recipe).items():
-        stages = declare_stages(arm, recipe.common)
-        sources = {q.id: q.source for q in read_questions(stages["data"].folder)}
-        lengths: dict[str, list] = {}
-        for trace in read_jsonl(stages["accepted"].folder / "traces.jsonl"):
-            words = len(trace["response"].split())
-            lengths.setdefault(sources[trace["question"]], []).append(words)
-        for source, words in lengths.items():
-            row = {
-                "arm": name,
-                "source": source,
-                "traces": len(words),
-                "words": float(np.mean(words)),
-                "sd": float(np.std(words)),
-            }
-            rows.append(row)
-    return rows
+    "The recipe under which a student is asked several times, and not read by likelihood."
+    n = recipe.scalars("52_calibration")["responses"]
+    return replace(recipe, common=replace(recipe.common, eval_seeds=n, likelihood=False))
 
 # %% ../../nbs/paper/52_calibration.ipynb #415da962
 @dataclass(frozen=True)
@@ -329,8 +254,6 @@ class Cell:
     length: np.ndarray  # tokens of the response
     error: np.ndarray  # 1 where it is not correct
     steps: np.ndarray
-    long: np.ndarray | None = None  # mean tokens of the repeated responses
-    hard: np.ndarray | None = None  # share of them that is not correct
     dissent: np.ndarray | None = None  # share of the further ones that disagree with the first
 
     def of(self, seed: int | None) -> "Cell":
@@ -345,10 +268,6 @@ def collect_over_runs(runs: list, measure) -> np.ndarray:  # (questions, trainin
     "A number of each row of an evaluation; `measure` takes the row."
     return np.array([[measure(row) for row in run] for run in runs], float).T
 
-# %% ../../nbs/paper/52_calibration.ipynb #9df8795d
-def share_wrong(row: dict) -> float:
-    return np.mean([status != "correct" for status in row["statuses"]])
-
 # %% ../../nbs/paper/52_calibration.ipynb #114f7f0b
 def share_dissenting(row: dict) -> float:
     "Of the further responses, how many answer otherwise than the first, or not readably."
@@ -356,24 +275,22 @@ def share_dissenting(row: dict) -> float:
     return np.mean([letter is None or letter != first for letter in further or row["letters"]])
 
 # %% ../../nbs/paper/52_calibration.ipynb #ffe37069
+def _is_blind(results: Results, arm: str) -> bool:
+    "Whether an arm is a chance student, whose lengths say nothing."
+    return arm in results.arms and results.arms[arm].blind
+
+
 def collect_cells(results: Results, repeated: Results) -> dict[tuple[str, str], Cell]:
     "(arm, benchmark) → lengths and errors."
     cells = {}
-    for arm, per in results.rows.items():
-        for benchmark, runs in per.items():
-            several = {}
+    for arm in (arm for arm in results.rows if not _is_blind(results, arm)):
+        for benchmark, runs in results.rows[arm].items():
             more = repeated.rows.get(arm, {}).get(benchmark)
-            if more:
-                several = {
-                    "long": collect_over_runs(more, lambda row: np.mean(row["tokens"])),
-                    "hard": collect_over_runs(more, share_wrong),
-                    "dissent": collect_over_runs(more, share_dissenting),
-                }
             cells[arm, benchmark] = Cell(
                 length=collect_over_runs(runs, lambda row: row["tokens"][0]),
                 error=collect_over_runs(runs, lambda row: row["statuses"][0] != "correct"),
                 steps=collect_over_runs(runs, lambda row: row["tags"].get("steps", 0)),
-                **several,
+                dissent=collect_over_runs(more, share_dissenting) if more else None,
             )
     return cells
 
@@ -423,25 +340,10 @@ def measure_saving(
 
     return np.mean([of_seed(s) for s in range(signal.shape[1])], axis=0)
 
-# %% ../../nbs/paper/52_calibration.ipynb #a66730ca
-def rank_places(
-    x: np.ndarray,  # (questions, training seeds)
-) -> np.ndarray:  # the same shape
-    "Places from 0 to 1 within one benchmark; equal values share the mean of theirs."
-
-    def places(values):
-        below = (values[:, None] > values).sum(1)
-        equal = (values[:, None] == values).sum(1) - 1
-        return (below + equal / 2) / max(1, len(values) - 1)
-
-    return np.stack([places(values) for values in x.T], axis=1)
-
 # %% ../../nbs/paper/52_calibration.ipynb #2d63b748
-PAIRS = {  # measure → the fields of `Cell`: length, difficulty, what must be equal
-    "steps": ("length", "steps", None),
-    "pass count": ("long", "hard", None),
-    "error": ("length", "error", None),
-    "error at equal steps": ("length", "error", "steps"),
+PAIRS = {  # measure → the fields of `Cell`: difficulty, what must be equal
+    "steps": ("steps", None),
+    "error at equal steps": ("error", "steps"),
 }
 
 # %% ../../nbs/paper/52_calibration.ipynb #24c42866
@@ -461,14 +363,9 @@ def measure_gap(
 # %% ../../nbs/paper/52_calibration.ipynb #52a0000c
 def measure_pairs(measure: str, parts: list[Cell], weights: list[np.ndarray]) -> np.ndarray:
     "The mean over benchmarks of a measure of `PAIRS`."
-    length, harder, same = PAIRS[measure]
+    harder, same = PAIRS[measure]
     by_benchmark = [
-        concordance(
-            w,
-            getattr(cell, length),
-            getattr(cell, harder),
-            same=same and getattr(cell, same),
-        )
+        concordance(w, cell.length, getattr(cell, harder), same=same and getattr(cell, same))
         for w, cell in zip(weights, parts, strict=True)
     ]
     return np.mean(by_benchmark, axis=0)
@@ -502,8 +399,6 @@ def statistic(
     lengths = [cell.length for cell in parts]
     if c.measure == "escalation":
         return measure_saving_by(lengths, parts, weights)
-    if c.measure == "escalation within a benchmark":
-        return measure_saving_by([rank_places(length) for length in lengths], parts, weights)
     dissent = [cell.dissent for cell in parts]
     return measure_saving_by(dissent, parts, weights) - measure_saving_by(lengths, parts, weights)
 
@@ -513,8 +408,6 @@ def state_finding(c: Measured, results: Results, cells: dict) -> dict:
 
     Its number is given for each training seed, too. `cells` is what `collect_cells` gives.
     """
-    if c.measure == "accuracy":
-        return judge_claim(c, results)
     sizes = [len(cells[c.a, benchmark].error) for benchmark in c.where]
     rng = np.random.default_rng(results.common.base_seed)
 
@@ -587,14 +480,13 @@ def figure(results: dict):
     )
 
 # %% ../../nbs/paper/52_calibration.ipynb #7435973e
-def compute_curves(cells: dict, points: int = 20) -> dict[str, list]:
+def compute_curves(cells: dict, points: int = 10) -> dict[str, list]:
     "Risk by coverage for each signal, mean over training seeds, benchmarks in distribution."
     parts = [cells[ROUTED, benchmark] for benchmark in IN]
     error = np.concatenate([cell.error for cell in parts])
     n, rate = len(error), float(error.mean())
     signals = {
         "length": [cell.length for cell in parts],
-        "length within a task": [rank_places(cell.length) for cell in parts],
         "disagreement": [cell.dissent for cell in parts],
         "steps (known)": [cell.steps for cell in parts],
         "the errors (best)": [cell.error for cell in parts],
@@ -607,18 +499,116 @@ def compute_curves(cells: dict, points: int = 20) -> dict[str, list]:
         risks = [compute_risk(np.ones((1, n)), x, wrong)[1][0] for x, wrong in seeds]
         mean = np.mean(risks, axis=0)
         by_signal[name] = [(place / n, float(mean[place - 1])) for place in places]
-    by_signal["by lot"] = [(place / n, rate) for place in places]
+    by_signal["at random"] = [(place / n, rate) for place in places]
     return by_signal
 
 # %% ../../nbs/paper/52_calibration.ipynb #c04f849b
 def coverage_figure(results: dict):
     "Errors among the answers that are kept, by how many are kept."
-    from octomed.evaluate.figures import draw_lines
+    from octomed.evaluate.figures import Panel, draw_panels
 
-    labels = {"by lot": "at random"}
-    return draw_lines(
-        {labels.get(name, name): points for name, points in results["coverage"].items()},
-        title="Which answers to defer to a clinician",
-        xlabel="share of the answers that are kept",
-        ylabel="errors among them, %",
+    curves = dict(results["coverage"])
+    level = {"at random": curves.pop("at random")}
+    panel = Panel("", curves, dotted=level, xlabel="share of the answers that are kept")
+    return draw_panels([panel], "Which answers to defer to a clinician", "errors among them, %")
+
+# %% ../../nbs/paper/52_calibration.ipynb #f90516b0
+def measure_traces(recipe: Recipe) -> list[dict]:
+    "Words of the accepted traces by arm and source."
+    rows = []
+    for name, arm in arms(recipe).items():
+        stages = declare_stages(arm, recipe.common)
+        sources = {q.id: q.source for q in read_questions(stages["data"].folder)}
+        lengths: dict[str, list] = {}
+        for trace in read_jsonl(stages["accepted"].folder / "traces.jsonl"):
+            words = len(trace["response"].split())
+            lengths.setdefault(sources[trace["question"]], []).append(words)
+        for source, words in lengths.items():
+            row = {
+                "arm": name,
+                "source": source,
+                "traces": len(words),
+                "words": float(np.mean(words)),
+                "sd": float(np.std(words)),
+            }
+            rows.append(row)
+    return rows
+
+# %% ../../nbs/paper/52_calibration.ipynb #52fait01
+def probe_student(recipe: Recipe) -> list[dict]:  # rows of `measure_faithfulness`
+    "What the first student finds likeliest after its own thoughts, whole and cut short."
+    common, probed = recipe.common, recipe.scalars("52_calibration")["probed"]
+    arm = give_seeds(arms(recipe)[ROUTED], 1, common)[0]
+    by_benchmark = [
+        [(q, s.text) for q, s, _ in read_answers(arm, benchmark, common) if s.finish == "stop"]
+        for benchmark in IN
+    ]
+    responses = list(chain.from_iterable(zip(*by_benchmark, strict=False)))[:probed]
+    engine = engine_of(run_stage(declare_stages(arm, common)["student"]), common.max_pixels)
+    asked = [q for q, _ in responses]
+    load_missing_images(asked, common.max_pixels, getattr(engine, "processor", None))
+    return measure_faithfulness(engine, responses, load_template("cot"), answer=common.answer)
+
+# %% ../../nbs/paper/52_calibration.ipynb #52fait02
+def group_by_length(
+    rows: list[dict],  # of `measure_faithfulness`
+) -> dict[str, list[dict]]:  # name of a group → its rows, the shortest thoughts first
+    "Thoughts in up to three groups by their number of sentences; equal numbers stay together."
+    thought = [row for row in rows if row["sentences"]]
+    counts = [row["sentences"] for row in thought]
+    if not counts:
+        return {}
+    bounds = np.quantile(counts, [1 / 3, 2 / 3])
+    groups: dict[int, list] = {}
+    for row in thought:
+        groups.setdefault(int(np.searchsorted(bounds, row["sentences"])), []).append(row)
+
+    def label(group):
+        low, high = (bound(row["sentences"] for row in group) for bound in (min, max))
+        return f"{low} sentences" if low == high else f"{low} to {high} sentences"
+
+    return {label(groups[key]): groups[key] for key in sorted(groups)}
+
+# %% ../../nbs/paper/52_calibration.ipynb #52fait03
+def tabulate_belief(
+    rows: list[dict],  # of `measure_faithfulness`
+    n: int,  # resamples of the thoughts
+    seed: int,
+) -> list[dict]:  # thought, n, share kept, belief with its interval, chance
+    "How likely the final answer is after each share of the thought, by length of the thought."
+    table = []
+    for label, group in group_by_length(rows).items():
+        level = float(np.mean([1 / len(row["whole"]["logprobs"]) for row in group]))
+        for place, cut in enumerate(group[0]["cut"]):
+            belief = [measure_belief(row, row["cut"][place]) for row in group]
+            interval = bootstrap(belief, n=n, seed=seed)
+            row = {
+                "thought": label,
+                "n": len(group),
+                "kept": cut["share"],
+                "belief": interval.estimate,
+                "interval": list(interval.interval),
+                "chance": level,
+            }
+            table.append(row)
+    return table
+
+# %% ../../nbs/paper/52_calibration.ipynb #52fait07
+def belief_figure(table: list[dict]):
+    "Belief in the final answer by the share of the thought that is kept; None without a thought."
+    from octomed.evaluate.figures import Panel, draw_panels
+
+    if not table:
+        return None
+    series = {}
+    for row in table:
+        label = f"{row['thought']} ({row['n']})"
+        point = (row["kept"], row["belief"], row["interval"])
+        series.setdefault(label, []).append(point)
+    ticks = tuple(dict.fromkeys(row["kept"] for row in table))
+    level = float(np.mean([row["chance"] for row in table]))
+    dotted = {"no preference": [(ticks[0], level), (ticks[-1], level)]}
+    panel = Panel(
+        "", series, dotted=dotted, xlabel="share of the thought that is kept", xticks=ticks
     )
+    return draw_panels([panel], "Does the answer follow the thought?", "belief in the answer, %")

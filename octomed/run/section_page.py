@@ -318,12 +318,12 @@ def save_figures(
     self: SectionPage,
     figures: dict,  # end of the file's name → matplotlib figure; None is left out
 ) -> None:
-    "Save the section's figures, and one of its findings, where a folder was given."
+    "Save the section's figures, and one of its findings unless it brings its own, in its folder."
     if self.out is None:
         return
     every = dict(figures)
     if self.findings:
-        every["-findings"] = draw_findings(self.findings)
+        every.setdefault("-findings", draw_findings(self.findings))
     for suffix, figure in every.items():
         if figure is not None:
             save_figure(figure, f"{self.out}/figures/{self.section}{suffix}")
