@@ -12,18 +12,17 @@ import time
 from pathlib import Path
 
 from . import api, chapters, check, pages
-from .project import Project, api_page, has_api
+from .project import COURSE, Project, api_page, has_api
 
 HERE = Path(__file__).resolve().parent
 SITE_BRANCH = "gh-pages"  # the branch that holds the built book, and Colab's notebooks
 
 
 def save(path: Path, content: str | dict):
-    "Write a page, or a notebook, only where it differs, so that Sphinx reads what has changed."
+    "Write a page, or a notebook."
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def list_texts(project: Project) -> dict[str, str]:
@@ -39,12 +38,10 @@ def list_texts(project: Project) -> dict[str, str]:
     }
     for file, page in chapters.TEXTS.items():
         texts[page] = (root / file).read_text(encoding="utf-8")
-    for path in chapters.list_course_texts(project):
-        texts[f"course/{path.stem}"] = path.read_text(encoding="utf-8")
     for folder, about in project.folders.items():
-        members = project.pages_of(folder)
         if folder != "paper":  # the first page lists the sections
-            texts[f"{folder}/index"] = chapters.write_folder(folder, about, members)
+            texts[f"{folder}/index"] = chapters.write_folder(folder, about, project)
+    for folder in project.api_folders:
         texts[f"api/{folder}/index"] = chapters.write_api_folder(folder, project)
     for page in filter(has_api, project.pages):
         texts[api_page(page.module)] = api.write_module(page.module, page, project.blob)
@@ -62,8 +59,9 @@ def write_report(source: Path) -> str:
 
 def write_source(project: Project, source: Path):
     "The folder that Sphinx reads."
-    shutil.rmtree(source / "_extra", ignore_errors=True)
     (source / "_extra").mkdir(parents=True)
+    if (course := project.root / "nbs" / COURSE).exists():  # its texts and pictures
+        shutil.copytree(course, source / COURSE, ignore=shutil.ignore_patterns("*.ipynb", ".*"))
     for page in project.pages:
         save(source / f"{page.name}.ipynb", pages.copy_notebook(page, project))
         launch = pages.copy_for_launch(page, project)
@@ -78,9 +76,9 @@ def write_source(project: Project, source: Path):
     }
     save(source / "site.json", site)
     shutil.copy(HERE / "conf.py", source / "conf.py")
-    shutil.copytree(HERE / "static", source / "_static", dirs_exist_ok=True)
+    shutil.copytree(HERE / "static", source / "_static")
     figures = "outputs/reference/course/figures"  # README shows one of them
-    shutil.copytree(project.root / figures, source / figures, dirs_exist_ok=True)
+    shutil.copytree(project.root / figures, source / figures)
 
 
 def main() -> int:
@@ -88,6 +86,7 @@ def main() -> int:
     project = Project(HERE.parent)
     folder = project.root / "outputs" / "book"
     os.environ["OCTOMED_OUTPUTS"] = str(folder / "report")  # so that the report is the reference's
+    shutil.rmtree(folder, ignore_errors=True)  # a page that has lost its notebook goes too
     write_source(project, folder / "source")
     options = ["--fail-on-warning", "--keep-going", "--quiet", "-b", "html"]
     command = [sys.executable, "-m", "sphinx", *options]

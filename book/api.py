@@ -56,11 +56,8 @@ def find_lines(obj) -> str:
 
 def format_type(annotation) -> str:
     "A type as it is written: without modules, and empty if there is none."
-    if annotation in (
-        EMPTY,
-        None,
-        type(None),
-    ):  # docments takes the type of an absent one from None
+    # docments takes the type of a parameter without one from its default, also from None
+    if annotation in (EMPTY, None, type(None)):
         return ""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = re.sub(r"Annotated\[(.*?), .*\]", r"\1", text)
@@ -124,7 +121,8 @@ def write_table(rows: list[dict], first: str = "parameter") -> str:
     There is no table where the signature already says everything."""
     if not any(row["type"] or row["text"] for row in rows):
         return ""
-    heads = {"name": first, "type": "type", "default": "default", "text": "what it is"}
+    # What it is comes second: on a phone, types and defaults are what one scrolls to.
+    heads = {"name": first, "text": "what it is", "type": "type", "default": "default"}
     columns = [key for key in heads if key == "name" or any(row[key] for row in rows)]
     lines = ["| " + " | ".join(heads[key] for key in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:

@@ -1,16 +1,17 @@
 "The pages around the notebooks: the first page, folders, the API's lists, recipes, results."
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
 
 from .notebooks import Page
 from .project import COURSE, Project, api_page, has_api
 
+OUTCOMES = ("agrees", "disagrees", "undecided", "not tested")
 # Texts of the repository → their pages.
 TEXTS = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "nbs/LOG.md": "log"}
 
 
-def toctree(entries: list[str], caption: str = "", hidden: bool = True) -> str:
+def toctree(entries: Iterable[str], caption: str = "", hidden: bool = True) -> str:
     options = [":hidden:"] if hidden else []
     options += [f":caption: {caption}"] if caption else []
     return "\n".join(["```{toctree}", *options, "", *entries, "```"])
@@ -27,7 +28,7 @@ def write_index(project: Project) -> str:
     start = [page for page in project.pages if "/" not in page.name]
     library = [folder for folder in project.folders if folder != "paper"]
     course = [entry(page) for page in project.pages_of(COURSE)]
-    course += [f"/{COURSE}/{path.stem}" for path in list_course_texts(project)]
+    course += [f"/{name}" for name in list_course_texts(project)]
     reference = ["recipes/index", "cli", "api/index"]
     trees = [
         toctree([*map(entry, start), "launch"], "Start"),
@@ -41,18 +42,19 @@ def write_index(project: Project) -> str:
     return "\n\n".join([text, *filter(None, trees)]) + "\n"
 
 
-def list_course_texts(project: Project) -> list[Path]:
-    "Pages of the course that are plain Markdown."
-    return sorted((project.root / "nbs" / COURSE).glob("*.md"))
+def list_course_texts(project: Project) -> list[str]:
+    "Pages of the course that are plain Markdown, by their place below `nbs/`."
+    nbs = project.root / "nbs"
+    paths = sorted((nbs / COURSE).rglob("*.md"))
+    return [path.relative_to(nbs).with_suffix("").as_posix() for path in paths]
 
 
-def write_folder(folder: str, text: str, pages: list[Page]) -> str:
+def write_folder(folder: str, about: str, project: Project) -> str:
     "The page of a folder of the library: its notebooks with what each promises."
-    rows = "\n".join(f"| {{doc}}`/{page.name}` | {page.promise} |" for page in pages)
-    tree = toctree([entry(page) for page in pages])
-    return (
-        f"# {folder}\n\n> {text}\n\n| notebook | what it is about |\n|---|---|\n{rows}\n\n{tree}\n"
-    )
+    pages = project.pages_of(folder)
+    rows = [f"| {{doc}}`/{page.name}` | {page.promise} |" for page in pages]
+    table = "\n".join(["| notebook | what it is about |", "|---|---|", *rows])
+    return "\n\n".join([f"# {folder}", f"> {about}", table, toctree(map(entry, pages))]) + "\n"
 
 
 def write_api_index(project: Project) -> str:
@@ -63,15 +65,16 @@ def write_api_index(project: Project) -> str:
         "Types, defaults and comments are read from the code. {doc}`/00_front_door` has the names "
         "that `import octomed` gives, and {ref}`the index <genindex>` has all of them by letter.",
     ]
-    trees = [toctree(["octomed"])]
-    for folder, about in project.folders.items():
+    top = [page for page in project.pages if "/" not in page.name and has_api(page)]
+    trees = [toctree([f"/{api_page(page.module)}" for page in top])]
+    for folder, about in project.api_folders.items():
         pages = [page for page in project.pages_of(folder) if has_api(page)]
         rows = [
             f"| {{doc}}`{page.module} </{api_page(page.module)}>` | {page.promise} |"
             for page in pages
         ]
         table = "| module | what it is about |\n|---|---|\n" + "\n".join(rows)
-        text += [f"## {folder}", about[0].upper() + about[1:] + ".", table]
+        text += [f"## {folder}", about, table]
         trees += [toctree([f"{folder}/index"])]
     return "\n\n".join([*text, *trees]) + "\n"
 
@@ -79,7 +82,7 @@ def write_api_index(project: Project) -> str:
 def write_api_folder(folder: str, project: Project) -> str:
     "The page of a folder of the API: each public name with its page."
     pages = [page for page in project.pages_of(folder) if has_api(page)]
-    parts = [f"# octomed.{folder}", f"> {project.folders[folder]}"]
+    parts = [f"# octomed.{folder}", f"> {project.api_folders[folder]}"]
     for page in pages:
         names = [name for name in page.definitions if "." not in name]
         listed = ", ".join(f"{{py:obj}}`~{page.module}.{name}`" for name in names)
@@ -114,9 +117,6 @@ def write_cli() -> str:
 
     text = app.generate_docs(output_format="markdown")
     return text.replace("# octomed\n", "# The command line\n", 1)
-
-
-OUTCOMES = ("agrees", "disagrees", "undecided", "not tested")
 
 
 def write_results(report: dict) -> str:

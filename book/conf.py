@@ -30,7 +30,6 @@ myst_dmath_allow_digits = False  # "$0.55 for prompts and $2.19" is money
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
-python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
@@ -58,7 +57,8 @@ html_theme_options = {
     "launch_buttons": {
         "notebook_interface": "jupyterlab",
         "binderhub_url": "https://mybinder.org",
-        "colab_url": "https://colab.research.google.com",
+        # Colab opens notebooks of GitHub alone
+        "colab_url": "https://colab.research.google.com" if "github.com" in SITE["git_url"] else "",
     },
 }
 

@@ -133,5 +133,6 @@ def read_pages(nbs: Path, folders: tuple[str, ...]) -> list[Page]:
     "The notebooks at the top of `nbs/` and in these folders, in the order of import."
     paths = sorted(nbs.glob("[0-9]*.ipynb"))
     for folder in folders:
-        paths += sorted((nbs / folder).glob("*.ipynb"))
+        found = sorted((nbs / folder).rglob("*.ipynb"))
+        paths += [path for path in found if ".ipynb_checkpoints" not in path.parts]
     return [Page(path, path.relative_to(nbs).with_suffix("").as_posix()) for path in paths]

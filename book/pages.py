@@ -122,6 +122,16 @@ def install_cell(project: Project) -> str:
     )
 
 
+def plain_code(source: str) -> dict:
+    return {
+        "cell_type": "code",
+        "metadata": {},
+        "execution_count": None,
+        "source": source,
+        "outputs": [],
+    }
+
+
 def copy_for_launch(page: Page, project: Project) -> dict:
     "A notebook without outputs that installs the package before anything else."
     cells = []
@@ -130,9 +140,7 @@ def copy_for_launch(page: Page, project: Project) -> dict:
         if cell["cell_type"] == "markdown":
             cells.append(prose(cell["source"]))
         elif source.strip():
-            code = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": []}
-            cells.append({**code, "source": source})
-    code = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": []}
-    cells.insert(1, {**code, "source": install_cell(project)})
+            cells.append(plain_code(source))
+    cells.insert(1, plain_code(install_cell(project)))
     metadata = page.notebook["metadata"]
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}

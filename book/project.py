@@ -34,11 +34,20 @@ class Project:
         text = (self.root / "CONTRIBUTING.md").read_text(encoding="utf-8")
         table = text.split("## Where things live")[1].split("\n## ")[0]
         rows = re.findall(r"^\| `(\w+)` \| (.+?) \|$", table, re.M)
-        return {folder: text for folder, text in rows if folder != COURSE}
+        rows = [row for row in rows if row[0] != COURSE]
+        return {folder: text[0].upper() + text[1:] + "." for folder, text in rows}
 
     @cached_property
     def pages(self) -> list[Page]:
         return read_pages(self.root / "nbs", (*self.folders, COURSE))
+
+    @cached_property
+    def api_folders(self) -> dict[str, str]:
+        "The folders whose notebooks export modules."
+        folders = {**self.folders, COURSE: "Names of the course."}
+        return {
+            name: text for name, text in folders.items() if any(map(has_api, self.pages_of(name)))
+        }
 
     @cached_property
     def by_module(self) -> dict[str, Page]:

@@ -134,9 +134,16 @@ def test_the_course_is_a_chapter_when_it_is_there(project):
     assert ":caption: The course" not in chapters.write_index(project)
     write_notebook(project.root / "nbs" / "course" / "00_syllabus.ipynb", prose_cell("# Syllabus"))
     (project.root / "nbs" / "course" / "rubric.md").write_text("# Rubric")
-    index = chapters.write_index(Project(project.root))
+    exporting = code_cell("e0000001", "#| default_exp course.marks")
+    marks = project.root / "nbs" / "course" / "solutions" / "01_marks.ipynb"
+    write_notebook(marks, prose_cell("# Marks\n\n> Given."), exporting)
+    with_course = Project(project.root)
+    index = chapters.write_index(with_course)
     assert ":caption: The course" in index
     assert "Syllabus </course/00_syllabus>" in index and "/course/rubric" in index
+    assert "Marks </course/solutions/01_marks>" in index
+    assert "course/index" in chapters.write_api_index(with_course)
+    assert "course/index" not in chapters.write_api_index(project)
 
 
 def test_parameters_have_types_defaults_and_the_comment_beside_them():
@@ -174,8 +181,8 @@ def test_a_class_has_fields_methods_and_properties():
     place = api.Place("https://host.example/blob/main", None)
     text = api.write_class("Measured", Measured, __name__, place)
     assert "{py:class} Measured(values=new, unit=...)" in text
-    assert "| `values` | `list`{.type} | `new` | in seconds |" in text
-    assert r"| `unit` | `str \| None`{.type} | `…` | of the values |" in text
+    assert "| `values` | in seconds | `list`{.type} | `new` |" in text
+    assert r"| `unit` | of the values | `str \| None`{.type} | `…` |" in text
     assert "{py:method} Measured.total(factor=1.0)" in text
     assert "{py:property} Measured.count" in text
 
