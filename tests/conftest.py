@@ -2,11 +2,15 @@
 
 import os
 import signal
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ["OCTOMED_STORE"] = tempfile.mkdtemp(prefix="octomed-store-")
 os.environ["OCTOMED_OUTPUTS"] = tempfile.mkdtemp(prefix="octomed-outputs-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `book`, which is not installed
 
 # A script's background process ignores Ctrl-C, and the commands under test must hear it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

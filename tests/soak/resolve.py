@@ -14,7 +14,7 @@ PYTHONS = ("3.11.0", "3.11.2", "3.12.0", "3.13.0", "3.14.0")
 def resolve(python: str) -> str:
     "What the resolver says, empty if it finds an environment with the pins."
     uv = Path(sys.executable).parent / "uv"
-    extras = ["--extra", "dev", "--extra", "real"]
+    extras = ["--extra", "dev", "--extra", "real", "--extra", "book"]
     command = [str(uv), "pip", "compile", "--quiet", *extras, "pyproject.toml"]
     pins = ["--constraint", "constraints.txt", "--python-version", python]
     done = subprocess.run([*command, *pins], cwd=ROOT, capture_output=True, text=True)
