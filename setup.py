@@ -59,8 +59,7 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={
-        name: requirements_of(name)
-        for name in ("dev", "vllm", "train", "cluster", "real", "book")
+        name: requirements_of(name) for name in ("dev", "vllm", "train", "cluster", "real", "book")
     },
     cmdclass={"build_py": BuildWithFiles},
     entry_points={
