@@ -231,10 +231,10 @@ def test_an_answer_follows_its_thought_where_a_false_step_makes_it_less_likely()
     cut = cases.describe_cut_thoughts(probes, resamples=50, seed=0)
     assert [row["share"] for row in cut] == list(cases.SHARES)
     figure = cases.faithfulness_figure({"cut_thoughts": cut, "false_steps": described})
-    assert {text.get_text() for text in figure.axes[0].texts} == {
-        "clinic_ward",
-        "clinic_ward, one false step",
-    }
+    axes = figure.axes[0]
+    assert {text.get_text() for text in axes.texts} == {"clinic_ward", "chance"}
+    levels = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
+    assert levels == pytest.approx([100 * described[0]["belief"], 50])
     assert cases.faithfulness_figure({"cut_thoughts": [], "false_steps": []}) is None
 
 

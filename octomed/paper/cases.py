@@ -414,14 +414,17 @@ def describe_cut_thoughts(probes: dict, resamples: int, seed: int) -> list[dict]
             belief = summarise_beliefs(
                 by_way["kept"], key=lambda row, p=place: row["cut"][p], n=resamples, seed=seed
             )
-            rows.append({"benchmark": benchmark, "share": share, **belief})
+            options = [len(row["whole"]["logprobs"]) for row in by_way["kept"]]
+            chance = float(np.mean([1 / n for n in options]))
+            rows.append({"benchmark": benchmark, "share": share, **belief, "chance": chance})
     return rows
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait11
 def faithfulness_figure(results: dict):
     """How likely answers are held to be, by the share of the thought that the student still has.
 
-    Dotted: after one false step, with the rest kept. None where nothing was probed."""
+    Dotted in the same colour: after one false step, with the rest kept. None where nothing was
+    probed."""
     from octomed.evaluate.figures import draw_lines
 
     series: dict[str, list] = {}
@@ -431,16 +434,15 @@ def faithfulness_figure(results: dict):
     if not series:
         return None
     dotted = {
-        f"{row['benchmark'].split(':')[0]}, one false step": [
-            (0, row["belief"]),
-            (1, row["belief"]),
-        ]
+        row["benchmark"].split(":")[0]: [(0, row["belief"]), (1, row["belief"])]
         for row in results["false_steps"]
         if row["what follows"] == "kept"
     }
+    chance = float(np.mean([row["chance"] for row in results["cut_thoughts"]]))
+    dotted["chance"] = [(0, chance), (1, chance)]
     return draw_lines(
         series,
-        title="Does the answer follow the thought?",
+        title="Does the answer follow the thought? Dotted: one false step",
         xlabel="share of the thought that is kept",
         ylabel="likelihood of the answer, %",
         dotted=dotted,

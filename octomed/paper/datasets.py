@@ -343,7 +343,7 @@ def categories_figure(results: dict):
     from octomed.evaluate.figures import draw_accuracies
 
     ends = {name(dataset, END): dataset for dataset in (OURS, *OTHERS)}
-    names = {BEFORE: "start", **ends, IMAGES: IMAGES}
+    names = {**ends, IMAGES: IMAGES, BEFORE: "start"}
     rows = [
         {
             "arm": names[row["arm"]],

@@ -282,7 +282,7 @@ def figure(results: dict):
     moves, names = list_moves(results), list(FAMILIES)
     tall = [len(of_category) for of_category in moves.values()]
     fig, axes = make_canvas(
-        len(moves), height=0.7 + 0.62 * sum(tall), sharex=True, height_ratios=tall
+        len(moves), height=1.1 + 0.62 * sum(tall), sharex=True, height_ratios=tall
     )
     with use_style():
         for ax, (category, of_category) in zip(axes, moves.items(), strict=True):
@@ -292,5 +292,7 @@ def figure(results: dict):
             ax.set_ylim(len(of_category) - 0.4, -0.6)
             ax.set_title(category.replace("_", " ").capitalize(), fontsize=11, pad=6)
             ax.grid(axis="x")
-        axes[-1].set_xlabel("accuracy, %: hollow the base, filled the student, dotted chance")
+        axes[-1].set_xlabel("accuracy, %")
+        title = "Before and after (Fig. 9): hollow the base, dotted chance"
+        fig.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
     return fig
