@@ -432,7 +432,8 @@ def test_the_figure_of_filters_has_a_panel_for_each_with_bands_and_chance():
         for name in names
     ]
     axes = module.figure({"rows": rows}).axes
-    assert [ax.get_title() for ax in axes] == list(module.FILTER_WORDS.values())
+    titles = [ax.get_title(loc="left") for ax in axes]
+    assert titles == list(module.FILTER_WORDS.values())
     for ax in axes:
         assert len(ax.collections) == 2
         assert [list(line.get_ydata()) for line in ax.lines[-1:]] == [[30, 30]]

@@ -57,7 +57,7 @@ TEACHERS = {
     "clinic/reasoner": "db336f03b0d7be05",
     "clinic/instruct": "f746a0a6434da11f",
     "clinic/tutor": "fa528d482837fb1a",
-    "clinic/hasty": "PIN",
+    "clinic/hasty": "ecb9596929199334",
 }
 WORDINGS = "ccccf593e027322b"
 CHATS = {

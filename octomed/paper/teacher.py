@@ -310,7 +310,7 @@ def draw_bias(results: dict):
     return draw_accuracies(
         rows,
         title="Does a teacher's bias pass?",
-        xlabel="what is forbidden is named, % of the questions that forbid something",
+        xlabel="share that names what is forbidden, %",
     )
 
 # %% ../../nbs/paper/45_teacher.ipynb #77095898
