@@ -61,7 +61,11 @@ MODELS = {
     "The paper's": [{"name": "a model with a rather long name-7B", "text": 0.5, "images": 0.451}],
 }
 PANELS = [
-    F.Panel("Ours", {**SERIES, "alone": [(2, 0.55, (0.5, 0.6))]}, dotted={"chance": [(1, 0.25)]}),
+    F.Panel(
+        "Ours",
+        {**SERIES, "alone, a control with a long name": [(2, 0.55, (0.5, 0.6))]},
+        dotted={"chance": [(1, 0.25)]},
+    ),
     F.Panel("The paper's", {"k = 4": [(1, 0.85)]}, hollow=True, log=True, xticks=(1, 2)),
 ]
 SHELVES = {
@@ -197,7 +201,7 @@ def test_panels_have_axes_of_their_own_and_share_their_colours():
     single = [line for line in ours.lines if line.get_marker() == "D"]
     assert [list(line.get_ydata()) for line in single] == [pytest.approx([55])]
     names = [text.get_text() for text in draw_panels().legends[0].get_texts()]
-    assert names == ["k = 1", "k = 4", "alone", "paper", "chance"]
+    assert names == ["k = 1", "k = 4", "alone, a control with a long name", "paper", "chance"]
 
 
 def test_models_stand_in_the_order_of_their_mean_and_the_paper_is_hollow():

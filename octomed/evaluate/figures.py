@@ -653,6 +653,16 @@ def _levels(panels: list[Panel], names: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(every) if name not in names]
 
 
+def _fit_columns(names: list[str], width: float) -> int:
+    "How many columns of names, at most four, stand beside each other in a width in inches."
+    for columns in range(min(4, len(names)), 1, -1):
+        rows = -(-len(names) // columns)  # rounded up
+        longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
+        if sum(longest) + 6 * columns <= 11 * width:  # a mark takes six characters
+            return columns
+    return 1
+
+
 def _name_beneath(fig, panels: list[Panel], names: list[str]):
     "The names of all series beneath the panels, with those of the dotted levels."
     from matplotlib.lines import Line2D
@@ -662,10 +672,11 @@ def _name_beneath(fig, panels: list[Panel], names: list[str]):
         handles.append(_handle("paper", FAINT, False))
     for level in _levels(panels, names):
         handles.append(Line2D([], [], color=FAINT, lw=1.6, ls=(0, (1, 1.6)), label=level))
+    labels = [handle.get_label() for handle in handles]
     fig.legend(
         handles=handles,
         loc="outside lower left",
-        ncols=min(4, len(handles)),
+        ncols=_fit_columns(labels, fig.get_figwidth()),
         handletextpad=0.3,
         columnspacing=1.4,
     )

@@ -550,7 +550,9 @@ def votes_figure(results: dict):
         point = (row["tokens"], row["accuracy"], row["interval"])
         series.setdefault(row["student"], []).append(point)
     chance_of_first = {f"chance, {LONG}": [(min(tokens), level), (max(tokens), level)]}
-    along = {"xlabel": "tokens per question, logarithmic", "log": True}
+    ticks = [2**power for power in range(2, 14)]
+    near = tuple(tick for tick in ticks if min(tokens) / 2 < tick < 2 * max(tokens))
+    along = {"xlabel": "tokens per question, logarithmic", "log": True, "xticks": near}
     panel = Panel("", series, dotted=chance_of_first, **along)
     fig = draw_panels([panel], "What a vote costs: 1, 3, 5 or 10 responses")
     for row in results["votes"]:
