@@ -91,7 +91,6 @@ def test_the_paper_recipe_has_the_papers_sections():
             assert scalars["41_sourcing"]["questions"] // 5 <= source.expected
     for name, values in scalars.items():
         if name != "30_dataset":
-            assert not values.get("warm")
             assert values.get("seeds") == 1
 
 
@@ -102,7 +101,7 @@ def test_the_gpu_recipe_has_three_training_seeds_an_arm_and_pools_that_are_large
     for section in find_sections(recipe):
         assert read_parameters(section, recipe).get("seeds", 3) >= 3
     for scalars in recipe.sections.values():
-        needed = scalars.get("questions", 0) + scalars.get("warm", 0)
+        needed = scalars.get("questions", 0)
         assert all(needed <= SOURCES[pool].expected for pool in recipe.common.train)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'SEED_SD', 'list_stages', 'claims_frame', 'detectable_frame', 'read_base_gates', 'gate_frame', 'describe_arm',
-           'arms_frame', 'list_pools', 'read_funnel', 'read_judged', 'ask_teachers', 'read_answers', 'benchmark_rows',
-           'overall_rows', 'chance_frame', 'tabulate_steps', 'finding_of', 'measure_gain']
+           'arms_frame', 'list_pools', 'read_funnel', 'read_judged', 'ask_teachers', 'name_student', 'read_answers',
+           'benchmark_rows', 'overall_rows', 'chance_frame', 'tabulate_steps', 'finding_of', 'measure_gain']
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c003
 import json
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.paths import OctomedError
 from ..core.recipe import Common, Recipe
-from ..core.store import run_stage
+from ..core.store import Stage, run_stage
 from ..data.questions import Question
 from ..data.sources import find_source, load
 from ..distill.pools import read_questions, take_subset
@@ -250,6 +250,15 @@ def ask_teachers(
             )
     return answers
 
+# %% ../../nbs/evaluate/09_section_run.ipynb #09answ02
+def name_student(
+    student,  # of an evaluation: a stage, a model's folder as an input, or a hub id
+) -> str:
+    "The name under which the ledger keeps a student's responses."
+    if isinstance(student, Stage):
+        return student_identity(run_stage(student))
+    return student_identity(getattr(student, "path", student))
+
 # %% ../../nbs/evaluate/09_section_run.ipynb #09answ01
 def read_answers(
     arm: Arm,
@@ -262,7 +271,7 @@ def read_answers(
     params = declare_evaluation(arm, benchmark, common).params
     template = load_template(params["form"])
     questions = take_subset(load(benchmark, max_pixels=params["max_pixels"]), params["limit"])
-    student = student_identity(run_stage(params["student"]))
+    student = name_student(params["student"])
     keys = [
         make_sample_key(
             request.question,

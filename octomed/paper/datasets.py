@@ -18,11 +18,11 @@ from ..core.recipe import Recipe
 from ..data.questions import Question
 from ..data.sources import find_source, load
 from ..distill.pools import take_subset
-from ..distill.sampling import make_requests, student_identity
+from ..distill.sampling import make_requests
 from ..evaluate.arms import Arm
 from ..evaluate.claims import Claim
 from ..evaluate.results import Results, category_of, choose_benchmarks
-from ..evaluate.section_run import overall_rows
+from ..evaluate.section_run import name_student, overall_rows
 from ..evaluate.stats import bootstrap
 from ..generate.graders import judge_open_ended
 from ..generate.ledger import Ledger
@@ -174,7 +174,7 @@ def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
 def _keys(evaluated, questions: list[Question]) -> dict[tuple, bytes]:
     "(question id, run) → the ledger's key of the student's response in an evaluation."
     params = evaluated.params
-    student = student_identity(getattr(params["student"], "folder", params["student"]))
+    student = name_student(params["student"])
     keys = {}
     for request in make_requests(questions, params["form"], params["seeds"]):
         for run in request.indices:

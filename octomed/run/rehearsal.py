@@ -182,7 +182,7 @@ AMOUNTS = (
     "images",
     "control",
     "lowest",
-    "warm_epochs",
+    "probed",
     "seeds",
     "opened",
     "drawn",
