@@ -148,9 +148,11 @@ function response(sample) {
   });
   let part = "";
   sample.segments.forEach((segment, i) => {
+    let written = segment.text;
     if (segment.part !== part) {
       part = segment.part;
       text.append(el("span", { class: "ot-part" }, PARTS[part]));
+      written = written.replace(/^\n+/, ""); // the name of the part ends the line
     }
     const step = sample.steps?.[segment.step];
     const kinds = [`ot-${part}`];
@@ -158,7 +160,7 @@ function response(sample) {
     if (segment.read && sample.segments[i - 1]?.read !== true) {
       text.append(el("span", { class: "ot-tag ot-here" }, "read here ▸"));
     }
-    text.append(el(segment.read ? "mark" : "span", { class: kinds.join(" ") }, segment.text));
+    text.append(el(segment.read ? "mark" : "span", { class: kinds.join(" ") }, written));
     if (step && sample.segments[i + 1]?.step !== segment.step) text.append(stepTag(step));
   });
   if (!sample.segments.length) text.append("(empty)");
@@ -226,6 +228,7 @@ function questionView(question, summary, source, shown) {
 
 class Browser {
   constructor(root, source, { everywhere }) {
+    this.heading = everywhere ? "h1" : "h2"; // in a page of its own, or within a notebook
     this.source = source;
     this.summary = source.summary;
     this.root = root;
@@ -260,7 +263,7 @@ class Browser {
     this.list.append(this.rows);
     this.panel = el("section", { class: "ot-panel", "aria-label": "the chosen question" });
     this.root.replaceChildren(
-      el("h2", {}, "Samples ", el("span", { class: "ot-soft" }, this.summary.title)),
+      el(this.heading, {}, "Samples ", el("span", { class: "ot-soft" }, this.summary.title)),
       this.amounts(), this.filters(name), this.keys(), this.count,
       el("div", { class: "ot-body" }, this.list, this.panel));
   }

@@ -1063,11 +1063,9 @@ _RULES = {
 def _locate_whole(text: str, options: dict) -> tuple[int, int]:
     "The last line where a response is read by its last sentence, else all that it says."
     end = len(_drop_empty_end(text).rstrip())
-    if _read_last_sentence(text[:end], options):
-        start = text.rfind("\n", 0, end) + 1
-    else:
-        start = len(text) - len(text.lstrip())
-    return min(start, end), end
+    is_sentence = _read_last_sentence(text[:end], options)
+    start = text.rfind("\n", 0, end) + 1 if is_sentence else 0
+    return end - len(text[start:end].lstrip()), end
 
 
 def _locate_rule(text: str, options: dict, forms) -> tuple[str, int, int]:

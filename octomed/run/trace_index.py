@@ -386,9 +386,7 @@ def summarise_samples(
     held: int | None = None,  # how many of the first questions a page holds; by default all
 ) -> dict:
     "What the browser needs before it has read a sample."
-    columns = [
-        {"label": column.label, "model": column.model} for column in samples.columns
-    ]
+    columns = [{"label": column.label, "model": column.model} for column in samples.columns]
     return {
         "title": samples.title,
         "total": len(samples),
@@ -455,7 +453,11 @@ def describe_shown(
 ) -> dict:
     "A sample as the browser shows it."
     sample, why = shown.sample, _explain(q, shown)
-    reasoning = check_steps(q, sample.text)
+    is_response = sample.finish not in ("refused", "error")
+    reasoning = check_steps(q, sample.text) if is_response else None
+    segments = [{"text": sample.text, "part": "answer"}]
+    if is_response:
+        segments = mark_segments(sample.text, why, reasoning)
     described = {
         "column": shown.column,
         "index": sample.index,
@@ -465,7 +467,7 @@ def describe_shown(
         "finish": sample.finish,
         "forced": sample.answer_tokens > 0,
         "reason": _state_reason(shown, why),
-        "segments": mark_segments(sample.text, why, reasoning),
+        "segments": segments,
     }
     if reasoning:
         described["steps"] = [{"what": s.what, "true": s.is_true} for s in reasoning.steps]
