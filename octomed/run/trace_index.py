@@ -229,7 +229,7 @@ def _merge(stages) -> tuple[dict[str, Question], dict[str, list[AskedModel]], in
                 entries += [e for e in own_asked[q.id] if _column_of(e) not in columns]
     return questions, asked, area
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0020
 class SampleSet:
     "The samples of some stages by question; texts are read from the ledger when they are wanted."
 
@@ -270,7 +270,7 @@ class SampleSet:
             counts[q.source] += 1
         self.questions.sort(key=lambda q: places[q.id])
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0020
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0021
 @dataclass(frozen=True)
 class ShownSample:
     "A sample with its column and its verdict."
@@ -293,7 +293,7 @@ def _template_of(name: str) -> Template:
         _TEMPLATES[name] = load_template(name)
     return _TEMPLATES[name]
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0021
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0022
 def _judge_shown(q: Question, entry: AskedModel, column: int, samples: list) -> list[ShownSample]:
     "The samples of one column of a question with their verdicts."
     template = _template_of(entry.template)
@@ -310,6 +310,23 @@ def _judge_shown(q: Question, entry: AskedModel, column: int, samples: list) -> 
         shown.append(ShownSample(column, sample, verdict=verdict, template=template))
     return shown
 
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0023
+def _find_samples(samples: SampleSet, chosen: list[Question]) -> dict[bytes, Sample]:
+    "The samples of some questions by key. Raises `OctomedError` where the ledger lacks one."
+    wanted = set()
+    for q in chosen:
+        for entry in samples.asked[q.id]:
+            wanted.update(entry.keys(q.id))
+    ledger = Ledger()
+    in_ledger = ledger.find(list(wanted))
+    ledger.close()
+    if len(in_ledger) < len(wanted):
+        raise OctomedError(
+            "the ledger lacks samples of this stage: run it again with --fresh, or, where a "
+            "folder's own model was evaluated, give the stage itself and not its folder"
+        )
+    return in_ledger
+
 
 def read_shown(
     samples: SampleSet,
@@ -319,26 +336,17 @@ def read_shown(
     "The samples of some questions. Raises `OctomedError` where the ledger lacks one."
     chosen = samples.questions[start:stop]
     places = {column: place for place, column in enumerate(samples.columns)}
-    keys = {q.id: [entry.keys(q.id) for entry in samples.asked[q.id]] for q in chosen}
-    wanted = [key for entries in keys.values() for entry in entries for key in entry]
-    ledger = Ledger()
-    in_ledger = ledger.find(wanted)
-    ledger.close()
-    if len(in_ledger) < len(set(wanted)):
-        raise OctomedError(
-            "the ledger lacks samples of this stage: run it again with --fresh, or, where a "
-            "folder's own model was evaluated, give the stage itself and not its folder"
-        )
+    in_ledger = _find_samples(samples, chosen)
     shown = []
     for q in chosen:
         own = []
-        for entry, entry_keys in zip(samples.asked[q.id], keys[q.id], strict=True):
-            column = places[_column_of(entry)]
-            own += _judge_shown(q, entry, column, samples=[in_ledger[key] for key in entry_keys])
+        for entry in samples.asked[q.id]:
+            drawn = [in_ledger[key] for key in entry.keys(q.id)]
+            own += _judge_shown(q, entry, places[_column_of(entry)], samples=drawn)
         shown.append(own)
     return shown
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0024
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0026
 STATUS_NAMES = (*STATUSES, "refused", "error")
 PIECE = 200  # questions of a piece of the index
 
@@ -374,19 +382,21 @@ def pack_piece(
     parts = (tokens, statuses, columns)
     return struct.pack("<I", len(text)) + text + b"".join(part.tobytes() for part in parts)
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0027
 def pack_pieces(samples: SampleSet) -> Iterator[bytes]:
     "All pieces of the index."
     for start in range(0, len(samples), PIECE):
         yield pack_piece(samples, start, start + PIECE)
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0027
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0030
 def summarise_samples(
     samples: SampleSet,
     held: int | None = None,  # how many of the first questions a page holds; by default all
 ) -> dict:
     "What the browser needs before it has read a sample."
-    columns = [{"label": column.label, "model": column.model} for column in samples.columns]
+    columns = [
+        {"label": column.label, "model": column.model} for column in samples.columns
+    ]
     return {
         "title": samples.title,
         "total": len(samples),
@@ -398,7 +408,7 @@ def summarise_samples(
         "checked": any(find_step_check(q.source) for q in samples.questions),
     }
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0030
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0033
 def mark_segments(
     text: str,  # a response
     why: Explanation,
@@ -422,7 +432,7 @@ def mark_segments(
         segments.append(segment)
     return segments
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0032
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0035
 def _explain(q: Question, shown: ShownSample) -> Explanation:
     "Why a sample has its verdict."
     return explain_verdict(
@@ -446,7 +456,7 @@ def _state_reason(shown: ShownSample, why: Explanation) -> str:
         return reason
     return f"{reason} Rule “{why.rule}” read characters {why.start + 1} to {why.end}."
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0033
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0036
 def describe_shown(
     q: Question,
     shown: ShownSample,
@@ -474,7 +484,7 @@ def describe_shown(
         described["reasoning"] = {"valid": reasoning.is_valid, "note": reasoning.note}
     return described
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0034
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0037
 def _describe_images(q: Question) -> list[dict]:
     "The images of a question with their alternative texts."
     kind = str(q.tags.get("modality") or "picture")
@@ -484,7 +494,7 @@ def _describe_images(q: Question) -> list[dict]:
         for place, name in enumerate(q.images, 1)
     ]
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0038
 def describe_question(
     samples: SampleSet,
     place: int,  # of the question
@@ -516,7 +526,7 @@ def read_picture(
     except OctomedError:
         return None
 
-# %% ../../nbs/run/28_trace_index.ipynb #28ti0038
+# %% ../../nbs/run/28_trace_index.ipynb #28ti0042
 def open_samples(
     *stages,  # stages, their folders, or the beginning of their folder's name or key
     recipe: str = "smoke",  # whose plugins register sources and checks of steps

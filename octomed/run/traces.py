@@ -10,6 +10,7 @@ import threading
 
 import anywidget
 import traitlets
+from fastcore.basics import patch
 from IPython.display import HTML, display
 
 from ..core.identity import digest
@@ -54,9 +55,7 @@ class TraceBrowser(anywidget.AnyWidget):
 
     def __repr__(self):
         questions, samples = self.summary["total"], self.summary["samples"]
-        return (
-            f"TraceBrowser({self.summary['title']}: {questions:,} questions, {samples:,} samples)"
-        )
+        return f"TraceBrowser({self.summary['title']}: {questions:,} questions, {samples:,} samples)"
 
     def _ipython_display_(self):
         plain = render_plain(self.samples)
@@ -65,49 +64,57 @@ class TraceBrowser(anywidget.AnyWidget):
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         display({**data, "text/plain": repr(self)}, metadata=metadata, raw=True)
 
-    def wait(self):
-        "Wait until the whole index is read. Raises `OctomedError` where the ledger lacks a sample."
-        self._thread.join()
-        if self.failure:
-            raise OctomedError(self.failure)
-
-    def _read_on(self):
-        "Read and judge the rest of the samples, and send each piece."
-        try:
-            for piece in self._pieces:
-                with self._turn:
-                    self._ready.append(piece)
-                    self.send({"kind": "piece"}, [piece])
-        except OctomedError as error:
-            self.failure = str(error)
-            self.send({"kind": "failed", "text": self.failure})
-
-    def _answer(self, _widget, message: dict, _buffers):
-        "Answer what the browser asks for."
-        if message["kind"] == "pieces":
-            self._send_pieces()
-            return
-        reply = {"kind": message["kind"], "to": message["to"]}
-        buffers = []
-        try:
-            if message["kind"] == "question":
-                reply["question"] = describe_question(self.samples, message["place"])
-            else:
-                picture = read_picture(self.samples, message["name"])
-                buffers = [picture] if picture else []
-        except OctomedError as error:
-            reply |= {"kind": "error", "text": str(error)}
-        self.send(reply, buffers)
-
-    def _send_pieces(self):
-        "Send what is read of the index to a browser that has just opened."
-        with self._turn:
-            for piece in self._ready:
-                self.send({"kind": "piece"}, [piece])
-        if self.failure:
-            self.send({"kind": "failed", "text": self.failure})
+# %% ../../nbs/run/30_traces.ipynb #30tr0007
+@patch
+def wait(self: TraceBrowser):
+    "Wait until the whole index is read. Raises `OctomedError` where the ledger lacks a sample."
+    self._thread.join()
+    if self.failure:
+        raise OctomedError(self.failure)
 
 # %% ../../nbs/run/30_traces.ipynb #30tr0008
+@patch
+def _read_on(self: TraceBrowser):
+    "Read and judge the rest of the samples, and send each piece."
+    try:
+        for piece in self._pieces:
+            with self._turn:
+                self._ready.append(piece)
+                self.send({"kind": "piece"}, [piece])
+    except OctomedError as error:
+        self.failure = str(error)
+        self.send({"kind": "failed", "text": self.failure})
+
+# %% ../../nbs/run/30_traces.ipynb #30tr0009
+@patch
+def _answer(self: TraceBrowser, _widget, message: dict, _buffers):
+    "Answer what the browser asks for."
+    if message["kind"] == "pieces":
+        self._send_pieces()
+        return
+    reply = {"kind": message["kind"], "to": message["to"]}
+    buffers = []
+    try:
+        if message["kind"] == "question":
+            reply["question"] = describe_question(self.samples, message["place"])
+        else:
+            picture = read_picture(self.samples, message["name"])
+            buffers = [picture] if picture else []
+    except OctomedError as error:
+        reply |= {"kind": "error", "text": str(error)}
+    self.send(reply, buffers)
+
+# %% ../../nbs/run/30_traces.ipynb #30tr0010
+@patch
+def _send_pieces(self: TraceBrowser):
+    "Send what is read of the index to a browser that has just opened."
+    with self._turn:
+        for piece in self._ready:
+            self.send({"kind": "piece"}, [piece])
+    if self.failure:
+        self.send({"kind": "failed", "text": self.failure})
+
+# %% ../../nbs/run/30_traces.ipynb #30tr0012
 def browse(
     *stages,  # stages, their folders, or the beginning of their folder's name or key
     recipe: str = "smoke",  # whose plugins register sources and checks of steps
