@@ -344,7 +344,6 @@ class Browser {
   }
 
   refilter({ keep = false } = {}) {
-    performance.mark("octomed-filter-start");
     this.chosen = this.wanted();
     this.places = this.index.filter(this.chosen);
     this.row = this.places.indexOf(this.current);
@@ -354,7 +353,6 @@ class Browser {
     else if (!keep) this.show();
     this.announce();
     this.draw(true);
-    performance.measure("octomed-filter", "octomed-filter-start");
   }
 
   announce() {
@@ -435,7 +433,6 @@ class Browser {
     }
     if (place !== this.current) return; // somebody has gone on
     this.render(question);
-    performance.mark("octomed-question");
     const next = this.places[this.row + 1];
     if (next !== undefined) this.question(next).catch(() => {});
   }

@@ -316,7 +316,7 @@ def write_report(recipe: str, traces: int | None) -> Path:
         from octomed.run.report import gather_report
         from octomed.run.trace_page import write_section_pages
 
-        if not write_section_pages(gather_report(recipe), traces):
+        if not write_section_pages(gather_report(recipe), recipe, limit=traces):
             tell("octomed: no section's samples are in this store, so no page of them is linked")
     return write_report_page(recipe)
 

@@ -394,9 +394,7 @@ def summarise_samples(
     held: int | None = None,  # how many of the first questions a page holds; by default all
 ) -> dict:
     "What the browser needs before it has read a sample."
-    columns = [
-        {"label": column.label, "model": column.model} for column in samples.columns
-    ]
+    columns = [{"label": column.label, "model": column.model} for column in samples.columns]
     return {
         "title": samples.title,
         "total": len(samples),

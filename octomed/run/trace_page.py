@@ -145,7 +145,9 @@ def _collect_parts(samples: SampleSet, held: int) -> tuple[list[str], list[str]]
         every = read_shown(samples, start, stop)
         piece = pack_piece(samples, start, stop, every=every)
         pieces.append(_data_element(f"piece-{number}", _compress(piece)))
-        described = [describe_question(samples, start + i, shown) for i, shown in enumerate(every)]
+        described = [
+            describe_question(samples, start + i, shown) for i, shown in enumerate(every)
+        ]
         chunk = _data_element(f"chunk-{number}", _compress(json.dumps(described).encode("ascii")))
         chunks.append(chunk + _images_of(samples.questions[start:stop], samples, written))
     return pieces, chunks
@@ -211,6 +213,7 @@ def section_page(
 
 def write_section_pages(
     report: dict,  # what `gather_report` gives
+    recipe: str,  # its name, or the path of a YAML file
     limit: int,  # questions of a page
 ) -> dict[str, Path]:  # by section
     "A page for each section whose evaluations are in the store."
@@ -223,8 +226,8 @@ def write_section_pages(
         parents = result["card"].get("parents") or []
         stages = [evaluations[key] for key in parents if key in evaluations]
         if stages:
-            samples = open_samples(*stages, recipe=report["recipe"])
+            samples = open_samples(*stages, recipe=recipe)
             samples.take_turns()
             file = section_page(report["recipe"], result["section"])
-            pages[result["section"]] = write_trace_page(samples, file, limit)
+            pages[result["section"]] = write_trace_page(samples, file, limit=limit)
     return pages

@@ -55,7 +55,9 @@ class TraceBrowser(anywidget.AnyWidget):
 
     def __repr__(self):
         questions, samples = self.summary["total"], self.summary["samples"]
-        return f"TraceBrowser({self.summary['title']}: {questions:,} questions, {samples:,} samples)"
+        return (
+            f"TraceBrowser({self.summary['title']}: {questions:,} questions, {samples:,} samples)"
+        )
 
     def _ipython_display_(self):
         plain = render_plain(self.samples)
