@@ -51,6 +51,7 @@ COMMANDS = [
     "sources",
     "decontaminate",
     "judge",
+    "traces",
     "distill",
     "train",
     "evaluate",

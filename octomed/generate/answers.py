@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'AGREEMENT', 'Verdict', 'find_boxed', 'find_tagged', 'find_phrase', 'read_option', 'letter_options',
-           'cut_run_on', 'judge', 'score', 'tally', 'Vote', 'majority_vote', 'measure_extraction_agreement',
-           'load_published_answers']
+           'cut_run_on', 'judge', 'Explanation', 'explain_verdict', 'score', 'tally', 'Vote', 'majority_vote',
+           'measure_extraction_agreement', 'load_published_answers']
 
 # %% ../../nbs/generate/04_answers.ipynb #cd2c31bf
 import re
@@ -1037,6 +1037,95 @@ def judge(
     if right is None:
         return Verdict(letter, "parsed")
     return Verdict(letter, "correct" if letter == right else "wrong")
+
+# %% ../../nbs/generate/04_answers.ipynb #whycell1
+@dataclass(frozen=True)
+class Explanation:
+    "A verdict, the rule that gave it, and the characters of the response that the rule read."
+
+    verdict: Verdict
+    rule: str | None  # one of `FORMS`; None if the thinking never ended, so that none was tried
+    start: int  # where the characters begin that the rule read
+    end: int  # where they end
+    begin: int  # what stands before this place is the thought, and is not read
+    stop: int  # what stands after this place is another question, and is not read
+    reason: str  # in words
+
+
+_RULES = {
+    "boxed": r"the last \boxed{}",
+    "answer": "the last <answer>",
+    "phrase": "the last phrase that states an answer",
+    "whole": "the response as a whole, or its last sentence,",
+}
+
+# %% ../../nbs/generate/04_answers.ipynb #whycell2
+def _locate_whole(text: str, options: dict) -> tuple[int, int]:
+    "The last line where a response is read by its last sentence, else all that it says."
+    end = len(_drop_empty_end(text).rstrip())
+    is_sentence = _read_last_sentence(text[:end], options)
+    start = text.rfind("\n", 0, end) + 1 if is_sentence else 0
+    return end - len(text[start:end].lstrip()), end
+
+
+def _locate_rule(text: str, options: dict, forms) -> tuple[str, int, int]:
+    "The form that decides, as in `_read_answer`, and where it begins and ends."
+    for form in forms:
+        if form == "phrase":
+            statement = _last_statement(text)
+            if statement:
+                return form, statement.start, statement.end + len(statement.line)
+        elif form != "whole":
+            box = _find_container(text, form)
+            if box:
+                return form, box.start, box.end
+    return "whole", *_locate_whole(text, options)
+
+# %% ../../nbs/generate/04_answers.ipynb #whycell3
+def _explain_unread(text: str, options: dict, rule: str) -> str:
+    "Why a form gives no letter, in words."
+    if rule == "whole":
+        return "no box, tag or phrase holds an answer, and the response as a whole is no option"
+    if rule == "phrase":
+        return f"{_RULES[rule]} names no option beyond doubt"
+    box = _find_container(text, rule)
+    if (
+        read_option(_cut(text[box.begin : box.stop], options).replace(r"\boxed", ""), options)
+        is None
+    ):
+        return f"{_RULES[rule]} holds no option, or several"
+    if _is_disowned(text, box):
+        return f"the words around {_RULES[rule]} take it back"
+    return f"another letter is joined to {_RULES[rule]}"
+
+# %% ../../nbs/generate/04_answers.ipynb #whycell4
+def explain_verdict(
+    text: str,  # the response
+    options,  # {letter: text}, or the texts in order
+    answer: str | None = None,  # the right letter, if it is known
+    think_first: bool = False,  # does the template's model think first
+    forms=FORMS,  # where the answer may be, in the order of search
+    end_of_think: str = END_OF_THINK,  # how the template's model ends its thinking
+) -> Explanation:
+    "The verdict of `judge` with the rule and the characters that led to it. Raises as `judge`."
+    how = {"think_first": think_first, "forms": forms, "end_of_think": end_of_think}
+    verdict = judge(text, options, answer, **how)
+    text, options = _response_text(text), letter_options(options)
+    if verdict.status == "truncated":
+        reason = f"the thinking never ends: the response holds no {end_of_think}"
+        return Explanation(verdict, None, 0, end=0, begin=len(text), stop=len(text), reason=reason)
+    stop = len(cut_run_on(text, options, end_of_think))
+    mark = text.rfind(end_of_think, 0, stop) if think_first else -1
+    begin = mark + len(end_of_think) if mark >= 0 else 0
+    part = text[begin:stop]
+    rule, start, end = _locate_rule(part, options, forms)
+    if verdict.letter:
+        reason = f"{_RULES[rule]} names option {verdict.letter}"
+    else:
+        reason = _explain_unread(part, options, rule)
+    return Explanation(
+        verdict, rule, begin + start, end=begin + end, begin=begin, stop=stop, reason=reason
+    )
 
 # %% ../../nbs/generate/04_answers.ipynb #a5eec700
 def score(

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
-           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TrainFiles', 'AgainstFiles', 'NearFile',
-           'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile', 'HowWords',
-           'Tracker', 'StudentName', 'BaseName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show',
-           'show_default', 'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions', 'check_run_options',
-           'submit_jobs', 'run', 'status', 'report', 'sources', 'judge', 'report_near_copies', 'write_reports',
-           'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts', 'distill',
-           'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate', 'base',
-           'print_next', 'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student',
-           'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command',
-           'describe_os_error', 'describe_error', 'discard_output', 'main']
+           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TraceQuestions', 'TrainFiles', 'AgainstFiles',
+           'NearFile', 'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile',
+           'HowWords', 'Tracker', 'StudentName', 'BaseName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions',
+           'show', 'show_default', 'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions',
+           'check_run_options', 'submit_jobs', 'run', 'status', 'write_report', 'report', 'sources', 'judge', 'traces',
+           'report_near_copies', 'write_reports', 'show_reports', 'decontaminate', 'bench', 'declare_arm',
+           'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages',
+           'tabulate_evaluations', 'evaluate', 'base', 'print_next', 'llamafactory', 'samples', 'preferences', 'Target',
+           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
+           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -301,6 +301,25 @@ def status(
 
     show(find_job_states(recipe) if jobs else status_of_sections(recipe), as_json=json)
 
+# %% ../../nbs/run/25_cli.ipynb #tracerp1
+TraceQuestions = Annotated[
+    Count | None,
+    Parameter(help="With --html: a page of the samples of so many questions for each section."),
+]
+
+
+def write_report(recipe: str, traces: int | None) -> Path:
+    "Write a recipe's report, after the pages of samples that it links."
+    from octomed.run.report_html import write_report_page
+
+    if traces:
+        from octomed.run.report import gather_report
+        from octomed.run.trace_page import write_section_pages
+
+        if not write_section_pages(gather_report(recipe), recipe, limit=traces):
+            tell("octomed: no section's samples are in this store, so no page of them is linked")
+    return write_report_page(recipe)
+
 # %% ../../nbs/run/25_cli.ipynb #2d6f26f0
 @app.command(help_epilogue=show_example("report course --html"))
 def report(
@@ -315,18 +334,20 @@ def report(
         Parameter(help="Every claim and score of these sections, such as 42_formatting."),
     ] = None,
     html: Annotated[bool, Parameter(help="Write outputs/RECIPE/report.html.")] = False,
+    traces: TraceQuestions = None,
     json: Json = False,
 ):
     "What a recipe found; sections that were not run show the reference results."
     from octomed.run.report import format_report, format_summary, gather_report
-    from octomed.run.report_html import write_report_page
 
+    if traces and not html:
+        raise UsageError("--traces writes pages that the report's page links: add --html")
     if html and json:
         raise UsageError("--html writes a page and --json prints: choose one")
     if html and (everything or only):
         raise UsageError("the page always shows everything: leave out --all and --only")
     if html:
-        print(write_report_page(recipe))
+        print(write_report(recipe, traces))
     elif json:
         show(gather_report(recipe, only=only), as_json=True)
     elif everything or only:
@@ -377,6 +398,37 @@ def judge(
 
     for row in judge_file(file, think_first, end_of_think):
         print(dumps(row))
+
+# %% ../../nbs/run/25_cli.ipynb #tracecmd
+@app.command(help_epilogue=show_example("traces samples-3f2a --html traces.html"))
+def traces(
+    *stages: Annotated[
+        str,
+        Parameter(
+            help="Stages with samples: folders, or the beginning of a folder's name or key. "
+            "Without any, those of the store are listed."
+        ),
+    ],
+    html: Annotated[str | None, Parameter(help="The page to write.")] = None,
+    limit: Annotated[CountOrZero, Parameter(help="Questions of the page; 0: all.")] = 200,
+    json: Json = False,
+    recipe: Plugins = "smoke",
+):
+    "Show all samples of stages on a page: filters, all models side by side, why each verdict."
+    from octomed.run.trace_index import list_sampled_stages, open_samples
+    from octomed.run.trace_page import write_trace_page
+
+    if stages and not html:
+        raise UsageError("name the page with --html FILE, or call octomed.run.traces.browse")
+    if html and not stages:
+        raise UsageError("name the stages of the page: `octomed traces` lists those with samples")
+    if not stages:
+        show(list_sampled_stages(), as_json=json)
+        return
+    samples = open_samples(*stages, recipe=recipe)
+    page = write_trace_page(samples, html, limit or None)
+    held = min(limit or len(samples), len(samples))
+    print(f"{page}: {held:,} of {len(samples):,} questions")
 
 # %% ../../nbs/run/25_cli.ipynb #4b4a8897
 TrainFiles = Annotated[

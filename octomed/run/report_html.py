@@ -360,6 +360,7 @@ SHOWN_APART = (
     "command",
     "figures",
     "diagnostics",
+    "traces",
     "trial",
     "instrument",
 )
@@ -390,7 +391,11 @@ def _opening(r: dict) -> str:
     "The heading of a section, where its results are from, and the command that makes them."
     heading = _element("h2", _name(r["section"]), id=r["section"])
     line = _element("p", _text(describe_run(r)), class_="soft")
-    return f"{heading}{line}<p>Made by <code>{_text(r['command'])}</code></p>"
+    made = f"<p>Made by <code>{_text(r['command'])}</code></p>"
+    if not r.get("traces"):
+        return heading + line + made
+    link = _element("a", "Samples of its students", href=r["traces"])
+    return f"{heading}{line}{made}<p>{link}: every response with its verdict and why.</p>"
 
 
 def _further_facts(r: dict) -> list[str]:
@@ -553,6 +558,14 @@ def _write_reference_page(notebooks: Path | None) -> str:
     return f"../{REFERENCE}/{page.name}"
 
 
+def _link_traces(report: dict):
+    "Give each section the link to its page of samples, if `octomed report --traces` wrote one."
+    for r in report["sections"]:
+        page = Path("traces") / f"{r['section']}.html"
+        if (outputs_dir() / report["recipe"] / page).exists():
+            r["traces"] = page.as_posix()
+
+
 def write_report_page(
     name: str,  # a recipe's name, or the path of a YAML file
     notebooks: Path | None = None,
@@ -561,6 +574,7 @@ def write_report_page(
 
     The page of a recipe that only tries the code links to the course's, which needs no run."""
     report = gather_report(name, notebooks)
+    _link_traces(report)
     link = _write_reference_page(notebooks) if report["trial"] else ""
     page = outputs_dir() / report["recipe"] / "report.html"
     return atomic_write(page, render_report(report, link))
