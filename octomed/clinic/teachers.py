@@ -640,6 +640,12 @@ def measure_forbidden(
     return float(np.mean(named))
 
 # %% ../../nbs/clinic/07_teachers.ipynb #6be00816
-for _teacher in (REASONER, INSTRUCT, TUTOR, HASTY):
+_REGISTERED = (
+    REASONER,
+    INSTRUCT,
+    TUTOR,
+    HASTY,
+)
+for _teacher in _REGISTERED:
     _factory = partial(SimulatedTeacher, _teacher)
     register_teacher(_teacher.label, _factory, revision=_teacher.model)

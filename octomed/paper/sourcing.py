@@ -120,7 +120,8 @@ def claims_of_ours() -> list[Claim]:
 # %% ../../nbs/paper/41_sourcing.ipynb #41a00005
 def claims() -> list[Claim]:
     "What the paper says in Fig. 3, and two claims of ours."
-    return [*claims_of_need(), *claims_of_strength(), claim_of_mixing(), *claims_of_ours()]
+    papers = [*claims_of_need(), *claims_of_strength(), claim_of_mixing()]
+    return papers + claims_of_ours()
 
 # %% ../../nbs/paper/41_sourcing.ipynb #41a00006
 # Shares of the schedule at which a student is kept: other sections read the same run there.
