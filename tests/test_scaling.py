@@ -13,6 +13,7 @@ import octomed.clinic.teachers  # noqa: F401 - registers the teachers
 from octomed.core.recipe import CATEGORIES, Common, load_recipe
 from octomed.data.sources import find_source
 from octomed.evaluate.arms import declare_stages
+from octomed.evaluate.chance import find_chance_arm
 from octomed.evaluate.claims import judge_claim
 from octomed.evaluate.results import Results
 from octomed.evaluate.stats import find_paper_number
@@ -324,6 +325,19 @@ def test_the_figure_of_votes_says_how_many_each_point_is():
     assert [text.get_text() for text in ax.texts] == ["1", "3", "5", "10"] * 2
     curves = [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"]
     assert curves == [[60, 180, 300, 600], [6, 18, 30, 60]]
+
+
+def test_all_categories_together_have_no_one_chance_student():
+    recipe, arms = declared(scaling, "smoke")
+    blind = scaling.chance(recipe)
+    r = invented()
+    rows = {**r.rows, **dict.fromkeys(blind, r.rows[scaling.FINAL])}
+    r = replace(r, rows=rows, arms={scaling.FINAL: arms[scaling.FINAL], **blind})
+    assert find_chance_arm(r, scaling.FINAL, scaling.EVERYWHERE) is None
+    assert find_chance_arm(r, scaling.FINAL, "text_only") == "chance, cot, text_only"
+    assert find_chance_arm(r, scaling.FINAL, "clinic_reading:test") == (
+        "chance, cot, multimodal_classification"
+    )
 
 
 def test_findings_see_what_was_put_in():

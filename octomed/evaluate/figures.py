@@ -600,7 +600,12 @@ def _plot_beside(ax, x, y, place: float, **look):
     line.set_transform(ax.transData + moved)
 
 # %% ../../nbs/evaluate/08_figures.ipynb #08pan004
-_BAR = {"lw": 2.2, "alpha": 0.45, "solid_capstyle": "round", "zorder": 2}
+_BAR = {  # the look of an interval
+    "lw": 2.2,
+    "alpha": 0.45,
+    "solid_capstyle": "round",
+    "zorder": 2,
+}
 
 
 def _barred_curve(ax, points, colour: str, scale: float, hollow: bool, place: float):

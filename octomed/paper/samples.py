@@ -77,7 +77,7 @@ def claims_of_controls() -> list[Claim]:
             a=name(16, 3),
             b=REPEATED,
             benchmark=WHERE,
-            not_proved=("Equal tokens are equal steps only on average: traces differ in length."),
+            not_proved="Equal tokens are equal steps only on average: traces differ in length.",
         ),
         Claim(
             text="Sixteen traces of a question teach as much as sixteen wordings, a trace each",

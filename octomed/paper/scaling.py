@@ -491,7 +491,7 @@ def table_figure(results: dict):
 
     names = {BEFORE: "start", FINAL: "student", TEACHERS: TEACHERS}
     rows = [
-        {**row, "arm": names[arm], "category": "", "benchmark": say(category)}
+        row | {"arm": names[arm], "category": "", "benchmark": say(category)}
         for (arm, category), row in rows_by_category(results).items()
         if arm in names
     ]
