@@ -116,7 +116,8 @@ def write_cli() -> str:
     from octomed.run.cli import app
 
     text = app.generate_docs(output_format="markdown")
-    return text.replace("# octomed\n", "# The command line\n", 1)
+    head, commands = text.split("## Table of Contents")[0], text[text.index("**Commands**") :]
+    return head.replace("# octomed", "# The command line") + commands
 
 
 def write_results(report: dict) -> str:
