@@ -262,18 +262,20 @@ def test_belief_is_tabulated_by_the_length_of_the_thought():
     short = [thought(2, (0.8, 0.9, 0.9))] * 3
     long = [thought(6, (0.5, 0.6, 0.9)), thought(7, (0.5, 0.8, 0.9))]
     rows = [*long, *short, thought(0, (0.5, 0.5, 0.6))]
-    assert list(calibration.group_by_length(rows)) == ["2 sentences", "6 sentences", "7 sentences"]
+    assert list(calibration.group_by_length(rows)) == ["2 sentences", "6 to 7 sentences"]
     assert calibration.group_by_length(short) == {"2 sentences": short}
     table = calibration.tabulate_belief(rows, n=50, seed=0)
     by_place = {(row["thought"], row["kept"]): row for row in table}
     assert by_place["2 sentences", 0]["belief"] == pytest.approx(0.8)
-    assert by_place["7 sentences", 0.5]["belief"] == pytest.approx(0.8)
+    assert by_place["6 to 7 sentences", 0.5]["belief"] == pytest.approx(0.7)
     assert {row["chance"] for row in table} == {0.5}
     assert sum(row["n"] for row in table if row["kept"] == 0) == 5
     (ax,) = calibration.belief_figure(table).axes
     curves = [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o"]
     assert curves[0] == pytest.approx([80, 90, 90])
-    assert len(curves) == 3
+    assert len(curves) == 2
+    three = [thought(n, (0.5, 0.6, 0.9)) for n in (1, 1, 2, 2, 3, 3)]
+    assert [len(group) for group in calibration.group_by_length(three).values()] == [2, 2, 2]
     empty = calibration.tabulate_belief([thought(0, (0.5, 0.5, 0.6))], n=50, seed=0)
     assert empty == []
     assert calibration.belief_figure(empty) is None
