@@ -145,9 +145,7 @@ def _collect_parts(samples: SampleSet, held: int) -> tuple[list[str], list[str]]
         every = read_shown(samples, start, stop)
         piece = pack_piece(samples, start, stop, every=every)
         pieces.append(_data_element(f"piece-{number}", _compress(piece)))
-        described = [
-            describe_question(samples, start + i, shown) for i, shown in enumerate(every)
-        ]
+        described = [describe_question(samples, start + i, shown) for i, shown in enumerate(every)]
         chunk = _data_element(f"chunk-{number}", _compress(json.dumps(described).encode("ascii")))
         chunks.append(chunk + _images_of(samples.questions[start:stop], samples, written))
     return pieces, chunks
