@@ -4,8 +4,9 @@ A page that holds all of them, in Chromium, and the widget in JupyterLab: the fi
 page's address or the cell was given, and every filter, from its change to the next picture on the
 screen. The responses have 2 to 4 KB.
 
-    python tests/soak/traces.py
+    python tests/soak/traces.py [FOLDER]
         some ten minutes; writes outputs/reference/soak/traces.json
+        FOLDER: of an earlier run, whose samples are taken again
 """
 
 import json
@@ -40,7 +41,7 @@ from octomed.run.trace_page import write_trace_page
 QUESTIONS, SAMPLES = 10_000, 16
 FIRST_VIEW, FILTER = 2.0, 0.2  # seconds that are allowed
 ROUNDS = 5
-FOLDER = Path(tempfile.mkdtemp(prefix="octomed-traces-"))
+FOLDER = Path(sys.argv[1] if sys.argv[1:] else tempfile.mkdtemp(prefix="octomed-traces-"))
 TEXT = (
     "the patient has a history of fever cough and pain the most likely finding on this image is "
     "consistent with an acute process so one would consider further tests before any treatment"
@@ -162,13 +163,17 @@ def wait_for_index(tab):
     )
 
 
-def measure_page(chromium, stage: Path) -> dict:
-    "The page that holds every question."
+def write_page(stage: Path) -> dict:
+    "Write the page that holds every question."
     start = time.time()
     page = write_trace_page(open_samples(stage), FOLDER / "all.html", None)
-    row = {"written_in_s": round(time.time() - start, 1)}
-    row["mebibytes"] = round(page.stat().st_size / 2**20, 1)
-    views = []
+    size = page.stat().st_size / 2**20
+    return {"written_in_s": round(time.time() - start, 1), "mebibytes": round(size, 1)}
+
+
+def measure_page(chromium) -> dict:
+    "The page in a browser, opened some times anew."
+    page, row, views = FOLDER / "all.html", {}, []
     for _ in range(ROUNDS):
         tab = chromium.new_page(viewport={"width": 1300, "height": 900})
         start = time.time()
@@ -244,15 +249,24 @@ def is_fast(row: dict) -> bool:
     return max(row["first_view_s"]) <= FIRST_VIEW and max(row["filters_s"].values()) <= FILTER
 
 
+@contextmanager
+def browser():
+    "A browser without a window."
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+    with sync_playwright() as p:
+        launched = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
 def main():
     started = time.time()
     stage = draw()
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        rows = {"page": measure_page(chromium, stage), "widget": measure_widget(chromium, stage)}
-        rows["chromium"] = chromium.version
-        chromium.close()
+    written = write_page(stage)
+    with browser() as chromium:
+        rows = {"page": written | measure_page(chromium), "chromium": chromium.version}
+    with browser() as chromium:
+        rows["widget"] = measure_widget(chromium, stage)
     good = is_fast(rows["page"]) and is_fast(rows["widget"])
     card = make_card(minutes=round((time.time() - started) / 60, 1))
     counts = {"questions": QUESTIONS, "samples": QUESTIONS * SAMPLES}
