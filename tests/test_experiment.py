@@ -107,7 +107,9 @@ def test_no_epoch_is_the_base_student_itself():
 
 def test_an_arm_as_formatting_declares_it_expands_as_before():
     steps = declare_stages(ARM, COMMON)
-    assert list(steps) == ["data", "samples", "accepted", "rendered", "student"]
+    names = ["data", "samples", "accepted", "rendered", "trained", "student"]
+    assert list(steps) == names
+    assert steps["trained"] == steps["student"]
     assert steps["accepted"].params["keep"] == "correct"
     assert steps["accepted"].params["questions"] == steps["data"]
 

@@ -132,6 +132,17 @@ def find_point(
     "Where a student keeps what it was at one point of its schedule."
     return folder / "points" / f"{point:g}"
 
+# %% ../../nbs/train/09_students.ipynb #09prep01
+def _prepare_student(base, schedule: Schedule) -> tuple:
+    "(model, processor, execution, accelerator), with the model where it is trained."
+    how = current_execution()
+    accelerator = build_accelerator(how)
+    model, processor = load_student(base)
+    how = complete_execution(how, model, schedule, device=accelerator.device.type)
+    if accelerator.distributed_type.value not in SHARDED:
+        model = model.to(accelerator.device)
+    return model, processor, how, accelerator
+
 # %% ../../nbs/train/09_students.ipynb #cf8f259a
 def make_student(
     out: Path,  # the student's folder
@@ -148,13 +159,8 @@ def make_student(
     What it was at each point is left in `out/points/`."""
     import torch
 
-    how = current_execution()
-    accelerator = build_accelerator(how)
     torch.manual_seed(seed_for("sft", seed))
-    model, processor = load_student(base)
-    how = complete_execution(how, model, schedule, device=accelerator.device.type)
-    if accelerator.distributed_type.value not in SHARDED:
-        model = model.to(accelerator.device)
+    model, processor, how, accelerator = _prepare_student(base, schedule)
 
     def keep_points(log):
         for point in points:
