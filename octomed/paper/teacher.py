@@ -256,7 +256,9 @@ def count_forbidden_traces(arm: Arm, recipe: Recipe) -> tuple[int, int]:  # name
         q, letter = by_id[trace["question"]], find_forbidden_letter(trace["question"])
         if letter is not None:
             total += 1
-            named += judge(trace["response"], q.letters, q.answer, think_first=True).letter == letter
+            named += (
+                judge(trace["response"], q.letters, q.answer, think_first=True).letter == letter
+            )
     return named, total
 
 # %% ../../nbs/paper/45_teacher.ipynb #45bias04
