@@ -14,7 +14,7 @@ __all__ = ['LENGTH', 'FILLING_REVISION', 'ROUTED', 'ONE_TEACHER', 'ONE_LENGTH', 
 # %% ../../nbs/paper/52_calibration.ipynb #171d597d
 import re
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import ClassVar
 
 import numpy as np
@@ -543,7 +543,8 @@ def probe_student(recipe: Recipe) -> list[dict]:  # rows of `measure_faithfulnes
         [(q, s.text) for q, s, _ in read_answers(arm, benchmark, common) if s.finish == "stop"]
         for benchmark in IN
     ]
-    responses = list(chain.from_iterable(zip(*by_benchmark, strict=False)))[:probed]
+    in_turn = chain.from_iterable(zip_longest(*by_benchmark))
+    responses = list(filter(None, in_turn))[:probed]
     engine = engine_of(run_stage(declare_stages(arm, common)["student"]), common.max_pixels)
     asked = [q for q, _ in responses]
     load_missing_images(asked, common.max_pixels, getattr(engine, "processor", None))

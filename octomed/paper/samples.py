@@ -136,8 +136,8 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
 
 # %% ../../nbs/paper/44_samples.ipynb #44chan01
 def chance(recipe: Recipe) -> dict[str, Arm]:
-    "The chance student of text-only questions, which 42 trains."
-    return chance_of_42(recipe, WHERE, forms=("cot",))
+    "The chance student of text-only questions, which 42 trains where the recipe asks for one."
+    return chance_of_42(recipe, WHERE, forms=("cot",)) if recipe.common.chance else {}
 
 # %% ../../nbs/paper/44_samples.ipynb #44join01
 def measure_coverage(asked: list[Question]) -> float | None:
