@@ -42,7 +42,7 @@ MARKS = {
 def _escape(value) -> str:
     return html.escape(str(value))
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #29tp000a
 def _plain_segment(sample: dict, place: int) -> str:
     "A segment with what is said of it in words."
     segment = sample["segments"][place]
@@ -75,7 +75,7 @@ def _plain_sample(sample: dict, columns: list[dict]) -> str:
         f'<p style="white-space:pre-wrap">{text}</p></details>'
     )
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #29tp00ax
 def _encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
@@ -124,7 +124,7 @@ def _data_element(id: str, content: str) -> str:
     "Data of the page; a browser neither runs nor shows it."
     return f'<script type="text/plain" id="octomed-{id}">{content}</script>\n'
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #29tp001a
 def _images_of(questions: list[Question], samples: SampleSet, written: set[str]) -> str:
     "The pictures of some questions that the page does not hold yet."
     elements = []
@@ -160,7 +160,7 @@ def _head(samples: SampleSet) -> str:
         f"<style>body{{margin:0}}{style}</style></head>"
     )
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #8e16eb67
 def render_trace_page(
     samples: SampleSet,
     limit: int | None = PAGE_QUESTIONS,  # questions, the stage's first; None: all
@@ -208,7 +208,7 @@ def section_page(
     "Where the page of a section's samples lies."
     return outputs_dir() / recipe / "traces" / f"{section}.html"
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #68ae096a
 def write_section_pages(
     report: dict,  # what `gather_report` gives
     recipe: str,  # its name, or the path of a YAML file
