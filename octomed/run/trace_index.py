@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLED_STAGES', 'STATUS_NAMES', 'PIECE', 'find_stage_folder', 'list_sampled_stages', 'AskedModel', 'Column',
-           'SampleSet', 'ShownSample', 'read_shown', 'pack_piece', 'pack_pieces', 'summarise_samples', 'mark_segments',
+           'SampleSet', 'ShownSample', 'read_shown', 'pack_piece', 'pack_pieces', 'summarise_set', 'mark_segments',
            'describe_shown', 'describe_question', 'read_picture', 'open_samples']
 
 # %% ../../nbs/run/28_trace_index.ipynb #28ti0003
@@ -394,7 +394,7 @@ def pack_pieces(samples: SampleSet) -> Iterator[bytes]:
         yield pack_piece(samples, start, start + PIECE)
 
 # %% ../../nbs/run/28_trace_index.ipynb #28ti0030
-def summarise_samples(
+def summarise_set(
     samples: SampleSet,
     held: int | None = None,  # how many of the first questions a page holds; by default all
 ) -> dict:

@@ -24,7 +24,7 @@ from octomed.run.trace_index import (
     pack_piece,
     read_picture,
     read_shown,
-    summarise_samples,
+    summarise_set,
 )
 
 # %% ../../nbs/run/29_trace_page.ipynb #29tp0006
@@ -95,7 +95,7 @@ def render_plain(
 ) -> str:  # HTML without style sheet and script
     "One question with all its samples, for readers without a script."
     question = describe_question(samples, place)
-    columns = summarise_samples(samples)["columns"]
+    columns = summarise_set(samples)["columns"]
     options = []
     for letter, text in question["options"].items():
         mark = " ← right answer" if letter == question["answer"] else ""
@@ -151,7 +151,7 @@ def _collect_parts(samples: SampleSet, held: int) -> tuple[list[str], list[str]]
     return pieces, chunks
 
 # %% ../../nbs/run/29_trace_page.ipynb #29tp0013
-def _head(samples: SampleSet) -> str:
+def _page_head(samples: SampleSet) -> str:
     "The head of the page with its style."
     style = shipped("browser", "traces.css").read_text(encoding="utf-8")
     return (
@@ -168,10 +168,10 @@ def render_trace_page(
     "A stage's samples as one page of HTML. Raises `OctomedError` where the ledger lacks one."
     held = min(limit or len(samples), len(samples))
     pieces, chunks = _collect_parts(samples, held)
-    summary = {**summarise_samples(samples, held), "pieces": len(pieces), "chunk": CHUNK}
+    summary = {**summarise_set(samples, held), "pieces": len(pieces), "chunk": CHUNK}
     script = shipped("browser", "traces.js").read_text(encoding="utf-8")
     return f"""<!doctype html>
-<html lang="en">{_head(samples)}
+<html lang="en">{_page_head(samples)}
 <body><main id="octomed-traces">
 <h1>Samples of {_escape(samples.title)}</h1>
 {render_plain(samples)}
