@@ -548,7 +548,7 @@ STEP_NAMES = {
     "bind": "which option that is",
 }
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #stepscoa
 def locate_facts(text: str) -> list[tuple[int, int, tuple[str, dict]]]:  # start, end, fact
     "The facts of `read_facts` with the characters that state them."
     facts, start = [], 0
@@ -576,13 +576,14 @@ def _describe_reasoning(truth: Truth, steps: tuple[Step, ...], kinds: set[str], 
         return f"all {len(steps)} steps are true, but something needed is unsaid: {unsaid[0]}"
     return f"all {len(steps)} steps are true, but they do not lead to the right letter"
 
-
+# %% ../../nbs/clinic/07_teachers.ipynb #stepscax
 def check_reasoning(question_id: str, text: str) -> Reasoning:
     "The facts of a response as steps. Raises `OctomedError` for a question of another source."
     truth = look_up_truth(question_id)
     steps, kinds = [], set()
     for start, end, (kind, slots) in locate_facts(text):
-        steps.append(Step(start, end, STEP_NAMES[kind], is_true(truth, kind, slots)))
+        is_so = is_true(truth, kind, slots)
+        steps.append(Step(start, end, what=STEP_NAMES[kind], is_true=is_so))
         kinds.add(kind)
     valid = is_reasoning_valid(question_id, text)
     note = _describe_reasoning(truth, tuple(steps), kinds=kinds, valid=valid)

@@ -1067,7 +1067,7 @@ def _locate_whole(text: str, options: dict) -> tuple[int, int]:
     start = text.rfind("\n", 0, end) + 1 if is_sentence else 0
     return end - len(text[start:end].lstrip()), end
 
-
+# %% ../../nbs/generate/04_answers.ipynb #whycella
 def _locate_rule(text: str, options: dict, forms) -> tuple[str, int, int]:
     "The form that decides, as in `_read_answer`, and where it begins and ends."
     for form in forms:

@@ -22,7 +22,7 @@ class Step:
     what: str  # what it states, in a word or two
     is_true: bool
 
-
+# %% ../../nbs/generate/17_steps.ipynb #17st000a
 @dataclass(frozen=True)
 class Reasoning:
     "The steps of a response, and what is to be said of all of them."
@@ -43,7 +43,7 @@ def register_step_check(
     "Register who checks the steps of responses to the questions of some sources."
     STEP_CHECKS[prefix] = check
 
-
+# %% ../../nbs/generate/17_steps.ipynb #17st00ax
 def find_step_check(
     source: str,  # of a question
 ) -> StepCheck | None:

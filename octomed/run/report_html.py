@@ -391,11 +391,11 @@ def _opening(r: dict) -> str:
     "The heading of a section, where its results are from, and the command that makes them."
     heading = _element("h2", _name(r["section"]), id=r["section"])
     line = _element("p", _text(describe_run(r)), class_="soft")
-    made = f"<p>Made by <code>{_text(r['command'])}</code></p>"
+    command = f"<p>Made by <code>{_text(r['command'])}</code></p>"
     if not r.get("traces"):
-        return heading + line + made
+        return heading + line + command
     link = _element("a", "Samples of its students", href=r["traces"])
-    return f"{heading}{line}{made}<p>{link}: every response with its verdict and why.</p>"
+    return f"{heading}{line}{command}<p>{link}: every response with its verdict and why.</p>"
 
 
 def _further_facts(r: dict) -> list[str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLED_STAGES', 'STATUS_NAMES', 'PIECE', 'find_stage_folder', 'list_sampled_stages', 'AskedModel', 'Column',
-           'SampleSet', 'ShownSample', 'read_shown', 'pack_piece', 'pack_pieces', 'summarise_samples', 'mark_segments',
+           'SampleSet', 'ShownSample', 'read_shown', 'pack_piece', 'pack_pieces', 'summarise_set', 'mark_segments',
            'describe_shown', 'describe_question', 'read_picture', 'open_samples']
 
 # %% ../../nbs/run/28_trace_index.ipynb #28ti0003
@@ -50,7 +50,7 @@ def _stage_folders() -> list[Path]:
     "The folders of the finished stages in the store, in alphabetical order."
     return [path for path in sorted((store_dir() / "stages").glob("*-*")) if is_finished(path)]
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti000a
 def _find_by_key(key: str) -> Path:
     "The folder of the stage with a key. Raises `OctomedError`."
     for folder in _stage_folders():
@@ -158,7 +158,7 @@ def _ask_again(params: dict, model: str) -> tuple[list[Question], dict]:
         asked[request.question] = [entry]
     return questions, asked
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti001a
 def _model_of(stage, params: dict) -> str:
     "The name under which the ledger keeps an evaluation's samples."
     student = stage.params["student"] if isinstance(stage, Stage) else params["student"]
@@ -175,7 +175,7 @@ def _parent_folder(stage, params: dict, name: str) -> Path:
         return find_stage_folder(parent) if isinstance(parent, Stage) else Path(parent.path)
     return _find_by_key(params[name])
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti00ax
 def _read_stage(stage) -> tuple[list[Question], dict[str, list[AskedModel]], int]:
     "The questions of a stage, what it asked of each, and the area of its images."
     folder = find_stage_folder(stage)
@@ -211,7 +211,7 @@ class Column:
             name = folder.name
         return f"{name} · {self.template}"
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #bddd0f0a
 def _column_of(entry: AskedModel) -> Column:
     return Column(entry.model, entry.template, entry.sampling)
 
@@ -284,7 +284,7 @@ class ShownSample:
     def status(self) -> str:
         return name_status(self.sample, self.verdict)
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti002a
 _TEMPLATES: dict[str, Template] = {}
 
 
@@ -327,7 +327,7 @@ def _find_samples(samples: SampleSet, chosen: list[Question]) -> dict[bytes, Sam
         )
     return in_ledger
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #69406666
 def read_shown(
     samples: SampleSet,
     start: int,  # place of the first question
@@ -353,9 +353,14 @@ PIECE = 200  # questions of a piece of the index
 
 def _brief(q: Question) -> list:
     "What the list of questions and the search need."
-    return [q.id, f"{q.source}:{q.split}", q.stem, list(q.options)]
+    return [
+        q.id,
+        f"{q.source}:{q.split}",
+        q.stem,
+        list(q.options),
+    ]
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #906899ca
 def pack_piece(
     samples: SampleSet,
     start: int,  # place of the first question
@@ -389,7 +394,7 @@ def pack_pieces(samples: SampleSet) -> Iterator[bytes]:
         yield pack_piece(samples, start, start + PIECE)
 
 # %% ../../nbs/run/28_trace_index.ipynb #28ti0030
-def summarise_samples(
+def summarise_set(
     samples: SampleSet,
     held: int | None = None,  # how many of the first questions a page holds; by default all
 ) -> dict:
@@ -414,7 +419,7 @@ def mark_segments(
 ) -> list[dict]:  # text, part and, where they apply, read and step
     "A response in segments that together are the response."
     steps = reasoning.steps if reasoning else ()
-    edges = {0, len(text), why.begin, why.stop, why.start, why.end}
+    edges = {0, len(text)} | {why.begin, why.stop} | {why.start, why.end}
     for step in steps:
         edges |= {step.start, step.end}
     places = sorted(edges)
@@ -442,7 +447,7 @@ def _explain(q: Question, shown: ShownSample) -> Explanation:
         end_of_think=shown.template.end_of_think,
     )
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #28ti003a
 def _state_reason(shown: ShownSample, why: Explanation) -> str:
     "Why a sample has its status, with the rule and the characters that it read."
     if shown.status == "refused":
@@ -513,7 +518,7 @@ def describe_question(
         "samples": [describe_shown(q, entry) for entry in shown],
     }
 
-
+# %% ../../nbs/run/28_trace_index.ipynb #737e02e1
 def read_picture(
     samples: SampleSet,
     name: str,  # of an image, as `describe_question` gives it

@@ -24,7 +24,7 @@ from octomed.run.trace_index import (
     pack_piece,
     read_picture,
     read_shown,
-    summarise_samples,
+    summarise_set,
 )
 
 # %% ../../nbs/run/29_trace_page.ipynb #29tp0006
@@ -42,7 +42,7 @@ MARKS = {
 def _escape(value) -> str:
     return html.escape(str(value))
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #29tp000a
 def _plain_segment(sample: dict, place: int) -> str:
     "A segment with what is said of it in words."
     segment = sample["segments"][place]
@@ -75,7 +75,7 @@ def _plain_sample(sample: dict, columns: list[dict]) -> str:
         f'<p style="white-space:pre-wrap">{text}</p></details>'
     )
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #29tp00ax
 def _encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
@@ -95,7 +95,7 @@ def render_plain(
 ) -> str:  # HTML without style sheet and script
     "One question with all its samples, for readers without a script."
     question = describe_question(samples, place)
-    columns = summarise_samples(samples)["columns"]
+    columns = summarise_set(samples)["columns"]
     options = []
     for letter, text in question["options"].items():
         mark = " ← right answer" if letter == question["answer"] else ""
@@ -124,7 +124,7 @@ def _data_element(id: str, content: str) -> str:
     "Data of the page; a browser neither runs nor shows it."
     return f'<script type="text/plain" id="octomed-{id}">{content}</script>\n'
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #29tp001a
 def _images_of(questions: list[Question], samples: SampleSet, written: set[str]) -> str:
     "The pictures of some questions that the page does not hold yet."
     elements = []
@@ -151,7 +151,7 @@ def _collect_parts(samples: SampleSet, held: int) -> tuple[list[str], list[str]]
     return pieces, chunks
 
 # %% ../../nbs/run/29_trace_page.ipynb #29tp0013
-def _head(samples: SampleSet) -> str:
+def _page_head(samples: SampleSet) -> str:
     "The head of the page with its style."
     style = shipped("browser", "traces.css").read_text(encoding="utf-8")
     return (
@@ -160,7 +160,7 @@ def _head(samples: SampleSet) -> str:
         f"<style>body{{margin:0}}{style}</style></head>"
     )
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #8e16eb67
 def render_trace_page(
     samples: SampleSet,
     limit: int | None = PAGE_QUESTIONS,  # questions, the stage's first; None: all
@@ -168,10 +168,10 @@ def render_trace_page(
     "A stage's samples as one page of HTML. Raises `OctomedError` where the ledger lacks one."
     held = min(limit or len(samples), len(samples))
     pieces, chunks = _collect_parts(samples, held)
-    summary = {**summarise_samples(samples, held), "pieces": len(pieces), "chunk": CHUNK}
+    summary = {**summarise_set(samples, held), "pieces": len(pieces), "chunk": CHUNK}
     script = shipped("browser", "traces.js").read_text(encoding="utf-8")
     return f"""<!doctype html>
-<html lang="en">{_head(samples)}
+<html lang="en">{_page_head(samples)}
 <body><main id="octomed-traces">
 <h1>Samples of {_escape(samples.title)}</h1>
 {render_plain(samples)}
@@ -208,7 +208,7 @@ def section_page(
     "Where the page of a section's samples lies."
     return outputs_dir() / recipe / "traces" / f"{section}.html"
 
-
+# %% ../../nbs/run/29_trace_page.ipynb #68ae096a
 def write_section_pages(
     report: dict,  # what `gather_report` gives
     recipe: str,  # its name, or the path of a YAML file

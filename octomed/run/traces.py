@@ -21,7 +21,7 @@ from octomed.run.trace_index import (
     open_samples,
     pack_pieces,
     read_picture,
-    summarise_samples,
+    summarise_set,
 )
 from .trace_page import render_plain
 
@@ -42,7 +42,7 @@ class TraceBrowser(anywidget.AnyWidget):
         self,
         samples: SampleSet,  # what `open_samples` gives
     ):
-        super().__init__(name=digest(samples.title), summary=summarise_samples(samples))
+        super().__init__(name=digest(samples.title), summary=summarise_set(samples))
         self.samples = samples
         self.failure = ""  # why the rest of the index is missing
         self._ready = []  # pieces of the index
