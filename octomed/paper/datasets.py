@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import octomed.clinic.manners  # noqa: F401 - registers the chats
 from ..core.recipe import Recipe
-from ..core.store import ExternalInput
 from ..data.questions import Question
 from ..data.sources import find_source, load
 from ..distill.pools import take_subset
@@ -175,14 +174,7 @@ def _asked(benchmark: str, max_pixels: int, limit: int | None) -> dict:
 def _keys(evaluated, questions: list[Question]) -> dict[tuple, bytes]:
     "(question id, run) → the ledger's key of the student's response in an evaluation."
     params = evaluated.params
-<<<<<<< /tmp/tmpy79z5__7.txt
     student = name_student(params["student"])
-=======
-    student = params["student"]  # a stage, a folder that is shipped, or a hub id
-    if isinstance(student, ExternalInput):
-        student = student.path
-    student = student_identity(getattr(student, "folder", student))
->>>>>>> /tmp/tmpfqqp0xlm.txt
     keys = {}
     for request in make_requests(questions, params["form"], params["seeds"]):
         for run in request.indices:
