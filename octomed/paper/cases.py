@@ -40,6 +40,7 @@ from octomed.evaluate.faithfulness import (
 )
 from ..evaluate.results import give_seeds
 from ..evaluate.section_run import ask_teachers, finding_of, read_answers
+from ..evaluate.seeds import resample_twice, tally_units
 from ..evaluate.stats import Interval, bootstrap
 from ..generate.answers import Verdict
 from ..generate.engine_transformers import TransformersEngine
@@ -613,8 +614,11 @@ def state_following(
     "The finding of the claim that answers follow their thoughts, responses resampled."
     scores = np.concatenate([falls[b] - 0.5 for b in falls])
     groups = [b for b in falls for _ in falls[b]]
-    estimate = bootstrap(scores, n=resamples, seed=seed, groups=groups)
-    return finding_of(c, estimate, [estimate.estimate])
+    tally = tally_units(scores, groups)
+    drawn = resample_twice(tally, n=resamples, seed=seed)
+    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
+    estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n)
+    return finding_of(c, estimate, [tally.estimate], resampled=drawn)
 
 # %% ../../nbs/paper/55_cases.ipynb #8bbf94e9
 def describe_trace(c: Case) -> dict:

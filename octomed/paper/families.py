@@ -20,7 +20,8 @@ from ..evaluate.chance import declare_chance, measure_chance
 from ..evaluate.claims import Claim, judge_claim, read_claim_gate
 from ..evaluate.results import Results, category_of
 from ..evaluate.section_run import finding_of, measure_gain
-from ..evaluate.stats import paired_bootstrap
+from ..evaluate.seeds import resample_twice, tally_units
+from ..evaluate.stats import Interval
 from .formatting import declare_students as students_of_42
 
 # %% ../../nbs/paper/54_families.ipynb #3049f3a8
@@ -75,18 +76,20 @@ def compare_gains(claim: Compared, results: Results) -> dict:
     """The finding of a claim about two gains: the difference of two differences.
 
     Its gate is that of the accuracies after the fine-tuning."""
-    common = results.common
-    gains = [score_gains(results, arm, claim.benchmark) for arm in (claim.a, claim.b)]
-    (a, groups), (b, _) = gains
-    settings = {"n": common.bootstrap, "seed": common.base_seed, "groups": groups}
+    common, where = results.common, claim.benchmark
+    (a, groups), (b, _) = (score_gains(results, arm, where) for arm in (claim.a, claim.b))
+    tally = tally_units(a - b, groups)
+    drawn = resample_twice(tally, n=common.bootstrap, seed=common.base_seed)
+    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
     by_seed = []
     for seed in range(results.training_seeds):
-        of_a, _ = score_gains(results, claim.a, claim.benchmark, seed=seed)
-        of_b, _ = score_gains(results, claim.b, claim.benchmark, seed=seed)
-        by_seed.append(paired_bootstrap(of_a, of_b, n=1, groups=groups).difference)
-    finding = finding_of(claim, paired_bootstrap(a, b, **settings), by_seed)
+        of_a, _ = score_gains(results, claim.a, where, seed=seed)
+        of_b, _ = score_gains(results, claim.b, where, seed=seed)
+        by_seed.append(tally_units(of_a - of_b, groups).estimate)
+    estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n)
+    finding = finding_of(claim, estimate, by_seed, resampled=drawn)
     gate = read_claim_gate(claim, results)
-    chances = [measure_chance(results, arm, claim.benchmark) for arm in (claim.a, claim.b)]
+    chances = [measure_chance(results, arm, where) for arm in (claim.a, claim.b)]
     is_tested = all(line["passed"] for line in gate)
     return {
         **finding,

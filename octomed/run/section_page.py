@@ -81,11 +81,12 @@ def start_section(
 ) -> SectionPage:
     """Load the recipe with a section's own values and start the clock.
 
-    From here on, tables show the text of a claim in full."""
+    From here on, tables show the text of a claim in full, and all their rows."""
     import pandas as pd
 
     started = time.time()
     pd.set_option("display.max_colwidth", None)
+    pd.set_option("display.max_rows", 200)
     loaded = load_recipe(recipe).with_scalars(section, **scalars)
     return SectionPage(section, scope_recipe(loaded, section), out=out, started=started)
 
@@ -193,8 +194,11 @@ def show_scores(
 
 @patch
 def show_at_chance(self: SectionPage):
-    "Show the rows that are not shown to beat chance: no conclusion follows from them."
-    return chance_frame(self.rows)
+    """Show the rows that are not shown to beat chance: no conclusion follows from them.
+
+    They are those of all questions, as students answered them."""
+    shown = [row for row in self.rows if (row["joins"], row["reading"]) == ("all", "generated")]
+    return chance_frame(shown)
 
 # %% ../../nbs/run/31_section_page.ipynb #29page51
 def list_arms_of(claim: Claim) -> list[str]:
