@@ -213,7 +213,7 @@ def set_aside_claims(self: SectionPage) -> list[Claim]:
     missing = [arm for arm in missing if arm not in self.arms]
     aside = [claim for claim in self.claims if set(list_arms_of(claim)) & set(missing)]
     if aside:
-        print(f"{len(aside)} claims are not judged: this recipe leaves out {', '.join(missing)}.")
+        print(f"{len(aside)} claims are not judged: this recipe leaves out {'; '.join(missing)}.")
     self.claims = [claim for claim in self.claims if claim not in aside]
     return aside
 
