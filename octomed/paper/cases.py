@@ -123,7 +123,8 @@ def claims() -> list[Claim]:
         benchmark=", ".join((*IN, *OUT)),
         not_proved="Out of distribution few answers are right; their interval is wide.",
     )
-    return [*claims_of_half(), as_teacher, inside, claim_of_following()]
+    ours = [as_teacher, inside, claim_of_following()]
+    return [*claims_of_half(), *ours]
 
 # %% ../../nbs/paper/55_cases.ipynb #a8e70860
 def arms(recipe: Recipe) -> dict[str, Arm]:
@@ -268,7 +269,12 @@ FALSIFIED = {
     "alternative": "d",
     "harm": "h",
 }  # kind of step: the slot that is changed
-POOLS = {"c": "condition", "t": "test", "d": "treatment", "h": "harm"}  # slot: its texts
+POOLS = {
+    "c": "condition",
+    "t": "test",
+    "d": "treatment",
+    "h": "harm",
+}  # slot: the kind of its texts
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait03
 def list_false_values(truth, kind: str, slots: dict) -> list[str]:
@@ -417,7 +423,8 @@ def describe_cut_thoughts(probes: dict, resamples: int, seed: int) -> list[dict]
             )
             options = [len(row["whole"]["logprobs"]) for row in by_way["kept"]]
             chance = float(np.mean([1 / n for n in options]))
-            rows.append({"benchmark": benchmark, "share": share, **belief, "chance": chance})
+            belief["chance"] = chance
+            rows.append({"benchmark": benchmark, "share": share, **belief})
     return rows
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait11
