@@ -13,8 +13,9 @@ MedQA in `OCTOMED_DATA`:
         FOLDER holds weights, environments and what is done already (.soak-real-model by default);
         a PART that is named is measured again; writes outputs/reference/soak/real_model.json
 
-It needs `make vllm`, and takes some 80 minutes of two slow cores. What was measured is kept, so the
-same command goes on after a stop.
+It needs `make vllm` and 16 GiB of memory, and takes some 80 minutes of two slow cores. What was
+measured is kept, so the same command goes on after a stop; the file names the parts that are
+missing.
 """
 
 import hashlib
@@ -631,7 +632,8 @@ def main(work: Path, names: list[str]):
     from octomed.core.identity import make_card
     from octomed.core.paths import root
 
-    parts = {}
+    target = root() / "outputs" / "reference" / "soak" / "real_model.json"
+    pins, parts, good = sorted({*HARNESS, *TRL, PACKAGE}), {}, None
     for name, measure in PARTS.items():
         kept = work / f"{name}.json"
         if name in names or not kept.exists():
@@ -639,11 +641,11 @@ def main(work: Path, names: list[str]):
             started = time.time()
             write_json(kept, {**measure(work), "wall_minutes": (time.time() - started) / 60})
         parts[name] = json.loads(kept.read_text())
-    good = is_good(parts)
-    card = make_card(minutes=round(sum(part["wall_minutes"] for part in parts.values()), 1))
-    pins = sorted({*HARNESS, *TRL, PACKAGE})
-    target = root() / "outputs" / "reference" / "soak" / "real_model.json"
-    write_json(target, {"pins": pins, **parts, "good": good, "card": card})
+        missing = list(PARTS)[len(parts) :]
+        good = None if missing else is_good(parts)
+        card = make_card(minutes=round(sum(part["wall_minutes"] for part in parts.values()), 1))
+        kept_so_far = {"pins": pins, **parts, "missing": missing, "good": good, "card": card}
+        write_json(target, kept_so_far)
     print(json.dumps(parts, indent=1))
     sys.exit(not good)
 
