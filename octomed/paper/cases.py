@@ -122,7 +122,12 @@ def claims() -> list[Claim]:
         benchmark=", ".join((*IN, *OUT)),
         not_proved="Out of distribution few answers are right; their interval is wide.",
     )
-    return [*claims_of_half(), as_teacher, inside, claim_of_following()]
+    return [
+        *claims_of_half(),
+        as_teacher,
+        inside,
+        claim_of_following(),
+    ]
 
 # %% ../../nbs/paper/55_cases.ipynb #a8e70860
 def arms(recipe: Recipe) -> dict[str, Arm]:
@@ -267,7 +272,12 @@ FALSIFIED = {
     "alternative": "d",
     "harm": "h",
 }  # kind of step: the slot that is changed
-POOLS = {"c": "condition", "t": "test", "d": "treatment", "h": "harm"}  # slot: its texts
+POOLS = {
+    "c": "condition",
+    "t": "test",
+    "d": "treatment",
+    "h": "harm",
+}  # slot: its texts
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait03
 def list_false_values(truth, kind: str, slots: dict) -> list[str]:
@@ -416,7 +426,14 @@ def describe_cut_thoughts(probes: dict, resamples: int, seed: int) -> list[dict]
             )
             options = [len(row["whole"]["logprobs"]) for row in by_way["kept"]]
             chance = float(np.mean([1 / n for n in options]))
-            rows.append({"benchmark": benchmark, "share": share, **belief, "chance": chance})
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "share": share,
+                    **belief,
+                    "chance": chance,
+                }
+            )
     return rows
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait11
