@@ -242,7 +242,7 @@ def _planted_rows(places: list[Place]) -> list[dict]:
             rows.append(row)
     return rows
 
-
+# %% ../../nbs/evaluate/13_splits.ipynb #13splt29
 def check_instrument(
     claims: Iterable[Claim],  # whose places are tested
     results: Results,

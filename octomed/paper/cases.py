@@ -415,7 +415,7 @@ def describe_false_steps(
             rows.append(row)
     return rows
 
-
+# %% ../../nbs/paper/55_cases.ipynb #55fait29
 def describe_cut_thoughts(probes: dict, resamples: int, seed: int) -> list[dict]:
     "By benchmark and share of the thought that is kept: how likely the answers are still held."
     rows = []
