@@ -13,7 +13,7 @@ from toys import ToyEngine, write_notebook, write_results
 
 import octomed
 from octomed.core.paths import OctomedError, UsageError, root
-from octomed.core.recipe import CATEGORIES
+from octomed.core.recipe import CATEGORIES, load_recipe
 from octomed.core.workers import count_workers
 from octomed.run import cli, environment, judge_file, report, terminal
 from octomed.run.cli import main
@@ -678,6 +678,12 @@ def test_reference_is_kept_only_of_a_complete_run_on_a_clean_tree(tmp_path, resu
 
 def test_plan_runs_nothing(capsys, tmp_path, results):
     recipe = results(tmp_path / "out" / "reference" / "r")
+    kept = tmp_path / "out" / "reference" / "r" / "results" / "42_b.json"
+    of_other_values = json.loads(call(capsys, "plan", recipe, "--json")[1])
+    assert of_other_values[0]["minutes"] is None
+    written = json.loads(kept.read_text(encoding="utf-8"))
+    written["card"]["values"] = load_recipe(str(recipe)).identify("42_b")
+    kept.write_text(json.dumps(written), encoding="utf-8")
     code, out, _ = call(capsys, "plan", recipe, "--json")
     rows = json.loads(out)
     assert (

@@ -20,7 +20,7 @@ from octomed.evaluate.seeds import (
     resample_twice,
     tally_units,
 )
-from octomed.evaluate.splits import check_instrument, list_splits
+from octomed.evaluate.splits import check_instrument, list_halves
 from octomed.evaluate.stats import (
     adjust_holm,
     bootstrap,
@@ -264,7 +264,7 @@ def test_arms_that_are_not_trained_have_no_spread():
 
 
 def test_six_seeds_split_into_ten_halves():
-    splits = list_splits()
+    splits = list_halves()
     assert len({frozenset(map(frozenset, split)) for split in splits}) == 10
     assert all(sorted((*first, *second)) == list(range(6)) for first, second in splits)
 

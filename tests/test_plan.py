@@ -7,7 +7,7 @@ import pytest
 import octomed.clinic.graders
 import octomed.clinic.students
 import octomed.clinic.teachers  # noqa: F401 - the three imports register what the plans name
-from octomed.core.recipe import Common, Recipe
+from octomed.core.recipe import Common, Recipe, load_recipe
 from octomed.evaluate.arms import Arm, schedule_of
 from octomed.run.plan_rates import RATES, READ, find_speed
 from octomed.run.plan_sections import plan_section
@@ -252,7 +252,8 @@ def test_a_plan_of_no_questions_divides_by_nothing(own_places, monkeypatch, tmp_
     path.write_text("extends: smoke\nsections: {42_formatting: {questions: 0}}")
     section, in_all = plan(str(path), only="42_formatting")
     assert (section["section"], in_all["section"]) == ("42_formatting", "in all")
-    assert section["arms"] == in_all["arms"] == 3
+    chance = 2 * 3  # forms and categories
+    assert section["arms"] == in_all["arms"] == 3 + chance
 
 
 def write_recipe(folder, text: str) -> str:
@@ -269,9 +270,11 @@ def test_a_variant_shows_what_it_adds_to_its_base(own_places, tmp_path):
     assert planned.beside["base"] == "smoke"
     rows = {row["section"]: row for row in planned.beside["new"]}
     base = plan("smoke", only="42_formatting")[0]
-    # The first of two seeds is the base's own, and so are the teacher's samples.
+    # The first of two seeds is the base's own, and so are the teacher's samples and the six chance
+    # students, which have one seed and two benchmarks each.
     assert rows["42_formatting"]["samples"] == 0
-    assert rows["42_formatting"]["responses"] == base["responses"] > 0
+    of_chance = 6 * 2 * load_recipe("smoke").common.benchmark_limit
+    assert rows["42_formatting"]["responses"] == base["responses"] - of_chance > 0
     assert not any(rows["45_teacher"][key] for key in ("samples", "responses", "training_tokens"))
     text = str(planned)
     assert "What it adds to smoke, which it extends" in text and " s\n" in text

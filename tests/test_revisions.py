@@ -54,9 +54,9 @@ RUBRICS = {
 TEXTBOOK = "84e6cdc529c898e7"
 ATLAS = "47c0529d2d581263"
 TEACHERS = {
-    "clinic/reasoner": "db336f03b0d7be05",
-    "clinic/instruct": "f746a0a6434da11f",
-    "clinic/tutor": "fa528d482837fb1a",
+    "clinic/reasoner": "3f05880d9e50eebd",
+    "clinic/instruct": "787452cea458ef46",
+    "clinic/tutor": "f13c51aa8e276bba",
     "clinic/hasty": "ecb9596929199334",
 }
 WORDINGS = "ccccf593e027322b"
@@ -67,10 +67,10 @@ CHATS = {
     "bare": "4886ce5fb7773e7c",
 }
 MODELS = [
-    "clinic/reasoner@e93b7b11",
-    "clinic/instruct@549f4028",
+    "clinic/reasoner@40976ff9",
+    "clinic/instruct@a9ea6f2b",
     "clinic/grader@9c4503a7",
-    "clinic/one-length@f031cb82",
+    "clinic/one-length@3233c657",
 ]
 
 

@@ -596,11 +596,12 @@ def test_a_module_that_lacks_a_function_is_refused_with_one_sentence(world, monk
 def test_one_arm(world, monkeypatch):
     cot, direct = types.SimpleNamespace(student=""), types.SimpleNamespace(student="")
     declare(monkeypatch, arms=lambda recipe: {"cot": cot, "direct": direct})
-    asked, fake = [], types.ModuleType("octomed.evaluate.results")
-    fake.run_arms = lambda arms, recipe, seeds, benchmarks: asked.append(
-        (arms, recipe.scalars("1_a"), seeds)
-    )
-    monkeypatch.setitem(sys.modules, "octomed.evaluate.results", fake)
+    asked = []
+
+    def note_arms(arms, recipe, seeds, benchmarks):
+        asked.append((arms, recipe.scalars("1_a"), seeds))
+
+    monkeypatch.setattr("octomed.evaluate.results.run_arms", note_arms)
     world.section("1_a", module="fake")
     world.section("2_b")
     with pytest.raises(UsageError, match="no section has an arm none: choose from cot, direct"):

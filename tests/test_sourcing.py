@@ -60,16 +60,16 @@ def test_the_control_differs_from_its_arm_in_the_tokens_that_it_reads_alone(name
 
 
 def test_students_that_other_sections_read_are_kept_where_they_read_them():
-    from octomed.paper import datasets, filtering, formatting
+    from octomed.paper import filtering, formatting
 
     assert sourcing.KEPT_AT["reasoning"] == filtering.POINTS[:-1]
-    assert sourcing.KEPT_AT[sourcing.ALL] == datasets.POINTS[:-1]
     recipe, arms = declared(sourcing, "course")
     own = recipe.scalars("41_sourcing")
     alike = recipe.with_scalars(
         "42_formatting", questions=own["questions"], epochs=own["epochs"], seeds=1
     )
-    cot = formatting.arms(alike)["cot"]
+    cot = formatting.declare_students(alike)["cot"]
+    assert sourcing.KEPT_AT[sourcing.ALL] == cot.points
     assert replace(arms[sourcing.ALL], points=()) == replace(cot, points=())
 
 

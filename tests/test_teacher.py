@@ -115,7 +115,7 @@ def test_a_finding_about_bias_compares_shares_and_has_the_gate_of_accuracies():
     mixed = invented(repeat=30, biased=["B", "C", "A", "A"], fair=["A", "A", "A", "B"])
     finding = teacher.state_finding(claim("biased", "fair"), mixed)
     assert finding["difference"] == pytest.approx(1 / 3)
-    assert finding["outcome"] == "agrees"
+    assert finding["outcome"] == "holds"
 
 
 def test_students_who_cannot_answer_say_nothing_about_bias():

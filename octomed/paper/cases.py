@@ -123,8 +123,12 @@ def claims() -> list[Claim]:
         benchmark=", ".join((*IN, *OUT)),
         not_proved="Out of distribution few answers are right; their interval is wide.",
     )
-    ours = [as_teacher, inside, claim_of_following()]
-    return [*claims_of_half(), *ours]
+    return [
+        *claims_of_half(),
+        as_teacher,
+        inside,
+        claim_of_following(),
+    ]
 
 # %% ../../nbs/paper/55_cases.ipynb #a8e70860
 def arms(recipe: Recipe) -> dict[str, Arm]:
@@ -274,7 +278,7 @@ POOLS = {
     "t": "test",
     "d": "treatment",
     "h": "harm",
-}  # slot: the kind of its texts
+}  # slot: its texts
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait03
 def list_false_values(truth, kind: str, slots: dict) -> list[str]:
@@ -412,7 +416,7 @@ def describe_false_steps(
             rows.append(row)
     return rows
 
-
+# %% ../../nbs/paper/55_cases.ipynb #55fait29
 def describe_cut_thoughts(probes: dict, resamples: int, seed: int) -> list[dict]:
     "By benchmark and share of the thought that is kept: how likely the answers are still held."
     rows = []
@@ -423,8 +427,14 @@ def describe_cut_thoughts(probes: dict, resamples: int, seed: int) -> list[dict]
             )
             options = [len(row["whole"]["logprobs"]) for row in by_way["kept"]]
             chance = float(np.mean([1 / n for n in options]))
-            belief["chance"] = chance
-            rows.append({"benchmark": benchmark, "share": share, **belief})
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "share": share,
+                    **belief,
+                    "chance": chance,
+                }
+            )
     return rows
 
 # %% ../../nbs/paper/55_cases.ipynb #55fait11

@@ -272,8 +272,14 @@ def draw_move(ax, y: float, ends: tuple[dict, dict], colour: str):
         rule = [height - 0.15, height + 0.15]
         ax.plot([chance, chance], rule, color=FAINT, lw=1.2, ls=(0, (2, 2)), zorder=1)
     start, end = ((100 * row["accuracy"], h) for row, h in zip(ends, heights, strict=True))
-    arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.3}
-    ax.annotate("", end, start, arrowprops={**arrow, "shrinkA": 4, "shrinkB": 4}, zorder=3)
+    arrow = {
+        "arrowstyle": "-|>",
+        "color": colour,
+        "lw": 1.3,
+        "shrinkA": 4,
+        "shrinkB": 4,
+    }
+    ax.annotate("", end, start, arrowprops=arrow, zorder=3)
     ax.plot(*start, "o", ms=7, mfc="white", mec=colour, mew=1.6, zorder=4)
     ax.plot(*end, "o", ms=7, color=colour, zorder=4)
 

@@ -732,14 +732,8 @@ class EvaluationOptions:
         CountOrZero | None,
         Parameter(help="Budget after a forced exit; 0 for servers that cannot continue."),
     ] = None
-    likelihood: Annotated[
-        bool,
-        Parameter(help="Also choose by the likelihood of each option after the model's thought."),
-    ] = False
-    blind: Annotated[
-        bool,
-        Parameter(help="Show the options alone, without question and pictures."),
-    ] = False
+    likelihood: Annotated[bool, Parameter(help="Also read the options by likelihood.")] = False
+    blind: Annotated[bool, Parameter(help="Show the options alone: what is chance?")] = False
     json: Json = False
 
 # %% ../../nbs/run/25_cli.ipynb #5dc0956e

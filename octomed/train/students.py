@@ -14,6 +14,7 @@ import math
 import shutil
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from ..core.files import write_json, write_jsonl
@@ -143,6 +144,13 @@ def _prepare_student(base, schedule: Schedule) -> tuple:
         model = model.to(accelerator.device)
     return model, processor, how, accelerator
 
+# %% ../../nbs/train/09_students.ipynb #09prep02
+def _keep_points(places: dict[Path, int], model, processor, log: list[dict]):
+    "Save the student in each folder whose number of steps is reached."
+    for folder, steps in places.items():
+        if len(log) == steps:
+            save_student(folder, model, processor, log=log)
+
 # %% ../../nbs/train/09_students.ipynb #cf8f259a
 def make_student(
     out: Path,  # the student's folder
@@ -161,12 +169,8 @@ def make_student(
 
     torch.manual_seed(seed_for("sft", seed))
     model, processor, how, accelerator = _prepare_student(base, schedule)
-
-    def keep_points(log):
-        for point in points:
-            if len(log) == max(1, round(point * steps)):
-                save_student(find_point(out, point), model, processor, log=log)
-
+    places = {find_point(out, point): max(1, round(point * steps)) for point in points}
+    keep_points = partial(_keep_points, places, model, processor)
     log = fit(
         model,
         processor,

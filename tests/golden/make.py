@@ -16,7 +16,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
-TIMES = {"minutes", "seconds", "made", "card", "parents", "committed"}
+# Times, and what findings are computed from: their differences and intervals are compared.
+TIMES = {"minutes", "seconds", "made", "card", "parents", "committed", "evidence"}
 
 
 def numbers(value, path=""):

