@@ -138,7 +138,7 @@ def test_findings_by_hand():
     findings = [cases.state_finding(claim, n, resamples=500, seed=0) for claim in VALIDITY]
     assert [round(f["difference"], 6) for f in findings] == [0.4, 0.4, 0.4, 0.15, 0.9]
     as_teacher = "undecided" if findings[3]["interval"][0] <= 0.1 else "fails"
-    assert [f["outcome"] for f in findings] == [*["holds"] * 3, as_teacher, "holds"]
+    assert [f["outcome"] for f in findings] == [*["agrees"] * 3, as_teacher, "holds"]
     assert [f["n"] for f in findings] == [80, 80, 80, 240, 480]
 
 
@@ -223,7 +223,7 @@ def test_an_answer_follows_its_thought_where_a_false_step_makes_it_less_likely()
     falls = {benchmark: cases.list_falls(rows) for benchmark in cases.PROBED}
     finding = cases.state_following(cases.claim_of_following(), falls, resamples=500, seed=0)
     assert (finding["difference"], finding["n"]) == (0.25, 16)
-    assert finding["outcome"] == "agrees"
+    assert finding["outcome"] == "holds"
     probes = {cases.WARD: {"kept": rows, "cut off": rows}}
     described = cases.describe_false_steps(probes, resamples=50, seed=0)
     assert [row["what follows"] for row in described] == ["kept", "cut off"]

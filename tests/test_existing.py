@@ -77,7 +77,7 @@ def test_fault_25_chats_are_counted_nested_and_rendered_an_answer_a_row(talk, st
     common, drawn = Common(student=str(tmp_path / "base")), {}
     for n in (2, 4):
         made = declare_stages(Arm((("talk:turns", n),), k=0, form="cot_base"), common)
-        assert list(made) == ["data", "rendered", "student"]
+        assert list(made) == ["data", "rendered", "trained", "student"]
         rows = load_rows(run_stage(made["rendered"]))
         funnel = json.loads((made["data"].folder / "funnel.json").read_text())
         assert funnel == {"in": 6, "over the amount": 6 - n, "kept": n}
