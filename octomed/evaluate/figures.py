@@ -614,12 +614,12 @@ def _barred_curve(ax, points, colour: str, scale: float, hollow: bool, place: fl
     for x, _, interval in points:
         if interval is not None:
             heights = [scale * bound for bound in interval]
-            _plot_beside(ax, [x, x], heights, place, color=colour, **_BAR)
+            _plot_beside(ax, [x, x], heights, place=place, color=colour, **_BAR)
     _plot_beside(
         ax,
         [point[0] for point in points],
         [scale * point[1] for point in points],
-        place,
+        place=place,
         color=colour,
         marker="D" if len(points) == 1 else "o",
         ms=6.5,

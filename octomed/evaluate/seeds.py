@@ -106,7 +106,7 @@ class Tally:
     def n(self) -> int:
         return int(sum(count * sum(sizes) for count, _, sizes in self.lines))
 
-    def expand(self) -> tuple[np.ndarray, np.ndarray]:  # sums and sizes, (units, benchmarks)
+    def spread_units(self) -> tuple[np.ndarray, np.ndarray]:  # sums and sizes, (units, benchmarks)
         "The table of units that this is the tally of, in a fixed order."
         counts = [count for count, _, _ in self.lines]
         tables = [[line[place] for line in self.lines] for place in (1, 2)]
@@ -114,7 +114,7 @@ class Tally:
 
     @property
     def estimate(self) -> float:
-        sums, sizes = self.expand()
+        sums, sizes = self.spread_units()
         return float((sums.sum(0) / sizes.sum(0)).mean())
 
 # %% ../../nbs/evaluate/12_seeds.ipynb #12seed16
@@ -162,7 +162,7 @@ def resample_twice(
     seed: int = 0,  # the same seed gives the same bytes
 ) -> np.ndarray:  # (n,)
     "The difference in each resample: training seeds, then questions or joins."
-    sums, sizes = tally.expand()
+    sums, sizes = tally.spread_units()
     means = resample_means(sums, sizes, n, rng=np.random.default_rng(seed))
     factor = _expand_percentiles(len(sums), len(find_strata(sizes)))
     drawn = tally.estimate + factor * (means - tally.estimate)
@@ -173,7 +173,7 @@ def resample_twice(
 # %% ../../nbs/evaluate/12_seeds.ipynb #12seed22
 def _unit_sd(tally: Tally) -> float:
     "The standard deviation of what a unit adds to the difference."
-    sums, sizes = tally.expand()
+    sums, sizes = tally.spread_units()
     asked = sizes.sum(0)
     parts = ((sums - sizes * (sums.sum(0) / asked)) / asked).mean(axis=1)
     df = max(1, len(parts) - len(find_strata(sizes)))
