@@ -68,7 +68,15 @@ def _group_entries(entries: Iterable[dict]) -> dict[tuple, list[dict]]:
     "(section, arm) → its entries; students that several sections share count once."
     once, by_arm = set(), {}
     for entry in entries:
-        value = tuple(entry[key] for key in ("where", "seeds", "between", "noise"))
+        value = tuple(
+            entry[key]
+            for key in (
+                "where",
+                "seeds",
+                "between",
+                "noise",
+            )
+        )
         if value not in once:
             once.add(value)
             by_arm.setdefault((entry.get("section"), entry["arm"]), []).append(entry)

@@ -520,8 +520,18 @@ def format_report(
 
 # %% ../../nbs/run/17_report.ipynb #17outn01
 OUTCOME_NAMES = {
-    "paper": ("agrees", "disagrees", "undecided", "not tested"),
-    "ours": ("holds", "fails", "undecided", "not tested"),
+    "paper": (
+        "agrees",
+        "disagrees",
+        "undecided",
+        "not tested",
+    ),
+    "ours": (
+        "holds",
+        "fails",
+        "undecided",
+        "not tested",
+    ),
 }
 
 # %% ../../nbs/run/17_report.ipynb #cf582cf0

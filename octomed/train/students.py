@@ -142,7 +142,12 @@ def _prepare_student(base, schedule: Schedule) -> tuple:
     how = complete_execution(how, model, schedule, device=accelerator.device.type)
     if accelerator.distributed_type.value not in SHARDED:
         model = model.to(accelerator.device)
-    return model, processor, how, accelerator
+    return (
+        model,
+        processor,
+        how,
+        accelerator,
+    )
 
 # %% ../../nbs/train/09_students.ipynb #09prep02
 def _keep_points(places: dict[Path, int], model, processor, log: list[dict]):
