@@ -11,6 +11,7 @@ from octomed.distill.pools import take_subset
 from octomed.evaluate.arms import declare_stages
 from octomed.evaluate.results import scope_recipe
 from octomed.paper import formatting, samples
+from octomed.run.section_page import SectionPage
 
 
 def declare(name: str):
@@ -64,11 +65,42 @@ def test_claims_are_the_papers_three_and_three_of_ours():
     assert [bool(claim.paper) for claim in claims] == [True] * 3 + [False] * 3
     on_the_way = [claim for claim in claims if claim.a == samples.name(4, 1)]
     assert all("still high" in claim.not_proved for claim in on_the_way)
-    assert samples.choose_claims(declare("course")[0]) == claims
-    recipe = replace(declare("course")[0])
+    recipe, _ = declare("course")
     generated = replace(recipe, common=replace(recipe.common, likelihood=False))
-    assert samples.choose_claims(generated) == claims[:-1]
-    assert samples.choose_claims(declare("paper")[0]) == claims[:4]
+    assert judged(recipe) == claims
+    assert judged(generated) == claims[:-1]
+    assert judged(declare("paper")[0]) == claims[:4]
+
+
+def judged(recipe):
+    "The claims that the section's page keeps under a recipe."
+    page = SectionPage("44_samples", recipe, out=None, started=0.0, claims=samples.claims())
+    page.arms, page.benchmarks = samples.arms(recipe), samples.benchmarks(recipe)
+    page.set_aside_claims()
+    return page.claims
+
+
+def test_claims_that_a_recipe_cannot_ask_do_not_end_the_judgement(capsys):
+    from octomed.paper import sourcing
+
+    recipe = scope_recipe(load_recipe("paper"), "41_sourcing")
+    page = SectionPage("41_sourcing", recipe, out=None, started=0.0, claims=sourcing.claims())
+    page.judge(lambda claim, results: {**SETTLED, "text": claim.text}, results={})
+    assert len(page.findings) == len(sourcing.claims()) - 1
+    printed = capsys.readouterr().out
+    assert "clinic_ward:test" in printed and "the reading by likelihood" in printed
+
+
+SETTLED = {
+    "kind": "greater",
+    "margin": None,
+    "paper": None,
+    "difference": 0.1,
+    "interval": [0.0, 0.2],
+    "by_seed": [0.1],
+    "n": 10,
+    "outcome": "undecided",
+}
 
 
 def test_chance_is_what_42_trains():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'TEACHER', 'WARD', 'ROUNDS', 'READING', 'IN', 'OUT', 'PROBED', 'HALF', 'HALF_OF_RESPONSES', 'NAMES',
-           'WORDS', 'FALSIFIED', 'POOLS', 'REASONED', 'INDENT', 'claims_of_half', 'claim_of_following', 'claims',
-           'arms', 'chance', 'Case', 'ask_own_teacher', 'collect_cases', 'is_valid', 'find_break', 'count_taught',
+           'FALSIFIED', 'POOLS', 'REASONED', 'INDENT', 'claims_of_half', 'claim_of_following', 'claims', 'arms',
+           'chance', 'Case', 'ask_own_teacher', 'collect_cases', 'is_valid', 'find_break', 'count_taught',
            'count_answers', 'list_false_values', 'falsify_step', 'can_be_falsified', 'choose_probed', 'load_own_engine',
            'probe_thoughts', 'list_falls', 'summarise_beliefs', 'describe_false_steps', 'describe_cut_thoughts',
            'faithfulness_figure', 'choose_open_questions', 'ask_without_options', 'ask_open_questions', 'make_open_row',
@@ -212,32 +212,18 @@ def is_valid(c: Case, s: Sample) -> bool | None:
 def find_break(c: Case) -> str:
     "Where a response's chain first goes wrong, in words."
     from octomed.clinic.questions import look_up_truth
-    from octomed.clinic.teachers import is_true, read_facts
+    from octomed.clinic.teachers import STEP_NAMES, is_true, read_facts
 
     facts, truth = read_facts(c.sample.text), look_up_truth(c.question.id)
     false = next((kind for kind, slots in facts if not is_true(truth, kind, slots)), None)
     if false:
-        return f"false: {WORDS[false]}"
+        return f"false: {STEP_NAMES[false]}"
     if not facts:
         return "no fact at all"
     unsaid = {kind for kind, _ in truth.facts} - {kind for kind, _ in facts}
     if unsaid:
         return "true, but something needed is unsaid"
     return "true and complete: the answer does not follow it"
-
-# %% ../../nbs/paper/55_cases.ipynb #93d58535
-WORDS = {
-    "look": "what the image shows",
-    "dx": "the diagnosis",
-    "test": "its test",
-    "first": "its first treatment",
-    "contra": "what is forbidden",
-    "allowed": "what is allowed",
-    "alternative": "the other treatment",
-    "harm": "the harm",
-    "lacks": "a finding that is said to be lacking",
-    "bind": "which option that is",
-}
 
 # %% ../../nbs/paper/55_cases.ipynb #5285c707
 def count_taught(c: Case) -> tuple[int, int]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KS', 'EPOCHS', 'REPEATED', 'REWORDED', 'WHERE', 'STEPS', 'ON_THE_WAY', 'POINTS', 'PEAK', 'name', 'paper_claims',
            'claims_of_controls', 'claims', 'benchmarks', 'read_after', 'arms', 'chance', 'measure_coverage',
-           'choose_claims', 'paper_rows', 'make_series', 'make_paper_series', 'figure']
+           'paper_rows', 'make_series', 'make_paper_series', 'figure']
 
 # %% ../../nbs/paper/44_samples.ipynb #c84b38ca
 from dataclasses import replace
@@ -145,18 +145,6 @@ def measure_coverage(asked: list[Question]) -> float | None:
     asked_for = {q.tags["join"] for q in asked if q.tags.get("join")}
     may_be_read = {str(join) for join, split in divide_joins().items() if split == "train"}
     return len(asked_for & may_be_read) / len(may_be_read) if asked_for else None
-
-# %% ../../nbs/paper/44_samples.ipynb #44a00007
-def choose_claims(recipe: Recipe) -> list[Claim]:
-    "The claims whose arms, benchmark and reading a recipe has."
-    own, common = arms(recipe), recipe.common
-
-    def can_be_asked(claim):
-        has_arms = {claim.a, claim.b} <= set(own)
-        has_place = claim.benchmark in (WHERE, *benchmarks(recipe))
-        return has_arms and has_place and (common.likelihood or claim.reading == "generated")
-
-    return list(filter(can_be_asked, claims()))
 
 # %% ../../nbs/paper/44_samples.ipynb #35d42eb6
 def paper_rows(benchmark: str) -> dict:

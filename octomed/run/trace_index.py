@@ -29,9 +29,9 @@ from ..data.images import find_stored
 from ..data.questions import Question
 from ..data.sources import load
 from ..distill.pools import read_questions, take_subset
-from ..distill.rejection import name_status
+from ..distill.rejection import judge_sample, name_status
 from ..distill.sampling import make_requests, student_identity
-from ..generate.answers import STATUSES, Explanation, Verdict, explain_verdict, judge
+from ..generate.answers import STATUSES, Explanation, Verdict, explain_verdict
 from ..generate.ledger import Ledger
 from ..generate.prompts import Template, load_template
 from ..generate.samples import Sample, Sampling, make_sample_key
@@ -299,14 +299,7 @@ def _judge_shown(q: Question, entry: AskedModel, column: int, samples: list) -> 
     template = _template_of(entry.template)
     shown = []
     for sample in samples:
-        verdict = judge(
-            sample.text,
-            q.letters,
-            q.answer,
-            think_first=template.think_first,
-            forms=template.forms,
-            end_of_think=template.end_of_think,
-        )
+        verdict = judge_sample(sample, q, template)
         shown.append(ShownSample(column, sample, verdict=verdict, template=template))
     return shown
 
