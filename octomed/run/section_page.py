@@ -234,7 +234,8 @@ def set_aside_claims(
         missing += lacking
     if aside:
         named = "; ".join(dict.fromkeys(missing))
-        print(f"{len(aside)} claims are not judged: this recipe leaves out {named}.")
+        counted = "1 claim is" if len(aside) == 1 else f"{len(aside)} claims are"
+        print(f"{counted} not judged: this recipe leaves out {named}.")
     self.claims = kept
     return aside
 
