@@ -6,8 +6,8 @@ python tests/pages.py check [NOTEBOOK …]   runs notebooks and compares; a diff
 A notebook is named as ROOM/NAME.ipynb under `nbs/`; by default all of the library are taken. A cell
 tagged `varies` shows something that cannot be the same twice: its output is stored, not compared.
 A cell that exports shows nothing.
-Of a section of the paper only the cell that shows its reference run is run, since papermill runs
-the sections.
+Sections of the paper are not run here: they show the reference run of the course, which
+`make reference` stores in them.
 """
 
 import argparse
@@ -24,14 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 ROOMS = ("core", "data", "generate", "distill", "train", "evaluate", "run", "clinic", "bench")
-SECTIONS = "paper"
 LARGEST = 1 << 20  # bytes of a notebook with its outputs
 
 
 def all_notebooks() -> list[str]:
-    "The library's notebooks, in import order, and the sections."
+    "The library's notebooks, in import order."
     found = ["00_front_door.ipynb", "01_main.ipynb"]
-    for room in (*ROOMS, SECTIONS):
+    for room in ROOMS:
         found += [f"{room}/{path.name}" for path in sorted((NBS / room).glob("*.ipynb"))]
     return found
 
@@ -88,13 +87,6 @@ def merge_streams(outputs: list[dict]) -> list[dict]:
     return merged
 
 
-def is_run(name: str, source: str) -> bool:
-    "Whether a cell takes part."
-    if name.startswith(f"{SECTIONS}/"):
-        return "show_reference(" in source
-    return "eval: false" not in source
-
-
 def run_notebook(name: str) -> tuple[dict, str | None]:
     "(cell id → outputs, the error if a cell failed) of a notebook, run from top to bottom."
     from execnb.nbio import read_nb
@@ -103,7 +95,7 @@ def run_notebook(name: str) -> tuple[dict, str | None]:
     os.chdir((NBS / name).parent)
     sys.path.insert(0, str(ROOT))
     notebook = read_nb(NBS / name)
-    notebook.cells = [cell for cell in notebook.cells if is_run(name, as_text(cell.source))]
+    notebook.cells = [cell for cell in notebook.cells if "eval: false" not in as_text(cell.source)]
     shell = CaptureShell(mpl_format="png")
     error = None
     try:

@@ -453,22 +453,34 @@ def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     assert str(root()) not in text
 
 
-def test_figures_in_a_notebook_have_words_for_those_who_do_not_see_them(tmp_path, monkeypatch):
+def test_a_committed_section_shows_what_its_run_showed_and_its_pictures_have_words(tmp_path):
     from octomed.run.sections import Section
 
-    path = tmp_path / "44_samples.ipynb"
-    cell = nbformat.v4.new_code_cell('show_reference("44_samples")')
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-    show_in_notebook(Section("44_samples", path), "course")
-    out = [
-        o
-        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
-        for o in c.get("outputs", [])
+    picture = nbformat.v4.new_output("display_data", {"image/png": "…"})
+    progress = nbformat.v4.new_output("stream", text="40 of 600", name="stderr")
+    cells = [
+        nbformat.v4.new_code_cell('section = start_section("44_samples", recipe, out)'),
+        nbformat.v4.new_code_cell("section.judge()"),
+        nbformat.v4.new_code_cell("an edited cell"),
     ]
-    assert [o["metadata"]["image/png"]["alt"][:11] for o in out if "image/png" in o["data"]] == [
-        "44_samples:"
-    ] * 2
-    assert any("| **agrees** |" in "".join(o["data"].get("text/markdown", "")) for o in out)
+    path = tmp_path / "44_samples.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    for cell in cells[1:]:
+        cell.outputs = [progress, picture]
+    cells[2].source = "what the run had"
+    run = tmp_path / "run"
+    (run / "results").mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), run / "44_samples.ipynb")
+    card = {"commit": "0123abc", "hardware": "2 cores", "minutes": 8.2}
+    results = {"section": "44_samples", "recipe": "course", "card": card}
+    (run / "results" / "44_samples.json").write_text(json.dumps(results))
+
+    show_in_notebook(Section("44_samples", path), run)
+
+    kept = [cell["outputs"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    assert "commit 0123abc" in "".join(kept[0][0]["data"]["text/markdown"])
+    assert [o["metadata"]["image/png"]["alt"][:11] for o in kept[1]] == ["44_samples:"]
+    assert kept[2] == []  # the run had other code
 
 
 def test_a_table_of_scores_names_split_prompt_pixels_and_sampling():
