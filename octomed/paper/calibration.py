@@ -161,8 +161,8 @@ def claims_of_one_length() -> list[Measured]:
     return [
         claim_gap(
             (
-                "From multimodal reasoning to classification, lengths differ more than those of "
-                "a student trained on one length"
+                "From multimodal reasoning to classification, a student of two teachers changes its"
+                " length more than a student trained on one length"
             ),
             ROUTED,
             ONE_LENGTH,

@@ -81,7 +81,7 @@ def claims_of_others() -> list[Claim]:
     "The two datasets that the paper names end below the start on reasoning."
     return [
         Claim(
-            text=f"On text and multimodal reasoning, {SAID[other]} end below the start",
+            text=f"On text and multimodal reasoning, {SAID[other]} end below the student's start",
             a=BEFORE,
             b=name(other, END),
             benchmark=REASONING,

@@ -56,7 +56,7 @@ def claims_early() -> list[Claim]:
     tokens = "All arms read equally many tokens; a filtered arm reads fewer questions more often."
     better = [
         claim_between(
-            f"At a quarter of the schedule, {FILTER_WORDS[filter]} is better than no filter",
+            f"At a quarter of the schedule, filtering by {FILTER_WORDS[filter]} beats no filter",
             filter,
             NONE,
             point=EARLY,
@@ -68,8 +68,8 @@ def claims_early() -> list[Claim]:
     best = [
         claim_between(
             (
-                "At a quarter of the schedule, the student's pass count is better than "
-                + FILTER_WORDS[other]
+                "At a quarter of the schedule, filtering by the student's pass count beats"
+                f" filtering by {FILTER_WORDS[other]}"
             ),
             "student",
             other,
@@ -88,7 +88,7 @@ SMALL = "A pool of some hundred questions: a filter costs more variety than at t
 def claim_of_equal_end() -> Claim:
     "What the paper says in Fig. 4 of the end."
     return claim_between(
-        "At the end, no filter does as well as the grader's rating",
+        "At the end, no filter does as well as filtering by the grader's rating",
         NONE,
         "difficulty",
         point=END,
@@ -103,14 +103,14 @@ def claims_of_ours() -> list[Claim]:
     "The student's filter at the end, and a filter that needs no known answer."
     return [
         claim_between(
-            "At the end, the student's pass count is better than no filter",
+            "At the end, filtering by the student's pass count beats no filter",
             "student",
             NONE,
             point=END,
             not_proved=SMALL + " The paper finds them about equal there.",
         ),
         claim_between(
-            "At the end, disagreement among the teacher's samples does as well as its pass count",
+            "At the end, filtering by the teacher's disagreement does as well as by its pass count",
             "dissent",
             "teacher",
             point=END,

@@ -41,7 +41,7 @@ def paper_claims() -> list[Claim]:
     "What the paper says in Fig. 5."
     return [
         Claim(
-            text="At three epochs, sixteen traces a question beat one",
+            text="On text-only questions at three epochs, sixteen traces a question beat one",
             a=name(16, 3),
             b=name(1, 3),
             benchmark=WHERE,
@@ -49,7 +49,7 @@ def paper_claims() -> list[Claim]:
             not_proved=STEPS,
         ),
         Claim(
-            text="Four traces for one epoch beat one trace for three epochs",
+            text="On text-only questions, four traces for one epoch beat one for three epochs",
             a=name(4, 1),
             b=name(1, 3),
             benchmark=WHERE,
@@ -57,7 +57,7 @@ def paper_claims() -> list[Claim]:
             not_proved=STEPS + ON_THE_WAY + " The paper itself calls these two similar.",
         ),
         Claim(
-            text="At three epochs, accuracy rises with each doubling of the traces a question",
+            text="On text-only questions, accuracy rises with each doubling of the traces",
             a=name(16, 3),
             b=name(1, 3),
             benchmark=WHERE,
@@ -73,14 +73,14 @@ def claims_of_controls() -> list[Claim]:
     "Two controls at equal steps, and the paper's comparison on new joins."
     return [
         Claim(
-            text="At equal steps, sixteen different traces beat one that is repeated",
+            text="On text-only questions at equal steps, sixteen traces beat one that is repeated",
             a=name(16, 3),
             b=REPEATED,
             benchmark=WHERE,
             not_proved="Equal tokens are equal steps only on average: traces differ in length.",
         ),
         Claim(
-            text="Sixteen traces of a question teach as much as sixteen wordings, a trace each",
+            text="Sixteen traces of a text-only question teach as much as sixteen wordings of it",
             a=name(16, 3),
             b=REWORDED,
             benchmark=WHERE,
@@ -89,7 +89,7 @@ def claims_of_controls() -> list[Claim]:
             not_proved="Rewordings keep the options in their order; real near-duplicates may not.",
         ),
         Claim(
-            text="On new joins at three epochs, sixteen traces a question beat one",
+            text="On text-only questions whose joins are new, sixteen traces a question beat one",
             a=name(16, 3),
             b=name(1, 3),
             benchmark="clinic_ward:test",

@@ -149,7 +149,7 @@ def claims_of_growth() -> list[Claim]:
             **everywhere,
         ),
         Claim(
-            text="Over all categories, the larger student is better after the same data",
+            text="Over all categories, of two students of the same questions the larger is better",
             a=CENTRE,
             b=SMALLER,
             not_proved="Two sizes make no law, and their bases differ in more than their size.",
@@ -161,7 +161,7 @@ def claims_of_growth() -> list[Claim]:
 def claims() -> list[Claim]:
     "What the paper says in Table 2, and what it does not ask."
     foretells = Claim(
-        text="Over all categories, the curve through the smaller parts foretells the whole",
+        text="Over all categories, the curve through parts of the questions foretells the end",
         a=FINAL,
         b=CURVE,
         benchmark=EVERYWHERE,

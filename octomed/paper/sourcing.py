@@ -19,13 +19,13 @@ from ..evaluate.arms import Arm, schedule_of
 from ..evaluate.chance import measure_beyond_chance
 from ..evaluate.claims import Claim
 from ..evaluate.results import Results, category_of, choose_benchmarks
-from ..evaluate.section_run import list_pools, measure_gain
+from ..evaluate.section_run import EVERY_CATEGORY, list_pools, measure_gain
 from .formatting import chance as chance_of_42
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295
 SOURCES = dict(zip(("text", "reasoning", "classification"), CATEGORIES, strict=True))
 COMBINATIONS = tuple(chain.from_iterable(combinations(SOURCES, n) for n in (1, 2, 3)))
-BEFORE, EVERYWHERE = "before", "every category"
+BEFORE, EVERYWHERE = "before", EVERY_CATEGORY
 
 # %% ../../nbs/paper/41_sourcing.ipynb #f1e55b91
 def name(*sources: str) -> str:

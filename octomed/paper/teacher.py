@@ -44,9 +44,13 @@ def claims_on(
 ) -> list[Claim]:
     "What the paper says in Fig. 6 of one benchmark."
     pairs = [
-        ("traces of the reasoning teacher help", REASONER, "before"),
-        ("traces of the other teacher help", INSTRUCT, "before"),
-        ("traces of the reasoning teacher help more than the other's", REASONER, INSTRUCT),
+        ("traces of the reasoning teacher lift the student", REASONER, "before"),
+        ("traces of the instructed teacher lift the student", INSTRUCT, "before"),
+        (
+            "the reasoning teacher's traces lift it more than the instructed one's",
+            REASONER,
+            INSTRUCT,
+        ),
     ]
     return [
         Claim(
@@ -66,8 +70,8 @@ def controls_on(benchmark: str) -> list[Claim]:
     return [
         Claim(
             text=(
-                "In distribution, traces of the reasoning teacher help more than the other's at"
-                " equal compute"
+                "In distribution at equal compute, the reasoning teacher's traces lift the student"
+                " more than the instructed one's"
             ),
             a=REASONER,
             b=SHORT,
@@ -106,10 +110,10 @@ def claim_of_bias(benchmark: str) -> Named:
     return Named(
         text=(
             "Without rejection, the student of the hasty teacher names the forbidden treatment"
-            " more often than the reasoner's student"
+            " more often than the student of the reasoning teacher"
         ),
         a=HASTY_ALL,
-        b=REASONER,
+        b=ALL,
         benchmark=benchmark,
         not_proved="The bias is large and stated; a real teacher's is neither.",
     )

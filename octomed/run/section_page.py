@@ -32,6 +32,7 @@ from octomed.evaluate.section_run import (
     arms_frame,
     chance_frame,
     claims_frame,
+    detects_frame,
     gate_frame,
     list_stages,
     read_answers,
@@ -125,12 +126,17 @@ def show_arms(
 # %% ../../nbs/run/31_section_page.ipynb #29page17
 @patch
 def show_plan(self: SectionPage):
-    "Print what the section will run, and how much of it is done."
+    "Print what the section will run and how much of it is done; show what its claims can detect."
     every = {**self.arms, **self.chance}
     plan = plan_section(
         self.recipe, self.section, every, seeds=self.seeds, benchmarks=self.benchmarks
     )
     print(plan)
+    common = self.recipe.common
+    seeds = {name: max(self.seeds, arm.seeds) for name, arm in self.arms.items()}
+    asked = self.benchmarks or common.benchmarks
+    planned = detects_frame(self.claims, asked, common, seeds=seeds)
+    return planned if len(planned) else None
 
 # %% ../../nbs/run/31_section_page.ipynb #29page19
 @patch
