@@ -284,3 +284,38 @@ def test_matplotlib_is_imported_only_when_drawing():
         ],
         check=True,
     )
+
+
+@pytest.mark.parametrize("label", ["ward", "a benchmark with a rather long name"])
+def test_the_key_of_a_figure_of_accuracies_stays_on_the_figure(label):
+    rows = [
+        {
+            "arm": arm,
+            "benchmark": label,
+            "accuracy": 0.5,
+            "interval": [0.4, 0.6],
+            "chance": 0.25,
+        }
+        for arm in ("cot", "direct", "direct, same compute")
+    ]
+    fig = F.draw_accuracies(rows)
+    legend = fig.axes[0].get_legend()
+    extent = legend.get_window_extent()
+    assert extent.x1 <= fig.bbox.x1
+
+
+def test_joins_are_drawn_by_benchmark_part_and_reading():
+    from octomed.paper.formatting import figure_of_joins
+
+    row = {"arm": "cot", "benchmark": "clinic_ward:test", "accuracy": 0.5, "interval": [0.4, 0.6]}
+    rows = [
+        {**row, "joins": "all", "reading": "generated"},
+        {**row, "joins": "seen", "reading": "generated"},
+        {**row, "joins": "unseen", "reading": "likelihood"},
+        {**row, "benchmark": "Overall", "joins": "seen", "reading": "generated"},
+    ]
+    drawn = [
+        label.get_text() for label in figure_of_joins({"rows": rows}).axes[0].get_yticklabels()
+    ]
+    assert drawn == ["ward, seen: written", "ward, unseen: likeliest"]
+    assert figure_of_joins({"rows": rows[:1]}) is None

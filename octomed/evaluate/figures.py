@@ -126,10 +126,12 @@ def _key(
     entries,  # (name, colour, filled) as `_handle` takes them
     y=1.0,  # height above the axes
 ):
-    "Write the names in their own colours; long ones in two columns."
+    "Write the names in their own colours; in two columns where they are too long for a line."
     handles = [_handle(*entry) for entry in entries]
     characters = sum(len(name) + 5 for name, _, _ in entries)
-    columns = len(handles) if characters < 60 else min(2, len(handles))
+    beside = max((len(label.get_text()) for label in ax.get_yticklabels()), default=0)
+    room = min(60, 76 - beside)  # characters that fit beside the labels of the axis
+    columns = len(handles) if characters < room else min(2, len(handles))
     ax.legend(
         handles=list(chain.from_iterable(handles[i::columns] for i in range(columns))),
         loc="lower left",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_claims', 'claims_at_equal_compute', 'claims_on_new_joins', 'claims', 'declare_students', 'arms', 'chance',
-           'paper_rows', 'figure']
+           'paper_rows', 'figure', 'figure_of_joins']
 
 # %% ../../nbs/paper/42_formatting.ipynb #7195ac63
 from dataclasses import replace
@@ -152,3 +152,19 @@ def figure(results: dict):
     from octomed.evaluate.figures import draw_accuracies
 
     return draw_accuracies(results["rows"], title="Reasoning first or the answer at once (Table 1)")
+
+# %% ../../nbs/paper/42_formatting.ipynb #42join09
+def figure_of_joins(results: dict):
+    "What each student reaches on joins that it has read and on new ones, where there are any."
+    from octomed.evaluate.figures import draw_accuracies
+
+    words = {"generated": "written", "likelihood": "likeliest"}
+    shown = []
+    for row in results["rows"]:
+        if row["joins"] == "all" or ":" not in row["benchmark"]:
+            continue
+        benchmark = row["benchmark"].split(":")[0].removeprefix("clinic_")
+        place = f"{benchmark}, {row['joins']}: {words[row['reading']]}"
+        shown.append({**row, "benchmark": place, "joins": "all", "reading": "generated"})
+    title = "Joins that a student has read, and joins that are new to it"
+    return draw_accuracies(shown, title=title) if shown else None
