@@ -492,6 +492,10 @@ def as_trl_reads(row):
 
 
 data = Dataset.from_list([as_trl_reads(row) for row in job["rows"]])
+rendered = [
+    tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    for chat in job["chats"]
+]
 
 
 class InOrder(SFTTrainer):
@@ -513,12 +517,16 @@ trainer = InOrder(
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 norms = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
-rendered = [
-    tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-    for chat in job["chats"]
-]
 json.dump({"losses": losses, "norms": norms, "rendered": rendered}, open(job["done"], "w"))
 """
+
+
+def write_as_text(message: dict) -> dict:
+    "A message whose content is a string: what the template of a text model takes."
+    content = message["content"]
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    return {"role": message["role"], "content": content}
 
 
 def read_chats(work: Path, stages: dict) -> list[list[dict]]:
@@ -532,7 +540,8 @@ def read_chats(work: Path, stages: dict) -> list[list[dict]]:
     questions = {q.id: q for q in read_questions(run_stage(stages["pool"]))}
     chats = []
     for trace in read_jsonl(run_stage(stages["kept"]) / "traces.jsonl"):
-        messages = write_messages(template, questions[trace["question"]])
+        asked = write_messages(template, questions[trace["question"]])
+        messages = [write_as_text(message) for message in asked]
         chats.append([*messages, {"role": "assistant", "content": trace["response"]}])
     return chats
 
