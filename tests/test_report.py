@@ -450,6 +450,10 @@ def test_the_reference_that_is_kept_makes_a_whole_page(tmp_path, monkeypatch):
     assert not p.open
     assert {f.stem for f in kept} <= set(p.ids)
     assert len(p.images) >= 2 * len(kept)
+    spoken = [i["alt"] for i in p.images if "each claim" in i["alt"]]
+    assert spoken and all(
+        re.search(r"\d+ (agrees|disagrees|holds|fails|undecided|not tested)", s) for s in spoken
+    )
     assert str(root()) not in text
 
 

@@ -10,6 +10,7 @@ __all__ = ['PAGE_STYLE', 'TABLE_STYLE', 'SCREEN_STYLE', 'STYLE', 'BANNER', 'PART
 import base64
 import html
 import re
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def _table(head: list[str], body: list[str], **attributes) -> str:
 PARTS = {
     "": "the main figure",
     "findings": "each claim's difference with its interval and outcome",
+    "joins": "accuracy on joins that were read and on new ones",
     "instrument": "how often halves of an arm are told apart, as they are and with a difference",
 }
 
@@ -132,12 +134,28 @@ def _name(section: str) -> str:
     return _text(f"{number} · {title.replace('_', ' ').capitalize()}")
 
 
-def _figure(path: str) -> str:
-    "A figure, embedded; its numbers are in the tables beside it."
+def _read_aloud(part: str, r: dict) -> str:
+    "The numbers of a figure in a few words, for those who do not see it."
+    if part.startswith("findings"):
+        counts = Counter(claim["outcome"] for claim in r["claims"])
+        return ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
+    if part:
+        return ""
+    by_arm = {}
+    for row in r["rows"]:
+        if (row.get("joins"), row.get("reading")) == ("all", "generated"):
+            by_arm.setdefault(row["arm"], []).append(round(100 * row["accuracy"]))
+    spans = {arm: (min(scores), max(scores)) for arm, scores in by_arm.items()}
+    return "; ".join(f"{arm} {low} to {high} %" for arm, (low, high) in spans.items())
+
+
+def _figure(path: str, r: dict) -> str:
+    "A figure of a section, embedded; its numbers are in the tables beside it."
     kind = "svg+xml" if path.endswith(".svg") else "png"
     section, _, part = Path(path).stem.partition("-")
     title = section.replace("_", ", ", 1).replace("_", " ")
-    alt = f"Section {title}: {PARTS.get(part, part.replace('-', ' '))}"
+    said = _read_aloud(part, r)
+    alt = f"Section {title}: {PARTS.get(part, part.replace('-', ' '))}{': ' if said else ''}{said}"
     data = base64.b64encode(Path(path).read_bytes()).decode()
     image = f'<img alt="{_text(alt)}" src="data:image/{kind};base64,{data}">'
     return _element("figure", image)
@@ -411,7 +429,7 @@ def _section(r: dict) -> str:
         parts.append('<p class="note">The code has changed since this was made.</p>')
     if r["claims"]:
         parts += ["<h3>The paper's claims, and ours</h3>", _claims(r["claims"], r.get("trial", ""))]
-    parts += [_figure(path) for path in r["figures"]]
+    parts += [_figure(path, r) for path in r["figures"]]
     if r["rows"]:
         parts += [
             "<h3>Accuracy, per cent, and what belongs to it</h3>",
