@@ -9,7 +9,7 @@ import pytest
 import octomed.clinic.questions  # noqa: F401 - registers the sources
 from octomed.core.paths import OctomedError
 from octomed.core.recipe import Common
-from octomed.evaluate.claims import Claim, judge_claim, word_outcome
+from octomed.evaluate.claims import Claim, judge_claim, read_alike, word_outcome
 from octomed.evaluate.family import count_family, settle_run
 from octomed.evaluate.results import Results
 from octomed.evaluate.seeds import (
@@ -305,3 +305,20 @@ def test_the_instrument_finds_little_in_nothing_and_what_is_planted():
     assert 0.2 < half["expected"] < 0.4
     assert rows["nothing, one seed against one", "not yet"]["cases"] == 90
     assert check_instrument([claim_of()], make_results({"a": 3, "b": 3})) == []
+
+
+def test_a_recipe_says_how_claims_about_accuracy_read_students():
+    from octomed.core.recipe import load_recipe
+    from octomed.paper import scaling, teacher
+
+    read = read_alike(teacher.claims(), "likelihood")
+    readings = {claim.reading for claim in read if claim.a != teacher.HASTY_ALL}
+    assert readings == {"likelihood"}
+    (bias,) = [claim for claim in read if claim.a == teacher.HASTY_ALL]
+    assert bias.reading == "generated"  # it is about which option is named
+    apart = (scaling.TEACHERS, scaling.CURVE)
+    kept = read_alike(scaling.claims(), "likelihood", apart=apart)
+    assert [c.reading for c in kept if {c.a, c.b} & set(apart)] == ["generated"] * 4
+    assert read_alike(teacher.claims(), "generated") == teacher.claims()
+    assert load_recipe("course").common.reading == "likelihood"
+    assert load_recipe("paper").common.reading == "generated"

@@ -84,6 +84,8 @@ class Common:
     answer_tokens: Amount = 8  # further budget after a forced exit (paper: not given)
     eval_seeds: Count = 1  # runs that are averaged (paper: 5)
     likelihood: bool = False  # is every student read by likelihood too, beside its own answers
+    # How claims about accuracy read students (paper: generated).
+    reading: Literal["generated", "likelihood"] = "generated"
     chance: bool = False  # are chance students trained, which see the options alone
     bootstrap: Count = 10_000  # resamples of questions for every interval (paper: 10,000)
     # Training seeds of the arms that are split in halves to test the instrument: 6; 0: none.

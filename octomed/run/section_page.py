@@ -273,6 +273,8 @@ def say_finding(finding: dict) -> str:
     failed = [line["what"] for line in finding.get("gate", ()) if not line["passed"]]
     if failed:
         sentence += f"; the gate fails on: {', '.join(failed)}"
+    if finding.get("reading") == "likelihood":
+        sentence += "; read by likelihood"
     if finding.get("about") == "these students":
         sentence += "; it is about these students"
     return sentence + "."
