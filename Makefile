@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (octomed)" > /dev/null
 	touch $@
 
-.PHONY: install vllm real book students reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
+.PHONY: install vllm real book course students reproduce test lint clean-check units notebooks pages write-pages smoke reference bench soak
 install: .venv/ready
 
 # vLLM on a CPU, in an environment of its own (.venv-vllm, 6 GB): the tests that need it skip without it.
@@ -29,6 +29,12 @@ real: install
 book: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e ".[book]"
 	$(BIN)/python -m book
+
+# nbgrader, and the course's assignments as it releases them, with their answers: outputs/nbgrader/.
+# The test of nbgrader's round trip skips without it.
+course: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e ".[course]"
+	$(BIN)/python nbs/course/release.py outputs/nbgrader
 
 # The clinic's base students, made again from nothing (an hour and a half of two cores); they are shipped.
 students: install

@@ -59,7 +59,8 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={
-        name: requirements_of(name) for name in ("dev", "vllm", "train", "cluster", "real", "book")
+        name: requirements_of(name)
+        for name in ("dev", "vllm", "train", "cluster", "real", "book", "course")
     },
     cmdclass={"build_py": BuildWithFiles},
     entry_points={

@@ -27,8 +27,7 @@ def write_index(project: Project) -> str:
     text = "\n\n".join(c["source"] for c in notebook.cells if c["cell_type"] == "markdown")
     start = [page for page in project.pages if "/" not in page.name]
     library = [folder for folder in project.folders if folder != "paper"]
-    course = [entry(page) for page in project.pages_of(COURSE)]
-    course += [f"/{name}" for name in list_course_texts(project)]
+    course = list_course(project)
     reference = ["recipes/index", "cli", "api/index"]
     trees = [
         toctree([*map(entry, start), "launch"], "Start"),
@@ -47,6 +46,19 @@ def list_course_texts(project: Project) -> list[str]:
     nbs = project.root / "nbs"
     paths = sorted((nbs / COURSE).rglob("*.md"))
     return [path.relative_to(nbs).with_suffix("").as_posix() for path in paths]
+
+
+def find_place(name: str) -> tuple:
+    "Where a page of the course stands: the syllabus first, a unit's page before its exercises."
+    parts = name.split("/")[1:]
+    return parts[0] == "instructor", *("" if part == "index" else part for part in parts)
+
+
+def list_course(project: Project) -> list[str]:
+    "The course's notebooks and texts in the order of the chapter; instructors' pages are last."
+    entries = {page.name: entry(page) for page in project.pages_of(COURSE)}
+    entries |= {name: f"/{name}" for name in list_course_texts(project)}
+    return [entries[name] for name in sorted(entries, key=find_place)]
 
 
 def write_folder(folder: str, about: str, project: Project) -> str:

@@ -143,6 +143,15 @@ def test_the_course_is_a_chapter_when_it_is_there(project):
     assert "Syllabus </course/00_syllabus>" in index and "/course/rubric" in index
     assert "Marks </course/solutions/01_marks>" in index
     assert "course/index" in chapters.write_api_index(with_course)
+    for name in ("index", "unit1/index", "instructor/unit1"):
+        path = project.root / "nbs" / "course" / f"{name}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("# A page")
+    write_notebook(path.parents[1] / "unit1" / "assignment.ipynb", prose_cell("# Exercises"))
+    in_order = ["index", "unit1/index", "unit1/assignment", "instructor/unit1"]
+    course = chapters.list_course(Project(project.root))
+    names = [entry.split("/course/")[1].rstrip(">") for entry in course]
+    assert [name for name in names if name in in_order] == in_order
     assert "course/index" not in chapters.write_api_index(project)
 
 
