@@ -48,6 +48,7 @@ COMMANDS = [
     "run",
     "status",
     "report",
+    "claim",
     "sources",
     "decontaminate",
     "judge",

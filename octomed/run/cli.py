@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeName', 'Plugins', 'Sources', 'Benchmarks',
-           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TraceQuestions', 'TrainFiles', 'AgainstFiles',
-           'NearFile', 'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK', 'Form', 'PlainForm', 'AccelerateFile',
-           'HowWords', 'Tracker', 'StudentName', 'BaseName', 'export', 'PREFERENCES', 'StageOptions', 'TrainingOptions',
-           'show', 'show_default', 'show_example', 'check', 'completion', 'plan', 'schema', 'RunOptions',
-           'check_run_options', 'submit_jobs', 'run', 'status', 'write_report', 'report', 'sources', 'judge', 'traces',
-           'report_near_copies', 'write_reports', 'show_reports', 'decontaminate', 'bench', 'declare_arm',
-           'declare_training', 'read_counts', 'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages',
-           'tabulate_evaluations', 'evaluate', 'base', 'print_next', 'llamafactory', 'samples', 'preferences', 'Target',
-           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
-           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
+           'Several', 'OutFolder', 'PushTo', 'app', 'SectionNames', 'TraceQuestions', 'claim', 'ClaimFile',
+           'ClaimPlaces', 'TrainFiles', 'AgainstFiles', 'NearFile', 'NEAR_ROWS', 'PageFile', 'DropsFile', 'DistillK',
+           'Form', 'PlainForm', 'AccelerateFile', 'HowWords', 'Tracker', 'StudentName', 'BaseName', 'export',
+           'PREFERENCES', 'StageOptions', 'TrainingOptions', 'show', 'show_default', 'show_example', 'check',
+           'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs', 'run', 'status',
+           'write_report', 'report', 'run_own_claim', 'table', 'sources', 'judge', 'traces', 'report_near_copies',
+           'write_reports', 'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts',
+           'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate',
+           'base', 'print_next', 'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student',
+           'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command',
+           'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -354,6 +355,69 @@ def report(
         print(format_report(recipe, only=only))
     else:
         print(format_summary(recipe))
+
+# %% ../../nbs/run/25_cli.ipynb #25claim1
+claim = App(
+    name="claim",
+    help="Stamp a claim of your own, run it, and say whether it holds.",
+    help_format="plaintext",
+    help_epilogue=show_example("claim more-wordings.yaml --plan"),
+)
+app.command(claim)
+ClaimFile = Annotated[
+    str, Parameter(help="A YAML file: text, recipe, arms, compare, benchmark, kind.")
+]
+ClaimPlaces = Annotated[
+    str, Parameter(help="Folders with stamped claims, or claims' files; default: your own.")
+]
+
+# %% ../../nbs/run/25_cli.ipynb #25claim2
+@claim.default
+def run_own_claim(
+    file: ClaimFile,
+    /,
+    *,
+    plan: Annotated[
+        bool,
+        Parameter(help="Check it, and say how long it takes and what it detects; run nothing."),
+    ] = False,
+    stamp: Annotated[bool, Parameter(help="Stamp it and run nothing.")] = False,
+    json: Json = False,
+):
+    "Stamp a claim of your own, run it, and say whether it holds."
+    from octomed.run import own_claim
+    from octomed.run.environment import check_settings
+
+    if plan and stamp:
+        raise UsageError("--plan writes nothing and --stamp writes the stamp: choose one")
+    check_settings()
+    own = own_claim.read_claim(file)
+    if plan:
+        planned = own_claim.plan_claim(own)
+        show([planned], as_json=True) if json else print(own_claim.format_claim_plan(own))
+        return
+    stamped = own_claim.stamp_claim(own)
+    if not json:
+        print("\n".join(own_claim.wrap_sentences(own_claim.say_stamp(stamped))), flush=True)
+    result = stamped if stamp else own_claim.run_claim(own)
+    if json:
+        show([result], as_json=True)
+    elif not stamp:
+        print(own_claim.format_claim(result))
+        print_next(f"its page is {own_claim.claim_folder(own) / 'claim.md'}")
+
+# %% ../../nbs/run/25_cli.ipynb #25claim3
+@claim.command(help_epilogue=show_example("claim table class/"))
+def table(*places: ClaimPlaces, json: Json = False):
+    "All stamped claims in one table, with the correction for their number."
+    from octomed.run import own_claim
+
+    rows = own_claim.tabulate_claims(*places)
+    if json:
+        show(rows, as_json=True)
+    else:
+        show(own_claim.list_class_rows(rows), as_json=False)
+        print(own_claim.say_class(rows))
 
 # %% ../../nbs/run/25_cli.ipynb #a1805903
 @app.command(help_epilogue=show_example("sources"))
