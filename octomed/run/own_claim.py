@@ -106,7 +106,9 @@ class OwnClaim:
     margin: ShareBelowOne = 0.0  # of `equivalent`, in accuracy
     along: tuple[NotNegative, ...] = ()  # of a trend: the place of each arm; empty: 0, 1, 2, …
     joins: Literal["all", "seen", "unseen"] = "all"  # which questions
-    reading: Literal["generated", "likelihood"] = "generated"  # how students are read
+    reading: Literal["generated", "likelihood"] = (
+        "generated"  # how students are read; a file without it: as the recipe says
+    )
     seeds: Count = 1  # training seeds of every arm
     samples: Amount = 0  # responses of the teacher to each question; 0: the recipe's
     limit: Amount = 0  # questions of each benchmark; 0: the recipe's
@@ -310,12 +312,13 @@ def _check_claim(file: PlainFile, name: str, path: Path | None = None) -> OwnCla
     if file.value is None:
         raise UsageError(f"{file.name} is empty: write {EXAMPLES['text']}, and so on")
     values = _check_plain(file, file.value, OwnClaim)
+    common = _load_common(file, values, path.parent if path else Path())
     own = OwnClaim(
         name=name,
         arms=_check_arms(file),
-        common=_load_common(file, values, path.parent if path else Path()),
+        common=common,
         path=path,
-        **values,
+        **{"reading": common.reading, **values},
     )
     _check_whole(file, own)
     return own
