@@ -106,9 +106,8 @@ class OwnClaim:
     margin: ShareBelowOne = 0.0  # of `equivalent`, in accuracy
     along: tuple[NotNegative, ...] = ()  # of a trend: the place of each arm; empty: 0, 1, 2, …
     joins: Literal["all", "seen", "unseen"] = "all"  # which questions
-    reading: Literal["generated", "likelihood"] = (
-        "generated"  # how students are read; a file without it: as the recipe says
-    )
+    # how students are read; a file that does not say follows its recipe
+    reading: Literal["generated", "likelihood"] = "generated"
     seeds: Count = 1  # training seeds of every arm
     samples: Amount = 0  # responses of the teacher to each question; 0: the recipe's
     limit: Amount = 0  # questions of each benchmark; 0: the recipe's
