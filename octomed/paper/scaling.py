@@ -432,7 +432,12 @@ def forecast_finding(c: Claim, results: Results) -> dict:
 # %% ../../nbs/paper/51_scaling.ipynb #8373ceca
 def state_finding(c: Claim, results: Results) -> dict:
     "The finding of a claim; that of the curve is its forecast."
-    return forecast_finding(c, results) if c.b == CURVE else judge_claim(c, results)
+    if c.b == CURVE:
+        return forecast_finding(c, results)
+    if c.reading == "likelihood":  # teachers have no such reading
+        rows = {arm: of_arm for arm, of_arm in results.rows.items() if arm != TEACHERS}
+        results = replace(results, rows=rows)
+    return judge_claim(c, results)
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bab7749
 def rows_by_category(results: dict) -> dict:
