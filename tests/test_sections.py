@@ -311,3 +311,16 @@ def test_what_a_cell_runs_from_a_file_is_part_of_its_digest(tmp_path, monkeypatc
 def test_metadata_of_any_shape_are_no_hindrance(tmp_path, metadata):
     section = leave(tmp_path, BARE, metadata=metadata, nbformat="4", nbformat_minor="x")
     assert read_defaults(section) == {"recipe": "smoke", "out": None}
+
+
+def test_a_claim_about_a_part_of_a_benchmark_is_not_set_aside():
+    from octomed.core.recipe import load_recipe
+    from octomed.evaluate.claims import Claim
+    from octomed.run.section_page import SectionPage, find_lacking
+
+    page = SectionPage("30_dataset", load_recipe("course"), out=None, started=0.0)
+    page.benchmarks = ("brain_tumor:test",)
+    part = Claim("", "a", "b", "brain_tumor:test · with a twin")
+    other = Claim("", "a", "b", "medqa:test · with a twin, brain_tumor:test")
+    assert find_lacking(page, part) == []
+    assert find_lacking(page, other) == ["medqa:test"]

@@ -218,7 +218,7 @@ def find_lacking(
 ) -> list[str]:
     "The benchmarks of a claim that its recipe does not ask, and the reading that it does not have."
     asked = page.benchmarks or page.recipe.common.benchmarks
-    named = [place for place in claim.benchmark.split(", ") if ":" in place]
+    named = [place.split(" · ")[0] for place in claim.benchmark.split(", ") if ":" in place]
     lacking = [place for place in named if place not in asked]
     if claim.reading == "likelihood" and not page.recipe.common.likelihood:
         lacking.append("the reading by likelihood")
