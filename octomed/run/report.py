@@ -689,7 +689,7 @@ def keep_reference(
 
 # %% ../../nbs/run/17_report.ipynb #edfc7f49
 SHOWN = ("text/plain", "text/html", "text/markdown", "image/png")  # kinds that are kept
-LARGEST_NOTEBOOK = 1 << 20  # bytes, with its outputs
+LARGEST_NOTEBOOK = 3 << 19  # bytes, with its outputs: 1.5 MB
 NOT_SHOWN = "publishers-data"  # tag of a cell whose output holds what others published
 
 
@@ -747,5 +747,5 @@ def show_in_notebook(section: Section, folder: Path):
     _copy_outputs(notebook, executed, results)
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if len(text.encode()) > LARGEST_NOTEBOOK:
-        raise OctomedError(f"{section.name} would be over 1 MB: show less, or smaller figures")
+        raise OctomedError(f"{section.name} would be over 1.5 MB: show less, or smaller figures")
     atomic_write(section.path, text)
