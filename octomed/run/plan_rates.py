@@ -14,12 +14,12 @@ RATES = {
     "acceptance": 0.8,
     # prompt, image and response of one example of the clinic, by the student's template
     "row_tokens": {"cot": 165, "direct": 100},
-    # trained tokens per second: about 1 M parameters, two students side by side
-    "train_tokens": 13_000,
-    # responses per second, of some 50 tokens each, two students side by side
-    "responses": 80,
-    # responses per second whose options are read by likelihood, two students side by side
-    "likelihoods": 100,
+    # trained tokens per second: about 1 M parameters, all cores of a laptop with two at work
+    "train_tokens": 22_000,
+    # responses per second, of some 50 tokens each, likewise
+    "responses": 170,
+    # responses per second whose options are read by likelihood, likewise
+    "likelihoods": 200,
     # of a question under a teacher's template or a grader's, the mean over the paper's text pools;
     # and of an image at the paper's size
     "prompt_tokens": {
