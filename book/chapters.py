@@ -6,7 +6,14 @@ from collections.abc import Iterable
 from .notebooks import Page
 from .project import COURSE, Project, api_page, has_api
 
-OUTCOMES = ("agrees", "disagrees", "undecided", "not tested")
+OUTCOMES = (
+    "agrees",
+    "disagrees",
+    "holds",
+    "fails",
+    "undecided",
+    "not tested",
+)
 # Texts of the repository → their pages.
 TEXTS = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "nbs/LOG.md": "log"}
 
@@ -25,6 +32,7 @@ def write_index(project: Project) -> str:
     "The first page: README's text, and the order of the chapters."
     notebook = Page(project.root / "nbs" / "index.ipynb", "index")
     text = "\n\n".join(c["source"] for c in notebook.cells if c["cell_type"] == "markdown")
+    text = text.replace("](nbs/", "](")  # the book's pages lie as notebooks do below nbs/
     start = [page for page in project.pages if "/" not in page.name]
     library = [folder for folder in project.folders if folder != "paper"]
     course = list_course(project)
@@ -149,8 +157,8 @@ def write_results(report: dict) -> str:
             "its interval, every score, the figures, and the machine that made them.",
             *(note for note in report["notes"] if not note.startswith("Not run here")),
             "\n".join("| " + " | ".join(row) + " |" for row in table),
-            "An outcome may be *agrees*, *disagrees* or *undecided*, and *not tested* where the "
-            "students fail their gate. {doc}`/evaluate/05_claims` says how they are judged.",
+            "An outcome of the paper's claims is *agrees* or *disagrees*, of our own *holds* or "
+            "*fails*, of either *undecided*, or *not tested* where the students fail their gate. {doc}`/evaluate/05_claims` says how they are judged.",
         ]
     )
 
