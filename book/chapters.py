@@ -158,7 +158,8 @@ def write_results(report: dict) -> str:
             *(note for note in report["notes"] if not note.startswith("Not run here")),
             "\n".join("| " + " | ".join(row) + " |" for row in table),
             "An outcome of the paper's claims is *agrees* or *disagrees*, of our own *holds* or "
-            "*fails*, of either *undecided*, or *not tested* where the students fail their gate. {doc}`/evaluate/05_claims` says how they are judged.",
+            "*fails*, of either *undecided*, or *not tested* where the students fail their gate. "
+            "{doc}`/evaluate/05_claims` says how they are judged.",
         ]
     )
 
