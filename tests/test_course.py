@@ -73,6 +73,18 @@ def test_the_paths_minutes_add_up(unit):
     assert sum(minutes) == 20
 
 
+def test_a_units_page_lists_its_exercises_with_their_points(unit):
+    page = (COURSE / unit / "index.md").read_text(encoding="utf-8")
+    table = page.split("## Exercises")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| (\d+) \|$", table, re.M)
+    checks = []
+    for cell in release.read_notebook(unit)["cells"]:
+        name, role = release.read_role(cell)
+        if role == "check":
+            checks.append((name, str(cell["metadata"]["nbgrader"]["points"])))
+    assert listed == checks
+
+
 def test_notebooks_that_a_path_names_are_there(unit):
     page = (COURSE / unit / "index.md").read_text(encoding="utf-8")
     names = re.findall(r"`((?:paper|data|generate|distill|train|evaluate|clinic)/\w+)`", page)

@@ -8,7 +8,9 @@ The answers lie apart, on the instructor's pages `instructor/unit*.md`: for ever
 one, hidden checks where there are any, and the two commonest wrong ones with what they look like.
 """
 
+import contextlib
 import copy
+import io
 import json
 import re
 import sys
@@ -144,7 +146,8 @@ def answer_notebook(notebook: dict, answers: dict[str, str]) -> dict:
 def run_cell(source: str, name: str, names: dict) -> str:
     "What went wrong in a cell; an empty text if nothing did."
     try:
-        exec(compile(source, name, "exec"), names)
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(source, name, "exec"), names)
     except NotImplementedError:
         return "NotImplementedError"
     except Exception as error:
