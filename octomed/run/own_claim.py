@@ -124,7 +124,7 @@ EXAMPLES = {  # what to write where a key is missing
     "train": "train: clinic_ward:train, say",
 }
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page1x2
 def _list_types(kind: type) -> dict:
     "The type of each value that a file may give."
     hints = get_type_hints(kind, include_extras=True)
@@ -162,7 +162,7 @@ def _check_plain(file: PlainFile, values, kind: type, keys: tuple = ()) -> dict:
         checked[name] = check_value(value, types[name], where)
     return checked
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page1x4
 def _check_arms(file: PlainFile) -> dict[str, OwnArm]:
     "The arms of a claim. Raises `UsageError`."
     arms, given = {}, file.value["arms"]
@@ -253,7 +253,7 @@ def _check_pool(file: PlainFile, own: OwnClaim, name: str):
                 f"questions of {pool}, which has {size:,}: ask for fewer"
             )
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page1x9
 def _check_arm(file: PlainFile, own: OwnClaim, name: str):
     "Raises `UsageError` for an arm that asks for what there is not."
     _check_pool(file, own, name)
@@ -287,7 +287,7 @@ def _check_benchmark(file: PlainFile, own: OwnClaim):
     if find_source(own.benchmark).role != "benchmark":
         raise UsageError(f"{where}: {own.benchmark} is trained on: name a test split")
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2x0
 def _check_whole(file: PlainFile, own: OwnClaim):
     "Raises `UsageError` for values that do not go together."
     _check_compared(file, own)
@@ -320,7 +320,7 @@ def _check_claim(file: PlainFile, name: str, path: Path | None = None) -> OwnCla
     _check_whole(file, own)
     return own
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2x2
 def read_claim(
     path,  # of a YAML file; its name is the claim's
 ) -> OwnClaim:
@@ -330,7 +330,7 @@ def read_claim(
         raise UsageError(f"{path} is no claim: name a YAML file, such as my-claim.yaml")
     return _check_claim(read_plain_file(path), path.stem, path)
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2y2
 def make_claim(
     name: str,  # under which it is kept: letters, digits, - and _
     **values,  # as a file gives them; an arm is a dict
@@ -346,7 +346,7 @@ def _choose_filter(arm: OwnArm) -> tuple:
     low, high = (arm.lowest, arm.highest) if arm.highest else FILTERS[arm.filter]
     return (arm.filter, low, high)
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2x4
 def make_own_arm(own: OwnClaim, name: str) -> Arm:
     "An arm of a claim, as sections declare theirs."
     arm = own.arms[name]
@@ -363,7 +363,7 @@ def make_own_arm(own: OwnClaim, name: str) -> Arm:
         likelihood=own.reading == "likelihood",
     )
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2y4
 def list_asked(own: OwnClaim) -> tuple[str, ...]:
     "The benchmarks that the students of a claim answer."
     if own.benchmark not in CATEGORIES:
@@ -376,14 +376,14 @@ def _is_chance_needed(arm: Arm, categories: set[str]) -> bool:
     "Whether a chance student learnt from questions of the kind that are asked."
     return {find_source(pool).category for pool, _ in arm.sources} <= categories
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2x5
 def _count_read(own: OwnClaim, name: str) -> float:
     "About how many rows an arm reads."
     arm = own.arms[name]
     every = sum(arm.questions or find_source(pool).expected or 0 for pool in arm.train)
     return every * max(1, arm.k) * arm.epochs
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2y5
 def declare_own_arms(own: OwnClaim) -> dict[str, Arm]:
     "The compared arms by name, and the chance students beside them, made as those that read most."
     arms = {name: make_own_arm(own, name) for name in sorted(own.compare)}
@@ -422,12 +422,12 @@ def plan_without_data():
     with replace_sources(stand_for_missing()), remember_identities():
         yield
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2x6
 def _recipe_of(own: OwnClaim) -> Recipe:
     "The recipe with the claim's own samples and limit."
     return Recipe(own.recipe, own.common)
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page2y6
 def declare_own_evaluations(own: OwnClaim) -> dict:  # arm → benchmark → one for each training seed
     "The evaluations that a claim rests on, declared and not run."
     return declare_evaluations(
@@ -443,7 +443,7 @@ NOT_RESTED_ON = (  # values of a recipe that no claim depends on
 )
 IN_RECIPE = ("recipe", "samples", "limit")  # fields whose values are those of the recipe
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3x1
 def list_claim_values(own: OwnClaim) -> dict:  # as JSON has them
     "All values that a claim rests on."
     left_out = {*BESIDE, *IN_RECIPE}
@@ -454,12 +454,12 @@ def list_claim_values(own: OwnClaim) -> dict:  # as JSON has them
     values["recipe"] = {key: common[key] for key in common if key not in NOT_RESTED_ON}
     return json.loads(canonicalize(values))
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3y1
 def identify_claim(own: OwnClaim) -> str:
     "The digest of a claim."
     return digest(list_claim_values(own))
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3z1
 def claim_folder(own: OwnClaim) -> Path:
     "Where a claim's stamp and result are kept: `outputs/claims/<name>/<digest>`."
     return outputs_dir() / "claims" / own.name / identify_claim(own)
@@ -471,12 +471,12 @@ def _read_finished(stage) -> float | None:
         return None
     return read_json(stage.folder / "card.json")["finished"]
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3x8
 def _word_time(seconds: float) -> str:
     "A time as cards have it."
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3y8
 def _know_arm(evaluations: list[Stage]) -> dict:
     "How many students of an arm are trained, how many evaluations are made, and since when."
     students = {stage.params["student"] for stage in evaluations}
@@ -491,7 +491,7 @@ def _know_arm(evaluations: list[Stage]) -> dict:
         "since": _word_time(min(times)) if times else None,
     }
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3z8
 def find_known(
     own: OwnClaim,
 ) -> dict[str, dict]:  # arm → what `_know_arm` gives
@@ -510,7 +510,7 @@ def _write_sealed(path: Path, values: dict) -> dict:
     write_json(path, sealed)
     return sealed
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32seal0x1
 def _open_sealed(path: Path) -> dict:
     "Values that were written with their digest. Raises `OctomedError` where it is another."
     values = read_json(path)
@@ -528,13 +528,13 @@ def _read_stamp(folder: Path) -> dict:
     "A stamp as it was written. Raises `OctomedError` for one that was changed since."
     return _open_sealed(folder / "stamp.json")
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3x9
 def _read_result(folder: Path) -> dict | None:
     "A result as it was written, or None. Raises `OctomedError` for one that was changed since."
     path = folder / "result.json"
     return _open_sealed(path) if path.exists() else None
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page3y9
 def find_stamp(own: OwnClaim) -> dict | None:
     "The stamp of a claim, or None."
     folder = claim_folder(own)
@@ -550,7 +550,7 @@ def _flatten(values, name: str = "") -> dict:
         flat |= _flatten(value, f"{name}.{key}" if name else key)
     return flat
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page4x0
 def compare_values(
     before: dict,  # as `list_claim_values` gives them
     now: dict,
@@ -562,7 +562,7 @@ def compare_values(
         [name, old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)
     ]
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page4y0
 def list_earlier(own: OwnClaim) -> list[dict]:  # {digest, stamped, outcome, changed}
     "The claims of the same name that were stamped before, and what has changed since."
     now, earlier = list_claim_values(own), []
@@ -685,13 +685,16 @@ def judge_stamp(stamp: dict) -> str:  # yes, in part or no
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page44
 def _say_changes(changed: list[list]) -> str:
-    "What went from where to where, at most three of them."
-    shown = [f"{name} went from {before} to {now}" for name, before, now in changed[:3]]
-    more = len(changed) - len(shown)
-    shown += [f"{more} more changed"] if more else []
-    return " and ".join(shown)
+    "What went from where to where, at most three of them, and whether the text changed."
+    values = [change for change in changed if change[0] != "text"]
+    parts = [f"{name} went from {before} to {now}" for name, before, now in values[:3]]
+    if len(values) > 3:
+        parts.append(f"{len(values) - 3} more values changed")
+    if len(values) < len(changed):
+        parts.append("the text changed")
+    return ", ".join(parts)
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page4x4
 def _say_earlier(name: str, earlier: dict) -> str:
     "A sentence about a claim of the same name that was stamped before."
     judged = f"judged {earlier['outcome']}" if earlier["outcome"] else "never run"
@@ -700,7 +703,7 @@ def _say_earlier(name: str, earlier: dict) -> str:
         f"and {judged}; since then {_say_changes(earlier['changed'])}. The earlier stamp stays."
     )
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page4y4
 def say_stamp(stamp: dict) -> list[str]:
     "What a stamp tells a reader, a sentence each."
     card, since = stamp["card"], " and ".join(stamp["known"])
@@ -730,7 +733,7 @@ def _check_questions(own: OwnClaim, results: Results):
                 "raise limit, or leave joins out of the claim"
             )
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page4x6
 def judge_own_claim(
     own: OwnClaim,
     results: Results,
@@ -800,7 +803,7 @@ def _explain_difference(finding: dict) -> str:
         return "The training seeds have opposite signs, so the claim is undecided."
     return "The interval holds 0, so the claim is undecided."
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page5x0
 def _explain_equivalence(finding: dict) -> str:
     "Why a claim that two are equally good has its outcome."
     margin = f"the margin of {100 * finding['margin']:.1f} points"
@@ -810,7 +813,7 @@ def _explain_equivalence(finding: dict) -> str:
         return f"The whole interval is outside {margin}, so the claim fails."
     return f"The interval crosses {margin}, so the claim is undecided."
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page5y0
 def explain_outcome(finding: dict) -> str:
     "Why a claim has its outcome, in a sentence."
     failed = [explain_gate_line(line) for line in finding["gate"] if not line["passed"]]
@@ -856,7 +859,7 @@ def list_gate_rows(finding: dict) -> list[dict]:
         rows.append(row)
     return rows
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page5x2
 def list_score_rows(result: dict) -> list[dict]:
     "The accuracies of a claim's arms as a table, without those of whole categories."
     rows = []
@@ -879,7 +882,7 @@ def wrap_sentences(sentences: list[str]) -> list[str]:
     "Each sentence in lines of a terminal."
     return [textwrap.fill(sentence, 98) for sentence in sentences]
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page5x3
 def format_claim(result: dict) -> str:
     "A finding for a terminal, under what its stamp says."
     return "\n".join(
@@ -898,7 +901,7 @@ def _to_markdown(rows: list[dict]) -> list[str]:
     lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     return lines + [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page5x4
 def write_claim_page(result: dict) -> str:  # Markdown
     "The page of a claim: its outcome and why, its stamp, its scores and its gate."
     finding, stamp = result["claim"], result["stamp"]
@@ -969,7 +972,7 @@ def format_claim_plan(own: OwnClaim) -> str:
         arms.append({"arm": name, **_describe_own_arm(arm)})
     return "\n".join([*wrap_sentences(sentences), "", format_table(arms)])
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page5x6
 def _describe_own_arm(arm: OwnArm) -> dict:
     "An arm as a row of a table."
     return {
@@ -1017,7 +1020,7 @@ def _find_folders(place) -> list[tuple[str, Path]]:  # who, folder of a claim
         folders.append(("/".join(above), path.parent))
     return folders
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page6x4
 def _read_entry(who: str, folder: Path) -> dict:
     "A stamped claim with its finding, where it has one, as a row."
     stamp, result = _read_stamp(folder), _read_result(folder)
@@ -1049,7 +1052,7 @@ def _number_versions(rows: list[dict]):
         for place, row in enumerate(own, 1):
             row["version"] = f"{place} of {len(own)}"
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page6x5
 def tabulate_claims(
     *places,  # folders with claims, or claims' files; none: all of `outputs/claims`
 ) -> list[dict]:  # a row for each claim, in the order of their stamps
@@ -1073,7 +1076,7 @@ def _shorten_p(p: float | None) -> str:
     "A p with three places; empty where there is none."
     return "" if p is None else f"{p:.3f}"
 
-
+# %% ../../nbs/run/32_own_claim.ipynb #32page6x6
 def _show_entry(row: dict, with_who: bool) -> dict:
     "A row of a class's table as a reader sees it."
     has_run = row["difference"] is not None
