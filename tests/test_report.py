@@ -577,3 +577,10 @@ def test_results_with_a_byte_order_mark_are_read(places):
     path = places / "out" / "smoke" / "results" / "42_b.json"
     path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
     assert gather_report(str(places / "smoke.yaml"))["sections"][0]["claims"]
+
+
+def test_a_section_with_facts_about_traces_has_no_link_made_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTOMED_OUTPUTS", str(tmp_path / "nowhere"))
+    page = Page()
+    page.feed(write_report_page("course").read_text(encoding="utf-8"))
+    assert page.links and all(len(link) < 200 and "{" not in link for link in page.links)

@@ -136,6 +136,8 @@ def _name(section: str) -> str:
 
 def _read_aloud(part: str, r: dict) -> str:
     "The numbers of a figure in a few words, for those who do not see it."
+    if r.get("trial"):
+        return r["trial"]
     if part.startswith("findings"):
         counts = Counter(claim["outcome"] for claim in r["claims"])
         return ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
@@ -378,7 +380,7 @@ SHOWN_APART = (
     "command",
     "figures",
     "diagnostics",
-    "traces",
+    "trace_page",
     "trial",
     "instrument",
 )
@@ -410,9 +412,9 @@ def _opening(r: dict) -> str:
     heading = _element("h2", _name(r["section"]), id=r["section"])
     line = _element("p", _text(describe_run(r)), class_="soft")
     command = f"<p>Made by <code>{_text(r['command'])}</code></p>"
-    if not r.get("traces"):
+    if not r.get("trace_page"):
         return heading + line + command
-    link = _element("a", "Samples of its students", href=r["traces"])
+    link = _element("a", "Samples of its students", href=r["trace_page"])
     return f"{heading}{line}{command}<p>{link}: every response with its verdict and why.</p>"
 
 
@@ -581,7 +583,7 @@ def _link_traces(report: dict):
     for r in report["sections"]:
         page = Path("traces") / f"{r['section']}.html"
         if (outputs_dir() / report["recipe"] / page).exists():
-            r["traces"] = page.as_posix()
+            r["trace_page"] = page.as_posix()
 
 
 def write_report_page(
