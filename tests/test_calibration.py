@@ -26,7 +26,7 @@ def test_the_first_student_is_the_one_that_42_trains(recipe):
     r = load_recipe(recipe)
     n = r.scalars("52_calibration")["seeds"]
     assert n <= r.scalars("42_formatting")["seeds"]
-    mine, theirs = calibration.arms(r)[calibration.ROUTED], formatting.arms(r)["cot"]
+    mine, theirs = calibration.arms(r)[calibration.ROUTED], formatting.declare_students(r)["cot"]
 
     def evaluation_keys(arm):
         by_benchmark = declare_evaluations({"a": arm}, r, n)["a"]

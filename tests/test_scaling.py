@@ -60,7 +60,7 @@ def test_chance_and_voters_are_students_of_42():
     assert len(own) == len(CATEGORIES)
     asked = scaling.list_voters(recipe)
     assert asked[scaling.LONG] == arms[scaling.FINAL]
-    assert asked[scaling.SHORT] == formatting.arms(recipe)["direct"]
+    assert asked[scaling.SHORT] == formatting.declare_students(recipe)["direct"]
 
 
 @RECIPES

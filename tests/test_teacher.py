@@ -57,7 +57,7 @@ def test_claims_are_the_papers_on_two_benchmarks_and_four_of_ours(name):
     assert {c.benchmark for c in claims[3:6]} == {teacher.OUT}
     *_, bias = claims
     assert isinstance(bias, teacher.Named)
-    assert (bias.a, bias.b) == (teacher.HASTY_ALL, teacher.REASONER)
+    assert (bias.a, bias.b) == (teacher.HASTY_ALL, teacher.ALL)
 
 
 def make_rows(letters):

@@ -124,6 +124,17 @@ def _count_units(claim: Claim, benchmarks: Iterable[str], common: Common) -> int
             units += min(limit or size, size)
     return units
 
+# %% ../../nbs/evaluate/09_section_run.ipynb #09plan03
+def _find_points(contrast: dict[str, float], n: int, seeds: int, seed_sd: float) -> str:
+    "The least difference that is seen, if the seeds of a question are independent or agree."
+    squares = sum(weight**2 for weight in contrast.values())
+    weight = squares / seeds if seeds >= ENOUGH_SEEDS else 0.0
+    sds = [sqrt(squares / 2) * paired_sd(0.5, 0.5, runs) for runs in (seeds, 1)]
+    low, high = (
+        100 * detectable_difference(n, sd, seed_sd=seed_sd, seed_weight=weight) for sd in sds
+    )
+    return f"{low:.0f} to {high:.0f} points"
+
 
 def detects_frame(
     claims: Iterable[Claim],
@@ -135,29 +146,20 @@ def detects_frame(
     "What each claim about accuracy is planned to detect with a power of 0.8, in points."
     import pandas as pd
 
-    rows = []
+    rows = {}
     for claim in claims:
         contrast = find_contrast(claim)
         if hasattr(claim, "measure") or not set(contrast) <= set(seeds):
             continue
         n, least = _count_units(claim, benchmarks, common), min(seeds[arm] for arm in contrast)
-        if not n:
-            continue
-        squares = sum(weight**2 for weight in contrast.values())
-        weight = squares / least if least >= ENOUGH_SEEDS else 0.0
-        sds = [sqrt(squares / 2) * paired_sd(0.5, 0.5, runs) for runs in (least, 1)]
-        points = [
-            100 * detectable_difference(n, sd, seed_sd=seed_sd, seed_weight=weight) for sd in sds
-        ]
-        row = {
-            "claim": claim.text,
-            "asks": f"{n} {'new joins' if claim.joins == 'unseen' else 'questions'}",
-            "training seeds": least,
-            "detects": f"{points[0]:.0f} to {points[1]:.0f} points",
-        }
-        rows.append(row)
-    columns = ["claim", "asks", "training seeds", "detects"]
-    return pd.DataFrame(rows, columns=columns).set_index("claim")
+        if n:
+            rows[claim.text] = {
+                "asks": f"{n} {'new joins' if claim.joins == 'unseen' else 'questions'}",
+                "training seeds": least,
+                "detects": _find_points(contrast, n, seeds=least, seed_sd=seed_sd),
+            }
+    columns = ["asks", "training seeds", "detects"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("claim")
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10ba51
 def _find_gate_file(student: str, common: Common) -> Path | None:

@@ -165,6 +165,6 @@ def figure_of_joins(results: dict):
             continue
         benchmark = row["benchmark"].split(":")[0].removeprefix("clinic_")
         place = f"{benchmark}, {row['joins']}: {words[row['reading']]}"
-        shown.append({**row, "benchmark": place, "joins": "all", "reading": "generated"})
+        shown.append({**row, "benchmark": place} | {"joins": "all", "reading": "generated"})
     title = "Joins that a student has read, and joins that are new to it"
     return draw_accuracies(shown, title=title) if shown else None

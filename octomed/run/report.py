@@ -688,7 +688,12 @@ def keep_reference(
     return into
 
 # %% ../../nbs/run/17_report.ipynb #edfc7f49
-SHOWN = ("text/plain", "text/html", "text/markdown", "image/png")  # kinds that are kept
+SHOWN = (  # kinds of output that are kept
+    "text/plain",
+    "text/html",
+    "text/markdown",
+    "image/png",
+)
 LARGEST_NOTEBOOK = 3 << 19  # bytes, with its outputs: 1.5 MB
 NOT_SHOWN = "publishers-data"  # tag of a cell whose output holds what others published
 

@@ -133,7 +133,7 @@ def _name(section: str) -> str:
     number, _, title = section.partition("_")
     return _text(f"{number} · {title.replace('_', ' ').capitalize()}")
 
-
+# %% ../../nbs/run/18_report_html.ipynb #h8a7e008
 def _read_aloud(part: str, r: dict) -> str:
     "The numbers of a figure in a few words, for those who do not see it."
     if r.get("trial"):
@@ -156,8 +156,9 @@ def _figure(path: str, r: dict) -> str:
     kind = "svg+xml" if path.endswith(".svg") else "png"
     section, _, part = Path(path).stem.partition("-")
     title = section.replace("_", ", ", 1).replace("_", " ")
-    said = _read_aloud(part, r)
-    alt = f"Section {title}: {PARTS.get(part, part.replace('-', ' '))}{': ' if said else ''}{said}"
+    alt = f"Section {title}: {PARTS.get(part, part.replace('-', ' '))}"
+    if numbers := _read_aloud(part, r):
+        alt += f": {numbers}"
     data = base64.b64encode(Path(path).read_bytes()).decode()
     image = f'<img alt="{_text(alt)}" src="data:image/{kind};base64,{data}">'
     return _element("figure", image)
