@@ -143,15 +143,18 @@ def answer_notebook(notebook: dict, answers: dict[str, str]) -> dict:
     return answered
 
 
-def run_cell(source: str, name: str, names: dict) -> str:
+def run_cell(source: str, name: str, names: dict, is_check: bool = False) -> str:
     "What went wrong in a cell; an empty text if nothing did."
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             exec(compile(source, name, "exec"), names)
     except NotImplementedError:
         return "NotImplementedError"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    if is_check and errors.getvalue():
+        return f"nbgrader takes what a check writes to stderr for a failure: {errors.getvalue()}"
     return ""
 
 
@@ -190,7 +193,7 @@ def run_right_answers(unit: str, exercises: dict[str, Exercise]) -> tuple[dict, 
             source = fill(source, exercises[name].right.code)
         if role == "check":
             source = hide(source, exercises[name].hidden)
-        message = run_cell(source, f"{unit} {name} {role}", names)
+        message = run_cell(source, f"{unit} {name} {role}", names, role == "check")
         if role == "check":
             outcomes.append(Outcome(name, "right", message, ""))
         elif message:
@@ -209,7 +212,7 @@ def try_answers(unit: str) -> list[Outcome]:
         tried += [(a.title, fill(stub, a.code), a.message) for a in exercise.wrong]
         for title, source, expected in tried:
             names = dict(before[name])
-            message = run_cell(source, title, names) or run_cell(check, title, names)
+            message = run_cell(source, title, names) or run_cell(check, title, names, True)
             outcomes.append(Outcome(name, title, message, expected))
     return outcomes
 
