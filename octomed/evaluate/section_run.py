@@ -83,7 +83,7 @@ def claims_frame(claims: list[Claim]):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c00e
-SEED_SD = 0.02  # planned spread of an arm between seeds; the kept course run has 0.014 with chance
+SEED_SD = 0.02  # planned spread of an arm between seeds; the kept course run has 0.026
 
 
 def detectable_frame(

@@ -14,11 +14,12 @@ RATES = {
     "acceptance": 0.8,
     # prompt, image and response of one example of the clinic, by the student's template
     "row_tokens": {"cot": 165, "direct": 100},
-    # trained tokens per second: about 1 M parameters, all cores of a laptop with two at work
+    # trained tokens per second: about 1 M parameters, two cores; the course had 20,800
     "train_tokens": 22_000,
-    # responses per second, of some 50 tokens each, likewise
+    # responses per second, of some 50 tokens each, on two cores
     "responses": 170,
-    # responses per second whose options are read by likelihood, likewise
+    # responses per second whose options are read by likelihood; not measured apart: with the
+    # line above, 92 are drawn and read in a second, and the course had 132
     "likelihoods": 200,
     # of a question under a teacher's template or a grader's, the mean over the paper's text pools;
     # and of an image at the paper's size

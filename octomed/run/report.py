@@ -721,7 +721,7 @@ def _name_run(results: dict) -> dict:
     text = (
         f"*What this page shows is the reference run of the recipe {results['recipe']}: commit "
         f"{facts['commit']}, {facts['hardware']}, {facts['minutes']:.0f} minutes. "
-        "Run All makes it anew at the size of the recipe that the parameters name.*"
+        "Run All makes it anew at the size that the parameters give.*"
     )
     return {"output_type": "display_data", "data": {"text/markdown": [text]}, "metadata": {}}
 
