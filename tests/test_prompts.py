@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from octomed.core.identity import digest
@@ -248,13 +248,14 @@ def test_the_students_target(text, target):
     st.sampled_from(
         ["", "<think>", "</think>", "<answer>A</answer>", r"\boxed{A}", "$$", "**Answer:** "]
     ),
-    st.text(max_size=40),
+    st.text(max_size=40) | st.sampled_from(["not", "wrong: ", "I doubt that", "if", "A or"]),
     st.sampled_from("ABCD"),
 )
 def test_a_target_is_read_back_as_its_own_answer(reasoning, piece, tail, letter):
-    target = convert_to_boxed(
-        f"<think>{reasoning}{piece}</think>{tail}{piece}<answer>{letter}</answer>", letter
-    )
+    response = f"<think>{reasoning}{piece}</think>{tail}{piece}<answer>{letter}</answer>"
+    # what denies its own answer is never accepted, so it never becomes a target
+    assume(judge(response, QUESTION.letters, letter, think_first=True).status == "correct")
+    target = convert_to_boxed(response, letter)
     assert judge(target, QUESTION.letters, letter, think_first=True).status == "correct"
     assert target.count("</think>") == 1 and target.startswith("<think>")
     assert judge(make_direct_target(letter), QUESTION.letters, letter).status == "correct"
