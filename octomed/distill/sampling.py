@@ -181,7 +181,9 @@ def _keys(row: dict) -> list[bytes]:
 # %% ../../nbs/distill/03_sampling.ipynb #6e72f0e9
 def read_samples(folder: Path) -> dict[str, list]:
     "The samples that a stage asked for, by question, in index order, from the ledger."
-    keys = {row["question"]: _keys(row) for row in read_jsonl(folder / "requests.jsonl")}
+    keys: dict[str, list] = {}
+    for row in read_jsonl(folder / "requests.jsonl"):
+        keys.setdefault(row["question"], []).extend(_keys(row))
     wanted = list(chain.from_iterable(keys.values()))
     in_ledger = Ledger().find(wanted)
     if any(key not in in_ledger for key in wanted):

@@ -7,6 +7,7 @@ __all__ = ['TOGETHER', 'choose_from_nucleus', 'decode_shrinking', 'use_grouped_a
            'make_transformers_teacher']
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #2c6be3f1
+import json
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from octomed.generate.engines import (
     ChatPrompt,
     Engine,
     Likelihood,
+    Rollout,
     begin_forced_exit,
     check_continuations,
     explain_control_token,
@@ -260,6 +262,7 @@ class _Completion:
     text: str
     finish: str
     ids: list[int]
+    logprobs: list[float]  # of each of the ids, where they are kept
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #1a09ec53
 def _find_stop(text: str, stop: tuple[str, ...]) -> int | None:
@@ -268,7 +271,13 @@ def _find_stop(text: str, stop: tuple[str, ...]) -> int | None:
     return min(ends, default=None)
 
 
-def _cut(ids: list[int], engine: TransformersEngine, sampling: Sampling) -> _Completion:
+def _cut(
+    ids: list[int],
+    logprobs: list[float],  # of each of them; none where they are not kept
+    *,
+    engine: TransformersEngine,
+    sampling: Sampling,
+) -> _Completion:
     "End a row at its end token, or after its stop string."
     tokenizer = engine.processor.tokenizer
     place = next((n for n, token in enumerate(ids) if token in engine.ends), None)
@@ -282,7 +291,12 @@ def _cut(ids: list[int], engine: TransformersEngine, sampling: Sampling) -> _Com
     elif place is not None:
         kept.append(ids[place])
     finish = "length" if stopped is None and place is None else "stop"
-    return _Completion(text=text[:stopped], finish=finish, ids=kept)
+    return _Completion(
+        text=text[:stopped],
+        finish=finish,
+        ids=kept,
+        logprobs=logprobs[: len(kept)],
+    )
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #0ae62d20
 @cache
@@ -330,6 +344,7 @@ def _complete(
     sampling: Sampling,
     budget: int,  # tokens
     seeds: list[int],  # one per prompt
+    keeps_logprobs: bool = False,
 ) -> list[_Completion]:
     "Continue each prompt, with one uniform per row and step."
     import torch
@@ -340,12 +355,17 @@ def _complete(
     inputs = inputs.to(engine.device)
     width = inputs["input_ids"].shape[1]
     u = _draw_uniforms(seeds, budget, engine.device)
+    kept = torch.zeros(len(texts), budget if keeps_logprobs else 0, device=engine.device)
 
     def choose(scores, rows, step):
         scores[:, engine.unwritten] = -torch.inf
-        return choose_from_nucleus(
+        tokens = choose_from_nucleus(
             scores, u[rows, step], temperature=sampling.temperature, top_p=sampling.top_p
         )
+        if keeps_logprobs:
+            logprobs = torch.log_softmax(scores.float() / (sampling.temperature or 1), -1)
+            kept[rows, step] = logprobs.gather(-1, tokens[:, None])[:, 0]
+        return tokens
 
     options = _generation_options(engine, sampling, width)
     with torch.inference_mode():
@@ -356,7 +376,8 @@ def _complete(
             custom_generate=decode_shrinking,
             choose=choose,
         )
-    return [_cut(row, engine, sampling) for row in ids[:, width:].tolist()]
+    rows = zip(ids[:, width:].tolist(), kept.tolist(), strict=True)
+    return [_cut(*row, engine=engine, sampling=sampling) for row in rows]
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #05option
 def _generation_options(engine: TransformersEngine, sampling: Sampling, width: int) -> dict:
@@ -429,6 +450,67 @@ def _answer_batch(engine: TransformersEngine, jobs: list[_Job], sampling: Sampli
             seconds=seconds,
             prompt_tokens=job.size,
         )
+
+# %% ../../nbs/generate/07_engine_transformers.ipynb #07roll02
+def _check_sampling(sampling: Sampling):
+    "Raise `OctomedError` for a sampling whose log-probabilities are not the policy's."
+    if sampling.top_p < 1 or sampling.temperature == 0 or sampling.repetition_penalty != 1:
+        raise OctomedError(
+            "a policy draws from its whole distribution: set top_p and repetition_penalty to 1, "
+            "and a temperature above 0"
+        )
+    if sampling.answer_tokens or sampling.stop:
+        raise OctomedError(
+            "a policy ends its responses by itself: set answer_tokens to 0, and give no stop"
+        )
+
+# %% ../../nbs/generate/07_engine_transformers.ipynb #07roll03
+def _roll_batch(engine: TransformersEngine, jobs: list[_Job], sampling: Sampling):
+    "The rollouts of one batch, in the order of its jobs."
+    start = time.time()
+    drawn = _complete(
+        engine,
+        [job.text for job in jobs],
+        [job.images for job in jobs],
+        sampling=sampling,
+        budget=sampling.max_tokens,
+        seeds=[derive_sample_seed(sampling, job.request.question, job.index) for job in jobs],
+        keeps_logprobs=True,
+    )
+    seconds = (time.time() - start) / len(jobs)
+    for job, completion in zip(jobs, drawn, strict=True):
+        sample = make_sample(
+            engine,
+            job.request,
+            job.index,
+            sampling=sampling,
+            text=completion.text,
+            finish=completion.finish,
+            tokens=len(completion.ids),
+            seconds=seconds,
+            prompt_tokens=job.size,
+            logprobs=json.dumps([round(x, 4) for x in completion.logprobs]),
+        )
+        prompt = tokenize_chat(engine.processor, job.text)
+        yield Rollout(sample, prompt, completion.ids, completion.logprobs, job.images)
+
+# %% ../../nbs/generate/07_engine_transformers.ipynb #07roll04
+@patch
+def roll(self: TransformersEngine, requests, sampling: Sampling):
+    "Rollouts, a batch at a time. Raises `OctomedError` as `_check_sampling`."
+    _check_sampling(sampling)
+    jobs = _list_jobs(self, requests, self.limit - sampling.max_tokens)
+    asked = [job for job in jobs if not job.refusal]
+    yield from (_make_error(self, job, sampling) for job in jobs if job.refusal)
+    for start in range(0, len(asked), self.batch):
+        yield from _roll_batch(self, asked[start : start + self.batch], sampling)
+
+
+@patch
+def take_weights(self: TransformersEngine, model, identity: str):
+    "Draw from a model's weights as they are now, under this name."
+    self.net.load_state_dict(model.state_dict())
+    self.model = identity
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #9f0b8ae9
 @dataclass

@@ -6,7 +6,8 @@
 __all__ = ['TEACHERS', 'KINDS', 'FORCED', 'KNOWN_IMAGE_MARKS', 'NEVER', 'Engine', 'make_sample', 'register_teacher',
            'load_teacher', 'find_teacher_revision', 'choose_end_mark', 'begin_forced_exit', 'explain_no_room',
            'explain_control_token', 'find_image_mark', 'explain_image_mark', 'ChatPrompt', 'Likelihood', 'Scorer',
-           'split_pair', 'tokenize_pair', 'check_continuations', 'explain_long_pair', 'choose_likeliest']
+           'Rollout', 'Roller', 'split_pair', 'tokenize_pair', 'check_continuations', 'explain_long_pair',
+           'choose_likeliest']
 
 # %% ../../nbs/generate/06_engines.ipynb #58328176
 import importlib
@@ -226,6 +227,29 @@ class Scorer(Protocol):
         self, prompts: list[str | ChatPrompt], continuations: list[list[str]]
     ) -> list[list[Likelihood]]:
         "For each prompt, the likelihood of each of its continuations."
+
+# %% ../../nbs/generate/06_engines.ipynb #06roll02
+@dataclass(frozen=True)
+class Rollout:
+    "A response as a policy drew it."
+
+    sample: Sample  # as the ledger keeps it
+    prompt: list[int]  # token ids, image tokens expanded
+    ids: list[int]  # of the response, its end token too
+    logprobs: list[float]  # of each of these ids when it was drawn
+    images: list[str]  # pixel hashes of the prompt
+
+
+class Roller(Protocol):
+    "An engine that draws from a policy while the policy is trained."
+
+    def roll(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Rollout | Sample]:
+        """Rollouts; for a prompt that cannot be asked an error sample.
+
+        There is no forced exit, and the nucleus has to be whole."""
+
+    def take_weights(self, model, identity: str):
+        "Draw from these weights from now on, under this name."
 
 # %% ../../nbs/generate/06_engines.ipynb #19ca0afd
 def split_pair(

@@ -135,13 +135,21 @@ class Loop:
         split = group_packed if self.how.pack else group_padded
         return deal_groups(list(split(rows, self.how.micro_tokens)), self.rank, self.ranks)
 
-    def loss(self, group: list[Row]):
-        "Summed cross-entropy of a group."
+    def make_objective(self, in_bf16: bool):
+        "The module that is called with each group, around the model."
+        return objective_class()(self.model.train(), in_bf16)
+
+    def prepare(self, group: list[Row]) -> tuple:
+        "The arguments of the objective for a group."
         if self.how.pack:
             inputs = prepare_packed(self.model, self.processor, rows=group, pixels=self.pixels)
         else:
             inputs = prepare_padded(self.processor, group, self.pixels)
-        return self.objective(*move_to_device(self.device, *inputs))
+        return move_to_device(self.device, *inputs)
+
+    def loss(self, group: list[Row]):
+        "Summed cross-entropy of a group."
+        return self.objective(*self.prepare(group))
 
     def step(self, rows: list[Row], lr: float, note: float = 0.0) -> tuple[float, float, float]:
         "One optimiser step: summed loss, norm of the gradient, sum of all processes' `note`."
@@ -183,7 +191,7 @@ def _prepare_training(loop: Loop) -> tuple:  # (objective, list of optimisers)
             "gradient_clipping": loop.schedule.clip,
         }
     in_bf16 = _dtype(loop.schedule, loop.device.type) == torch.bfloat16
-    whole = objective_class()(loop.model.train(), in_bf16)
+    whole = loop.make_objective(in_bf16)
     prepared, *wrapped = loop.accelerator.prepare(
         whole, *build_optimizers(loop.model, loop.schedule)
     )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'BASE_MAKERS', 'load_student', 'save_student', 'count_steps', 'count_matched_steps', 'find_point',
-           'make_student', 'sft', 'student_at', 'main', 'register_student', 'register_base_maker', 'check_student_name',
-           'find_base_student']
+           'prepare_student', 'make_student', 'sft', 'student_at', 'main', 'register_student', 'register_base_maker',
+           'check_student_name', 'find_base_student']
 
 # %% ../../nbs/train/09_students.ipynb #443afa7c
 import contextlib
@@ -134,7 +134,10 @@ def find_point(
     return folder / "points" / f"{point:g}"
 
 # %% ../../nbs/train/09_students.ipynb #09prep01
-def _prepare_student(base, schedule: Schedule) -> tuple:
+def prepare_student(
+    base,  # folder or hub id of a student
+    schedule: Schedule,
+) -> tuple:
     "(model, processor, execution, accelerator), with the model where it is trained."
     how = current_execution()
     accelerator = build_accelerator(how)
@@ -173,7 +176,7 @@ def make_student(
     import torch
 
     torch.manual_seed(seed_for("sft", seed))
-    model, processor, how, accelerator = _prepare_student(base, schedule)
+    model, processor, how, accelerator = prepare_student(base, schedule)
     places = {find_point(out, point): max(1, round(point * steps)) for point in points}
     keep_points = partial(_keep_points, places, model, processor)
     log = fit(
