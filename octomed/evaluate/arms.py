@@ -29,6 +29,7 @@ from ..generate.samples import Sampling
 
 # %% ../../nbs/evaluate/03_arms.ipynb #6cbaeba8
 from ..generate.prompts import load_template
+from ..train.reinforce import PolicyPlan, policy
 from ..train.schedule import Schedule
 from ..train.students import find_base_student, sft, student_at
 
@@ -67,6 +68,16 @@ class Arm:
     blind: bool = False
     points: tuple[float, ...] = ()  # shares of the schedule at which its student is kept, too
     at: float = 1.0  # which of them is read: one of `points`, or 1, the end
+    # how the student of `base` goes on learning from its own responses to `sources`; None: it is
+    # fine-tuned
+    policy: PolicyPlan | None = None
+    # a control: fine-tuned on the responses that this arm's policy drew; k of a question are kept
+    rollouts_of: "Arm | None" = None
+
+    @property
+    def goes_on(self) -> bool:
+        "Whether it goes on from the student of `base` with the same training seed."
+        return bool(self.policy or self.rollouts_of)
 
 # %% ../../nbs/evaluate/03_arms.ipynb #b8cc223b
 def _teacher_row(name: str, common: Common) -> tuple[str, str, str]:
@@ -92,7 +103,9 @@ def _drawing(common: Common) -> Sampling:
 
 
 def _teacher_samples(arm: Arm, common: Common, data: Stage, override: str = "") -> Stage:
-    "The stage that draws the teacher's responses."
+    "The stage that draws the teacher's responses, or those that a policy has drawn."
+    if arm.rollouts_of and not override:
+        return declare_stages(arm.rollouts_of, common)["trained"]
     return samples(
         questions=data,
         teachers=_teachers(arm, common, override),
@@ -218,6 +231,24 @@ def _student(arm: Arm, common: Common, tokens: Stage, base):
         points=arm.points,
     )
 
+# %% ../../nbs/evaluate/03_arms.ipynb #03polic1
+def _policy(arm: Arm, common: Common, data: Stage, base) -> Stage:
+    "The stage that trains a policy. Raises `UsageError` for an arm that also asks for traces."
+    if arm.k or arm.filter or arm.blind or arm.points or arm.rollouts_of:
+        raise UsageError(
+            "a policy learns from its own responses: give its arm k=0, without a filter, points "
+            "or rollouts_of, and not blind"
+        )
+    return policy(
+        base=base,
+        questions=data,
+        form=arm.form,
+        plan=arm.policy,
+        schedule=arm.schedule,
+        seed=arm.seed,
+        max_pixels=common.max_pixels,
+    )
+
 # %% ../../nbs/evaluate/03_arms.ipynb #03poin01
 def _at_point(arm: Arm, trained: Stage) -> Stage:
     """The student of an arm at the point that is read.
@@ -239,6 +270,9 @@ def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
     if not arm.blind:
         check_images(base, [spec for spec, _ in arm.sources])
     declared = {"data": data}
+    if arm.policy:
+        declared["trained"] = declared["student"] = _policy(arm, common, data, base=base)
+        return declared
     if arm.k:
         declared["samples"] = _teacher_samples(arm, common, data)
     if arm.filter:
@@ -279,6 +313,8 @@ def list_read_joins(
         return read
     declared = declare_stages(arm, common)
     joins = _joins_by_question(arm, run_stage(declared["data"]))
+    if arm.policy:
+        return read.union(*joins.values())
     rows = load_rows(run_stage(declared["rendered"]))
     for question in rows.columns["question"].to_pylist():
         read.update(joins.get(question, ()))

@@ -19,7 +19,9 @@ from .stats import Interval, paired_bootstrap
 
 # %% ../../nbs/evaluate/10_chance.ipynb #ca000006
 def _base_and_form(arm: Arm) -> tuple:
-    "What a chance student shares with the arms that it stands beside."
+    "What a chance student shares with the arms that it stands beside, and those that go on."
+    if arm.goes_on:
+        return _base_and_form(arm.base)
     return arm.student, arm.base, arm.form
 
 # %% ../../nbs/evaluate/10_chance.ipynb #dcb26fb3
@@ -31,7 +33,8 @@ def _sources_of(arm: Arm, category: str) -> tuple:
 def _teaches(arm: Arm) -> bool:
     "Whether an arm trains a student that answers questions."
     roles = {find_source(spec).role for spec, _ in arm.sources}
-    return bool(arm.schedule.epochs) and not arm.blind and "comparison" not in roles
+    is_first = not arm.blind and not arm.goes_on
+    return bool(arm.schedule.epochs) and is_first and "comparison" not in roles
 
 # %% ../../nbs/evaluate/10_chance.ipynb #57d44162
 def _hide_arm(arm: Arm, sources: tuple) -> Arm:

@@ -27,14 +27,18 @@ from .evaluate import READINGS, score_runs, take_likelihoods
 # %% ../../nbs/evaluate/04_results.ipynb #cc833084
 def scope_recipe(
     recipe: Recipe,
-    section: str,  # may have scalars of its own: `samples` per question, a `limit` per benchmark
+    # may have scalars of its own: `samples` per question, a `limit` per benchmark, `tries` at each
+    # test question, which are then not read by likelihood
+    section: str,
 ) -> Recipe:
-    "The recipe with a section's own number of samples and of test questions, where it has them."
+    "The recipe with a section's own numbers of samples, questions and tries, where it has them."
     scalars, common = recipe.scalars(section), recipe.common
     scoped = replace(
         common,
         samples=scalars.get("samples", common.samples),
         benchmark_limit=scalars.get("limit", common.benchmark_limit),
+        eval_seeds=scalars.get("tries", common.eval_seeds),
+        likelihood=common.likelihood and "tries" not in scalars,
     )
     return replace(recipe, common=scoped)
 
@@ -217,9 +221,22 @@ def take_reading(
 
 # %% ../../nbs/evaluate/04_results.ipynb #b5cef5ef
 def give_seeds(arm: Arm, seeds: int, common: Common) -> list[Arm]:
-    "The arm with each of its training seeds: as many as asked for, or more where it wants more."
+    """The arm with each of its training seeds: as many as asked for, or more where it wants more.
+
+    An arm that goes on from another one goes on from the student of the same seed."""
     first = arm.seed + 1000 * common.base_seed
-    return [replace(arm, seed=first + s) for s in range(max(seeds, arm.seeds))]
+    return [_give_seed(arm, first + s) for s in range(max(seeds, arm.seeds))]
+
+
+def _give_seed(arm: Arm, seed: int) -> Arm:
+    if not arm.goes_on:
+        return replace(arm, seed=seed)
+    behind = {
+        name: _give_seed(other, seed)
+        for name in ("base", "rollouts_of")
+        if (other := getattr(arm, name)) is not None
+    }
+    return replace(arm, seed=seed, **behind)
 
 # %% ../../nbs/evaluate/04_results.ipynb #d6ad7394
 def _benchmarks_of_arm(arm: Arm, benchmarks) -> list[str]:

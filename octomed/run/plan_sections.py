@@ -75,14 +75,22 @@ def add_arm(demand: Demand, plan: ArmPlan, arm, common):
     "Enter what an arm asks for, without the training of its student."
     steps = plan.steps
     demand.add("questions", steps["data"].key, plan.questions)
-    if "samples" in steps:
+    if "samples" in steps and not arm.rollouts_of:
         _add_samples(demand, plan)
     if plan.bill.ratings != 0:
         demand.add("money", steps["filtered"].key, plan.bill.ratings)
-    last = steps["accepted"] if "accepted" in steps else steps["rendered"]
-    demand.add("traces", last.key, plan.traces)
+    last = steps.get("accepted") or steps.get("rendered")
+    if last:
+        demand.add("traces", last.key, plan.traces)
     if arm.filter and arm.filter[0] == "student":
         _add_student_filter(demand, plan, common)
+
+# %% ../../nbs/run/07_plan_sections.ipynb #07polic1
+def _rollout_hours(plan: ArmPlan) -> float | None:
+    "Device-hours of the responses that a policy draws itself."
+    return drawing_hours(
+        plan.student, plan.questions, responses=plan.rollouts, example=plan.example
+    )
 
 # %% ../../nbs/run/07_plan_sections.ipynb #7a7e0007
 def _add_student_filter(demand: Demand, plan: ArmPlan, common):
@@ -102,8 +110,14 @@ def add_students(demand: Demand, plan: ArmPlan, keys: list[str]):
         demand.add("students", key, 1)
         hours = training_hours(plan.student, plan.training_tokens, plan.example, frozen=plan.frozen)
         demand.add("training_tokens", key, plan.training_tokens)
-        demand.add(SECONDS, key, find_speed(plan.student).time_training(plan.training_tokens))
+        speed = find_speed(plan.student)
+        seconds = speed.time_training(plan.training_tokens)
         demand.add("training_hours", key, hours)
+        if plan.rollouts:
+            demand.add("responses", key, plan.rollouts)
+            demand.add("generation_hours", key, _rollout_hours(plan))
+            seconds += speed.time_answers(plan.rollouts, "cot")
+        demand.add(SECONDS, key, seconds)
 
 # %% ../../nbs/run/07_plan_sections.ipynb #61f2371b
 def add_evaluation(demand: Demand, evaluation: Stage, student: str, common):

@@ -321,14 +321,14 @@ def draw_groups(drawer: Drawer, loop: PolicyLoop, step: int) -> tuple[list[Group
     "(all groups of a step, those that are learnt from)."
     plan, seed = drawer.plan, seed_for("deal", drawer.seed, step)
     numbers = list_prompts(len(drawer.questions), plan, drawer.seed, step)
-    first, spare = numbers[: plan.prompts], numbers[plan.prompts :]
-    every = _deal(drawer.ask(first, step, loop), plan, seed)
-    useful = [group for group in every if has_signal(group.rewards)]
-    if spare and len(useful) < plan.prompts:
-        more = _deal(drawer.ask(spare, step, loop), plan, seed + 1)
-        every += more
-        useful += [group for group in more if has_signal(group.rewards)]
-    return every, useful[: plan.prompts]
+    every, useful = [], []
+    while numbers and len(useful) < plan.prompts:
+        missing = plan.prompts - len(useful)
+        asked, numbers = numbers[:missing], numbers[missing:]
+        groups = _deal(drawer.ask(asked, step, loop), plan, seed + len(numbers))
+        every += groups
+        useful += [group for group in groups if has_signal(group.rewards)]
+    return every, useful
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei026
 def policy_rate(step: int, steps: int, schedule: Schedule) -> float:
@@ -544,7 +544,7 @@ def list_asked(drawer: Drawer, log: list[dict]) -> list[dict]:
 # %% ../../nbs/train/12_reinforce.ipynb #12rei038
 @stage(resumable=True)
 def policy(out, base, questions, form, plan, schedule, seed, max_pixels):
-    "A policy: `base` trained on its own responses to `questions` (the next step that the paper names)."
+    "A policy: `base` trained on its own responses, the step that the paper names next."
     import shutil
 
     job = {
