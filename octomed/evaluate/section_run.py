@@ -228,7 +228,7 @@ def describe_arm(
     routed = f"{common.teacher_text}; {common.teacher_image} for images"
     return {
         "reads": ", ".join(spec for spec, _ in arm.sources) if trains else "",
-        "questions": sum(amount for _, amount in arm.sources) if trains else 0,
+        "questions": sum(abs(amount) for _, amount in arm.sources) if trains else 0,
         "response": arm.form,
         "teacher": arm.teacher or routed,
         "traces per question": arm.k,

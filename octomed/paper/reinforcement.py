@@ -286,13 +286,13 @@ def training_figure(log: list[dict]):
     from octomed.evaluate.figures import Panel, draw_panels
 
     panels = []
-    for name, heading in (("right", "Right responses, %"), ("entropy", "Entropy, 0.01 nats")):
+    for name, heading in (("right", "Share of right responses"), ("entropy", "Entropy, nats")):
         series: dict[str, list] = {}
         for row in log:
             label = f"{row['arm']}, seed {row['seed']}"
             series.setdefault(label, []).append((row["step"] + 1, row[name]))
         panels.append(Panel(heading, series, xlabel="step"))
-    return draw_panels(panels, title="The policies while they learn", ylabel="")
+    return draw_panels(panels, title="The policies while they learn", ylabel="", scale=1)
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei043
 def tell_collapses(log: list[dict]) -> list[dict]:
