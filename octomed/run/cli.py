@@ -11,10 +11,10 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'completion', 'plan', 'schema', 'RunOptions', 'check_run_options', 'submit_jobs', 'run', 'status',
            'write_report', 'report', 'run_own_claim', 'table', 'sources', 'judge', 'traces', 'report_near_copies',
            'write_reports', 'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts',
-           'distill', 'train', 'EvaluationOptions', 'declare_benchmark_stages', 'tabulate_evaluations', 'evaluate',
-           'base', 'print_next', 'llamafactory', 'samples', 'preferences', 'Target', 'export_to_hub', 'hub', 'student',
-           'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders', 'describe_usage_error', 'run_command',
-           'describe_os_error', 'describe_error', 'discard_output', 'main']
+           'distill', 'train', 'PolicyWords', 'declare_policy', 'rl', 'EvaluationOptions', 'declare_benchmark_stages',
+           'tabulate_evaluations', 'evaluate', 'base', 'print_next', 'llamafactory', 'samples', 'preferences', 'Target',
+           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
+           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -760,6 +760,90 @@ def train(
         "steps": len(log),
         "loss": log[-1]["loss"],
         "tokens": sum(step["tokens"] for step in log),
+        "folder": str(folder),
+    }
+    show([row], as_json=options.json)
+
+# %% ../../nbs/run/25_cli.ipynb #25rl0002
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PolicyWords:
+    "How a policy learns from its own responses."
+
+    recipe: Annotated[str, Parameter(help="Gives what is not said.")] = "smoke"
+    student: Annotated[
+        str, Parameter(help="The student that goes on: a name, a hub id, a folder.")
+    ] = ""
+    limit: Annotated[Count | None, Parameter(help="Questions of each source.")] = None
+    steps: Annotated[Count, Parameter(help="Batches of responses that are drawn.")] = 35
+    prompts: Annotated[Count, Parameter(help="Questions of a batch.")] = 8
+    responses: Annotated[Count, Parameter(help="Responses to each question, 2 or more.")] = 8
+    updates: Annotated[Count, Parameter(help="Optimiser steps a batch; 1: on policy.")] = 1
+    reward: Annotated[str, Parameter(help="verdict, form, validity, length, or your own.")] = (
+        "verdict"
+    )
+    shuffled: Annotated[bool, Parameter(help="A control: deal the rewards anew.")] = False
+    max_tokens: Annotated[
+        Count | None, Parameter(help="Budget of a response; default: the recipe's.")
+    ] = None
+    lr: Annotated[float | None, Parameter(help="Default: a tenth of the recipe's.")] = None
+    kl: Annotated[float, Parameter(help="Price of moving away from the start.")] = 0.0
+    seed: int = 0
+    json: Json = False
+
+# %% ../../nbs/run/25_cli.ipynb #25rl0003
+def declare_policy(sources: tuple[str, ...], options: PolicyWords):
+    "(arm of a policy, what the recipe's sections share) from the arguments of a command."
+    from dataclasses import replace
+
+    from octomed.distill.rewards import find_reward
+    from octomed.evaluate.arms import schedule_of
+    from octomed.train.policy import PolicyOptions
+    from octomed.train.reinforce import PolicyPlan
+
+    asked = StageOptions(recipe=options.recipe, limit=options.limit)
+    arm, common = declare_arm(sources, asked, k=0, form="direct")
+    plan = PolicyPlan(
+        steps=options.steps,
+        prompts=options.prompts,
+        responses=options.responses,
+        updates=options.updates,
+        reward=options.reward,
+        revision=find_reward(options.reward)[1],
+        shuffled=options.shuffled,
+        max_tokens=options.max_tokens or common.max_tokens,
+        options=PolicyOptions(kl=options.kl),
+    )
+    schedule = replace(schedule_of(common, 1.0), lr=options.lr or common.lr / 10)
+    changed = {"policy": plan, "schedule": schedule, "form": "cot"}
+    return replace(arm, seed=options.seed, student=options.student, **changed), common
+
+# %% ../../nbs/run/25_cli.ipynb #25rl0004
+@app.command(help_epilogue=show_example("rl medqa:train --student FOLDER --steps 200 --prompts 64"))
+def rl(
+    *sources: Sources,
+    accelerate: AccelerateFile = None,
+    how: HowWords = "",
+    options: PolicyWords = PolicyWords(),
+):
+    "Let a student go on learning from its own responses (GRPO)."
+    from octomed.core.store import run_stage
+    from octomed.evaluate.arms import declare_stages
+    from octomed.train.launch import override_execution
+
+    arm, common = declare_policy(sources, options)
+    words = [how]
+    if accelerate:
+        words.append(f"accelerate='{Path(accelerate).resolve()}'")
+    with override_execution(" ".join(words)):
+        folder = run_stage(declare_stages(arm, common)["student"])
+    log = read_jsonl(folder / "log.jsonl")
+    collapse = json.loads((folder / "collapse.json").read_text(encoding="utf-8"))["collapse"]
+    row = {
+        "steps": len(log),
+        "right at first": round(log[0]["right"], 3),
+        "right at last": round(log[-1]["right"], 3),
+        "collapse": collapse or "none",
         "folder": str(folder),
     }
     show([row], as_json=options.json)
