@@ -102,4 +102,6 @@ soak: install
 	$(BIN)/python tests/soak/bases.py
 	$(BIN)/python tests/soak/competence.py
 	$(BIN)/python tests/soak/slurm.py
+	$(BIN)/python tests/soak/rl_kills.py 10
+	$(BIN)/python tests/soak/trl_policy.py
 	$(BIN)/python tests/soak/resolve.py
