@@ -75,7 +75,7 @@ def plain_objective(now, batch, options, longest):
             gain = min(ratio * advantages[i], held * advantages[i])
             truth = min(math.exp(before[i][t] - drawn[i][t]), options.truncate)
             change = start[i][t] - now[i][t]
-            apart = change.exp() - change - 1
+            apart = ratio * (change.exp() - change - 1)
             loss = loss - weight * (truth * gain - options.kl * apart)
     return loss / total
 

@@ -119,7 +119,7 @@ def sum_policy_loss(
     correction = (facts.before - facts.drawn).exp().clamp(max=options.truncate).detach()
     loss = -correction * gain
     if options.kl:
-        loss = loss + options.kl * _divergence(now, facts.start)
+        loss = loss + options.kl * ratio * _divergence(now, facts.start)
     is_clipped = clipped * facts.advantage < ratio * facts.advantage
     return (facts.weight * loss).sum(), is_clipped.float().mean().detach()
 

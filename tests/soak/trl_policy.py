@@ -22,7 +22,7 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HOME / "tests"))
 TRL = ("trl==1.16.0", "torch==2.13.0", "torchvision==0.28.0", "transformers==5.19.0")
-TOKENS, RESPONSES, ROUNDS = 24, 8, 5
+TOKENS, RESPONSES, ROUNDS = 24, 8, 20
 PROMPTS = (
     "Which of these is it?",
     "The rash, not the fever.",
