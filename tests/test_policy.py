@@ -376,6 +376,16 @@ def test_cut_responses_and_groups_alike_are_left_out(job, own_places, monkeypatc
     assert any(r.sample.finish == "length" for r in cut)
 
 
+def test_a_policy_learns_what_is_rewarded(job, own_places):
+    "Asked for three tokens, it writes about three of the twelve that it may write."
+    from dataclasses import replace
+
+    plan = replace(job["plan"], steps=25, prompts=4, responses=8, max_tokens=12, mask_cut=False)
+    folder = run_stage(policy(**{**job, "plan": plan}))
+    lengths = [record["length"] for record in read_jsonl(folder / "log.jsonl")]
+    assert sum(lengths[:3]) / 3 > 8 and sum(lengths[-3:]) / 3 < 5
+
+
 def test_more_updates_read_the_policy_before_them(job, own_places):
     from dataclasses import replace
 

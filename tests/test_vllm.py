@@ -422,6 +422,28 @@ def test_logprobs_are_kept_one_a_token(offline, served, asked):
             assert len(kept) == s["tokens"] and all(x <= 0 for x in kept)
 
 
+def test_rollouts_have_the_trainers_logprobs_and_new_weights_are_taken(started, folder):
+    from octomed.generate.render import Row, list_image_ids
+    from octomed.train.objective import prepare_packed
+    from octomed.train.policy import logprobs_class
+    from octomed.train.students import load_student
+
+    model, processor = load_student(folder)
+    read = logprobs_class()(model, never=list_image_ids(processor))
+    first, moved, again = started[1]["rolled"]
+    for prompt, ids, logprobs, _ in first:
+        row = Row(prompt + ids, len(prompt), [])
+        values, _ = read(*prepare_packed(model, processor, [row], None))
+        assert values.tolist() == pytest.approx(logprobs, abs=1e-3)
+    assert [r[3] for r in (first[0], moved[0], again[0])] == [
+        "tiny@1",
+        "moved by 0.02",
+        "moved by -0.02",
+    ]
+    assert [r[2] for r in moved] != [r[2] for r in first], "the weights that it was given"
+    assert [r[1] for r in again] == [r[1] for r in first]
+
+
 def test_a_caller_that_stops_early_leaves_the_engine_empty_and_usable(started):
     assert len(started[1]["left early"]) == 3 and started[1]["stops"], (
         "the worker asserts that nothing is left running"

@@ -45,6 +45,7 @@ def main(student, jobs, out):
         engine.likelihoods(["one " * 3000], [["two"]])
     except OctomedError as error:
         results["too long"] = str(error)
+    results["rolled"] = roll_and_reload(engine, student, jobs["fan"])
     results["images_drawn"] = count_drawn_images(engine, jobs["fan"])
     results["built_in"] = [
         end_thought_in_vllm(engine, messages, budget=jobs["budget"], answer=jobs["answer"])
@@ -61,6 +62,27 @@ def score(engine, pairs) -> list:
     ]
     scored = engine.likelihoods(prompts, [texts for _, texts in pairs])
     return [[(s.logprob, s.tokens, s.is_greedy) for s in row] for row in scored]
+
+
+def roll_and_reload(engine, student, messages) -> list:
+    "Rollouts of the student, of it with other weights handed over, and of it again."
+    import torch
+
+    from octomed.train.students import load_student
+
+    model, _ = load_student(student)
+    asked = [Request("rolled", messages, "p", tuple(range(4)))]
+    rolled = []
+    for by in (None, 0.02, -0.02):
+        if by is not None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(by)
+            engine.take_weights(model, f"moved by {by}")
+        drawn = engine.roll(asked, Sampling(temperature=1.0, top_p=1.0, max_tokens=8))
+        drawn = sorted(drawn, key=lambda r: r.sample.index)
+        rolled.append([(r.prompt, r.ids, r.logprobs, r.sample.model) for r in drawn])
+    return rolled
 
 
 def run_to_end(core) -> dict:

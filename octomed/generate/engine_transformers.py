@@ -23,6 +23,7 @@ from octomed.generate.engines import (
     Rollout,
     begin_forced_exit,
     check_continuations,
+    check_rollout_sampling,
     explain_control_token,
     explain_long_pair,
     explain_no_room,
@@ -451,19 +452,6 @@ def _answer_batch(engine: TransformersEngine, jobs: list[_Job], sampling: Sampli
             prompt_tokens=job.size,
         )
 
-# %% ../../nbs/generate/07_engine_transformers.ipynb #07roll02
-def _check_sampling(sampling: Sampling):
-    "Raise `OctomedError` for a sampling whose log-probabilities are not the policy's."
-    if sampling.top_p < 1 or sampling.temperature == 0 or sampling.repetition_penalty != 1:
-        raise OctomedError(
-            "a policy draws from its whole distribution: set top_p and repetition_penalty to 1, "
-            "and a temperature above 0"
-        )
-    if sampling.answer_tokens or sampling.stop:
-        raise OctomedError(
-            "a policy ends its responses by itself: set answer_tokens to 0, and give no stop"
-        )
-
 # %% ../../nbs/generate/07_engine_transformers.ipynb #07roll03
 def _roll_batch(engine: TransformersEngine, jobs: list[_Job], sampling: Sampling):
     "The rollouts of one batch, in the order of its jobs."
@@ -497,8 +485,8 @@ def _roll_batch(engine: TransformersEngine, jobs: list[_Job], sampling: Sampling
 # %% ../../nbs/generate/07_engine_transformers.ipynb #07roll04
 @patch
 def roll(self: TransformersEngine, requests, sampling: Sampling):
-    "Rollouts, a batch at a time. Raises `OctomedError` as `_check_sampling`."
-    _check_sampling(sampling)
+    "Rollouts, a batch at a time. Raises `OctomedError` as `check_rollout_sampling`."
+    check_rollout_sampling(sampling)
     jobs = _list_jobs(self, requests, self.limit - sampling.max_tokens)
     asked = [job for job in jobs if not job.refusal]
     yield from (_make_error(self, job, sampling) for job in jobs if job.refusal)

@@ -8,6 +8,7 @@ __all__ = ['VLLMEngine', 'make_vllm_teacher']
 # %% ../../nbs/generate/08_engine_vllm.ipynb #5317ed16
 import itertools
 import json
+import tempfile
 import time
 from dataclasses import dataclass, replace
 
@@ -21,8 +22,10 @@ from octomed.generate.engines import (
     ChatPrompt,
     Engine,
     Likelihood,
+    Rollout,
     begin_forced_exit,
     check_continuations,
+    check_rollout_sampling,
     explain_control_token,
     explain_long_pair,
     explain_no_room,
@@ -104,6 +107,7 @@ class VLLMEngine:
         self.forbids = _forbid_images(self.processor, self.llm.model_config, options)
         self.numbers = itertools.count()
         self.clock = 0.0
+        self.handed_over = None  # the folder through which new weights are taken
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #06loadll
 def _load_llm(vllm, path, revision: str | None, *, options: dict):
@@ -202,7 +206,14 @@ def _input(
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #56ccf1d2
 @patch
-def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
+def _params(
+    self: VLLMEngine,
+    sampling: Sampling,
+    seed: int,
+    budget: int,
+    *,
+    rolls: bool = False,  # are the samples rollouts, whose log-probabilities are kept
+):
     from vllm.sampling_params import RequestOutputKind
 
     return self.Params(
@@ -214,7 +225,7 @@ def _params(self: VLLMEngine, sampling: Sampling, seed: int, budget: int):
         stop=list(sampling.stop),
         stop_token_ids=[find_turn_end(self.processor)],
         include_stop_str_in_output=True,
-        logprobs=0 if self.logprobs else None,
+        logprobs=0 if self.logprobs or rolls else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
         **self.forbids,
     )
@@ -386,6 +397,68 @@ def generate(self: VLLMEngine, requests, sampling: Sampling):
     finally:
         if running:
             self.llm.llm_engine.abort_request(list(running))
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #08roll02
+def _begin_rollouts(engine: VLLMEngine, requests, sampling: Sampling, running: dict[str, _Job]):
+    "Start every rollout; yields an error sample for each that cannot be asked."
+    for request in requests:
+        prepared = engine._prepare(request, sampling)
+        for index in request.indices:
+            job = _Job(request, index, text=prepared.text, size=prepared.size, since=engine.clock)
+            reason = prepared.refusal
+            if reason is None:
+                seed = derive_sample_seed(sampling, request.question, index)
+                params = engine._params(sampling, seed, sampling.max_tokens, rolls=True)
+                reason = engine._start(prepared.input, job, params=params, running=running)
+            if reason is not None:
+                yield engine._sample(job, sampling, text=reason, finish="error")
+
+
+def _read_rollout(engine: VLLMEngine, job: _Job, output, sampling: Sampling) -> Rollout:
+    "The rollout of an output that ended."
+    from octomed.generate.render import list_chat_images
+
+    out = output.outputs[0]
+    ids = list(out.token_ids)
+    pairs = zip(ids, out.logprobs, strict=True)
+    logprobs = [choices[token].logprob for token, choices in pairs]
+    finish = out.finish_reason if out.finish_reason in FINISHES else "error"
+    sample = engine._sample(job, sampling, text=out.text, finish=finish, tokens=len(ids))
+    sample.logprobs = json.dumps([round(x, 4) for x in logprobs])
+    images = list_chat_images(job.request.messages)
+    return Rollout(sample, list(output.prompt_token_ids), ids, logprobs, images)
+
+# %% ../../nbs/generate/08_engine_vllm.ipynb #08roll03
+@patch
+def roll(self: VLLMEngine, requests, sampling: Sampling):
+    "Rollouts as they finish. Raises `OctomedError` as `check_rollout_sampling`."
+    check_rollout_sampling(sampling)
+    running = {}
+    try:
+        yield from _begin_rollouts(self, requests, sampling, running)
+        while running:
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    yield _read_rollout(self, running.pop(output.request_id), output, sampling)
+    finally:
+        if running:
+            self.llm.llm_engine.abort_request(list(running))
+
+
+@patch
+def take_weights(self: VLLMEngine, model, identity: str):
+    """Draw from a model's weights as they are now, under this name.
+
+    vLLM reads them from a folder, in which it looks for the processor from then on."""
+    if self.handed_over is None:
+        self.handed_over = tempfile.TemporaryDirectory(prefix="octomed-weights-")
+        self.processor.save_pretrained(self.handed_over.name)
+    model.save_pretrained(self.handed_over.name)
+    self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.handed_over.name})
+    self.llm.llm_engine.reset_encoder_cache()
+    self.llm.reset_mm_cache()
+    self.llm.reset_prefix_cache()
+    self.model = identity
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #8c1e0a02
 @dataclass

@@ -6,8 +6,8 @@
 __all__ = ['TEACHERS', 'KINDS', 'FORCED', 'KNOWN_IMAGE_MARKS', 'NEVER', 'Engine', 'make_sample', 'register_teacher',
            'load_teacher', 'find_teacher_revision', 'choose_end_mark', 'begin_forced_exit', 'explain_no_room',
            'explain_control_token', 'find_image_mark', 'explain_image_mark', 'ChatPrompt', 'Likelihood', 'Scorer',
-           'Rollout', 'Roller', 'split_pair', 'tokenize_pair', 'check_continuations', 'explain_long_pair',
-           'choose_likeliest']
+           'Rollout', 'Roller', 'check_rollout_sampling', 'split_pair', 'tokenize_pair', 'check_continuations',
+           'explain_long_pair', 'choose_likeliest']
 
 # %% ../../nbs/generate/06_engines.ipynb #58328176
 import importlib
@@ -250,6 +250,19 @@ class Roller(Protocol):
 
     def take_weights(self, model, identity: str):
         "Draw from these weights from now on, under this name."
+
+# %% ../../nbs/generate/06_engines.ipynb #06roll03
+def check_rollout_sampling(sampling: Sampling):
+    "Raise `OctomedError` for a sampling whose log-probabilities are not the policy's."
+    if sampling.top_p < 1 or sampling.temperature == 0 or sampling.repetition_penalty != 1:
+        raise OctomedError(
+            "a policy draws from its whole distribution: set top_p and repetition_penalty to 1, "
+            "and a temperature above 0"
+        )
+    if sampling.answer_tokens or sampling.stop:
+        raise OctomedError(
+            "a policy ends its responses by itself: set answer_tokens to 0, and give no stop"
+        )
 
 # %% ../../nbs/generate/06_engines.ipynb #19ca0afd
 def split_pair(

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['AGREES', 'WINDOW', 'PolicyPlan', 'list_prompts', 'PolicyRow', 'Group', 'make_policy_rows', 'PolicyLoop', 'Drawer',
-           'draw_groups', 'policy_rate', 'take_policy_step', 'find_collapse', 'reinforce', 'make_policy', 'list_asked',
-           'policy', 'read_job', 'run_process']
+           'draw_groups', 'policy_rate', 'take_policy_step', 'find_collapse', 'reinforce', 'open_roller', 'make_policy',
+           'list_asked', 'policy', 'read_job', 'run_process']
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei003
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..core.files import progress, write_json, write_jsonl
-from ..core.identity import digest, seed_for
+from ..core.identity import digest, seed_for, split_revision
 from ..core.paths import OctomedError, UsageError
 from ..core.store import stage
 from ..data.questions import Question
@@ -33,7 +34,7 @@ from ..generate.engine_transformers import TransformersEngine
 from ..generate.engines import Rollout
 from ..generate.ledger import Ledger
 from ..generate.prompts import load_template
-from ..generate.render import Row
+from ..generate.render import Row, list_image_ids
 from ..generate.samples import Sampling
 from octomed.train.launch import (
     build_launch_command,
@@ -475,6 +476,23 @@ def _end_policy_step(keeper: CheckpointKeeper, log: list[dict], *, plan: PolicyP
             "run it again to go on"
         )
 
+# %% ../../nbs/train/12_reinforce.ipynb #12rei90a
+def open_roller(
+    student,  # a folder or a hub id
+    max_pixels: int,  # of an image
+):
+    """The engine that draws for a policy, as `OCTOMED_ENGINE` says.
+
+    vLLM beside a trainer on the same device has not been tried."""
+    path, revision = split_revision(student)
+    options = {"revision": revision}
+    if os.environ.get("OCTOMED_ENGINE") == "vllm":
+        from octomed.generate.engine_vllm import VLLMEngine
+
+        processed = {"logprobs_mode": "processed_logprobs"}
+        return VLLMEngine(path, student_identity(student), max_pixels, **options, **processed)
+    return TransformersEngine(path, student_identity(student), max_pixels, **options)
+
 # %% ../../nbs/train/12_reinforce.ipynb #12rei036
 def make_policy(
     out: Path,  # the policy's folder
@@ -491,7 +509,7 @@ def make_policy(
 
     torch.manual_seed(seed_for("policy", seed))
     model, processor, how, accelerator = prepare_student(base, schedule)
-    engine = TransformersEngine(base, student_identity(base), max_pixels)
+    engine = open_roller(base, max_pixels)
     asked = read_questions(Path(questions))
     load_missing_images(asked, max_pixels, processor)
     name = f"policy-{digest(student_identity(base), form, plan, schedule, seed)}"
@@ -499,7 +517,7 @@ def make_policy(
         model,
         processor,
         plan=plan,
-        never=engine.unwritten,
+        never=list_image_ids(processor),
         schedule=schedule,
         how=how,
         max_pixels=max_pixels,
