@@ -6,10 +6,10 @@
 __all__ = ['BESIDE', 'EXAMPLES', 'NOT_RESTED_ON', 'IN_RECIPE', 'OwnArm', 'OwnClaim', 'read_claim', 'make_claim', 'make_own_arm',
            'list_asked', 'declare_own_arms', 'declare_own_claim', 'plan_without_data', 'declare_own_evaluations',
            'list_claim_values', 'identify_claim', 'claim_folder', 'find_known', 'find_stamp', 'compare_values',
-           'list_earlier', 'stamp_claim', 'count_claim_units', 'find_detectable', 'plan_claim', 'judge_stamp',
-           'say_stamp', 'judge_own_claim', 'run_claim', 'explain_gate_line', 'explain_outcome', 'say_own_finding',
-           'list_gate_rows', 'list_score_rows', 'wrap_sentences', 'format_claim', 'write_claim_page',
-           'format_claim_plan', 'list_keys', 'tabulate_claims', 'list_class_rows', 'say_class']
+           'list_earlier', 'stamp_claim', 'plan_claim', 'judge_stamp', 'say_stamp', 'judge_own_claim', 'run_claim',
+           'explain_gate_line', 'explain_outcome', 'say_own_finding', 'list_gate_rows', 'list_score_rows',
+           'wrap_sentences', 'format_claim', 'write_claim_page', 'format_claim_plan', 'list_keys', 'tabulate_claims',
+           'list_class_rows', 'say_class']
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page03
 import json
@@ -18,9 +18,7 @@ import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal, get_type_hints
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page04
@@ -47,28 +45,32 @@ from octomed.data.sources import (
     check_pools,
     check_sources,
     find_source,
-    load,
     remember_identities,
     replace_sources,
 )
 from ..distill.filters import FILTERS
-from ..distill.pools import take_subset
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page05
 from ..evaluate.arms import Arm, declare_stages, schedule_of
 from ..evaluate.chance import declare_chance
-from ..evaluate.claims import ENOUGH_SEEDS, Claim, find_contrast, judge_claim, word_outcome
+from ..evaluate.claims import Claim, judge_claim, word_outcome
 from ..evaluate.family import count_family, describe_family, is_tested
 from ..evaluate.results import Results, declare_evaluations, run_arms
-from ..evaluate.section_run import SEED_SD, SIGNS, list_stages, read_base_gates
-from ..evaluate.stats import adjust_holm, detectable_difference, find_error, heed_signs
+from octomed.evaluate.section_run import (
+    SIGNS,
+    benchmark_rows,
+    count_units,
+    find_detectable,
+    list_stages,
+    read_base_gates,
+)
+from ..evaluate.stats import adjust_holm, heed_signs
 from ..evaluate.tables import tabulate_scores
 from .plan_sections import plan_section
 from .plan_sources import stand_for_missing
-from .plan_text import format_minutes
 from .section_page import say_finding
 from .sections import read_json
-from .terminal import format_table
+from .terminal import format_minutes, format_table
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page09
 @dataclass(frozen=True)
@@ -603,48 +605,10 @@ def stamp_claim(own: OwnClaim) -> dict:
     }
     return _write_sealed(claim_folder(own) / "stamp.json", stamp)
 
-# %% ../../nbs/run/32_own_claim.ipynb #32page34
-def count_claim_units(own: OwnClaim) -> int | None:
-    """Questions that a claim is about, or joins where these are drawn; None without the data.
-
-    On seen joins it is the most that there can be: which are seen depends on what arms read."""
-    total, joins = 0, set()
-    for place in list_asked(own):
-        size = find_source(place).expected
-        limit = own.common.benchmark_limit or None
-        if own.joins == "all" and size:
-            total += min(limit or size, size)
-            continue
-        try:
-            every = take_subset(load(place, max_pixels=own.common.max_pixels), limit)
-        except OctomedError:
-            return None
-        held_out = [q.tags["join"] for q in every if q.tags.get("join") and q.tags.get("held_out")]
-        joins |= set(held_out)
-        with_join = sum(bool(q.tags.get("join")) for q in every)
-        total += len(every) if own.joins == "all" else with_join - len(held_out)
-    return len(joins) if own.joins == "unseen" else total
-
-# %% ../../nbs/run/32_own_claim.ipynb #32page35
-def find_detectable(
-    own: OwnClaim,
-    units: int,  # questions, or joins
-) -> float:
-    "What a claim can show with a power of 80 %: a difference, or of an equivalence the margin."
-    weights = find_contrast(declare_own_claim(own)).values()
-    squares = sum(weight**2 for weight in weights)
-    spread = {"seed_sd": SEED_SD, "seed_weight": squares / own.seeds}
-    if own.seeds < ENOUGH_SEEDS:
-        spread = {}
-    sd = sqrt(squares * 0.5 * (1 - 0.5))
-    if own.kind != "equivalent":
-        return detectable_difference(units, sd, **spread)
-    normal = NormalDist()
-    return find_error(units, sd, **spread) * (normal.inv_cdf(0.975) + normal.inv_cdf(0.9))
-
 # %% ../../nbs/run/32_own_claim.ipynb #32page36
 def plan_claim(own: OwnClaim) -> dict:
     "What a claim will run, how long it takes, and what it can detect. Nothing is run."
+    claim = declare_own_claim(own)
     with plan_without_data():
         plan = plan_section(
             _recipe_of(own),
@@ -653,7 +617,7 @@ def plan_claim(own: OwnClaim) -> dict:
             seeds=own.seeds,
             benchmarks=list_asked(own),
         )
-        units = count_claim_units(own)
+        units = count_units(claim, list_asked(own), own.common)
         known = find_known(own)
     stamp = find_stamp(own)
     return {
@@ -666,7 +630,7 @@ def plan_claim(own: OwnClaim) -> dict:
         "evaluations": plan["evaluations"],
         "done": plan["done"],
         "units": units,
-        "detects": find_detectable(own, units) if units else None,
+        "detects": find_detectable(claim, units, own.seeds) if units else None,
         "known": known,
     }
 
@@ -845,39 +809,39 @@ def say_own_finding(result: dict) -> list[str]:
     return sentences
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page52
+def _word_share(name: str, value: float, interval) -> dict:
+    "A share under its name, and its interval, in per cent."
+    low, high = (100 * bound for bound in interval)
+    return {name: f"{100 * value:.1f}", "interval": f"{low:.1f} to {high:.1f}"}
+
+
 def list_gate_rows(finding: dict) -> list[dict]:
     "The gate of a claim as a table."
-    rows = []
-    for line in finding["gate"]:
-        low, high = (100 * bound for bound in line["interval"])
-        row = {
+    return [
+        {
             "gate": line["what"],
             "arm": line["of"],
-            "per cent": f"{100 * line['value']:.1f}",
-            "interval": f"{low:.1f} to {high:.1f}",
+            **_word_share("per cent", line["value"], line["interval"]),
             "line": f"{100 * line['line']:.0f}",
             "passed": "yes" if line["passed"] else "no",
         }
-        rows.append(row)
-    return rows
+        for line in finding["gate"]
+    ]
 
-# %% ../../nbs/run/32_own_claim.ipynb #32page5x2
+
 def list_score_rows(result: dict) -> list[dict]:
     "The accuracies of a claim's arms as a table, without those of whole categories."
-    rows = []
-    for row in result["rows"]:
-        low, high = (100 * bound for bound in row["interval"])
-        shown = {
+    return [
+        {
             "arm": row["arm"],
             "benchmark": row["benchmark"],
             "n": row["n"],
-            "accuracy": f"{100 * row['accuracy']:.1f}",
-            "interval": f"{low:.1f} to {high:.1f}",
+            **_word_share("accuracy", row["accuracy"], row["interval"]),
             "chance": f"{100 * row['chance']:.1f}",
             "unparsed": f"{100 * row['unparsed']:.0f}",
         }
-        rows += [shown] if row["benchmark"] != "Overall" else []
-    return rows
+        for row in benchmark_rows(result["rows"])
+    ]
 
 # %% ../../nbs/run/32_own_claim.ipynb #32page53
 def wrap_sentences(sentences: list[str]) -> list[str]:

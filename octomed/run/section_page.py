@@ -27,10 +27,9 @@ from octomed.evaluate.results import (
     run_arms,
     scope_recipe,
 )
-from ..evaluate.results_file import write_results
+from ..evaluate.results_file import Comparison, write_results
 from octomed.evaluate.section_run import (
     arms_frame,
-    chance_frame,
     claims_frame,
     detects_frame,
     gate_frame,
@@ -38,10 +37,20 @@ from octomed.evaluate.section_run import (
     read_answers,
     read_base_gates,
 )
-from ..evaluate.tables import show_findings, show_rows, tabulate_scores
+from octomed.evaluate.tables import (
+    NOTE,
+    READ_AS,
+    compare_arms,
+    compare_parts,
+    describe_sampling,
+    print_wrapped,
+    show_findings,
+    tabulate_scores,
+)
 from ..generate.answers import Verdict
 from ..generate.samples import Sample
 from .plan_sections import plan_section
+from .sections import read_json, reference_folder
 
 # %% ../../nbs/run/31_section_page.ipynb #29page06
 @dataclass
@@ -190,21 +199,28 @@ def score(
 @patch
 def show_scores(
     self: SectionPage,
-    joins: str = "all",  # which part of the questions: `all`, `seen` or `unseen`
     reading: str = "generated",  # or `likelihood`
+    beside: tuple[str, ...] = (),  # further columns, such as `graded`
 ):
-    "Show one part of the table of scores, with how students were asked."
-    rows = [row for row in self.rows if (row["joins"], row["reading"]) == (joins, reading)]
-    return show_rows(rows, common=self.recipe.common, arms=self.arms)
+    "Show arms by benchmark on all questions, with how students were asked."
+    rows = [row for row in self.rows if (row["joins"], row["reading"]) == ("all", reading)]
+    sampling = describe_sampling(self.recipe.common, self.arms)
+    print_wrapped(f"Read {READ_AS[reading]}. {sampling} {NOTE}")
+    return compare_arms(rows, beside)
 
 
 @patch
-def show_at_chance(self: SectionPage):
-    """Show the rows that are not shown to beat chance: no conclusion follows from them.
-
-    They are those of all questions, as students answered them."""
-    shown = [row for row in self.rows if (row["joins"], row["reading"]) == ("all", "generated")]
-    return chance_frame(shown)
+def show_joins(
+    self: SectionPage,
+    arms: Iterable[str] | None = None,  # those that are shown; None: all
+):
+    "Show arms on all questions, on seen joins and on unseen ones, by likelihood if it was read."
+    reading = "likelihood" if self.recipe.common.likelihood else "generated"
+    rows = [row for row in self.rows if row["reading"] == reading]
+    if arms is not None:
+        rows = [row for row in rows if row["arm"] in set(arms)]
+    print_wrapped(f"Read {READ_AS[reading]}. {NOTE}")
+    return compare_parts(rows)
 
 # %% ../../nbs/run/31_section_page.ipynb #29page51
 def list_arms_of(claim: Claim) -> list[str]:
@@ -363,3 +379,13 @@ def save_figures(
     for suffix, figure in every.items():
         if figure is not None:
             save_figure(figure, f"{self.out}/figures/{self.section}{suffix}")
+
+# %% ../../nbs/run/31_section_page.ipynb #29page60
+@patch
+def compare(
+    self: SectionPage,
+    done: dict,  # what `write` returns
+) -> Comparison:
+    "Say what this run changes against the reference run of its recipe."
+    kept = reference_folder(self.recipe) / "results" / f"{self.section}.json"
+    return Comparison(done, read_json(kept) if kept.exists() else None)
