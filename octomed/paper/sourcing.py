@@ -20,6 +20,7 @@ from ..evaluate.chance import measure_beyond_chance
 from ..evaluate.claims import Claim
 from ..evaluate.results import Results, category_of, choose_benchmarks
 from ..evaluate.section_run import EVERY_CATEGORY, list_pools, measure_gain
+from ..evaluate.tables import READ_AS, find_reading
 from .formatting import chance as chance_of_42
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295
@@ -273,7 +274,7 @@ def figure(results: dict):
     "Fig. 3 as a matrix: points above the start, an arm in each row and a category in each column."
     from octomed.evaluate.figures import make_canvas, use_style
 
-    gains = results["gains"]
+    gains, read_as = results["gains"], READ_AS[find_reading(results)]
     rows, columns = (list(dict.fromkeys(map(read, gains))) for read in (_label, _heading))
     points = np.full((len(rows), len(columns)), np.nan)
     fig, ax = make_canvas(width=7.2, height=1.6 + 0.62 * len(rows))
@@ -289,7 +290,8 @@ def figure(results: dict):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_xlabel(
-            "points above the start; framed: the arm has read this category", fontsize=9.5
+            f"points above the start, {read_as}; framed: the arm has read this category",
+            fontsize=9.5,
         )
         fig.suptitle(
             "Which questions teach which skill (Fig. 3)", x=0.01, ha="left", fontweight="bold"
