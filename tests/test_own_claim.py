@@ -11,8 +11,8 @@ import pytest
 
 from octomed.core.paths import OctomedError, UsageError, outputs_dir, root
 from octomed.evaluate.results import Results
-from octomed.evaluate.stats import adjust_holm
 from octomed.evaluate.section_run import find_detectable
+from octomed.evaluate.stats import adjust_holm
 from octomed.run import own_claim
 from octomed.run.cli import main
 from octomed.run.own_claim import (

@@ -254,7 +254,12 @@ def _order_columns(labels: list[str], beside: tuple[str, ...]):
     "A column for an accuracy and for what stands beside it, under each label."
     import pandas as pd
 
-    names = ("accuracy", *BESIDE_SCORES, *beside, "paper")
+    names = (
+        "accuracy",
+        *BESIDE_SCORES,
+        *beside,
+        "paper",
+    )
     return pd.MultiIndex.from_tuples(product(labels, names))
 
 
