@@ -138,7 +138,7 @@ def _to_markdown(what: str, rows: list[dict]) -> list[str]:
 MOST_SCORES = 12  # that a comparison shows, those that changed most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     "What a run of a section changes against the reference run of its recipe."
 
@@ -191,7 +191,7 @@ def list_scores(self: Comparison) -> list[dict]:  # {what, reference, ours}
 
 # %% ../../nbs/evaluate/07_results_file.ipynb #07comp05
 @patch
-def __str__(self: Comparison) -> str:
+def __repr__(self: Comparison) -> str:
     "The comparison in Markdown: a sentence, and a table of what changed."
     if self.obstacle:
         return self.obstacle

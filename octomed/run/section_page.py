@@ -92,12 +92,13 @@ def start_section(
 ) -> SectionPage:
     """Load the recipe with a section's own values and start the clock.
 
-    From here on, tables show the text of a claim in full, and all their rows."""
+    From here on, tables show the text of a claim in full, and all their rows and columns."""
     import pandas as pd
 
     started = time.time()
     pd.set_option("display.max_colwidth", None)
     pd.set_option("display.max_rows", 200)
+    pd.set_option("display.max_columns", 40)
     loaded = load_recipe(recipe).with_scalars(section, **scalars)
     return SectionPage(section, scope_recipe(loaded, section), out=out, started=started)
 
