@@ -197,11 +197,12 @@ def __repr__(self: Comparison) -> str:
         return self.obstacle
     card, claims, scores = self.reference["card"], self.list_claims(), self.list_scores()
     named = f"the reference run of {self.ours['recipe']}"
+    judged = {claim["text"] for claim in (*self.ours["claims"], *self.reference["claims"])}
     if self.ours["card"]["parents"] == card["parents"] and not claims and not scores:
         return f"This run rests on the stages of {named}, and gives its results: it is that run."
     sentence = (
         f"Against {named} (commit {card['commit']}, {card['made'][:10]}), "
-        f"{len(claims)} of {len(self.ours['claims'])} claims have another outcome, and "
+        f"{len(claims)} of {len(judged)} claims have another outcome, and "
         f"{len(scores)} of {len(self.ours['rows'])} scores changed by more than their intervals."
     )
     shown = scores[:MOST_SCORES]
