@@ -14,6 +14,7 @@ from octomed.evaluate.results import Results
 from octomed.evaluate.section_run import find_detectable
 from octomed.evaluate.stats import adjust_holm
 from octomed.run import own_claim
+from octomed.run.claim_page import explain_outcome, judge_stamp, say_class, say_stamp
 from octomed.run.cli import main
 from octomed.run.own_claim import (
     claim_folder,
@@ -21,9 +22,7 @@ from octomed.run.own_claim import (
     declare_own_arms,
     declare_own_claim,
     declare_own_evaluations,
-    explain_outcome,
     identify_claim,
-    judge_stamp,
     list_asked,
     list_claim_values,
     list_keys,
@@ -31,8 +30,6 @@ from octomed.run.own_claim import (
     plan_claim,
     read_claim,
     run_claim,
-    say_class,
-    say_stamp,
     stamp_claim,
     tabulate_claims,
 )
