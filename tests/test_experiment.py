@@ -18,7 +18,7 @@ from octomed.evaluate.arms import Arm, declare_stages, list_read_joins
 from octomed.evaluate.claims import Claim, judge_claim
 from octomed.evaluate.results import Results
 from octomed.evaluate.results_file import write_results
-from octomed.evaluate.tables import show_findings, show_rows, tabulate_scores
+from octomed.evaluate.tables import compare_arms, compare_parts, show_findings, tabulate_scores
 from octomed.train.schedule import Schedule
 
 COMMON = Common(
@@ -244,10 +244,17 @@ def test_an_equivalence_needs_its_margin():
 def test_frames_show_every_row_and_leave_out_what_no_row_has():
     r = results(a=[[1, 0, 1, 1]], b=[[0, 0, 1, 1]])
     rows = tabulate_scores(r)
-    frame = show_rows(rows)
-    assert len(frame) == len(rows)
-    assert "shuffled" not in frame
-    assert set(frame["arm"]) == {"a", "b"}
+    frame = compare_arms(rows, beside=("shuffled",))
+    assert list(frame.index) == ["a", "b"], "an Overall of one benchmark stands for it"
+    assert set(frame.columns.get_level_values(0)) == {"clinic_ward:test"}
+    assert set(frame.columns.get_level_values(1)) == {"accuracy", "chance", "unread"}
+    with_paper = compare_arms(
+        [row | {"paper": 0.9, "shuffled": 0.5} for row in rows], ("shuffled",)
+    )
+    assert with_paper["clinic_ward:test", "paper"].tolist() == ["90.0", "90.0"]
+    assert with_paper["clinic_ward:test", "shuffled"].tolist() == ["50.0", "50.0"]
+    alone = compare_arms([row for row in rows if row["arm"] == "a"])
+    assert list(alone.index) == ["clinic_ward:test"], "of one arm, benchmarks stand down the side"
     shown = show_findings(
         [judge_claim(Claim(text="a is better", a="a", b="b", benchmark="clinic_ward:test"), r)]
     )
@@ -293,8 +300,12 @@ def test_a_claim_and_a_table_can_be_about_one_part_of_the_joins(monkeypatch):
     of_a = [row for row in rows if row["arm"] == "a" and row["benchmark"] == "clinic_ward:test"]
     shown = {row["joins"]: (row["n"], row["accuracy"], row["paper"]) for row in of_a}
     assert shown == {"all": (8, 0.5, 0.9), "seen": (2, 0.5, None), "unseen": (2, 1.0, None)}
-    assert set(show_rows(rows)["joins"]) == {"", "seen", "unseen"}
-    assert "joins" not in show_rows(tabulate_scores(r))
+    divided = compare_parts(rows)
+    assert divided["unseen", "n"].tolist() == ["2 of 1 joins"] * 2
+    assert divided["seen", "n"].tolist() == ["2", "2"]
+    assert divided.loc[("clinic_ward:test", "a"), ("all", "accuracy")].startswith("50.0")
+    whole = compare_parts(tabulate_scores(r))
+    assert set(whole.columns.get_level_values(0)) == {"all"}
 
 
 def test_a_part_without_questions_has_no_row_and_an_unknown_one_is_refused(monkeypatch):
@@ -415,7 +426,7 @@ def test_peaks_of_filters_are_read_from_the_rows_of_the_benchmark():
         rows += [shown, {**shown, "joins": "unseen", "accuracy": 0.9}]
         rows.append({**shown, "reading": "likelihood", "accuracy": 0.9})
         rows.append({**shown, "benchmark": "Overall", "accuracy": 0.9})
-    none, *filtered = module.find_peaks(rows)
+    none, *filtered = module.find_peaks({"rows": rows})
     assert (none["peak"], none["at"], none["near the unfiltered peak at"]) == (0.5, 1.0, 1.0)
     assert {(row["peak"], row["near the unfiltered peak at"]) for row in filtered} == {(0.4, None)}
 

@@ -11,8 +11,10 @@ import pytest
 
 from octomed.core.paths import OctomedError, UsageError, outputs_dir, root
 from octomed.evaluate.results import Results
+from octomed.evaluate.section_run import find_detectable
 from octomed.evaluate.stats import adjust_holm
 from octomed.run import own_claim
+from octomed.run.claim_page import explain_outcome, judge_stamp, say_class, say_stamp
 from octomed.run.cli import main
 from octomed.run.own_claim import (
     claim_folder,
@@ -20,10 +22,7 @@ from octomed.run.own_claim import (
     declare_own_arms,
     declare_own_claim,
     declare_own_evaluations,
-    explain_outcome,
-    find_detectable,
     identify_claim,
-    judge_stamp,
     list_asked,
     list_claim_values,
     list_keys,
@@ -31,8 +30,6 @@ from octomed.run.own_claim import (
     plan_claim,
     read_claim,
     run_claim,
-    say_class,
-    say_stamp,
     stamp_claim,
     tabulate_claims,
 )
@@ -256,11 +253,13 @@ def test_a_trend_rises_from_its_first_arm_to_its_last(write):
 
 
 def test_more_questions_and_seeds_detect_less(write):
-    own = read_claim(write())
-    assert find_detectable(own, 400) == pytest.approx(find_detectable(own, 100) / 2)
-    assert find_detectable(own, 100) == pytest.approx(0.198, abs=0.001)
+    own = declare_own_claim(read_claim(write()))
+    assert find_detectable(own, 400, 1) == pytest.approx(find_detectable(own, 100, 1) / 2)
+    assert find_detectable(own, 100, 1) == pytest.approx(0.198, abs=0.001)
     equal = read_claim(write(("kind: greater", "kind: equivalent\nmargin: 0.05"), name="equal"))
-    assert find_detectable(equal, 100) == pytest.approx(0.229, abs=0.001)
+    assert find_detectable(declare_own_claim(equal), 100, 1) == pytest.approx(0.229, abs=0.001)
+    independent = find_detectable(own, 100, 4, runs=4, seed_sd=0.0)
+    assert independent == pytest.approx(find_detectable(own, 100, 1) / 2)
 
 
 # The stamp.

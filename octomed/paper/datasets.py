@@ -332,7 +332,7 @@ def figure(results: dict):
         series,
         title="Along the schedule, by dataset (Fig. 1, left)",
         xlabel="share of the schedule",
-        ylabel="accuracy over all categories, %",
+        ylabel="accuracy by parser and grader, %",
         dotted={level: [(0, y), (1, y)] for level, y in levels.items()},
         xticks=sorted({point for points in series.values() for point, _, _ in points}),
     )

@@ -19,6 +19,7 @@ from ..distill.pools import read_questions
 from ..evaluate.arms import Arm, declare_stages, schedule_of
 from ..evaluate.claims import Claim
 from ..evaluate.section_run import benchmark_rows, list_pools
+from ..evaluate.tables import find_reading, list_drawn_rows
 from .formatting import chance as chance_of_42
 
 # %% ../../nbs/paper/43_filtering.ipynb #775bb73b
@@ -162,10 +163,9 @@ def chance(recipe: Recipe) -> dict[str, Arm]:
     return chance_of_42(recipe, WHERE, forms=("cot",))
 
 # %% ../../nbs/paper/43_filtering.ipynb #43figu01
-def index_points(rows: list[dict]) -> dict[str, dict]:
-    "The row of each arm on the benchmark, of all questions, as its student answers."
-    whole = [row for row in benchmark_rows(rows) if row.get("joins", "all") == "all"]
-    return {row["arm"]: row for row in whole if row.get("reading", "generated") == "generated"}
+def index_points(results: dict) -> dict[str, dict]:
+    "The row of each arm on the benchmark, of all questions, in the reading of the claims."
+    return {row["arm"]: row for row in benchmark_rows(list_drawn_rows(results))}
 
 
 def _list_points(by_arm: dict[str, dict], filter: str) -> list[tuple]:
@@ -187,9 +187,9 @@ def _draw_run(ax, points: list[tuple], colour: str, label: str):
 # %% ../../nbs/paper/43_filtering.ipynb #e27c8f79
 def figure(results: dict):
     "Fig. 4: accuracy along the schedule, a panel for each filter beside no filter."
-    from octomed.evaluate.figures import COLOURS, FAINT, make_canvas, use_style
+    from octomed.evaluate.figures import COLOURS, FAINT, label_accuracy, make_canvas, use_style
 
-    by_arm = index_points(results["rows"])
+    by_arm = index_points(results)
     fig, axes = make_canvas(2, 2, width=8.4, height=6.2, sharex=True, sharey=True)
     with use_style():
         for ax, filter in zip(axes.flat, NAMES, strict=True):
@@ -204,7 +204,7 @@ def figure(results: dict):
         for ax in axes[1]:
             ax.set_xlabel("share of the schedule")
         for ax in axes[:, 0]:
-            ax.set_ylabel("accuracy, %")
+            ax.set_ylabel(label_accuracy(find_reading(results)))
         fig.suptitle("Which questions are kept (Fig. 4)", x=0.01, ha="left", fontweight="bold")
     return fig
 
@@ -219,9 +219,9 @@ def read_filter_values(recipe: Recipe, filter: str) -> list[dict]:
     ]
 
 # %% ../../nbs/paper/43_filtering.ipynb #101ffc8e
-def find_peaks(rows: list[dict]) -> list[dict]:
+def find_peaks(results: dict) -> list[dict]:
     "Each arm's best point, and the first at which it reaches nine tenths of no filter's best."
-    by_arm = index_points(rows)
+    by_arm = index_points(results)
     by_filter = {
         filter: {point: by_arm[name(filter, point)]["accuracy"] for point in POINTS}
         for filter in (NONE, *NAMES)

@@ -15,6 +15,7 @@ from ..evaluate.arms import Arm, schedule_of
 from ..evaluate.chance import declare_chance
 from ..evaluate.claims import Claim
 from ..evaluate.stats import find_paper_number
+from ..evaluate.tables import find_reading, list_drawn_rows
 
 # %% ../../nbs/paper/42_formatting.ipynb #a99b6962
 def paper_claims() -> list[Claim]:
@@ -151,7 +152,9 @@ def figure(results: dict):
     "Table 1 as a figure: arms by benchmark, ours filled, the paper's Overall hollow."
     from octomed.evaluate.figures import draw_accuracies
 
-    return draw_accuracies(results["rows"], title="Reasoning first or the answer at once (Table 1)")
+    rows, reading = list_drawn_rows(results), find_reading(results)
+    title = "Reasoning first or the answer at once (Table 1)"
+    return draw_accuracies(rows, title=title, reading=reading)
 
 # %% ../../nbs/paper/42_formatting.ipynb #42join09
 def figure_of_joins(results: dict):
@@ -167,4 +170,4 @@ def figure_of_joins(results: dict):
         place = f"{benchmark}, {row['joins']}: {words[row['reading']]}"
         shown.append({**row, "benchmark": place} | {"joins": "all", "reading": "generated"})
     title = "Joins that a student has read, and joins that are new to it"
-    return draw_accuracies(shown, title=title) if shown else None
+    return draw_accuracies(shown, title=title, xlabel="accuracy, %") if shown else None

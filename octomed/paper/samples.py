@@ -18,6 +18,7 @@ from ..core.recipe import Recipe
 from ..data.questions import Question
 from ..evaluate.arms import Arm, schedule_of
 from ..evaluate.claims import Claim
+from ..evaluate.tables import find_reading, list_drawn_rows
 from .formatting import chance as chance_of_42
 
 # %% ../../nbs/paper/44_samples.ipynb #5969face
@@ -189,11 +190,9 @@ def figure(results: dict):
     """Fig. 5: accuracy by epochs for each k, and the paper's points on axes of their own.
 
     The controls stand at the end of k = 16, whose tokens they read."""
-    from octomed.evaluate.figures import Panel, draw_panels
+    from octomed.evaluate.figures import Panel, draw_panels, label_accuracy
 
-    whole = ("all", "generated")
-    drawn = [row for row in results["rows"] if (row["joins"], row["reading"]) == whole]
-    rows = {row["arm"]: row for row in drawn if not row.get("blind")}
+    rows = {row["arm"]: row for row in list_drawn_rows(results) if not row.get("blind")}
     level = rows[name(16, 3)]["chance"]
     along = {"xlabel": "epochs", "xticks": (0, *EPOCHS)}
     ours = Panel(
@@ -205,4 +204,5 @@ def figure(results: dict):
     )
     peak = {"k = 16": [(EPOCHS[0], PEAK), (EPOCHS[-1], PEAK)]}
     papers = Panel("The paper's", make_paper_series(), dotted=peak, hollow=True, **along)
-    return draw_panels([ours, papers], title="Traces per question and epochs (Fig. 5)")
+    label = label_accuracy(find_reading(results))
+    return draw_panels([ours, papers], "Traces per question and epochs (Fig. 5)", ylabel=label)

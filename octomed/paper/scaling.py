@@ -8,8 +8,8 @@ __all__ = ['SHARES', 'MARGIN', 'FINAL', 'CENTRE', 'SMALLER', 'REPEATED', 'TEACHE
            'claims_of_growth', 'claims', 'benchmarks', 'take_part', 'arms', 'chance', 'make_row', 'ask_own_teacher',
            'teacher_of', 'paper_rows', 'list_voters', 'ask_for_vote', 'vote_on_question', 'tabulate_votes',
            'resample_accuracies', 'design_matrix', 'read_curve', 'interval_of', 'fit_curve', 'forecast_finding',
-           'state_finding', 'rows_by_category', 'make_point', 'make_growth', 'figure', 'table_figure', 'medqa_of',
-           'find_progress', 'progress_figure', 'votes_figure', 'rank_ours', 'rank_papers', 'models_figure']
+           'state_finding', 'rows_by_category', 'make_point', 'make_growth', 'draw_curve', 'figure', 'table_figure',
+           'medqa_of', 'find_progress', 'progress_figure', 'votes_figure', 'rank_ours', 'rank_papers', 'models_figure']
 
 # %% ../../nbs/paper/51_scaling.ipynb #fa23bf9c
 from dataclasses import replace
@@ -34,6 +34,7 @@ from octomed.evaluate.stats import (
     find_paper_number,
     load_paper_table,
 )
+from ..evaluate.tables import READ_AS, find_reading
 from ..generate.answers import majority_vote
 from .formatting import chance as chance_of_42
 from .formatting import declare_students as students_of_42
@@ -393,8 +394,6 @@ def fit_curve(results: Results, where: str) -> dict:
     measured = resample_accuracies(results, names, where)
     n = np.prod(results.scores(names[0], where)[0].shape)
     fitted = read_curve(at, measured, n=n, to=at)
-    fine = np.linspace(at[0], at[-1], 25)
-    drawn = read_curve(at, measured[:1], n=n, to=fine)[0]
     ahead = read_curve(at[:-1], measured[:, :-1], n=n, to=at[-1:])[:, 0]
     gain = read_curve(at, measured, n=n, to=at[-2:]) @ [-1, 1]
     return {
@@ -406,7 +405,6 @@ def fit_curve(results: Results, where: str) -> dict:
         "foretold, interval": interval_of(ahead),
         "found": float(measured[0, -1]),
         "if nothing changed": float(measured[0, -2]),
-        "curve": [[float(2**x), float(y)] for x, y in zip(fine, drawn, strict=True)],
     }
 
 # %% ../../nbs/paper/51_scaling.ipynb #9e7b09fa
@@ -440,10 +438,10 @@ def state_finding(c: Claim, results: Results) -> dict:
     return judge_claim(c, results)
 
 # %% ../../nbs/paper/51_scaling.ipynb #3bab7749
-def rows_by_category(results: dict) -> dict:
-    "(arm, category) → its row, over all questions, as generated."
+def rows_by_category(results: dict, reading: str) -> dict:
+    "(arm, category) → its row, over all questions, in one reading."
     rows = overall_rows(results["rows"])
-    whole = [row for row in rows if (row["joins"], row["reading"]) == ("all", "generated")]
+    whole = [row for row in rows if (row["joins"], row["reading"]) == ("all", reading)]
     return {(row["arm"], row["category"]): row for row in whole if not row.get("blind")}
 
 # %% ../../nbs/paper/51_scaling.ipynb #4c1348bb
@@ -465,13 +463,23 @@ def make_growth(rows: dict, category: str) -> dict[str, list]:
             series[label] = [make_point(SHARES[-2], rows[arm, category])]
     return series
 
+# %% ../../nbs/paper/51_scaling.ipynb #51curv01
+def draw_curve(rows: dict, category: str) -> list[tuple[float, float]]:
+    "The fitted curve through the parts of the questions, at 25 places."
+    parts = [rows[name(share), category] for share in SHARES]
+    at = np.log2(SHARES)
+    fine = np.linspace(at[0], at[-1], 25)
+    accuracies = np.array([row["accuracy"] for row in parts])
+    drawn = read_curve(at, accuracies, n=parts[0]["n"] * parts[0]["seeds"], to=fine)
+    return list(zip((2**fine).tolist(), drawn.tolist(), strict=True))
+
 # %% ../../nbs/paper/51_scaling.ipynb #51a00009
 def figure(results: dict):
     "Accuracy by the share of the questions, a panel for each category, with the fitted curve."
-    from octomed.evaluate.figures import Panel, draw_panels
+    from octomed.evaluate.figures import Panel, draw_panels, label_accuracy
 
-    rows = rows_by_category(results)
-    curves = {row["category"]: row["curve"] for row in results["fits"]}
+    reading = find_reading(results)
+    rows = rows_by_category(results, reading)
     panels = []
     for category in CATEGORIES:
         level = rows[FINAL, category]["chance"]
@@ -479,7 +487,7 @@ def figure(results: dict):
             say(category),
             make_growth(rows, category),
             dotted={
-                "parts of the questions": curves[category],
+                "parts of the questions": draw_curve(rows, category),
                 "chance": [(SHARES[0], level), (SHARES[-1], level)],
             },
             xlabel="share of the questions",
@@ -487,7 +495,8 @@ def figure(results: dict):
             log=True,
         )
         panels.append(panel)
-    return draw_panels(panels, "Accuracy against data, with a fitted curve", same_y=True)
+    title, label = "Accuracy against data, with a fitted curve", label_accuracy(reading)
+    return draw_panels(panels, title, ylabel=label, same_y=True)
 
 # %% ../../nbs/paper/51_scaling.ipynb #ea804b4b
 def table_figure(results: dict):
@@ -495,12 +504,16 @@ def table_figure(results: dict):
     from octomed.evaluate.figures import draw_accuracies
 
     names = {BEFORE: "start", FINAL: "student", TEACHERS: TEACHERS}
-    rows = [
-        row | {"arm": names[arm], "category": "", "benchmark": say(category)}
-        for (arm, category), row in rows_by_category(results).items()
-        if arm in names
-    ]
-    return draw_accuracies(rows, title="A student and its teachers (Table 2)", arms=names.values())
+    readings, drawn = dict.fromkeys(("generated", find_reading(results))), []
+    for reading in readings:
+        own = f", {READ_AS[reading]}" if len(readings) > 1 else ""
+        for (arm, category), row in rows_by_category(results, reading).items():
+            if arm in names:
+                # `draw_accuracies` takes one reading: the arm's name says which it is
+                place = {"category": "", "benchmark": say(category), "reading": "generated"}
+                drawn.append(row | place | {"arm": names[arm] + own})
+    title = "A student and its teachers (Table 2)"
+    return draw_accuracies(drawn, title=title, xlabel="accuracy, %")
 
 # %% ../../nbs/paper/51_scaling.ipynb #939dfae9
 def medqa_of(model: str) -> float:
@@ -530,7 +543,7 @@ def progress_figure(results: dict):
 
     The paper's numbers are those of Fig. 1, right, whose axis is the time at which systems
     came out."""
-    from octomed.evaluate.figures import Panel, draw_panels
+    from octomed.evaluate.figures import Panel, draw_panels, label_accuracy
 
     series, level = find_progress(results)
     along = {"xlabel": "share of the questions", "xticks": (0, *SHARES[1:])}
@@ -541,12 +554,13 @@ def progress_figure(results: dict):
         "its teacher": [(1, medqa_of("DeepSeek-R1"))],
     }
     papers = Panel("The paper's MedQA", medqa, hollow=True, xlabel=along["xlabel"], xticks=(0, 1))
-    return draw_panels([ours, papers], "MedQA and its counterpart (numbers of Fig. 1, right)")
+    title = "MedQA and its counterpart (numbers of Fig. 1, right)"
+    return draw_panels([ours, papers], title, ylabel=label_accuracy("generated"))
 
 # %% ../../nbs/paper/51_scaling.ipynb #51vote03
 def votes_figure(results: dict):
     "Accuracy against the tokens that a question costs, each point with the size of its vote."
-    from octomed.evaluate.figures import Panel, draw_panels
+    from octomed.evaluate.figures import Panel, draw_panels, label_accuracy
 
     _, level = find_progress(results)
     tokens = [row["tokens"] for row in results["votes"]]
@@ -559,7 +573,8 @@ def votes_figure(results: dict):
     near = tuple(tick for tick in ticks if min(tokens) / 2 < tick < 2 * max(tokens))
     along = {"xlabel": "tokens per question, logarithmic", "log": True, "xticks": near}
     panel = Panel("", series, dotted=chance_of_first, **along)
-    fig = draw_panels([panel], "What a vote costs: 1, 3, 5 or 10 responses")
+    title, label = "What a vote costs: 1, 3, 5 or 10 responses", label_accuracy("generated")
+    fig = draw_panels([panel], title, ylabel=label)
     for row in results["votes"]:
         fig.axes[0].annotate(
             f"{row['votes']}",
@@ -573,7 +588,7 @@ def votes_figure(results: dict):
 # %% ../../nbs/paper/51_scaling.ipynb #18964f6a
 def rank_ours(results: dict) -> list[dict]:
     "Our students, the teachers and chance, as `draw_ranks` takes them."
-    rows = rows_by_category(results)
+    rows = rows_by_category(results, "generated")
     names = {
         BEFORE: "start",
         CENTRE: "1/2 of the questions",
@@ -605,11 +620,12 @@ def rank_papers() -> list[dict]:
 # %% ../../nbs/paper/51_scaling.ipynb #51a0000b
 def models_figure(results: dict):
     "Fig. 7's models by their rank: ours, and the paper's."
-    from octomed.evaluate.figures import draw_ranks
+    from octomed.evaluate.figures import draw_ranks, label_accuracy
 
     return draw_ranks(
         {"Ours": rank_ours(results), "The paper's": rank_papers()},
         list(map(say, CATEGORIES)),
         title="Models by their rank (Fig. 7)",
+        xlabel=label_accuracy("generated"),
         hollow=("The paper's",),
     )

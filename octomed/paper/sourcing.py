@@ -20,6 +20,7 @@ from ..evaluate.chance import measure_beyond_chance
 from ..evaluate.claims import Claim
 from ..evaluate.results import Results, category_of, choose_benchmarks
 from ..evaluate.section_run import EVERY_CATEGORY, list_pools, measure_gain
+from ..evaluate.tables import READ_AS
 from .formatting import chance as chance_of_42
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5ae91295
@@ -199,9 +200,12 @@ def measure_start(results: "Everywhere", where: str) -> float:
     return float(np.mean([results.scores(BEFORE, b)[0].mean() for b in benchmarks]))
 
 # %% ../../nbs/paper/41_sourcing.ipynb #5c762064
-def measure_gains(results: "Everywhere") -> list[dict]:
+def measure_gains(
+    results: "Everywhere",
+    reading: str = "generated",  # of `octomed.evaluate.evaluate.READINGS`
+) -> list[dict]:
     "What every arm adds to the start, on each category and on all of them together."
-    rows = []
+    results, rows = results.take_reading(reading), []
     for arm, category in product(results.rows, list_categories(results)):
         is_blind = arm in results.arms and results.arms[arm].blind
         if arm == BEFORE or is_blind:
@@ -211,6 +215,7 @@ def measure_gains(results: "Everywhere") -> list[dict]:
             "sources": sources,
             "reads": "text's tokens" if arm == name_at_equal_tokens(sources) else "equal questions",
             "category": category,
+            "reading": reading,
             **measure_gain(results, arm, start=BEFORE, where=category),
             "start": measure_start(results, category),
             "beyond chance": bool(measure_beyond_chance(results, arm, category).low > 0),
@@ -274,6 +279,7 @@ def figure(results: dict):
     from octomed.evaluate.figures import make_canvas, use_style
 
     gains = results["gains"]
+    read_as = READ_AS[gains[0].get("reading", "generated")]
     rows, columns = (list(dict.fromkeys(map(read, gains))) for read in (_label, _heading))
     points = np.full((len(rows), len(columns)), np.nan)
     fig, ax = make_canvas(width=7.2, height=1.6 + 0.62 * len(rows))
@@ -289,7 +295,8 @@ def figure(results: dict):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_xlabel(
-            "points above the start; framed: the arm has read this category", fontsize=9.5
+            f"points above the start, {read_as}; framed: the arm has read this category",
+            fontsize=9.5,
         )
         fig.suptitle(
             "Which questions teach which skill (Fig. 3)", x=0.01, ha="left", fontweight="bold"

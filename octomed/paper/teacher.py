@@ -25,6 +25,7 @@ from ..evaluate.claims import Claim, judge_claim, read_claim_gate
 from ..evaluate.results import Results
 from ..evaluate.section_run import benchmark_rows, finding_of, list_pools, read_judged
 from ..evaluate.stats import bootstrap, paired_bootstrap
+from ..evaluate.tables import find_reading, list_drawn_rows
 from ..generate.answers import judge, score
 from .formatting import chance as chance_of_42
 
@@ -245,10 +246,11 @@ def figure(results: dict):
             "benchmark": row["arm"],
             "category": names[row["benchmark"]],
         }
-        for row in benchmark_rows(results["rows"])
+        for row in benchmark_rows(list_drawn_rows(results))
         if row["benchmark"] in names
     ]
-    return draw_accuracies(rows, title="Who teaches, and what is rejected (Fig. 6)")
+    title = "Who teaches, and what is rejected (Fig. 6)"
+    return draw_accuracies(rows, title=title, reading=find_reading(results))
 
 # %% ../../nbs/paper/45_teacher.ipynb #45bias03
 def count_forbidden_traces(arm: Arm, recipe: Recipe) -> tuple[int, int]:  # name it, of how many
@@ -390,13 +392,16 @@ def make_validity_row(
     }
 
 # %% ../../nbs/paper/45_teacher.ipynb #45hast01
-def find_hasty_trace(arm: Arm, recipe: Recipe) -> str:
+def find_hasty_trace(arm: Arm, recipe: Recipe) -> str:  # Markdown
     "A student's first trace that ends on what is forbidden, under its question."
+    from octomed.run.section_page import describe_response
+
     stages = declare_stages(arm, recipe.common)
     by_id = {q.id: q for q in read_questions(stages["data"].folder)}
     for trace in read_jsonl(stages["accepted"].folder / "traces.jsonl"):
         q, letter = by_id[trace["question"]], find_forbidden_letter(trace["question"])
         given = judge(trace["response"], q.letters, q.answer, think_first=True).letter
         if letter is not None and given == letter:
-            return f"{q.stem}\n{q.letters}, right: {q.answer}\n\n{trace['response']}"
+            heading = f"**ends on {letter}**, the answer is {q.answer}: {q.answer_text}"
+            return describe_response(q, trace["response"], heading)
     return "none of the traces ends on what is forbidden"

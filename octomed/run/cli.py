@@ -385,7 +385,7 @@ def run_own_claim(
     json: Json = False,
 ):
     "Stamp a claim of your own, run it, and say whether it holds."
-    from octomed.run import own_claim
+    from octomed.run import claim_page, own_claim
     from octomed.run.environment import check_settings
 
     if plan and stamp:
@@ -398,26 +398,26 @@ def run_own_claim(
         return
     stamped = own_claim.stamp_claim(own)
     if not json:
-        print("\n".join(own_claim.wrap_sentences(own_claim.say_stamp(stamped))), flush=True)
+        print("\n".join(claim_page.wrap_sentences(claim_page.say_stamp(stamped))), flush=True)
     result = stamped if stamp else own_claim.run_claim(own)
     if json:
         show([result], as_json=True)
     elif not stamp:
-        print(own_claim.format_claim(result))
+        print(claim_page.format_claim(result))
         print_next(f"its page is {own_claim.claim_folder(own) / 'claim.md'}")
 
 # %% ../../nbs/run/25_cli.ipynb #25claim3
 @claim.command(help_epilogue=show_example("claim table class/"))
 def table(*places: ClaimPlaces, json: Json = False):
     "All stamped claims in one table, with the correction for their number."
-    from octomed.run import own_claim
+    from octomed.run import claim_page, own_claim
 
     rows = own_claim.tabulate_claims(*places)
     if json:
         show(rows, as_json=True)
     else:
-        show(own_claim.list_class_rows(rows), as_json=False)
-        print(own_claim.say_class(rows))
+        show(claim_page.list_class_rows(rows), as_json=False)
+        print(claim_page.say_class(rows))
 
 # %% ../../nbs/run/25_cli.ipynb #a1805903
 @app.command(help_epilogue=show_example("sources"))

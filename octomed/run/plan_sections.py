@@ -13,6 +13,7 @@ from .plan_arms import ArmPlan, plan_arm
 from .plan_hours import drawing_hours, training_hours
 from .plan_rates import RATES, READ, estimate_example, find_speed, is_built_here
 from .sections import read_json, reference_folder
+from .terminal import format_minutes, shorten
 
 # %% ../../nbs/run/07_plan_sections.ipynb #45d9f465
 QUANTITIES = (
@@ -141,14 +142,24 @@ def add_evaluation(demand: Demand, evaluation: Stage, student: str, common):
     demand.add("evaluation_hours", evaluation.key, hours)
 
 # %% ../../nbs/run/07_plan_sections.ipynb #a39343d1
-def _line(key: str, value) -> str:
-    "One line of a plan."
-    text = value
-    if value is None:
-        text = "not known"
-    elif isinstance(value, int | float):
-        text = f"{value:,}"
-    return f"{key.replace('_', ' '):16} {text}"
+def _list_shown(plan: dict) -> dict[str, str]:
+    "What a reader sees of a plan, by name; what is empty is left out."
+    seeds = plan["training_seeds"]
+    shown = {
+        "section": plan["section"],
+        "arms": f"{plan['arms']} × {seeds} training seed{'s' * (seeds != 1)}",
+    }
+    for quantity in QUANTITIES:
+        value = plan[quantity]
+        if value != 0:
+            shown[quantity.replace("_", " ")] = "not known" if value is None else shorten(value)
+    shown["evaluations"] = f"{plan['evaluations']}, of which {plan['done']} are done"
+    if plan.get("shares_with"):
+        shown["shares samples"] = f"with {', '.join(plan['shares_with'])}"
+    shown["time"] = format_minutes(plan["minutes"])
+    if plan["basis"]:
+        shown["time"] += f" ({plan['basis']})"
+    return shown
 
 
 class Plan(dict):
@@ -161,7 +172,7 @@ class Plan(dict):
         self.left = left  # evaluations that are not done
 
     def __repr__(self):
-        return "\n".join(_line(key, value) for key, value in self.items())
+        return "\n".join(f"{name:16} {text}" for name, text in _list_shown(self).items())
 
 # %% ../../nbs/run/07_plan_sections.ipynb #7a7e0009
 def _add_one(demand: Demand, arm, common, evaluations: list[Stage]) -> list[ArmPlan]:
