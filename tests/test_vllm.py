@@ -422,18 +422,22 @@ def test_logprobs_are_kept_one_a_token(offline, served, asked):
             assert len(kept) == s["tokens"] and all(x <= 0 for x in kept)
 
 
-def test_rollouts_have_the_trainers_logprobs_and_new_weights_are_taken(started, folder):
-    from octomed.generate.render import Row, list_image_ids
+def test_rollouts_have_the_trainers_logprobs_and_new_weights_are_taken(started, folder, asked):
+    from octomed.generate.render import PixelCache, Row, list_chat_images, list_image_ids
     from octomed.train.objective import prepare_packed
     from octomed.train.policy import logprobs_class
     from octomed.train.students import load_student
 
     model, processor = load_student(folder)
     read = logprobs_class()(model, never=list_image_ids(processor))
+    images, pixels = (
+        list_chat_images(asked["greedy"][0][-1].messages),
+        PixelCache(processor, 12_544),
+    )
     first, moved, again = started[1]["rolled"]
     for prompt, ids, logprobs, _ in first:
-        row = Row(prompt + ids, len(prompt), [])
-        values, _ = read(*prepare_packed(model, processor, [row], None))
+        row = Row(prompt + ids, len(prompt), images)
+        values, _ = read(*prepare_packed(model, processor, [row], pixels))
         assert values.tolist() == pytest.approx(logprobs, abs=1e-3)
     assert [r[3] for r in (first[0], moved[0], again[0])] == [
         "tiny@1",
