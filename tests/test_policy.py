@@ -169,10 +169,12 @@ def test_unknown_choices_are_refused():
 
 def test_a_question_comes_again_when_all_have_come():
     plan = PolicyPlan(prompts=3, redraw=2)
-    asked = list(itertools.chain.from_iterable(list_prompts(12, plan, 5, s) for s in range(4)))
+    asked = list(
+        itertools.chain.from_iterable(list_prompts(12, plan, seed=5, step=s) for s in range(4))
+    )
     assert sorted(asked[:12]) == sorted(asked[12:]) == list(range(12))
-    assert list_prompts(12, plan, 5, 3) == list_prompts(12, plan, 5, 3)
-    assert [list_prompts(12, plan, seed, 0) for seed in (5, 6)].count(asked[:6]) == 1
+    assert list_prompts(12, plan, seed=5, step=3) == list_prompts(12, plan, seed=5, step=3)
+    assert [list_prompts(12, plan, seed=seed, step=0) for seed in (5, 6)].count(asked[:6]) == 1
 
 
 def test_shuffled_rewards_are_the_same_rewards():

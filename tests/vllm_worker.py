@@ -22,6 +22,7 @@ def main(student, jobs, out):
     options = {
         "max_pixels": 12_544,
         "logprobs": True,
+        "logprobs_mode": "processed_logprobs",  # of what is drawn, as a policy needs them
         "max_model_len": 2048,
         "max_num_seqs": 32,
         "enforce_eager": True,

@@ -8,6 +8,7 @@ __all__ = ['Reward', 'REWARDS', 'PRICE', 'register_reward', 'find_reward', 'rewa
 
 # %% ../../nbs/distill/08_rewards.ipynb #08rew003
 from collections.abc import Callable
+from itertools import chain
 
 from ..core.identity import Registry, seed_for
 from ..core.paths import UsageError
@@ -29,7 +30,7 @@ def register_reward(
     "Offer a reward under a name."
     REWARDS[name] = (reward, revision)
 
-
+# %% ../../nbs/distill/08_rewards.ipynb #08rew006a
 def find_reward(name: str) -> tuple[Reward, str]:  # the reward, its revision
     "A reward by its name. Raises `UsageError` for an unknown one."
     if name not in REWARDS:
@@ -41,12 +42,12 @@ def reward_verdict(question: Question, sample: Sample, verdict: Verdict) -> floa
     "1 for the right option, else 0."
     return float(score(verdict))
 
-
+# %% ../../nbs/distill/08_rewards.ipynb #08rew008a
 def reward_form(question: Question, sample: Sample, verdict: Verdict) -> float:
     "1 for a response that names an option, right or wrong."
     return float(verdict.letter is not None)
 
-
+# %% ../../nbs/distill/08_rewards.ipynb #08rew008b
 def reward_validity(question: Question, sample: Sample, verdict: Verdict) -> float:
     "1 for the right option by true steps that suffice; 0 where nobody knows the question's world."
     reasoning = check_steps(question, sample.text)
@@ -55,7 +56,7 @@ def reward_validity(question: Question, sample: Sample, verdict: Verdict) -> flo
 
 PRICE = 0.005  # of a token that is too many or too few
 
-
+# %% ../../nbs/distill/08_rewards.ipynb #08rew008c
 def reward_length(question: Question, sample: Sample, verdict: Verdict) -> float:
     """1 for the right option, less a price for the distance to the tokens that were asked for.
 
@@ -78,6 +79,6 @@ def shuffle_rewards(
     "The same rewards, dealt anew to all responses of a batch."
     import numpy as np
 
-    every = [reward for group in groups for reward in group]
+    every = list(chain.from_iterable(groups))
     order = iter(np.random.default_rng(seed_for("rewards", seed)).permutation(len(every)))
     return [[every[next(order)] for _ in group] for group in groups]

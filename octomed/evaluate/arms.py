@@ -9,6 +9,8 @@ __all__ = ['Arm', 'declare_stages', 'list_read_joins', 'declare_evaluation', 'sc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.paths import UsageError
 from ..core.recipe import Common
 
@@ -74,10 +76,11 @@ class Arm:
     # a control: fine-tuned on the responses that this arm's policy drew; k of a question are kept
     rollouts_of: "Arm | None" = None
 
-    @property
-    def goes_on(self) -> bool:
-        "Whether it goes on from the student of `base` with the same training seed."
-        return bool(self.policy or self.rollouts_of)
+# %% ../../nbs/evaluate/03_arms.ipynb #03goeson
+@patch(as_prop=True)
+def goes_on(self: Arm) -> bool:
+    "Whether it goes on from the student of `base` with the same training seed."
+    return bool(self.policy or self.rollouts_of)
 
 # %% ../../nbs/evaluate/03_arms.ipynb #b8cc223b
 def _teacher_row(name: str, common: Common) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ __all__ = ['TOGETHER', 'choose_from_nucleus', 'decode_shrinking', 'use_grouped_a
 import json
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from fastcore.basics import patch
 
@@ -336,6 +336,29 @@ def _draw_uniforms(seeds: list[int], steps: int, device: str):
     dtype = torch.float32 if device == "mps" else torch.float64  # MPS has no double precision
     return torch.tensor(np.stack(rows), dtype=dtype, device=device)
 
+# %% ../../nbs/generate/07_engine_transformers.ipynb #07choose
+def _choose_tokens(
+    engine: TransformersEngine,
+    scores,  # (rows, vocabulary)
+    rows,  # numbers of the rows
+    step: int,
+    *,
+    sampling: Sampling,
+    u,  # (rows, steps) uniforms
+    kept,  # (rows, steps) log-probabilities that are kept; no column: none are
+):
+    "The next token of each row; no token that stands for an image."
+    import torch
+
+    scores[:, engine.unwritten] = -torch.inf
+    tokens = choose_from_nucleus(
+        scores, u[rows, step], temperature=sampling.temperature, top_p=sampling.top_p
+    )
+    if kept.shape[1]:
+        logprobs = torch.log_softmax(scores.float() / sampling.temperature, -1)
+        kept[rows, step] = logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens
+
 # %% ../../nbs/generate/07_engine_transformers.ipynb #05compl3
 def _complete(
     engine: TransformersEngine,
@@ -358,16 +381,7 @@ def _complete(
     u = _draw_uniforms(seeds, budget, engine.device)
     kept = torch.zeros(len(texts), budget if keeps_logprobs else 0, device=engine.device)
 
-    def choose(scores, rows, step):
-        scores[:, engine.unwritten] = -torch.inf
-        tokens = choose_from_nucleus(
-            scores, u[rows, step], temperature=sampling.temperature, top_p=sampling.top_p
-        )
-        if keeps_logprobs:
-            logprobs = torch.log_softmax(scores.float() / (sampling.temperature or 1), -1)
-            kept[rows, step] = logprobs.gather(-1, tokens[:, None])[:, 0]
-        return tokens
-
+    choose = partial(_choose_tokens, engine, sampling=sampling, u=u, kept=kept)
     options = _generation_options(engine, sampling, width)
     with torch.inference_mode():
         ids = engine.net.generate(
@@ -480,7 +494,9 @@ def _roll_batch(engine: TransformersEngine, jobs: list[_Job], sampling: Sampling
             logprobs=json.dumps([round(x, 4) for x in completion.logprobs]),
         )
         prompt = tokenize_chat(engine.processor, job.text)
-        yield Rollout(sample, prompt, completion.ids, completion.logprobs, job.images)
+        yield Rollout(
+            sample, prompt, ids=completion.ids, logprobs=completion.logprobs, images=job.images
+        )
 
 # %% ../../nbs/generate/07_engine_transformers.ipynb #07roll04
 @patch

@@ -399,7 +399,7 @@ def generate(self: VLLMEngine, requests, sampling: Sampling):
             self.llm.llm_engine.abort_request(list(running))
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #08roll02
-def _begin_rollouts(engine: VLLMEngine, requests, sampling: Sampling, running: dict[str, _Job]):
+def _begin_rollouts(engine: VLLMEngine, requests, *, sampling: Sampling, running: dict[str, _Job]):
     "Start every rollout; yields an error sample for each that cannot be asked."
     for request in requests:
         prepared = engine._prepare(request, sampling)
@@ -414,7 +414,7 @@ def _begin_rollouts(engine: VLLMEngine, requests, sampling: Sampling, running: d
                 yield engine._sample(job, sampling, text=reason, finish="error")
 
 
-def _read_rollout(engine: VLLMEngine, job: _Job, output, sampling: Sampling) -> Rollout:
+def _read_rollout(engine: VLLMEngine, job: _Job, output, *, sampling: Sampling) -> Rollout:
     "The rollout of an output that ended."
     from octomed.generate.render import list_chat_images
 
@@ -426,7 +426,8 @@ def _read_rollout(engine: VLLMEngine, job: _Job, output, sampling: Sampling) -> 
     sample = engine._sample(job, sampling, text=out.text, finish=finish, tokens=len(ids))
     sample.logprobs = json.dumps([round(x, 4) for x in logprobs])
     images = list_chat_images(job.request.messages)
-    return Rollout(sample, list(output.prompt_token_ids), ids, logprobs, images)
+    prompt = list(output.prompt_token_ids)
+    return Rollout(sample, prompt, ids=ids, logprobs=logprobs, images=images)
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #08roll03
 @patch
@@ -435,11 +436,12 @@ def roll(self: VLLMEngine, requests, sampling: Sampling):
     check_rollout_sampling(sampling)
     running = {}
     try:
-        yield from _begin_rollouts(self, requests, sampling, running)
+        yield from _begin_rollouts(self, requests, sampling=sampling, running=running)
         while running:
             for output in self.llm.llm_engine.step():
                 if output.finished:
-                    yield _read_rollout(self, running.pop(output.request_id), output, sampling)
+                    job = running.pop(output.request_id)
+                    yield _read_rollout(self, job, output, sampling=sampling)
     finally:
         if running:
             self.llm.llm_engine.abort_request(list(running))

@@ -38,6 +38,8 @@ from octomed.evaluate.section_run import (
     read_answers,
     read_base_gates,
 )
+
+# %% ../../nbs/run/31_section_page.ipynb #29page3a
 from octomed.evaluate.tables import (
     NOTE,
     READ_AS,

@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.files import progress
 from ..core.identity import digest
 from ..core.paths import OctomedError
@@ -135,18 +137,6 @@ class Loop:
         split = group_packed if self.how.pack else group_padded
         return deal_groups(list(split(rows, self.how.micro_tokens)), self.rank, self.ranks)
 
-    def make_objective(self, in_bf16: bool):
-        "The module that is called with each group, around the model."
-        return objective_class()(self.model.train(), in_bf16)
-
-    def prepare(self, group: list[Row]) -> tuple:
-        "The arguments of the objective for a group."
-        if self.how.pack:
-            inputs = prepare_packed(self.model, self.processor, rows=group, pixels=self.pixels)
-        else:
-            inputs = prepare_padded(self.processor, group, self.pixels)
-        return move_to_device(self.device, *inputs)
-
     def loss(self, group: list[Row]):
         "Summed cross-entropy of a group."
         return self.objective(*self.prepare(group))
@@ -154,6 +144,22 @@ class Loop:
     def step(self, rows: list[Row], lr: float, note: float = 0.0) -> tuple[float, float, float]:
         "One optimiser step: summed loss, norm of the gradient, sum of all processes' `note`."
         return _take_step(self, rows, lr=lr, note=note)
+
+# %% ../../nbs/train/08_loop.ipynb #13de008a
+@patch
+def make_objective(self: Loop, in_bf16: bool):
+    "The module that is called with each group, around the model."
+    return objective_class()(self.model.train(), in_bf16)
+
+
+@patch
+def prepare(self: Loop, group: list[Row]) -> tuple:
+    "The arguments of the objective for a group."
+    if self.how.pack:
+        inputs = prepare_packed(self.model, self.processor, rows=group, pixels=self.pixels)
+    else:
+        inputs = prepare_padded(self.processor, group, self.pixels)
+    return move_to_device(self.device, *inputs)
 
 # %% ../../nbs/train/08_loop.ipynb #7a08c005
 def _check_shardable(loop: Loop):

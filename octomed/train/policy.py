@@ -53,7 +53,7 @@ def compare_in_group(
     variance = sum(d * d for d in differences) / (len(rewards) - 1)
     return [d / (variance**0.5 + 1e-4) for d in differences]
 
-
+# %% ../../nbs/train/11_policy.ipynb #11pol009a
 def has_signal(rewards: list[float]) -> bool:
     "Whether a group's rewards differ, so that something can be learnt from it (DAPO, eq. 11)."
     return max(rewards) > min(rewards)
@@ -98,7 +98,7 @@ def _ratio(now, facts: TokenFacts, kind: str):
         change = means[facts.response]
     return change.exp()
 
-
+# %% ../../nbs/train/11_policy.ipynb #11pol016a
 def _divergence(now, start):
     "An estimate of the divergence from the start that is never negative (k3 of Schulman, 2020)."
     change = start - now
@@ -167,12 +167,8 @@ def logprobs_class():
                     read = self.model.base_model(**batch).last_hidden_state.flatten(0, 1)[at - 1]
                 else:
                     read = self.model(**batch).logits.flatten(0, 1)[at - 1]
-                parts = [
-                    checkpoint(self._read, hidden, wanted, use_reentrant=False)
-                    for hidden, wanted in zip(
-                        read.split(self.chunk), target.split(self.chunk), strict=True
-                    )
-                ]
+                pairs = zip(read.split(self.chunk), target.split(self.chunk), strict=True)
+                parts = [checkpoint(self._read, *pair, use_reentrant=False) for pair in pairs]
             logprobs, entropies = zip(*parts, strict=True)
             return torch.cat(logprobs), torch.cat(entropies)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGREES', 'WINDOW', 'PolicyPlan', 'list_prompts', 'PolicyRow', 'Group', 'make_policy_rows', 'PolicyLoop', 'Drawer',
            'draw_groups', 'policy_rate', 'take_policy_step', 'find_collapse', 'reinforce', 'open_roller', 'make_policy',
-           'list_asked', 'policy', 'read_job', 'run_process']
+           'list_rollout_requests', 'policy', 'read_job', 'run_process']
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei003
 import contextlib
@@ -84,6 +84,7 @@ class PolicyPlan:
 def list_prompts(
     count: int,  # questions there are
     plan: PolicyPlan,
+    *,
     seed: int,  # of the run
     step: int,  # counted from 0
 ) -> list[int]:  # question numbers: those that are asked, then the spare ones
@@ -113,7 +114,7 @@ class PolicyRow(Row):
         "How many of its tokens are trained; a row of a process without work has none."
         return len(self.input_ids) - max(1, self.prompt)
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei012a
 @dataclass
 class Group:
     "The responses to one question, judged."
@@ -157,7 +158,8 @@ class PolicyLoop(Loop):
     def __init__(self, model, processor, *, plan: PolicyPlan, never: list[int], **arguments):
         self.plan = plan
         self.never = never  # ids of tokens that no engine draws
-        self.seen = []  # (tokens, summed entropy, clipped tokens, summed and largest disagreement)
+        # (tokens, summed entropy, clipped tokens, summed and largest disagreement) of each group
+        self.observed = []
         self.start = _copy_start(model) if plan.options.kl else None
         super().__init__(model, processor, **arguments)
 
@@ -183,8 +185,8 @@ def _copy_start(model):
 
     return deepcopy(model).eval().requires_grad_(False)
 
-
-def _flatten(group: list[PolicyRow], name: str, device):
+# %% ../../nbs/train/12_reinforce.ipynb #12rei016a
+def _list_values(group: list[PolicyRow], name: str, device):
     "A value of each trained token of a group."
     import torch
 
@@ -203,7 +205,7 @@ def _collect_facts(loop: PolicyLoop, group: list[PolicyRow], *, now, inputs) -> 
     device, start = now.device, None
     before = now.detach()
     if any(row.before for row in group):
-        before = _flatten(group, "before", device)
+        before = _list_values(group, "before", device)
     if loop.start is not None:
         reader = logprobs_class()(loop.start, loop.in_bf16, loop.plan.temperature, loop.never)
         with torch.no_grad():
@@ -211,9 +213,9 @@ def _collect_facts(loop: PolicyLoop, group: list[PolicyRow], *, now, inputs) -> 
     sizes = torch.tensor([row.trained for row in group], device=device)
     return TokenFacts(
         before=before,
-        drawn=_flatten(group, "drawn", device),
-        advantage=_flatten(group, "advantage", device),
-        weight=_flatten(group, "weight", device),
+        drawn=_list_values(group, "drawn", device),
+        advantage=_list_values(group, "advantage", device),
+        weight=_list_values(group, "weight", device),
         response=torch.arange(len(group), device=device).repeat_interleave(sizes),
         start=start,
     )
@@ -232,7 +234,14 @@ def _note_group(loop: PolicyLoop, facts: TokenFacts, *, entropy, clipped):
             f"sampler and trainer give tokens log-probabilities that differ by {mean:.4f} on "
             f"average, and {borne:g} is borne: use the same precision and weights for both"
         )
-    loop.seen.append((count, float(entropy.sum()), count * float(clipped), count * mean, largest))
+        entry = (
+            count,
+            float(entropy.sum()),
+            count * float(clipped),
+            count * mean,
+            largest,
+        )
+    loop.observed.append(entry)
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei019
 def _read_before(loop: PolicyLoop, rows: list[PolicyRow]) -> list[PolicyRow]:
@@ -297,7 +306,7 @@ def _gather(loop: PolicyLoop, drawn: list[Rollout]) -> dict[str, list[Rollout]]:
         every.setdefault(rollout.sample.question, []).append(rollout)
     return every
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei022a
 def _judge(drawer: Drawer, number: int, every: dict[str, list[Rollout]]) -> Group:
     "The responses to one question with their rewards."
     question = drawer.questions[number]
@@ -307,7 +316,7 @@ def _judge(drawer: Drawer, number: int, every: dict[str, list[Rollout]]) -> Grou
         verdict = judge_sample(rollout.sample, question, drawer.template)
         rewards.append(drawer.reward(question, rollout.sample, verdict))
         right.append(score(verdict))
-    return Group(question, rollouts, rewards, right)
+    return Group(question, rollouts, rewards=rewards, right=right)
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei024
 def _deal(groups: list[Group], plan: PolicyPlan, seed: int) -> list[Group]:
@@ -317,11 +326,11 @@ def _deal(groups: list[Group], plan: PolicyPlan, seed: int) -> list[Group]:
     dealt = shuffle_rewards([group.rewards for group in groups], seed)
     return [replace(group, rewards=own) for group, own in zip(groups, dealt, strict=True)]
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei024a
 def draw_groups(drawer: Drawer, loop: PolicyLoop, step: int) -> tuple[list[Group], list[Group]]:
     "(all groups of a step, those that are learnt from)."
     plan, seed = drawer.plan, seed_for("deal", drawer.seed, step)
-    numbers = list_prompts(len(drawer.questions), plan, drawer.seed, step)
+    numbers = list_prompts(len(drawer.questions), plan, seed=drawer.seed, step=step)
     every, useful = [], []
     while numbers and len(useful) < plan.prompts:
         missing = plan.prompts - len(useful)
@@ -336,12 +345,12 @@ def policy_rate(step: int, steps: int, schedule: Schedule) -> float:
     "The learning rate of one step: linear warm-up, then constant."
     return schedule.lr * min(1.0, (step + 1) / max(1, round(schedule.warmup * steps)))
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei026a
 def _update(loop: PolicyLoop, rows: list[PolicyRow], lr: float) -> tuple[float, float]:
     "(loss of a token, norm of the gradient) of the updates with one batch of rows."
     if loop.plan.updates > 1:
         rows = _read_before(loop, rows)
-    loop.seen, losses, norms = [], [], []
+    loop.observed, losses, norms = [], [], []
     size = math.ceil(len(rows) / loop.plan.updates)
     for place in range(0, len(rows), size):
         part = rows[place : place + size]
@@ -366,16 +375,16 @@ def _describe_batch(every: list[Group], used: list[Group]) -> dict:
         "groups": len(used),
     }
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei027a
 def _describe_updates(loop: PolicyLoop) -> dict:
     "What the updates of a step saw, for its record."
-    tokens = max(1, sum(seen[0] for seen in loop.seen))
-    sums = [sum(seen[n] for seen in loop.seen) / tokens for n in (1, 2, 3)]
+    tokens = max(1, sum(entry[0] for entry in loop.observed))
+    sums = [sum(entry[n] for entry in loop.observed) / tokens for n in (1, 2, 3)]
     return {
         "entropy": sums[0],
         "clipped": sums[1],
         "disagreement": sums[2],
-        "largest_disagreement": max((seen[4] for seen in loop.seen), default=0.0),
+        "largest_disagreement": max((entry[4] for entry in loop.observed), default=0.0),
     }
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei028
@@ -442,19 +451,20 @@ def reinforce(
     plan, ids = drawer.plan, [question.id for question in drawer.questions]
 
     def next_digest(done: int) -> str:
-        return digest([ids[n] for n in list_prompts(len(ids), plan, drawer.seed, done)])
+        numbers = list_prompts(len(ids), plan, seed=drawer.seed, step=done)
+        return digest([ids[number] for number in numbers])
 
     keeper = CheckpointKeeper(loop, folder, next_digest)
     log = keeper.resume()
     steps = range(len(log), plan.steps)
     bar = progress(steps, plan.steps, desc, initial=len(log), disable=loop.rank > 0)
-    told = find_collapse(log)
+    collapse = find_collapse(log)
     with catch_stop_signals() if keeper.folder else contextlib.nullcontext([]) as signals:
         for step in bar:
             log.append(take_policy_step(drawer, loop, step))
             bar.set_postfix_str(f"right {log[-1]['right']:.2f}", refresh=False)
-            if not told and (told := find_collapse(log)):
-                print(f"  the policy collapsed: {told}", file=sys.stderr, flush=True)
+            if not collapse and (collapse := find_collapse(log)):
+                print(f"  the policy collapsed: {collapse}", file=sys.stderr, flush=True)
             _end_policy_step(keeper, log, plan=plan, stops=bool(signals))
     return log
 
@@ -528,7 +538,7 @@ def make_policy(
     log = reinforce(drawer, loop, folder=out / "checkpoints", desc=f"policy, seed {seed}")
     save_student(out, model, processor, log=log)
     if loop.rank == 0:
-        write_jsonl(out / "requests.jsonl", list_asked(drawer, log))
+        write_jsonl(out / "requests.jsonl", list_rollout_requests(drawer, log))
         write_json(out / "collapse.json", {"collapse": find_collapse(log)})
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei037
@@ -542,22 +552,23 @@ def _check_policy(loop: PolicyLoop):
     if loop.schedule.lora:
         raise OctomedError("a policy is trained with all its weights: set lora to 0")
 
-
-def list_asked(drawer: Drawer, log: list[dict]) -> list[dict]:
+# %% ../../nbs/train/12_reinforce.ipynb #12rei037a
+def list_rollout_requests(drawer: Drawer, log: list[dict]) -> list[dict]:
     "What a run asked, a row for each question of each step, as stages of samples keep it."
     requests = {request.question: request for request in drawer.requests}
-    return [
-        {
-            "question": question,
-            "model": f"{drawer.name}@{record['step']}",
-            "prompt": requests[question].prompt,
-            "sampling": drawer.sampling(record["step"]).key,
-            "n": drawer.plan.responses,
-            "template": drawer.form,
-        }
-        for record in log
-        for question in record["asked"]
-    ]
+    rows = []
+    for record in log:
+        for question in record["asked"]:
+            row = {
+                "question": question,
+                "model": f"{drawer.name}@{record['step']}",
+                "prompt": requests[question].prompt,
+                "sampling": drawer.sampling(record["step"]).key,
+                "n": drawer.plan.responses,
+                "template": drawer.form,
+            }
+            rows.append(row)
+    return rows
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei038
 @stage(resumable=True)
@@ -594,7 +605,7 @@ def read_job(folder: Path) -> dict:
     plan = {**job["plan"], "options": PolicyOptions(**job["plan"]["options"])}
     return {**job, "schedule": Schedule(**schedule), "plan": PolicyPlan(**plan)}
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei039a
 def run_process(
     folder: Path,  # of a policy, with its `job.json`
 ):
