@@ -234,13 +234,14 @@ def _note_group(loop: PolicyLoop, facts: TokenFacts, *, entropy, clipped):
             f"sampler and trainer give tokens log-probabilities that differ by {mean:.4f} on "
             f"average, and {borne:g} is borne: use the same precision and weights for both"
         )
-        entry = (
-            count,
-            float(entropy.sum()),
-            count * float(clipped),
-            count * mean,
-            largest,
-        )
+    
+    entry = (
+        count,
+        float(entropy.sum()),
+        count * float(clipped),
+        count * mean,
+        largest,
+    )
     loop.observed.append(entry)
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei019
