@@ -53,8 +53,9 @@ table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;
 font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 tr:last-child>*{border-bottom:0}thead th{background:var(--wash);white-space:nowrap}
-tbody th{font-weight:400}th.num,td.num{text-align:right;white-space:nowrap}.text{min-width:17rem}
-.key{min-width:9.5rem}tr.overall>*{font-weight:600;background:var(--wash)}
+tbody th{font-weight:400}th.num,td.num{text-align:right;white-space:nowrap}
+tbody .text{min-width:17rem}.key{min-width:9.5rem}tr.overall>*{font-weight:600;
+background:var(--wash)}
 .outcome{font-weight:700;min-width:6rem}.agrees,.holds{color:var(--yes)}
 .disagrees,.fails{color:var(--no)}
 .undecided,.not-tested{color:var(--open)}nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}
@@ -85,7 +86,7 @@ SCREEN_STYLE = """
 gap:1rem;padding:.12rem 0;border:0;text-align:right;white-space:normal}
 .claims td:empty{display:none}
 .claims td[data-k]::before{content:attr(data-k);color:var(--soft);text-align:left}
-.claims th.text{display:block;font-weight:600;min-width:0;border:0;padding:.12rem 0}
+.claims tbody th.text{display:block;font-weight:600;min-width:0;border:0;padding:.12rem 0}
 .proof{font-weight:400}.key{min-width:8.9rem;max-width:10rem}.claims th.text{overflow-wrap:anywhere}
 figure{padding:.5rem}figure img{max-width:none;width:34rem}th,td{padding:.4rem .45rem}
 dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}@media print{h2{break-before:page}
