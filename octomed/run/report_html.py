@@ -61,7 +61,7 @@ background:var(--wash)}
 .undecided,.not-tested{color:var(--open)}nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}
 nav a{display:block;padding:.15rem 0;color:inherit;break-inside:avoid;text-decoration:none}
 nav a:hover{text-decoration:underline}nav small{color:var(--soft)}
-.scores th,.scores td{padding:.4rem .42rem}
+.claims thead th{white-space:normal}.scores th,.scores td{padding:.4rem .42rem}
 tr.arm th{font-weight:600;padding-top:.7rem}
 .scores tbody th{position:sticky;left:0;background:#fff}
 .scores tr.overall th{background:var(--wash)}.long{min-width:14rem}ul{padding-left:1.2rem}
