@@ -1,4 +1,4 @@
-"""Where a progress bar is shown: in a notebook that a person looks at, and in one that is run."""
+"""Where lines and bars are shown: in a notebook that a person looks at, and in one that is run."""
 
 import nbclient
 import nbformat
@@ -6,7 +6,9 @@ import pytest
 
 from octomed.core.files import FRONT_ENDS
 
-CELL = "from octomed.core.files import progress\nsum(progress([1, 2, 3], desc='adding'))"
+CELL = """from octomed.core.files import progress, tell
+tell("made in 1 s")
+sum(progress([1, 2, 3], desc="adding"))"""
 
 
 @pytest.mark.parametrize(
@@ -23,4 +25,5 @@ def test_a_bar_is_text_and_red_only_in_a_log(monkeypatch, variable, stream):
     *bars, value = notebook.cells[0].outputs
     assert value.data == {"text/plain": "6"}
     assert {bar.name for bar in bars} == {stream}
-    assert "adding: 100%" in "".join(bar.text for bar in bars)
+    text = "".join(bar.text for bar in bars)
+    assert "made in 1 s\n" in text and "adding: 100%" in text

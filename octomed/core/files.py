@@ -165,14 +165,6 @@ def read_jsonl(path) -> list[dict]:
                 ) from None
     return rows
 
-# %% ../../nbs/core/04_files.ipynb #316c6e35
-@unkeyed
-def tell(line: str):
-    "Show a line on the error stream; one that is closed or full is no reason to stop."
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
-
 # %% ../../nbs/core/04_files.ipynb #04prog02
 FRONT_ENDS = (  # what the environment of a kernel names where a person looks at its notebook
     "COLAB_RELEASE_TAG",
@@ -182,14 +174,19 @@ FRONT_ENDS = (  # what the environment of a kernel names where a person looks at
 
 
 @unkeyed
-def _place_bar() -> dict:
-    "Where a bar is shown, and the seconds after which it moves."
-    if sys.stderr.isatty():
-        return {"mininterval": 0.2}
+def _is_looked_at() -> bool:
+    "Whether this is the kernel of a notebook that a person looks at."
     is_kernel = type(sys.stdout).__module__.startswith("ipykernel")
-    if is_kernel and any(name in os.environ for name in FRONT_ENDS):
-        return {"mininterval": 0.5, "file": sys.stdout}
-    return {"mininterval": 10}
+    return is_kernel and any(name in os.environ for name in FRONT_ENDS)
+
+# %% ../../nbs/core/04_files.ipynb #316c6e35
+@unkeyed
+def tell(line: str):
+    "Show a line to the user; a stream that is closed or full is no reason to stop."
+    stream = sys.stdout if _is_looked_at() else sys.stderr
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=stream, flush=True)
 
 # %% ../../nbs/core/04_files.ipynb #04prog03
 @unkeyed
@@ -202,4 +199,8 @@ def progress(
     "A progress bar with the time left; in a log a line every ten seconds."
     from tqdm import tqdm
 
-    return tqdm(it, total=total, desc=desc, **_place_bar(), **kw)
+    if _is_looked_at():
+        place = {"mininterval": 0.5, "file": sys.stdout}
+    else:
+        place = {"mininterval": 0.2 if sys.stderr.isatty() else 10}
+    return tqdm(it, total=total, desc=desc, **place, **kw)
