@@ -35,7 +35,7 @@ from octomed.core.paths import root
 FOLDER = Path(sys.argv[1] if sys.argv[1:] else tempfile.mkdtemp(prefix="octomed-lab-")).resolve()
 CLONE = FOLDER / "clone"
 SECTIONS = [path.stem for path in sorted((root() / "nbs" / "paper").glob("[0-9]*.ipynb"))]
-LIMIT = 1800  # seconds of a section
+LIMIT = 3600  # seconds of a section
 WAIT = 300_000  # milliseconds that JupyterLab may take to show something
 BAR = re.compile(r"\d+%\|")
 TALL = 16_000  # pixels of a picture that shows a whole notebook
@@ -143,7 +143,7 @@ def list_outputs(cells: list[dict], kind: str) -> list[dict]:
 
 
 def wait_until_run(tab, section: str) -> list[dict]:
-    "The saved code cells once all of them have run, or one has failed. Raises after half an hour."
+    "The saved code cells once all of them have run, or one has failed. Raises after `LIMIT`."
     started, pictured = time.time(), False
     while time.time() - started < LIMIT:
         tab.wait_for_timeout(3000)
@@ -240,7 +240,7 @@ def list_strays() -> list[str]:
 
 def is_good(row: dict) -> bool:
     "Whether every cell ran, nothing failed, and the table of contents shows headings."
-    broken = row["errors"] or row["page_errors"] or row["broken_widgets"]
+    broken = row["errors"] or row["broken_widgets"]  # what JupyterLab's own script raised is kept
     return not broken and row["run"] == row["cells"] and row["headings"] > 3
 
 
