@@ -14,9 +14,10 @@ LABEL = "exported"  # the tag of cells that the module holds; the style sheet ma
 
 
 def label_table(html: str) -> str:
-    "A table of pandas that gives screen readers the scope of its headings, without a border."
+    "A table of pandas with the scope of its headings and a mark on long texts, without a border."
     head, mark, body = html.partition("</thead>")
     head = head.replace("<th>", '<th scope="col">').replace(' border="1"', "")
+    body = re.sub(r"<td>(?=[^<]{30})", '<td class="long">', body)
     return head + mark + body.replace("<th>", '<th scope="row">')
 
 

@@ -56,7 +56,8 @@ def project(tmp_path):
     )
     folders = "## Where things live\n\n| `core` | sums |\n| `paper` | sections |\n\n## Next\n"
     (tmp_path / "CONTRIBUTING.md").write_text(folders)
-    table = '<table border="1"><thead><tr><th>n</th></tr></thead><tr><th>0</th></tr></table>'
+    rows = f"<tr><th>0</th><td>short</td><td>{'a long text ' * 4}</td></tr>"
+    table = f'<table border="1"><thead><tr><th>n</th></tr></thead>{rows}</table>'
     shown = {"output_type": "display_data", "metadata": {}, "data": {"text/html": table}}
     write_notebook(
         tmp_path / "nbs" / "core" / "01_sums.ipynb",
@@ -105,6 +106,7 @@ def test_the_book_shows_cells_without_directives_and_keeps_their_outputs(project
     shown = output["data"]["text/html"]
     assert '<th scope="col">n</th>' in shown and '<th scope="row">0</th>' in shown
     assert "border" not in shown
+    assert "<td>short" in shown and '<td class="long">a long' in shown
     assert "{doc}`/paper/30_use`" in sources(notebook)[-1]
     used = sources(pages.copy_notebook(use, project))[-1]
     assert "| {doc}`/core/01_sums` | `add_numbers` |" in used

@@ -32,7 +32,7 @@ from octomed.run.report import (
 # %% ../../nbs/run/18_report_html.ipynb #6cff9495
 PAGE_STYLE = """
 :root{color-scheme:light;--ink:#1d2733;--soft:#5c6875;--rule:#dde3e8;--wash:#f5f7f9;
---yes:#0b6e4f;--no:#a4262c;--open:#6b5b00;--grey:#77818c}*{box-sizing:border-box}
+--yes:#0b6e4f;--no:#a4262c;--open:#6b5b00;--grey:#66707b}*{box-sizing:border-box}
 body{margin:0;color:var(--ink);
 background:#fff;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:68rem;margin:0 auto;padding:1.25rem}
@@ -52,18 +52,19 @@ TABLE_STYLE = """
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;
 font-variant-numeric:tabular-nums}
 th,td{padding:.4rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-tr:last-child td{border-bottom:0}th{background:var(--wash);font-weight:600;white-space:nowrap}
-td.num{text-align:right;white-space:nowrap}.wide th.num{text-align:right}td.text{min-width:17rem}
-td.key{min-width:9.5rem}tr.overall td{font-weight:600;background:var(--wash)}
+tr:last-child>*{border-bottom:0}thead th{background:var(--wash);white-space:nowrap}
+tbody th{font-weight:400}th.num,td.num{text-align:right;white-space:nowrap}
+tbody .text{min-width:17rem}.key{min-width:9.5rem}tr.overall>*{font-weight:600;
+background:var(--wash)}
 .outcome{font-weight:700;min-width:6rem}.agrees,.holds{color:var(--yes)}
 .disagrees,.fails{color:var(--no)}
 .undecided,.not-tested{color:var(--open)}nav{columns:2 18rem;margin:1rem 0;font-size:.94rem}
 nav a{display:block;padding:.15rem 0;color:inherit;break-inside:avoid;text-decoration:none}
 nav a:hover{text-decoration:underline}nav small{color:var(--soft)}
-.scores th,.scores td{padding:.4rem .42rem}
-tr.arm th{background:#fff;padding-top:.7rem;white-space:normal}
-.scores td.key,.scores tr.arm th{position:sticky;left:0;background:#fff}
-.scores tr.overall td.key{background:var(--wash)}td.long{min-width:14rem}ul{padding-left:1.2rem}
+.claims thead th{white-space:normal}.scores th,.scores td{padding:.4rem .42rem}
+tr.arm th{font-weight:600;padding-top:.7rem}
+.scores tbody th{position:sticky;left:0;background:#fff}
+.scores tr.overall th{background:var(--wash)}.long{min-width:14rem}ul{padding-left:1.2rem}
 li{margin:.2rem 0}.proof{display:block;color:var(--soft);font-size:.86rem;margin-top:.25rem}
 figure{margin:1rem 0;padding:.75rem;border:1px solid var(--rule);border-radius:6px;
 overflow-x:auto}figure img{display:block;max-width:100%;height:auto;margin:auto}
@@ -85,8 +86,8 @@ SCREEN_STYLE = """
 gap:1rem;padding:.12rem 0;border:0;text-align:right;white-space:normal}
 .claims td:empty{display:none}
 .claims td[data-k]::before{content:attr(data-k);color:var(--soft);text-align:left}
-.claims td.text{display:block;text-align:left;font-weight:600;min-width:0}.proof{font-weight:400}
-td.key{min-width:8.9rem;max-width:10rem}.claims td.text{overflow-wrap:anywhere}
+.claims tbody th.text{display:block;font-weight:600;min-width:0;border:0;padding:.12rem 0}
+.proof{font-weight:400}.key{min-width:8.9rem;max-width:10rem}.claims th.text{overflow-wrap:anywhere}
 figure{padding:.5rem}figure img{max-width:none;width:34rem}th,td{padding:.4rem .45rem}
 dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}@media print{h2{break-before:page}
 .wide,figure{break-inside:avoid}}
@@ -113,6 +114,16 @@ def _element(name: str, content: str, **attributes) -> str:
     return f"<{name}{written}>{content}</{name}>"
 
 # %% ../../nbs/run/18_report_html.ipynb #h8a7e005
+def _column_head(title, kind: str) -> str:
+    "The header cell of a column."
+    return _element("th", _text(title), scope="col", class_=kind)
+
+
+def _row_head(content: str, kind: str) -> str:
+    "The header cell of a row, whose content is ready."
+    return _element("th", content, scope="row", class_=kind)
+
+
 def _table(head: list[str], body: list[str], **attributes) -> str:
     "A table that scrolls sideways where it is too wide, of header cells and rows."
     titles = _element("thead", _element("tr", "".join(head)))
@@ -199,7 +210,7 @@ def _claim(claim: dict, trial: str = "") -> str:
         "training seeds": str(row["seeds"]),
     }
     cells = [
-        _element("td", _text(row["claim"]) + limit, class_="text"),
+        _row_head(_text(row["claim"]) + limit, "text"),
         _element("td", _text(row["paper"] or "no such arm"), data_k="paper"),
         _element("td", _text(row["ours"]), class_="num", data_k="ours, points"),
         _element("td", _text(row["interval"]), class_="num", data_k="95 % interval"),
@@ -216,19 +227,14 @@ def _claim(claim: dict, trial: str = "") -> str:
 
 def _claims(claims: list[dict], trial: str = "") -> str:
     "The claims of a section with their outcomes."
-    head = [
-        _element("th", title, class_="num" if title in NUMBERS else "text")
-        for title in CLAIM_COLUMNS
-    ]
+    head = [_column_head(title, "num" if title in NUMBERS else "text") for title in CLAIM_COLUMNS]
     return _table(head, [_claim(claim, trial) for claim in claims], class_="claims")
 
 # %% ../../nbs/run/18_report_html.ipynb #7b1e0854
 def _score(row: dict, shown: dict, keys: list[str]) -> str:
     "One row of the table of scores."
-    cells = [
-        _element("td", _text(shown[key]).strip(), class_="key" if key == keys[0] else "num")
-        for key in keys
-    ]
+    first, *rest = (_text(shown[key]).strip() for key in keys)
+    cells = [_row_head(first, "key"), *(_element("td", text, class_="num") for text in rest)]
     opening = "<tr class=overall>" if row["benchmark"] == "Overall" else "<tr>"
     return f"{opening}{''.join(cells)}</tr>"
 
@@ -240,12 +246,12 @@ def _scores(rows: list[dict]) -> str:
     if len({row["benchmark"] for row in shown}) > 1:
         group, key = "arm", "benchmark"
     keys = [key, *(k for k in shown[0] if k not in (group, key))]
-    head = [_element("th", k, class_="key" if k == key else "num") for k in keys]
+    head = [_column_head(k, "key" if k == key else "num") for k in keys]
     body, last = [], None
     for row, line in zip(rows, shown, strict=True):
         if line[group] != last:
             last = line[group]
-            title = f'<th colspan="{len(keys)}">{_text(last)}</th>'
+            title = f'<th colspan="{len(keys)}" scope="rowgroup">{_text(last)}</th>'
             body.append(_element("tr", title, class_="arm"))
         body.append(_score(row, line, keys))
     return _table(head, body, class_="scores")
@@ -340,13 +346,12 @@ def _fact_table(rows: list[dict]) -> str:
     kinds = {key: _classify_column(rows, key) for key in keys}
     head, body = [], []
     for key in keys:
-        title = "" if isinstance(key, int) else _text(key.replace("_", " "))
-        head.append(_element("th", title, class_=kinds[key]))
+        title = "" if isinstance(key, int) else key.replace("_", " ")
+        head.append(_column_head(title, kinds[key]))
     for row in rows:
-        cells = [
-            _element("td", _text(_shown(row[key]) if key in row else ""), class_=kinds[key])
-            for key in keys
-        ]
+        texts = [(_text(_shown(row[key]) if key in row else ""), kinds[key]) for key in keys]
+        cells = [_row_head(*texts[0])]
+        cells += [_element("td", text, class_=kind) for text, kind in texts[1:]]
         body.append(_element("tr", "".join(cells)))
     return _table(head, body)
 
@@ -561,7 +566,7 @@ def render_report(
 {_summary(report)}
 <p class="banner"><strong>Not medical advice.</strong> {BANNER}</p>{trial}{notes}
 {"" if trial else OUTCOMES}
-<nav>{links}</nav>
+<nav aria-label="sections">{links}</nav>
 {shown}
 <h2 id="paper">The paper's own tables</h2><p>{TABLES}</p><ul>{odd}</ul>
 </main></body></html>
