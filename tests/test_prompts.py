@@ -122,6 +122,9 @@ def test_golden_revisions():
 GOLDEN = {
     "cot": "0ace501f972681c3",
     "cot_base": "b7abf61c67ec5a7b",
+    "cot_open": "91a434b1426c7d77",
+    "r1_open": "7baef263405b532b",
+    "short_answer": "896af39a01b1d88a",
     "direct": "ca368d06d9107ae1",
     "gpt4o": "6ccf4a93a2e32d79",
     "r1": "b8bdb2aabe616784",

@@ -78,7 +78,8 @@ def add_arm(demand: Demand, plan: ArmPlan, arm, common):
     if "samples" in steps:
         _add_samples(demand, plan)
     if plan.bill.ratings != 0:
-        demand.add("money", steps["filtered"].key, plan.bill.ratings)
+        judged = steps["filtered" if arm.filter else "accepted"]
+        demand.add("money", judged.key, plan.bill.ratings)
     last = steps["accepted"] if "accepted" in steps else steps["rendered"]
     demand.add("traces", last.key, plan.traces)
     if arm.filter and arm.filter[0] == "student":
