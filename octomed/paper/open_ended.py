@@ -154,15 +154,13 @@ def benchmarks(recipe: Recipe) -> tuple[str, ...]:
 # %% ../../nbs/paper/63_open_ended.ipynb #63op002a
 def _list_rules(pools: list[str]) -> dict[str, dict]:
     "By arm: the score, and the error of a grader."
-    rules = {
-        NONE: {"score": "all"},
-        GRADER: {"score": "grader"},
-        AGREEMENT: {"score": "agreement"},
-    }
-    if not all(map(find_open_reader, pools)):
-        return {**rules, NORMALISED: {"score": "normalised"}}
-    wrong = {arm: {"score": "grader", "error": ERROR_OF[arm]} for arm in (SOME, MOST)}
-    return {**rules, **wrong, RUBRIC: {"score": "rubric"}}
+    rules = {NONE: {"score": "all"}, GRADER: {"score": "grader"}}
+    if all(map(find_open_reader, pools)):
+        rules |= {arm: {"score": "grader", "error": ERROR_OF[arm]} for arm in (SOME, MOST)}
+        rules[RUBRIC] = {"score": "rubric"}
+    else:
+        rules[NORMALISED] = {"score": "normalised"}
+    return {**rules, AGREEMENT: {"score": "agreement"}}
 
 # %% ../../nbs/paper/63_open_ended.ipynb #63op0021
 def arms(recipe: Recipe) -> dict[str, Arm]:
@@ -321,23 +319,50 @@ def state_acceptance(
     point = float(take_share("precision", a)[0] - take_share("precision", b)[0])
     low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
     estimate = Interval(estimate=point, low=low, high=high, n=len(a["samples"]))
-    return finding_of(claim, estimate, [point], resampled=drawn)
+    finding = finding_of(claim, estimate, [point], resampled=drawn)
+    return {**finding, "about": "these samples"}
 
 # %% ../../nbs/paper/63_open_ended.ipynb #63op0044
-def figure(results: dict):
-    "The accuracy of each student against the share of its traces that has a right answer."
-    from octomed.evaluate.figures import Panel, draw_panels
-
-    series: dict[str, list] = {}
+def _list_points(results: dict) -> list[tuple]:
+    "(arm, right share of its traces, accuracy, interval, chance), in per cent."
+    points = []
     for row in results["rows"]:
         funnel = results["funnels"].get(row["arm"])
         is_shown = (row["joins"], row["reading"]) == ("all", results["reading"])
-        if funnel is None or not is_shown or row["benchmark"] == "Overall":
+        if (
+            funnel is None
+            or funnel["right"] is None
+            or not is_shown
+            or row["benchmark"] == "Overall"
+        ):
             continue
-        share = funnel["right"] if funnel["right"] is not None else 1.0
-        series[row["arm"]] = [(share, row["accuracy"], tuple(row["interval"]))]
-    panel = Panel("", series, xlabel="share of its traces with a right answer")
-    return draw_panels([panel], title="What becomes of a student that learns from what is accepted")
+        shares = funnel["right"], row["accuracy"], *row["interval"], row["chance"]
+        points.append((row["arm"], *(100 * share for share in shares)))
+    return points
+
+# %% ../../nbs/paper/63_open_ended.ipynb #63op004a
+def figure(results: dict):
+    """The accuracy of each student against the share of its traces that has a right answer.
+
+    None where nobody knows which traces are right."""
+    from octomed.evaluate.figures import COLOURS, FAINT, make_canvas, use_style
+
+    points = _list_points(results)
+    if not points:
+        return None
+    fig, ax = make_canvas(width=7.2, height=4.4)
+    with use_style():
+        for colour, (arm, right, accuracy, low, high, _) in zip(COLOURS, points, strict=False):
+            ax.plot([right, right], [low, high], color=colour, lw=2.2, alpha=0.45)
+            ax.plot([right], [accuracy], "D", color=colour, ms=7, label=arm)
+        chance_line = max(point[-1] for point in points)
+        ax.axhline(chance_line, color=FAINT, lw=1.2, ls=(0, (2, 2)), label="chance")
+        ax.set(xlabel="traces with a right answer, %", ylabel="accuracy, %")
+        ax.grid(axis="y")
+        fig.legend(loc="outside right center", fontsize=9)
+        title = "What becomes of a student that learns from what is accepted"
+        fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return fig
 
 # %% ../../nbs/paper/63_open_ended.ipynb #63op0059
 def score_answers(q: Question, sample: Sample, verdict: Verdict) -> dict[str, float]:
