@@ -349,11 +349,14 @@ def test_the_finding_about_acceptance_is_a_difference_of_precisions():
 
 
 def test_figures_show_each_student_and_each_way_to_err():
-    row = {"joins": "all", "reading": "generated", "benchmark": WARD, "interval": [0.3, 0.5]}
+    row = {"joins": "all", "reading": "generated", "benchmark": WARD}
+    row |= {"interval": [0.3, 0.5], "chance": 0.25}
     rows = [{**row, "arm": arm, "accuracy": 0.4} for arm in (open_ended.NONE, open_ended.GRADER)]
     funnels = {open_ended.NONE: {"right": 0.7}, open_ended.GRADER: {"right": 1.0}}
-    fig = open_ended.figure({"rows": rows, "funnels": funnels, "reading": "generated"})
-    assert fig.axes
+    results = {"rows": rows, "funnels": funnels, "reading": "generated"}
+    assert [point["right"] for point in open_ended.list_points(results)] == [0.7, 1.0]
+    assert open_ended.figure(results).axes
+    assert open_ended.figure({**results, "reading": "likelihood"}) is None
     assert open_ended.figure_of_graders({"graders": [], "without_rejection": None}) is None
     kept = {"how": "both", "kept_range": [0.5, 0.9]}
     curve = [{**kept, "error": error, "kept": 1 - error} for error in (0.0, 0.5)]

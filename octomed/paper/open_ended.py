@@ -6,8 +6,8 @@
 __all__ = ['NONE', 'AGREEMENT', 'RUBRIC', 'GRADER', 'SOME', 'MOST', 'NORMALISED', 'WARD', 'MARGIN', 'ERROR_OF', 'STATED', 'RATES',
            'WAYS', 'Accepted', 'claim_of_agreement', 'claim_of_errors', 'claims_about_graders', 'claims', 'benchmarks',
            'arms', 'chance', 'name_open_status', 'read_in_words_all', 'read_pool', 'count_by_score', 'draw_weights',
-           'tabulate_accepted', 'resample_all_graders', 'figure_of_graders', 'state_acceptance', 'figure',
-           'score_answers', 'score_students', 'find_traces']
+           'tabulate_accepted', 'resample_all_graders', 'figure_of_graders', 'state_acceptance', 'list_points',
+           'figure', 'score_answers', 'score_students', 'find_traces']
 
 # %% ../../nbs/paper/63_open_ended.ipynb #63op0004
 from collections.abc import Iterable
@@ -323,39 +323,38 @@ def state_acceptance(
     return {**finding, "about": "these samples"}
 
 # %% ../../nbs/paper/63_open_ended.ipynb #63op0044
-def _list_points(results: dict) -> list[tuple]:
-    "(arm, right share of its traces, accuracy, interval, chance), in per cent."
+def list_points(results: dict) -> list[dict]:
+    "The rows that the figure shows, each with the right share of its student's traces."
     points = []
     for row in results["rows"]:
-        funnel = results["funnels"].get(row["arm"])
-        is_shown = (row["joins"], row["reading"]) == ("all", results["reading"])
-        if (
-            funnel is None
-            or funnel["right"] is None
-            or not is_shown
-            or row["benchmark"] == "Overall"
-        ):
-            continue
-        shares = funnel["right"], row["accuracy"], *row["interval"], row["chance"]
-        points.append((row["arm"], *(100 * share for share in shares)))
+        right = results["funnels"].get(row["arm"], {}).get("right")
+        is_asked = (row["joins"], row["reading"]) == ("all", results["reading"])
+        if right is not None and is_asked and row["benchmark"] != "Overall":
+            points.append({**row, "right": right})
     return points
 
 # %% ../../nbs/paper/63_open_ended.ipynb #63op004a
+def _draw_student(ax, point: dict, colour: str):
+    "A student where the right share of its traces puts it, with its interval."
+    right, (low, high) = 100 * point["right"], point["interval"]
+    ax.plot([right, right], [100 * low, 100 * high], color=colour, lw=2.2, alpha=0.45)
+    ax.plot([right], [100 * point["accuracy"]], "D", color=colour, ms=7, label=point["arm"])
+
+# %% ../../nbs/paper/63_open_ended.ipynb #63op004b
 def figure(results: dict):
     """The accuracy of each student against the share of its traces that has a right answer.
 
     None where nobody knows which traces are right."""
     from octomed.evaluate.figures import COLOURS, FAINT, make_canvas, use_style
 
-    points = _list_points(results)
+    points = list_points(results)
     if not points:
         return None
     fig, ax = make_canvas(width=7.2, height=4.4)
     with use_style():
-        for colour, (arm, right, accuracy, low, high, _) in zip(COLOURS, points, strict=False):
-            ax.plot([right, right], [low, high], color=colour, lw=2.2, alpha=0.45)
-            ax.plot([right], [accuracy], "D", color=colour, ms=7, label=arm)
-        chance_line = max(point[-1] for point in points)
+        for colour, point in zip(COLOURS, points, strict=False):
+            _draw_student(ax, point, colour)
+        chance_line = 100 * max(point["chance"] for point in points)
         ax.axhline(chance_line, color=FAINT, lw=1.2, ls=(0, (2, 2)), label="chance")
         ax.set(xlabel="traces with a right answer, %", ylabel="accuracy, %")
         ax.grid(axis="y")
