@@ -235,12 +235,7 @@ def test_the_chance_student_reads_nothing_of_a_question():
 def test_without_a_known_world_a_model_grades_and_there_is_no_rubric():
     recipe = load_recipe("paper")
     arms = open_ended.arms(recipe)
-    assert set(arms) == {
-        open_ended.NONE,
-        open_ended.GRADER,
-        open_ended.AGREEMENT,
-        open_ended.NORMALISED,
-    }
+    assert set(arms) == {open_ended.NONE, open_ended.GRADER, open_ended.AGREEMENT}
     stages = declare_stages(arms[open_ended.GRADER], recipe.common)
     assert stages["accepted"].params["grader"] == recipe.common.grader
     assert find_open_reader("medqa:test") is None
