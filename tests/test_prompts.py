@@ -51,8 +51,11 @@ def test_every_template_renders_and_names_its_source(name):
     ]
     assert [p["image"] for p in user["content"][:2]] == ["aa", "bb"]
     text = user["content"][-1]["text"]
+    shown = "Which tissue is this?\nA: Tumor\nB: Stroma\nC: Inflammatory\nD: Necrosis"
+    asks_in_words = name in ("cot_open", "r1_open", "short_answer")
     assert (
-        text.count("Which tissue is this?\nA: Tumor\nB: Stroma\nC: Inflammatory\nD: Necrosis") == 1
+        text.count(QUESTION.stem if asks_in_words else shown) == 1
+        and ("Stroma" in text) == (not asks_in_words)
         and "{question}" not in text
         and "{example}" not in text
     )
@@ -122,6 +125,9 @@ def test_golden_revisions():
 GOLDEN = {
     "cot": "0ace501f972681c3",
     "cot_base": "b7abf61c67ec5a7b",
+    "cot_open": "91a434b1426c7d77",
+    "r1_open": "7baef263405b532b",
+    "short_answer": "896af39a01b1d88a",
     "direct": "ca368d06d9107ae1",
     "gpt4o": "6ccf4a93a2e32d79",
     "r1": "b8bdb2aabe616784",

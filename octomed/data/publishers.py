@@ -566,6 +566,7 @@ def from_slake(row: dict) -> dict | None:
         image=f"name:{image.replace('/', '_')}",
         modality=row.get("modality"),
         region=row.get("location"),
+        answer_type=row.get("answer_type"),
     )
     return {**fields, "places": (image,)}
 

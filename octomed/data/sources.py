@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SOURCES', 'SPLITS', 'NAMED', 'Local', 'Source', 'register', 'find_source', 'check_sources', 'check_pools',
-           'Loaded', 'Gallery', 'load_report', 'load', 'read_open', 'stream', 'read_chats', 'find_image_files',
-           'find_image_file', 'find_source_files', 'identify_source', 'remember_identities', 'replace_sources',
-           'tabulate_sources', 'explain_traces']
+           'Loaded', 'Gallery', 'load_report', 'load', 'read_open', 'OpenQuestion', 'load_in_words', 'stream',
+           'read_chats', 'find_image_files', 'find_image_file', 'find_source_files', 'identify_source',
+           'remember_identities', 'replace_sources', 'tabulate_sources', 'explain_traces']
 
 # %% ../../nbs/data/08_sources.ipynb #21828b17
 import difflib
@@ -1288,6 +1288,66 @@ def read_open(
                 "images": fields["images"],
                 "origin": fields["origin"],
             }
+
+# %% ../../nbs/data/08_sources.ipynb #08words1
+@dataclass(frozen=True)
+class OpenQuestion:
+    "A question that is asked in words, with its reference."
+
+    question: Question  # without options
+    reference: str
+    is_closed: bool  # has it one of a few short answers
+
+
+def _make_open_question(s: Source, fields: dict, images: tuple) -> OpenQuestion | None:
+    "A row as a question in words; None for one without a stem or a reference."
+    letters = dict(zip("ABCDEFGHIJ", fields.get("options", ()), strict=False))
+    reference = fields.get("open_answer") or letters.get(fields["answer"], "")
+    if not fields["stem"] or not reference:
+        return None
+    q = Question(
+        stem=fields["stem"],
+        options=(),
+        answer=None,
+        source=s.name,
+        split=s.split,
+        category=s.category,
+        images=images,
+        tags=fields["tags"],
+        origin=fields["origin"],
+    )
+    stated = fields["tags"].get("answer_type", "")
+    is_closed = stated == "CLOSED" if stated else "open_answer" not in fields
+    return OpenQuestion(q, reference, is_closed)
+
+# %% ../../nbs/data/08_sources.ipynb #08words2
+def load_in_words(
+    spec: str,  # `name:split`, of a source that is read and not made
+    max_pixels: int = MAX_PIXELS,  # size of the stored images
+    family: str = "qwen2_5_vl",  # whose grid
+    folder=None,  # where the files lie; by default OCTOMED_DATA
+    revision: str | None = None,  # commit of the hub
+) -> tuple[list[OpenQuestion], list[tuple[str, str]]]:  # questions; (place, reason) of the others
+    """Every question of a source without its options, each with its reference.
+
+    Raises `UsageError` for a source that is made, or that holds chats."""
+    s = find_source(spec)
+    if s.make or s.role == "comparison":
+        raise UsageError(
+            f"{spec} has no answers in words: name a source that is read, such as slake"
+        )
+    _, pairs = _open_rows(s, folder, revision, pictures=True)
+    rows, asked, dropped = list(pairs), [], []
+    names = _take_images(rows, max_pixels=max_pixels, family=family, desc=spec)
+    for (place, fields), images in zip(rows, names, strict=True):
+        if isinstance(images, OctomedError):
+            dropped.append((place, "image cannot be read"))
+        elif q := _make_open_question(s, fields, images):
+            asked.append(q)
+        else:
+            dropped.append((place, "no stem or no reference"))
+    check_conserved(len(rows), len(asked), len(dropped), what=spec)
+    return asked, dropped
 
 # %% ../../nbs/data/08_sources.ipynb #4e9e9080
 def _split_blocks(pairs: Iterator, size: int) -> Iterator[list]:

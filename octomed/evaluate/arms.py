@@ -22,11 +22,13 @@ from ..distill.filters import filtered, rated
 from ..distill.pools import questions, read_questions
 
 # %% ../../nbs/evaluate/03_arms.ipynb #9569ce6a
+from ..distill.open_rejection import accepted_in_words
 from ..distill.rejection import accepted
 from ..distill.sampling import samples, student_samples
 from ..distill.traces import MODES, chats, rendered, rendered_chats
 from .evaluate import check_images, evaluation, sampling_of
 from ..generate.engines import find_teacher_revision
+from ..generate.open_answers import find_open_reader
 from ..generate.samples import Sampling
 
 # %% ../../nbs/evaluate/03_arms.ipynb #6cbaeba8
@@ -42,7 +44,7 @@ class Arm:
 
     # (name:split, number of questions; 0: all; below 0: so many of the last)
     sources: tuple[tuple[str, int], ...]
-    # the student's template: `cot`, `direct`, or `hybrid` for one student of both
+    # the student's template: `cot`, `direct`, `hybrid` for both, `cot_open` without options
     form: str = "cot"
     # correct samples kept of a question (paper §4: 1, 4, 16); 0: no teacher, the known answers
     k: int = 1
@@ -56,6 +58,9 @@ class Arm:
     compute_of: "Arm | None" = None  # a control: read as many tokens as this arm's student
     teacher: str = ""  # one teacher for all questions; empty: routed by modality (paper §4)
     keep: str = "correct"  # which traces: `correct` (eq. 2), `all` or `wrong`
+    score: str = ""  # of answers in words, in place of `keep` (distill.open_rejection.OPEN_SCORES)
+    error: float = 0.0  # of a score that is a grader of stated error
+    traces: int = 0  # that a score is to give in all; 0: every one
     # (name in distill.FILTERS, lowest, highest value) of the questions that are kept (paper §5)
     filter: tuple = ()
     grader: str = ""  # of the filter by difficulty, and of responses; empty: the recipe's
@@ -83,18 +88,19 @@ def goes_on(self: Arm) -> bool:
     return bool(self.policy or self.rollouts_of)
 
 # %% ../../nbs/evaluate/03_arms.ipynb #b8cc223b
-def _teacher_row(name: str, common: Common) -> tuple[str, str, str]:
+def _teacher_row(name: str, common: Common, is_open: bool) -> tuple[str, str, str]:
     "(teacher, its revision, its template)."
-    return name, find_teacher_revision(name), "gpt4o" if name == common.teacher_image else "r1"
+    template = "gpt4o" if name == common.teacher_image else "r1"
+    return name, find_teacher_revision(name), "r1_open" if is_open else template
 
 
 def _teachers(arm: Arm, common: Common, override: str = "") -> dict:
     "The teacher for text and the teacher for images; `override` takes the place of both."
-    forced = override or arm.teacher
+    forced, is_open = override or arm.teacher, bool(arm.score)
     check_images(forced or common.teacher_image, [spec for spec, _ in arm.sources])
     return {
-        "text": _teacher_row(forced or common.teacher_text, common),
-        "image": _teacher_row(forced or common.teacher_image, common),
+        "text": _teacher_row(forced or common.teacher_text, common, is_open),
+        "image": _teacher_row(forced or common.teacher_image, common, is_open),
     }
 
 # %% ../../nbs/evaluate/03_arms.ipynb #2fbd94a7
@@ -252,6 +258,25 @@ def _policy(arm: Arm, common: Common, data: Stage, base) -> Stage:
         max_pixels=common.max_pixels,
     )
 
+# %% ../../nbs/evaluate/03_arms.ipynb #03openac
+def _accepted(arm: Arm, common: Common, asked: Stage, drawn: Stage) -> Stage:
+    "The stage that keeps the accepted samples, by their letters or by a score of open answers."
+    shared = {"questions": asked, "samples": drawn, "k": arm.k}
+    if not arm.score:
+        return accepted(answer=common.answer, keep=arm.keep, **shared)
+    readers = [find_open_reader(spec) for spec, _ in arm.sources]
+    grader = "" if all(readers) else arm.grader or common.grader
+    return accepted_in_words(
+        score=arm.score,
+        error=arm.error,
+        traces=arm.traces,
+        grader=grader,
+        revision=find_teacher_revision(grader) if grader else "",
+        reader=",".join(reader[1] for reader in readers if reader),
+        seed=common.base_seed,
+        **shared,
+    )
+
 # %% ../../nbs/evaluate/03_arms.ipynb #03poin01
 def _at_point(arm: Arm, trained: Stage) -> Stage:
     """The student of an arm at the point that is read.
@@ -281,13 +306,7 @@ def declare_stages(arm: Arm, common: Common) -> dict[str, Stage]:
     if arm.filter:
         asked = declared["filtered"] = _filtered(arm, common, data, base=base)
     if arm.k:
-        declared["accepted"] = accepted(
-            questions=asked,
-            samples=declared["samples"],
-            k=arm.k,
-            answer=common.answer,
-            keep=arm.keep,
-        )
+        declared["accepted"] = _accepted(arm, common, asked, drawn=declared["samples"])
     kept = declared.get("accepted")
     declared["rendered"] = _rendered(arm, common, asked, kept=kept, base=base)
     declared["trained"] = _student(arm, common, declared["rendered"], base=base)

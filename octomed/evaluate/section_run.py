@@ -371,7 +371,7 @@ def read_answers(
             sampling=params["sampling"].key,
             index=0,
         )
-        for request in make_requests(questions, params["form"], 1)
+        for request in make_requests(questions, params["form"], 1, blind=params["blind"])
     ]
     samples = Ledger().find(keys)
     if any(key not in samples for key in keys):

@@ -22,12 +22,12 @@ OPTION_FORMAT = "{letter}: {text}"
 
 def format_question(
     question,  # a `Question`
-    option_format: str = OPTION_FORMAT,  # how an option is written
+    option_format: str = OPTION_FORMAT,  # how an option is written; empty: they are left out
 ) -> str:
     "The stem and its options, one per line. Every template uses this text."
     stem = question.stem.strip()
     lines = [stem] if stem else []
-    for letter, text in question.letters.items():
+    for letter, text in question.letters.items() if option_format else ():
         lines.append(option_format.replace("{letter}", letter).replace("{text}", text, 1))
     return "\n".join(lines)
 

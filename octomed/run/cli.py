@@ -12,9 +12,10 @@ __all__ = ['AtLeastOne', 'AtLeastZero', 'Count', 'CountOrZero', 'Json', 'RecipeN
            'write_report', 'report', 'run_own_claim', 'table', 'sources', 'judge', 'traces', 'report_near_copies',
            'write_reports', 'show_reports', 'decontaminate', 'bench', 'declare_arm', 'declare_training', 'read_counts',
            'distill', 'train', 'PolicyWords', 'declare_policy', 'rl', 'EvaluationOptions', 'declare_benchmark_stages',
-           'tabulate_evaluations', 'evaluate', 'base', 'print_next', 'llamafactory', 'samples', 'preferences', 'Target',
-           'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process', 'settle_folders',
-           'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error', 'discard_output', 'main']
+           'tabulate_evaluations', 'evaluate_in_words', 'evaluate', 'base', 'print_next', 'llamafactory', 'samples',
+           'preferences', 'Target', 'export_to_hub', 'hub', 'student', 'lm_eval', 'use_utf8', 'prepare_process',
+           'settle_folders', 'describe_usage_error', 'run_command', 'describe_os_error', 'describe_error',
+           'discard_output', 'main']
 
 # %% ../../nbs/run/25_cli.ipynb #041f5e8b
 import contextlib
@@ -882,6 +883,8 @@ class EvaluationOptions:
     ] = None
     likelihood: Annotated[bool, Parameter(help="Also read the options by likelihood.")] = False
     blind: Annotated[bool, Parameter(help="Show the options alone: what is chance?")] = False
+    in_words: Annotated[bool, Parameter(help="Ask without options; score the words.")] = False
+    tokenizer: Annotated[str | None, Parameter(help="Of the token F1; default: GPT-2's.")] = None
     json: Json = False
 
 # %% ../../nbs/run/25_cli.ipynb #5dc0956e
@@ -937,6 +940,26 @@ def tabulate_evaluations(student: str, stages: dict, common) -> list[dict]:
         readings=READINGS if by_likelihood else READINGS[:1],
     )
 
+# %% ../../nbs/run/25_cli.ipynb #25words1
+def evaluate_in_words(student: str, benchmarks: tuple[str, ...], common, options) -> list[dict]:
+    "A model's scores on benchmarks that it is asked without options."
+    from octomed.core.store import run_stage
+    from octomed.evaluate.evaluate import check_images, student_of
+    from octomed.evaluate.open_evaluation import declare_open_evaluation, tabulate_in_words
+    from octomed.generate.open_answers import GPT2
+
+    respondent, _ = student_of(student, common)
+    check_images(respondent, benchmarks)
+    tokenizer, rows = GPT2 if options.tokenizer is None else options.tokenizer, []
+    for benchmark in benchmarks:
+        evaluation = declare_open_evaluation(
+            respondent, benchmark, common, limit=options.limit, tokenizer=tokenizer
+        )
+        answers = read_jsonl(run_stage(evaluation) / "rows.jsonl")
+        resampling = {"resamples": common.bootstrap, "seed": common.base_seed}
+        rows += tabulate_in_words(benchmark, answers, **resampling)
+    return rows
+
 # %% ../../nbs/run/25_cli.ipynb #9145068a
 StudentName = Annotated[
     str,
@@ -968,6 +991,11 @@ def evaluate(
         raise UsageError(
             f"--voted names {not_asked[0]}, which is not asked: add it to the benchmarks"
         )
+    if options.in_words:
+        show(
+            evaluate_in_words(student, tuple(wanted), common=common, options=options), options.json
+        )
+        return
     stages = declare_benchmark_stages(student, tuple(wanted), common=common, options=options)
     rows = tabulate_evaluations(student, stages, common)
     if options.json:

@@ -25,6 +25,7 @@ RATES = {
     # and of an image at the paper's size
     "prompt_tokens": {
         "r1": 80,
+        "r1_open": 60,
         "gpt4o": 420,
         "rating": 300,
         "image": 334,
@@ -112,5 +113,5 @@ def estimate_example(
     image: float,  # tokens of images per question, on average
 ) -> Example:
     "An example with the assumed lengths."
-    response = RATES["paper_tokens"] if form == "cot" else RATES["answer_tokens"]
+    response = RATES["paper_tokens"] if form.startswith("cot") else RATES["answer_tokens"]
     return Example(RATES["prompt_tokens"]["r1"] + image, image, response)

@@ -79,7 +79,8 @@ def add_arm(demand: Demand, plan: ArmPlan, arm, common):
     if "samples" in steps and not arm.rollouts_of:
         _add_samples(demand, plan)
     if plan.bill.ratings != 0:
-        demand.add("money", steps["filtered"].key, plan.bill.ratings)
+        judged = steps["filtered" if arm.filter else "accepted"]
+        demand.add("money", judged.key, plan.bill.ratings)
     last = steps.get("accepted") or steps.get("rendered")
     if last:
         demand.add("traces", last.key, plan.traces)
