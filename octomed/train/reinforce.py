@@ -234,7 +234,6 @@ def _note_group(loop: PolicyLoop, facts: TokenFacts, *, entropy, clipped):
             f"sampler and trainer give tokens log-probabilities that differ by {mean:.4f} on "
             f"average, and {borne:g} is borne: use the same precision and weights for both"
         )
-
     entry = (
         count,
         float(entropy.sum()),
@@ -550,6 +549,8 @@ def _check_policy(loop: PolicyLoop):
             "a policy draws from whole weights: use an accelerate configuration that shards "
             "nothing, such as multi_gpu.yaml"
         )
+    if loop.ranks > 1 and loop.plan.updates > 1:
+        raise OctomedError("several processes take one update for each batch: set updates to 1")
     if loop.schedule.lora:
         raise OctomedError("a policy is trained with all its weights: set lora to 0")
 
