@@ -397,14 +397,15 @@ def test_more_updates_read_the_policy_before_them(job, own_places):
     assert len(records) == 4 and all(record["largest_disagreement"] < 1e-3 for record in records)
 
 
-def test_what_a_policy_cannot_do_is_one_sentence(job, own_places, tmp_path, monkeypatch):
+def test_what_a_policy_cannot_do_is_one_sentence(job, own_places, tmp_path, monkeypatch, capfd):
     from dataclasses import replace
 
     with pytest.raises(OctomedError, match="set lora to 0"):
         run_stage(policy(**{**job, "schedule": Schedule(lora=2)}))
     monkeypatch.setenv("OCTOMED_TRAIN", f"accelerate={config(tmp_path)}")
-    with pytest.raises(OctomedError, match="set updates to 1"):
+    with pytest.raises(OctomedError, match="read its messages above"):
         run_stage(policy(**{**job, "plan": replace(job["plan"], updates=2)}))
+    assert "set updates to 1" in capfd.readouterr().err
 
 
 def test_rewards_are_offered_by_name():
