@@ -200,7 +200,8 @@ def compare_solved(claim: Solved, results: Results) -> dict:
     low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
     joins = len(set(units)) if units else 0
     estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n, joins=joins)
-    by_seed = [difference(seed).estimate for seed in range(results.training_seeds)]
+    seeds = range(len(results.rows[claim.a][where]))
+    by_seed = [difference(seed).estimate for seed in seeds]
     return _heed_gate(claim, results, finding_of(claim, estimate, by_seed, resampled=drawn))
 
 

@@ -234,7 +234,7 @@ def _note_group(loop: PolicyLoop, facts: TokenFacts, *, entropy, clipped):
             f"sampler and trainer give tokens log-probabilities that differ by {mean:.4f} on "
             f"average, and {borne:g} is borne: use the same precision and weights for both"
         )
-    
+
     entry = (
         count,
         float(entropy.sum()),
