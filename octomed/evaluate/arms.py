@@ -65,8 +65,7 @@ class Arm:
     filter: tuple = ()
     grader: str = ""  # of the filter by difficulty, and of responses; empty: the recipe's
     base: "Arm | None" = None  # start from this arm's student in place of `student`
-    # questions of each benchmark that its student is asked again with shuffled options
-    control: int = 0
+    control: int = 0  # questions of each benchmark that are asked again with shuffled options
     # (benchmark, samples): where a majority vote is reported too (paper: 10, on MedQA alone)
     votes: tuple[tuple[str, int], ...] = ()
     graded: bool = False  # does the grader read what the parser cannot; reported beside it
@@ -75,9 +74,7 @@ class Arm:
     blind: bool = False
     points: tuple[float, ...] = ()  # shares of the schedule at which its student is kept, too
     at: float = 1.0  # which of them is read: one of `points`, or 1, the end
-    # how the student of `base` goes on learning from its own responses to `sources`; None: it is
-    # fine-tuned
-    policy: PolicyPlan | None = None
+    policy: PolicyPlan | None = None  # how `base` goes on from its own responses; None: fine-tuned
     # a control: fine-tuned on the responses that this arm's policy drew; k of a question are kept
     rollouts_of: "Arm | None" = None
 

@@ -517,6 +517,8 @@ def make_policy(
     "Train a policy from `base`, and leave it in `out`; every process calls it."
     import torch
 
+    if schedule.lora:
+        raise OctomedError("a policy is trained with all its weights: set lora to 0")
     torch.manual_seed(seed_for("policy", seed))
     model, processor, how, accelerator = prepare_student(base, schedule)
     engine = open_roller(base, max_pixels)
@@ -551,8 +553,6 @@ def _check_policy(loop: PolicyLoop):
         )
     if loop.ranks > 1 and loop.plan.updates > 1:
         raise OctomedError("several processes take one update for each batch: set updates to 1")
-    if loop.schedule.lora:
-        raise OctomedError("a policy is trained with all its weights: set lora to 0")
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei037a
 def list_rollout_requests(drawer: Drawer, log: list[dict]) -> list[dict]:
