@@ -272,7 +272,14 @@ def _start(
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #96fa41a3
 @patch
-def _feed(self: VLLMEngine, requests, sampling: Sampling, running: dict[str, _Job]):
+def _feed(
+    self: VLLMEngine,
+    requests,
+    sampling: Sampling,
+    running: dict[str, _Job],
+    *,
+    rolls: bool = False,  # are the samples rollouts
+):
     "Start one sample at a time; yields None for one that runs, an error sample for one refused."
     for request in requests:
         prepared = self._prepare(request, sampling)
@@ -281,7 +288,7 @@ def _feed(self: VLLMEngine, requests, sampling: Sampling, running: dict[str, _Jo
             reason = prepared.refusal
             if reason is None:
                 seed = derive_sample_seed(sampling, request.question, index)
-                params = self._params(sampling, seed, sampling.max_tokens)
+                params = self._params(sampling, seed, sampling.max_tokens, rolls=rolls)
                 reason = self._start(prepared.input, job, params=params, running=running)
             if reason is None:
                 yield None
@@ -334,6 +341,12 @@ def _force_exit(
     params = self._params(sampling, seed, sampling.answer_tokens)
     return self._start(ready, job, params=params, running=running) is None
 
+# %% ../../nbs/generate/08_engine_vllm.ipynb #08logpr1
+def _read_logprobs(out) -> tuple[float, ...]:
+    "The log-probability of each token of an output, as it was drawn."
+    pairs = zip(out.token_ids, out.logprobs, strict=True)
+    return tuple(choices[token].logprob for token, choices in pairs)
+
 # %% ../../nbs/generate/08_engine_vllm.ipynb #71745e10
 @patch
 def _finish(
@@ -344,8 +357,7 @@ def _finish(
     finish = out.finish_reason if out.finish_reason in FINISHES else "error"
     tokens, logprobs = len(out.token_ids), ()
     if self.logprobs:
-        pairs = zip(out.token_ids, out.logprobs, strict=False)
-        logprobs = tuple(choices[token].logprob for token, choices in pairs)
+        logprobs = _read_logprobs(out)
     mark = job.request.end_of_think
     forced = begin_forced_exit(out.text, finish, sampling, end_of_think=mark)
     if forced and not job.forced:
@@ -399,29 +411,12 @@ def generate(self: VLLMEngine, requests, sampling: Sampling):
             self.llm.llm_engine.abort_request(list(running))
 
 # %% ../../nbs/generate/08_engine_vllm.ipynb #08roll02
-def _begin_rollouts(engine: VLLMEngine, requests, *, sampling: Sampling, running: dict[str, _Job]):
-    "Start every rollout; yields an error sample for each that cannot be asked."
-    for request in requests:
-        prepared = engine._prepare(request, sampling)
-        for index in request.indices:
-            job = _Job(request, index, text=prepared.text, size=prepared.size, since=engine.clock)
-            reason = prepared.refusal
-            if reason is None:
-                seed = derive_sample_seed(sampling, request.question, index)
-                params = engine._params(sampling, seed, sampling.max_tokens, rolls=True)
-                reason = engine._start(prepared.input, job, params=params, running=running)
-            if reason is not None:
-                yield engine._sample(job, sampling, text=reason, finish="error")
-
-
 def _read_rollout(engine: VLLMEngine, job: _Job, output, *, sampling: Sampling) -> Rollout:
     "The rollout of an output that ended."
     from octomed.generate.render import list_chat_images
 
     out = output.outputs[0]
-    ids = list(out.token_ids)
-    pairs = zip(ids, out.logprobs, strict=True)
-    logprobs = [choices[token].logprob for token, choices in pairs]
+    ids, logprobs = list(out.token_ids), list(_read_logprobs(out))
     finish = out.finish_reason if out.finish_reason in FINISHES else "error"
     sample = engine._sample(job, sampling, text=out.text, finish=finish, tokens=len(ids))
     sample.logprobs = json.dumps([round(x, 4) for x in logprobs])
@@ -436,7 +431,8 @@ def roll(self: VLLMEngine, requests, sampling: Sampling):
     check_rollout_sampling(sampling)
     running = {}
     try:
-        yield from _begin_rollouts(self, requests, sampling=sampling, running=running)
+        started = self._feed(requests, sampling, running, rolls=True)
+        yield from (refused for refused in started if refused is not None)
         while running:
             for output in self.llm.llm_engine.step():
                 if output.finished:

@@ -16,7 +16,6 @@ With Debian's chromium, or Playwright's own: `playwright install chromium`.
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from traces import browser
 
 from octomed.core.files import write_json
 from octomed.core.identity import make_card
@@ -95,16 +94,6 @@ def lab():
         finally:
             process.terminate()
             process.wait(600)
-
-
-@contextmanager
-def browser():
-    "A browser without a window."
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    with sync_playwright() as p:
-        launched = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 def open_by_clicks(tab, section: str):
