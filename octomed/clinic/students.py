@@ -139,7 +139,7 @@ class Size:
 SIZES = {
     "mini": Size(hidden=96, intermediate=288),
     "tiny": Size(),
-    "small": Size(hidden=192, layers=5, heads=6, kv_heads=3, intermediate=576),
+    "small": Size(hidden=168, intermediate=504),
 }
 
 # %% ../../nbs/clinic/10_students.ipynb #a16e48e6

@@ -28,7 +28,7 @@ from .evaluate import READINGS, score_runs, take_likelihoods
 def scope_recipe(
     recipe: Recipe,
     # may have scalars of its own: `samples` per question, a `limit` per benchmark, `tries` at each
-    # test question, which are then not read by likelihood
+    # test question
     section: str,
 ) -> Recipe:
     "The recipe with a section's own numbers of samples, questions and tries, where it has them."
@@ -38,7 +38,6 @@ def scope_recipe(
         samples=scalars.get("samples", common.samples),
         benchmark_limit=scalars.get("limit", common.benchmark_limit),
         eval_seeds=scalars.get("tries", common.eval_seeds),
-        likelihood=common.likelihood and "tries" not in scalars,
     )
     return replace(recipe, common=scoped)
 

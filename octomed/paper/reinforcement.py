@@ -11,7 +11,7 @@ __all__ = ['START', 'VERDICT', 'SHUFFLED', 'REJECTION', 'WARD', 'FEW', 'PARTS', 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei003
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from math import comb
 
 import numpy as np
@@ -20,10 +20,12 @@ from ..core.files import read_jsonl
 from ..core.recipe import Recipe
 from ..evaluate.arms import Arm, declare_stages, schedule_of
 from ..evaluate.claims import Claim, judge_claim, read_claim_gate
+from ..evaluate.evaluate import READINGS
 from ..evaluate.results import Results, give_seeds
 from ..evaluate.section_run import finding_of, list_pools, read_answers
 from ..evaluate.seeds import resample_twice, tally_units
 from ..evaluate.stats import Interval, bootstrap
+from ..evaluate.tables import READ_AS
 from ..generate.answers import score
 from ..generate.steps import check_steps
 from .formatting import chance as chance_of_42
@@ -98,9 +100,11 @@ def claims_of_controls() -> list[Claim]:
     ]
 
 
-def claims() -> list[Claim]:
+def claims(
+    reading: str = "generated",  # how a recipe reads students: or `likelihood`
+) -> list[Claim]:
     "What the policy gains, and its controls."
-    return [*claims_on_gain(), *claims_of_controls()]
+    return [replace(claim, reading=reading) for claim in (*claims_on_gain(), *claims_of_controls())]
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei018
 def make_plan(recipe: Recipe) -> PolicyPlan:
@@ -186,7 +190,7 @@ def solve_rows(rows: list[dict], k: int) -> np.ndarray:  # (questions, 1)
 def compare_solved(claim: Solved, results: Results) -> dict:
     "The finding of a claim about questions that are solved in all their tries."
     common, where = results.common, claim.benchmark
-    part = results.take_joins(claim.joins)
+    part = results.take_reading(claim.reading).take_joins(claim.joins)
     solve = partial(solve_rows, k=common.eval_seeds)
     units = part.label_units(claim.a, where)
 
@@ -203,12 +207,12 @@ def compare_solved(claim: Solved, results: Results) -> dict:
     estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n, joins=joins)
     seeds = range(len(results.rows[claim.a][where]))
     by_seed = [difference(seed).estimate for seed in seeds]
-    return _heed_gate(claim, results, finding_of(claim, estimate, by_seed, resampled=drawn))
+    return _heed_gate(claim, part, finding_of(claim, estimate, by_seed, resampled=drawn))
 
 
-def _heed_gate(claim: Claim, results: Results, finding: dict) -> dict:
-    "The finding, not tested where its students fail the gate of the accuracies."
-    gate = read_claim_gate(claim, results)
+def _heed_gate(claim: Claim, part: Results, finding: dict) -> dict:
+    "The finding, not tested where its students fail the gate on the same questions and reading."
+    gate = read_claim_gate(claim, part)
     is_tested = all(line["passed"] for line in gate)
     return {**finding, "gate": gate, "outcome": finding["outcome"] if is_tested else "not tested"}
 
@@ -230,30 +234,34 @@ def list_parts(results: Results) -> tuple[str, ...]:
     return ("seen", "unseen") if has_joins else ("all",)
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei034
-def tabulate_solved(results: Results, benchmark: str) -> list[dict]:
-    "Each arm's share of solved questions by number of tries, with intervals."
-    rows, tries = [], results.common.eval_seeds
-    for joins in list_parts(results):
-        part = results.take_joins(joins)
+def _tabulate_arm(
+    part: Results,  # in one reading, with one part of the questions
+    arm: str,
+    benchmark: str,
+) -> list[dict]:
+    "An arm's share of solved questions by number of tries, with intervals."
+    common, rows = part.common, []
+    for k in range(1, common.eval_seeds + 1):
+        scores, _ = part.scores(arm, benchmark, of=partial(solve_rows, k=k))
+        units = part.label_units(arm, benchmark)
+        own = bootstrap(scores, n=common.bootstrap, seed=common.base_seed, units=units)
+        rows.append({"tries": k, "solved": own.estimate, "interval": [own.low, own.high]})
+    return rows
+
+
+def tabulate_solved(
+    results: Results,
+    benchmark: str,
+    readings: tuple[str, ...] = ("generated",),  # of `octomed.evaluate.evaluate.READINGS`
+) -> list[dict]:
+    "Each arm's share of solved questions by tries, in each reading and part of the joins."
+    rows = []
+    for reading, joins in product(readings, list_parts(results)):
+        part = results.take_reading(reading).take_joins(joins)
         for arm in (arm for arm in part.rows if not part.arms[arm].blind):
-            if benchmark not in part.rows[arm]:
-                continue
-            for k in range(1, tries + 1):
-                scores, _ = part.scores(arm, benchmark, of=partial(solve_rows, k=k))
-                own = bootstrap(
-                    scores,
-                    n=results.common.bootstrap,
-                    seed=results.common.base_seed,
-                    units=part.label_units(arm, benchmark),
-                )
-                row = {
-                    "arm": arm,
-                    "joins": joins,
-                    "tries": k,
-                    "solved": own.estimate,
-                    "interval": [own.low, own.high],
-                }
-                rows.append(row)
+            if benchmark in part.rows[arm]:
+                about = {"arm": arm, "joins": joins, "reading": reading}
+                rows += [about | row for row in _tabulate_arm(part, arm, benchmark)]
     return rows
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei035
@@ -285,21 +293,30 @@ def _shown(record: dict) -> dict:
     return {name: record[name] for name in kept}
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei036
-def figure(results: dict):
+def _read_series(results: dict, joins: str, reading: str) -> dict[str, list]:
+    "By arm: questions solved by number of tries, with intervals, as panels take them."
+    series: dict[str, list] = {}
+    for row in results["solved"]:
+        if (row["joins"], row["reading"]) == (joins, reading):
+            point = (row["tries"], row["solved"], tuple(row["interval"]))
+            series.setdefault(row["arm"], []).append(point)
+    return series
+
+
+def figure(
+    results: dict,
+    reading: str = "",  # default: that of the claims
+):
     "Questions solved in k tries, on joins that were read and on new ones."
     from octomed.evaluate.figures import Panel, draw_panels
 
-    panels = []
+    reading, panels = reading or results["claims"][0]["reading"], []
     for joins, heading in PARTS.items():
-        series: dict[str, list] = {}
-        for row in results["solved"]:
-            if row["joins"] == joins:
-                point = (row["tries"], row["solved"], tuple(row["interval"]))
-                series.setdefault(row["arm"], []).append(point)
-        if series:
+        if series := _read_series(results, joins, reading):
             ticks = tuple(range(1, 1 + max(len(points) for points in series.values())))
             panels.append(Panel(heading, series, xlabel="tries", xticks=ticks))
-    return draw_panels(panels, title="Questions solved in k tries", ylabel="solved, %", same_y=True)
+    title = f"Questions solved in k tries, {READ_AS[reading]}"
+    return draw_panels(panels, title=title, ylabel="solved, %", same_y=True)
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei037
 def training_figure(log: list[dict]):
