@@ -20,6 +20,7 @@ from ..data.sources import read_chats
 from .pools import read_questions
 from .rejection import write_in_box
 from .sampling import load_missing_images
+from ..generate.budgets import name_form, pick_by_budget
 from ..generate.prompts import Template, load_template, make_direct_target, write_messages
 
 # %% ../../nbs/distill/06_traces.ipynb #e6690793
@@ -58,18 +59,60 @@ def _pairs(
             pairs.append((messages, _target(row, q, template, answer=answer), q.id))
     return pairs
 
+# %% ../../nbs/distill/06_traces.ipynb #06budge1
+def _pairs_in_budgets(
+    qs: dict[str, Question],  # by id
+    accepted: Path,  # folder of the accepted set
+    form: str,  # the template; with the budget stated if `stated`
+    budgets: tuple,  # (words, tokens) of each
+    stated: bool,
+    count_tokens,  # of a response
+) -> list[tuple[list, str, str]]:  # (messages, response, question's id)
+    "What a student of several lengths learns: of each question and each budget one trace."
+    pairs = []
+    for row, words in pick_by_budget(
+        read_jsonl(accepted / "traces.jsonl"), budgets, count_tokens=count_tokens
+    ):
+        template = load_template(name_form(form, words) if stated else form)
+        q = qs[row["question"]]
+        pairs.append((write_messages(template, q), row["response"], q.id))
+    return pairs
+
 # %% ../../nbs/distill/06_traces.ipynb #9db05f3f
 @stage
-def rendered(out, questions, accepted, base, form, answer, max_pixels, cutoff, blind=False):
+def rendered(
+    out,
+    questions,
+    accepted,
+    base,
+    form,
+    answer,
+    max_pixels,
+    cutoff,
+    blind=False,
+    budgets=(),
+    stated=True,
+):
     """The accepted set as the student's tokens; without an accepted set, the known answers.
 
     `form`: the student's template, `cot`, `direct` or `hybrid`; `answer`: see `write_in_box`;
-    `cutoff`: longest row in tokens; `blind`: the options are shown without stem and pictures."""
+    `cutoff`: longest row in tokens; `blind`: the options are shown without stem and pictures;
+    `budgets`: (words, tokens) of each length of which a trace is read; `stated`: is it asked."""
     from octomed.generate.render import load_processor, render_rows, save_rows
 
     processor = load_processor(base)
     qs = {q.id: q for q in read_questions(questions)}
-    pairs = _pairs(qs, accepted, form=form, answer=answer, blind=blind)
+    if budgets:
+        pairs = _pairs_in_budgets(
+            qs,
+            accepted,
+            form=form,
+            budgets=budgets,
+            stated=stated,
+            count_tokens=lambda text: len(processor.tokenizer(text).input_ids),
+        )
+    else:
+        pairs = _pairs(qs, accepted, form=form, answer=answer, blind=blind)
     if not blind:
         load_missing_images(list(qs.values()), max_pixels, processor)
     rows, funnel = render_rows(processor, pairs, max_pixels=max_pixels, cutoff=cutoff)

@@ -32,6 +32,7 @@ from ..generate.open_answers import find_open_reader
 from ..generate.samples import Sampling
 
 # %% ../../nbs/evaluate/03_arms.ipynb #6cbaeba8
+from ..generate.budgets import name_form
 from ..generate.prompts import load_template
 from ..train.reinforce import PolicyPlan, policy
 from ..train.schedule import Schedule
@@ -72,6 +73,11 @@ class Arm:
     likelihood: bool = False  # is its student read by likelihood too; reported beside it
     # is its student taught and asked with the options alone, without stem and pictures (chance)
     blind: bool = False
+    # (words, tokens) of each length of which it reads a trace, in place of the first k
+    budgets: tuple[tuple[str, int], ...] = ()
+    stated: bool = True  # does the prompt ask for the length of the trace
+    asked: str = ""  # the words of the budget that is asked for in evaluation; empty: none
+    cut_at: int = 0  # tokens after which its thought is ended in evaluation; 0: the recipe's
     points: tuple[float, ...] = ()  # shares of the schedule at which its student is kept, too
     at: float = 1.0  # which of them is read: one of `points`, or 1, the end
     policy: PolicyPlan | None = None  # how `base` goes on from its own responses; None: fine-tuned
@@ -218,6 +224,8 @@ def _rendered(arm: Arm, common: Common, asked: Stage, kept: Stage | None, base) 
         form=arm.form,
         answer=common.answer,
         blind=arm.blind,
+        budgets=arm.budgets,
+        stated=arm.stated,
         **shape,
     )
 
@@ -340,6 +348,12 @@ def list_read_joins(
     return read
 
 # %% ../../nbs/evaluate/03_arms.ipynb #a2c4f9de
+def _asking(arm: Arm, common: Common, form: str):
+    "How the responses of an arm's student are drawn in evaluation."
+    own = replace(common, max_tokens=arm.cut_at or common.max_tokens)
+    return sampling_of(own, load_template(form).think_first)
+
+
 def declare_evaluation(
     arm: Arm,
     benchmark: str,
@@ -350,7 +364,7 @@ def declare_evaluation(
     student = declare_stages(arm, common)["student"]
     if not arm.blind:
         check_images(student, [benchmark])
-    form = mode or MODES.get(arm.form, (arm.form,))[0]
+    form = name_form(mode or MODES.get(arm.form, (arm.form,))[0], arm.asked)
     grader = (arm.grader or common.grader) if arm.graded else ""
     return evaluation(
         student=student,
@@ -358,7 +372,7 @@ def declare_evaluation(
         limit=common.benchmark_limit or None,
         form=form,
         seeds=common.eval_seeds,
-        sampling=sampling_of(common, load_template(form).think_first),
+        sampling=_asking(arm, common, form),
         max_pixels=common.max_pixels,
         data=identify_source(benchmark),
         control=arm.control,

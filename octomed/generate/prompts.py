@@ -114,14 +114,16 @@ class Template:
     option_format: str = OPTION_FORMAT
     departure: str = ""  # how it differs from its source, in words
     end_of_think: str = END_OF_THINK  # how its model ends its thinking
+    budget: str = ""  # the length that is asked for, in words; replaces `{budget}`
 
     def fill(self, question) -> str:
         "The user's turn for a question."
         parts = {
             "{question}": format_question(question, self.option_format),
             "{example}": self.example,
+            "{budget}": self.budget,
         }
-        return re.sub(r"\{question\}|\{example\}", lambda m: parts[m[0]], self.text)
+        return re.sub(r"\{(?:question|example|budget)\}", lambda m: parts[m[0]], self.text)
 
     def messages(self, question) -> list[dict]:
         "Chat messages as Hugging Face processors take them, with images first, as pixel hashes."
@@ -134,6 +136,8 @@ class Template:
         parts += [self.option_format, self.think_first]
         if self.end_of_think != END_OF_THINK:
             parts.append(self.end_of_think)
+        if self.budget:
+            parts.append(self.budget)
         return digest(*parts)
 
 # %% ../../nbs/generate/01_prompts.ipynb #01chat01
@@ -194,12 +198,14 @@ def _read_example(path: Path) -> str:
 
 # %% ../../nbs/generate/01_prompts.ipynb #e0cc4565
 def load_template(
-    name: str,  # a shipped template, or the path of a YAML file
+    # a shipped template, or the path of a YAML file; `cot_budget@two lines` asks for that length
+    name: str,
     example=None,  # a text file that replaces the worked example (Fig. S3-3)
 ) -> Template:
     """Read a template.
 
     Raises `UsageError` for an unknown name and `OctomedError` for a file that is no template."""
+    name, _, budget = str(name).partition("@") if "budget@" in str(name) else (name, "", "")
     path = _template_path(name)
     raw = _read_yaml(path)
     if "{question}" not in str(raw["text"]):
@@ -212,6 +218,8 @@ def load_template(
         raw["end_of_think"] = find_end_of_think(raw["end_of_think"])
     if "forms" in raw:
         raw["forms"] = tuple(raw["forms"])
+    if budget:
+        raw |= {"name": f"{name}@{budget}", "budget": budget}
     return Template(**raw)
 
 # %% ../../nbs/generate/01_prompts.ipynb #18f4eb50

@@ -54,10 +54,12 @@ def _count_traces(arm, common, steps: dict, questions: int) -> int:
     estimate = questions
     if arm.k:
         estimate = round(questions * min(arm.k, common.samples * RATES["acceptance"]))
+    if arm.budgets:
+        estimate = questions * len(arm.budgets)
     if arm.traces:
         estimate = min(estimate, arm.traces)
     accepted = _counts(steps.get("accepted")).get("kept", estimate)
-    return _counts(steps["rendered"]).get("kept", accepted)
+    return _counts(steps["rendered"]).get("kept", min(accepted, estimate))
 
 # %% ../../nbs/run/06_plan_arms.ipynb #6a7e0010
 def _row_tokens(student: str, form: str) -> int:

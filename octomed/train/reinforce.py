@@ -30,6 +30,7 @@ from ..distill.sampling import load_missing_images, make_requests, student_ident
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei004
 from ..generate.answers import score
+from ..generate.budgets import give_budgets, name_form
 from ..generate.engine_transformers import TransformersEngine
 from ..generate.engines import Rollout
 from ..generate.ledger import Ledger
@@ -71,6 +72,8 @@ class PolicyPlan:
     temperature: float = 1.0  # at which responses are drawn, and read again
     # how many times `prompts` may be asked in a step, to replace groups whose rewards are alike
     redraw: int = 2
+    # (words, tokens) of each length that may be asked for; a question is asked for one of them
+    budgets: tuple[tuple[str, int], ...] = ()
     mask_cut: bool = True  # leave out responses that were cut off (DAPO)
     options: PolicyOptions = PolicyOptions()  # noqa: RUF009 - a frozen dataclass, safe to share
 
@@ -260,20 +263,31 @@ def _read_before(loop: PolicyLoop, rows: list[PolicyRow]) -> list[PolicyRow]:
     return known
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei021
+def _ask_for_lengths(
+    questions: list[Question], plan: PolicyPlan, *, form: str, seed: int
+) -> tuple[list[Question], list[str]]:
+    "The questions with their budgets, and the template that each is asked with."
+    if not plan.budgets:
+        return questions, [form] * len(questions)
+    given = give_budgets(questions, plan.budgets, seed)
+    return [question for question, _ in given], [name_form(form, words) for _, words in given]
+
+
 class Drawer:
     "Asks a policy the questions of a step, judges its responses, and keeps them."
 
     def __init__(self, engine, questions: list[Question], *, plan, form: str, seed: int, name: str):
         self.engine = engine
-        self.questions = questions
         self.plan = plan
-        self.form = form
-        self.template = load_template(form)
+        self.questions, self.forms = _ask_for_lengths(questions, plan, form=form, seed=seed)
         self.seed = seed
         self.name = name  # of the run, under which the ledger keeps its responses
         self.reward, _ = find_reward(plan.reward)
         self.ledger = Ledger()
-        self.requests = make_requests(questions, form, plan.responses)
+        self.requests = [
+            make_requests([question], own, plan.responses)[0]
+            for question, own in zip(self.questions, self.forms, strict=True)
+        ]
 
     def sampling(self, step: int) -> Sampling:
         "How the responses of a step are drawn."
@@ -309,11 +323,11 @@ def _gather(loop: PolicyLoop, drawn: list[Rollout]) -> dict[str, list[Rollout]]:
 # %% ../../nbs/train/12_reinforce.ipynb #12rei022a
 def _judge(drawer: Drawer, number: int, every: dict[str, list[Rollout]]) -> Group:
     "The responses to one question with their rewards."
-    question = drawer.questions[number]
+    question, template = drawer.questions[number], load_template(drawer.forms[number])
     rollouts = every.get(question.id, [])
     rewards, right = [], []
     for rollout in rollouts:
-        verdict = judge_sample(rollout.sample, question, drawer.template)
+        verdict = judge_sample(rollout.sample, question, template)
         rewards.append(drawer.reward(question, rollout.sample, verdict))
         right.append(score(verdict))
     return Group(question, rollouts, rewards=rewards, right=right)
@@ -558,6 +572,7 @@ def _check_policy(loop: PolicyLoop):
 def list_rollout_requests(drawer: Drawer, log: list[dict]) -> list[dict]:
     "What a run asked, a row for each question of each step, as stages of samples keep it."
     requests = {request.question: request for request in drawer.requests}
+    forms = dict(zip(requests, drawer.forms, strict=True))
     rows = []
     for record in log:
         for question in record["asked"]:
@@ -567,7 +582,7 @@ def list_rollout_requests(drawer: Drawer, log: list[dict]) -> list[dict]:
                 "prompt": requests[question].prompt,
                 "sampling": drawer.sampling(record["step"]).key,
                 "n": drawer.plan.responses,
-                "template": drawer.form,
+                "template": forms[question],
             }
             rows.append(row)
     return rows
@@ -604,7 +619,9 @@ def read_job(folder: Path) -> dict:
     "The job of a policy that many processes make, as `make_policy` takes it."
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     schedule = {**job["schedule"], "freeze": tuple(job["schedule"]["freeze"])}
-    plan = {**job["plan"], "options": PolicyOptions(**job["plan"]["options"])}
+    budgets = tuple(map(tuple, job["plan"]["budgets"]))
+    options = PolicyOptions(**job["plan"]["options"])
+    plan = {**job["plan"], "budgets": budgets, "options": options}
     return {**job, "schedule": Schedule(**schedule), "plan": PolicyPlan(**plan)}
 
 # %% ../../nbs/train/12_reinforce.ipynb #12rei039a
