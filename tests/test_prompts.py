@@ -124,6 +124,7 @@ def test_golden_revisions():
 
 GOLDEN = {
     "cot": "0ace501f972681c3",
+    "cot_budget": "8237fc7d53aca98b",
     "cot_base": "b7abf61c67ec5a7b",
     "cot_open": "91a434b1426c7d77",
     "r1_open": "7baef263405b532b",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNREAD_MOST', 'CEILING', 'ENOUGH_SEEDS', 'Claim', 'find_contrast', 'read_alike', 'is_trained', 'collect_evidence',
-           'list_seed_spreads', 'read_claim_gate', 'settle_finding', 'word_outcome', 'judge_claim']
+           'list_seed_spreads', 'read_claim_gate', 'heed_gate', 'settle_finding', 'word_outcome', 'judge_claim']
 
 # %% ../../nbs/evaluate/05_claims.ipynb #4c2af1ba
 from collections.abc import Iterable
@@ -248,6 +248,15 @@ def read_claim_gate(
             passed=scored[low].estimate < CEILING,
         ),
     ]
+
+# %% ../../nbs/evaluate/05_claims.ipynb #05gate04
+def heed_gate(
+    finding: dict,
+    gate: list[dict],  # what `read_claim_gate` gives
+) -> dict:
+    "A finding with its gate: not tested where a line of it fails."
+    is_tested = all(line["passed"] for line in gate)
+    return {**finding, "gate": gate, "outcome": finding["outcome"] if is_tested else "not tested"}
 
 # %% ../../nbs/evaluate/05_claims.ipynb #05judg01
 ENOUGH_SEEDS = 3  # training seeds from which on a finding is about more than its own students

@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'SEED_SD', 'EVERY_CATEGORY', 'list_stages', 'claims_frame', 'detectable_frame', 'count_units',
            'find_detectable', 'detects_frame', 'read_base_gates', 'gate_frame', 'describe_arm', 'arms_frame',
            'list_pools', 'read_funnel', 'read_judged', 'ask_teachers', 'name_student', 'read_answers', 'benchmark_rows',
-           'overall_rows', 'tabulate_steps', 'finding_of', 'measure_gain']
+           'overall_rows', 'tabulate_steps', 'finding_of', 'compare_read', 'measure_gain']
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c003
 import json
@@ -30,7 +30,7 @@ from ..distill.sampling import make_requests, route, student_identity
 from .arms import Arm, declare_evaluation, declare_stages
 from .claims import ENOUGH_SEEDS, Claim, find_contrast
 from .results import Results, category_of
-from .seeds import SeedSpread, add_seeds
+from .seeds import SeedSpread, add_seeds, resample_twice, tally_units
 from octomed.evaluate.stats import (
     Interval,
     detectable_difference,
@@ -450,6 +450,31 @@ def finding_of(
         **own,
         "outcome": name_outcome(heed_signs(outcome, claim.kind, by_seed), claim.whose),
     }
+
+# %% ../../nbs/evaluate/09_section_run.ipynb #09read01
+def compare_read(
+    claim: Claim,
+    part: Results,  # in the claim's reading, with the claim's part of the questions
+    of,  # what is read of an arm's rows: `rows → (questions, runs)`
+) -> dict:
+    "The finding of a claim about something that is read of each question, other than accuracy."
+    where, common = claim.benchmark, part.common
+    units = part.label_units(claim.a, where)
+
+    def difference(seed=None):
+        (a, groups), (b, _) = (
+            part.scores(arm, where, seed=seed, of=of) for arm in (claim.a, claim.b)
+        )
+        return tally_units(a - b, groups, units)
+
+    tally = difference()
+    drawn = resample_twice(tally, n=common.bootstrap, seed=common.base_seed)
+    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
+    joins = len(set(units)) if units else 0
+    estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n, joins=joins)
+    seeds = range(len(part.rows[claim.a][where]))
+    by_seed = [difference(seed).estimate for seed in seeds]
+    return finding_of(claim, estimate, by_seed, resampled=drawn)
 
 # %% ../../nbs/evaluate/09_section_run.ipynb #7a10c023
 def measure_gain(

@@ -118,12 +118,9 @@ class Template:
 
     def fill(self, question) -> str:
         "The user's turn for a question."
-        parts = {
-            "{question}": format_question(question, self.option_format),
-            "{example}": self.example,
-            "{budget}": self.budget,
-        }
-        return re.sub(r"\{(?:question|example|budget)\}", lambda m: parts[m[0]], self.text)
+        parts = {"question": format_question(question, self.option_format)}
+        parts |= {"example": self.example, "budget": self.budget}
+        return re.sub(r"\{(question|example|budget)\}", lambda m: parts[m[1]], self.text)
 
     def messages(self, question) -> list[dict]:
         "Chat messages as Hugging Face processors take them, with images first, as pixel hashes."
@@ -196,6 +193,25 @@ def _read_example(path: Path) -> str:
         raise OctomedError(f"there is no file {path.name}: give the worked example as a text file")
     return path.read_text(encoding="utf-8").strip()
 
+# %% ../../nbs/generate/01_prompts.ipynb #01budg00
+def _split_budget(name: str) -> tuple[str, str]:
+    "A template's name, and the length behind it; a path has none."
+    name = str(name)
+    if name.endswith((".yaml", ".yml")):
+        return name, ""
+    name, _, budget = name.partition("@")
+    return name, budget.strip()
+
+
+def _state_budget(raw: dict, budget: str) -> dict:
+    "The fields of a template that asks for a length. Raises `UsageError` for one that cannot."
+    if "{budget}" not in raw["text"]:
+        raise UsageError(
+            f"the template {raw['name']} asks for no length: leave out @{budget}, or take one "
+            "with {budget} in its text, such as cot_budget"
+        )
+    return {"name": f"{raw['name']}@{budget}", "budget": budget}
+
 # %% ../../nbs/generate/01_prompts.ipynb #e0cc4565
 def load_template(
     # a shipped template, or the path of a YAML file; `cot_budget@two lines` asks for that length
@@ -205,7 +221,7 @@ def load_template(
     """Read a template.
 
     Raises `UsageError` for an unknown name and `OctomedError` for a file that is no template."""
-    name, _, budget = str(name).partition("@") if "budget@" in str(name) else (name, "", "")
+    name, budget = _split_budget(name)
     path = _template_path(name)
     raw = _read_yaml(path)
     if "{question}" not in str(raw["text"]):
@@ -219,7 +235,7 @@ def load_template(
     if "forms" in raw:
         raw["forms"] = tuple(raw["forms"])
     if budget:
-        raw |= {"name": f"{name}@{budget}", "budget": budget}
+        raw |= _state_budget(raw, budget)
     return Template(**raw)
 
 # %% ../../nbs/generate/01_prompts.ipynb #18f4eb50

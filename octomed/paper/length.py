@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['WARD', 'SILENT', 'ASKED', 'REWARDED', 'CUT', 'LINES', 'SMALL', 'LONGEST', 'PARTS', 'WAYS', 'name_arm', 'list_names',
            'Kept', 'Trusted', 'claims_on_accuracy', 'claim_of_lengths', 'claims_on_measures', 'claims', 'AnyLength',
-           'arms', 'chance', 'benchmarks', 'read_nearness', 'read_confidence', 'read_overconfidence',
-           'compare_measures', 'state_finding', 'list_points', 'figure', 'length_figure', 'measure_lengths',
-           'measure_trust']
+           'arms', 'chance', 'benchmarks', 'read_nearness', 'read_confidence', 'read_overconfidence', 'state_finding',
+           'list_points', 'figure', 'length_figure', 'measure_lengths', 'measure_trust']
 
 # %% ../../nbs/paper/62_length.ipynb #62len003
 from dataclasses import dataclass, replace
@@ -19,13 +18,12 @@ import numpy as np
 from ..clinic.teachers import INSTRUCT, REASONER, SimulatedTeacher
 from ..core.identity import digest
 from ..core.recipe import Recipe
-from ..evaluate.arms import Arm, schedule_of
-from ..evaluate.claims import Claim, judge_claim, read_claim_gate
+from ..evaluate.arms import Arm, Lengths, schedule_of
+from ..evaluate.claims import Claim, heed_gate, judge_claim, read_claim_gate
 from ..evaluate.evaluate import score_runs
 from ..evaluate.results import Results
-from ..evaluate.section_run import finding_of, list_pools
-from ..evaluate.seeds import resample_twice, tally_units
-from ..evaluate.stats import Interval, bootstrap
+from ..evaluate.section_run import compare_read, list_pools
+from ..evaluate.stats import bootstrap
 
 # %% ../../nbs/paper/62_length.ipynb #62len03a
 from ..generate.budgets import Budgets, read_budgets
@@ -199,30 +197,29 @@ def _teach(recipe: Recipe, stated: bool) -> Arm:
         sources=((pool, own["questions"]),),
         form="cot",
         k=common.samples,
-        budgets=read_budgets(own["budgets"]),
-        stated=stated,
+        length=Lengths(budgets=read_budgets(own["budgets"]), stated=stated),
         teacher=AnyLength.label if pool.startswith("clinic_") else "",
         schedule=schedule_of(common, own["epochs"]),
     )
 
 
-def _reward(recipe: Recipe, told: Arm) -> Arm:
+def _reward(recipe: Recipe, taught: Arm) -> Arm:
     "The student that goes on from the one that is told, paid for right answers of the length."
     own, common = recipe.scalars("62_length"), recipe.common
-    (pool, _), *_ = told.sources
+    (pool, _), *_ = taught.sources
     plan = PolicyPlan(
         steps=own["steps"],
         prompts=own["prompts"],
         responses=own["responses"],
         reward="length",
         max_tokens=common.max_tokens,
-        budgets=told.budgets,
+        budgets=taught.length.budgets,
     )
     return Arm(
         sources=((pool, -own["asked"]),),
         form="cot",
         k=0,
-        base=told,
+        base=taught,
         policy=plan,
         schedule=replace(schedule_of(common, 1.0), lr=own["lr"]),
     )
@@ -230,13 +227,15 @@ def _reward(recipe: Recipe, told: Arm) -> Arm:
 # %% ../../nbs/paper/62_length.ipynb #62len022
 def arms(recipe: Recipe) -> dict[str, Arm]:
     "The three students, each as it is asked: without a length, and at each budget."
-    told, silent = _teach(recipe, stated=True), _teach(recipe, stated=False)
-    paid, spare = _reward(recipe, told), recipe.common.answer_tokens
+    taught, silent = _teach(recipe, stated=True), _teach(recipe, stated=False)
+    paid, spare = _reward(recipe, taught), recipe.common.answer_tokens
     every = {SILENT: silent}
-    for words, tokens in told.budgets:
-        every[name_arm(ASKED, words)] = replace(told, asked=words)
-        every[name_arm(REWARDED, words)] = replace(paid, asked=words)
-        every[name_arm(CUT, words)] = replace(silent, cut_at=max(1, tokens - spare))
+    for words, tokens in taught.length.budgets:
+        asked = replace(taught.length, asked=words)
+        cut = replace(silent.length, cut_at=max(1, tokens - spare))
+        every[name_arm(ASKED, words)] = replace(taught, length=asked)
+        every[name_arm(REWARDED, words)] = replace(paid, length=Lengths(asked=words))
+        every[name_arm(CUT, words)] = replace(silent, length=cut)
     return every
 
 
@@ -283,45 +282,19 @@ def _measure_of(claim: Claim, budgets: Budgets):
     return partial(read_nearness, budget=tokens)
 
 
-def compare_measures(claim: Claim, results: Results, budgets: Budgets) -> dict:
-    "The finding of a claim about lengths or about confidence."
-    common, where, of = results.common, claim.benchmark, _measure_of(claim, budgets)
-    part = results.take_reading(claim.reading).take_joins(claim.joins)
-    units = part.label_units(claim.a, where)
-
-    def difference(seed=None):
-        (a, groups), (b, _) = (
-            part.scores(arm, where, seed=seed, of=of) for arm in (claim.a, claim.b)
-        )
-        return tally_units(a - b, groups, units)
-
-    tally = difference()
-    drawn = resample_twice(tally, n=common.bootstrap, seed=common.base_seed)
-    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
-    joins = len(set(units)) if units else 0
-    estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n, joins=joins)
-    seeds = range(len(results.rows[claim.a][where]))
-    by_seed = [difference(seed).estimate for seed in seeds]
-    finding = finding_of(claim, estimate, by_seed, resampled=drawn)
-    return finding if isinstance(claim, Kept) else _heed_gate(claim, part, finding)
-
-# %% ../../nbs/paper/62_length.ipynb #62len032
-def _heed_gate(claim: Claim, part: Results, finding: dict) -> dict:
-    "The finding, not tested where its students fail the gate on the same questions and reading."
-    gate = read_claim_gate(claim, part)
-    is_tested = all(line["passed"] for line in gate)
-    return {**finding, "gate": gate, "outcome": finding["outcome"] if is_tested else "not tested"}
-
-
 def state_finding(claim: Claim, results: Results, budgets: Budgets) -> dict:
     "The finding of a claim about accuracy, or about one of the measures."
-    if isinstance(claim, (Kept, Trusted)):
-        return compare_measures(claim, results, budgets)
-    return judge_claim(claim, results)
+    if not isinstance(claim, (Kept, Trusted)):
+        return judge_claim(claim, results)
+    part = results.take_reading(claim.reading).take_joins(claim.joins)
+    finding = compare_read(claim, part, of=_measure_of(claim, budgets))
+    if isinstance(claim, Kept):  # a length can be kept by who is wrong
+        return finding
+    return heed_gate(finding, read_claim_gate(claim, part))
 
 # %% ../../nbs/paper/62_length.ipynb #62len035
 PARTS = {"all": "All questions", "seen": "Joins that were read", "unseen": "New joins"}
-WAYS = {ASKED: "asked for in the prompt", REWARDED: "and rewarded for", CUT: "cut"}
+WAYS = {ASKED: "asked for", REWARDED: "asked and rewarded for", CUT: "cut"}
 
 
 def _find_way(arm: str, budgets: Budgets) -> tuple[str, int]:  # (way, tokens); of SILENT ("", 0)
@@ -359,7 +332,9 @@ def figure(results: dict):
             ordered = {way: sorted(places) for way, places in series.items()}
             panels.append(Panel(heading, ordered, xlabel="tokens written"))
     title = "What a length costs"
-    return draw_panels(panels, title=title, ylabel=label_accuracy(points[0]["reading"]), same_y=True)
+    return draw_panels(
+        panels, title=title, ylabel=label_accuracy(points[0]["reading"]), same_y=True
+    )
 
 
 def length_figure(results: dict):

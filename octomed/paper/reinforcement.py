@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['START', 'VERDICT', 'SHUFFLED', 'REJECTION', 'WARD', 'FEW', 'PARTS', 'Solved', 'claims_on_gain', 'claims_of_controls',
            'claims', 'make_plan', 'arms', 'further_arms', 'chance', 'benchmarks', 'pass_at', 'solve_rows',
-           'compare_solved', 'state_finding', 'list_parts', 'tabulate_solved', 'read_logs', 'figure', 'training_figure',
-           'tell_collapses', 'measure_validity', 'find_unreasoned']
+           'state_finding', 'list_parts', 'tabulate_solved', 'read_logs', 'figure', 'training_figure', 'tell_collapses',
+           'measure_validity', 'find_unreasoned']
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei003
 from dataclasses import dataclass, replace
@@ -19,12 +19,11 @@ import numpy as np
 from ..core.files import read_jsonl
 from ..core.recipe import Recipe
 from ..evaluate.arms import Arm, declare_stages, schedule_of
-from ..evaluate.claims import Claim, judge_claim, read_claim_gate
+from ..evaluate.claims import Claim, heed_gate, judge_claim, read_claim_gate
 from ..evaluate.evaluate import READINGS
 from ..evaluate.results import Results, give_seeds
-from ..evaluate.section_run import finding_of, list_pools, read_answers
-from ..evaluate.seeds import resample_twice, tally_units
-from ..evaluate.stats import Interval, bootstrap
+from ..evaluate.section_run import compare_read, list_pools, read_answers
+from ..evaluate.stats import bootstrap
 from ..evaluate.tables import READ_AS
 from ..generate.answers import score
 from ..generate.steps import check_steps
@@ -187,41 +186,13 @@ def solve_rows(rows: list[dict], k: int) -> np.ndarray:  # (questions, 1)
     return np.array(solved)
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61rei030
-def compare_solved(claim: Solved, results: Results) -> dict:
-    "The finding of a claim about questions that are solved in all their tries."
-    common, where = results.common, claim.benchmark
-    part = results.take_reading(claim.reading).take_joins(claim.joins)
-    solve = partial(solve_rows, k=common.eval_seeds)
-    units = part.label_units(claim.a, where)
-
-    def difference(seed=None):
-        (a, groups), (b, _) = (
-            part.scores(arm, where, seed=seed, of=solve) for arm in (claim.a, claim.b)
-        )
-        return tally_units(a - b, groups, units)
-
-    tally = difference()
-    drawn = resample_twice(tally, n=common.bootstrap, seed=common.base_seed)
-    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
-    joins = len(set(units)) if units else 0
-    estimate = Interval(estimate=tally.estimate, low=low, high=high, n=tally.n, joins=joins)
-    seeds = range(len(results.rows[claim.a][where]))
-    by_seed = [difference(seed).estimate for seed in seeds]
-    return _heed_gate(claim, part, finding_of(claim, estimate, by_seed, resampled=drawn))
-
-
-def _heed_gate(claim: Claim, part: Results, finding: dict) -> dict:
-    "The finding, not tested where its students fail the gate on the same questions and reading."
-    gate = read_claim_gate(claim, part)
-    is_tested = all(line["passed"] for line in gate)
-    return {**finding, "gate": gate, "outcome": finding["outcome"] if is_tested else "not tested"}
-
-# %% ../../nbs/paper/61_reinforcement.ipynb #61rei031
 def state_finding(claim: Claim, results: Results) -> dict:
     "The finding of a claim about one try, or about all of them."
-    if isinstance(claim, Solved):
-        return compare_solved(claim, results)
-    return judge_claim(claim, results)
+    if not isinstance(claim, Solved):
+        return judge_claim(claim, results)
+    part = results.take_reading(claim.reading).take_joins(claim.joins)
+    finding = compare_read(claim, part, of=partial(solve_rows, k=results.common.eval_seeds))
+    return heed_gate(finding, read_claim_gate(claim, part))
 
 # %% ../../nbs/paper/61_reinforcement.ipynb #61parts1
 PARTS = {"all": "All questions", "seen": "Joins that were read", "unseen": "New joins"}

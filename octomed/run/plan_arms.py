@@ -54,8 +54,8 @@ def _count_traces(arm, common, steps: dict, questions: int) -> int:
     estimate = questions
     if arm.k:
         estimate = round(questions * min(arm.k, common.samples * RATES["acceptance"]))
-    if arm.budgets:
-        estimate = questions * len(arm.budgets)
+    if arm.length.budgets:
+        estimate = questions * len(arm.length.budgets)
     if arm.traces:
         estimate = min(estimate, arm.traces)
     accepted = _counts(steps.get("accepted")).get("kept", estimate)

@@ -262,7 +262,7 @@ def _read_before(loop: PolicyLoop, rows: list[PolicyRow]) -> list[PolicyRow]:
                 known.append(replace(row, before=before))
     return known
 
-# %% ../../nbs/train/12_reinforce.ipynb #12rei021
+# %% ../../nbs/train/12_reinforce.ipynb #12reilen
 def _ask_for_lengths(
     questions: list[Question], plan: PolicyPlan, *, form: str, seed: int
 ) -> tuple[list[Question], list[str]]:
@@ -272,7 +272,7 @@ def _ask_for_lengths(
     given = give_budgets(questions, plan.budgets, seed)
     return [question for question, _ in given], [name_form(form, words) for _, words in given]
 
-
+# %% ../../nbs/train/12_reinforce.ipynb #12rei021
 class Drawer:
     "Asks a policy the questions of a step, judges its responses, and keeps them."
 
