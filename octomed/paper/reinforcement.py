@@ -268,7 +268,7 @@ def _read_series(results: dict, joins: str, reading: str) -> dict[str, list]:
     "By arm: questions solved by number of tries, with intervals, as panels take them."
     series: dict[str, list] = {}
     for row in results["solved"]:
-        if (row["joins"], row["reading"]) == (joins, reading):
+        if (row["joins"], row.get("reading", "generated")) == (joins, reading):
             point = (row["tries"], row["solved"], tuple(row["interval"]))
             series.setdefault(row["arm"], []).append(point)
     return series

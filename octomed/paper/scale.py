@@ -277,7 +277,7 @@ def describe_law(
     numbers = {
         "floor": law[:, 0],
         "exponent": law[:, 2],
-        "forenumbers": 1 - read_law(law, amounts[-1:])[:, 0],
+        "foretold": 1 - read_law(law, amounts[-1:])[:, 0],
         "by a straight line": 1 - errors[:, -2] - rise * log2(amounts[-1] / amounts[-2]),
         "found": 1 - errors[:, -1],
     }
