@@ -250,3 +250,22 @@ def test_what_is_kept_of_a_policys_questions_names_their_templates(tmp_path):
     rows = list_rollout_requests(drawer, [{"step": 0, "asked": [questions[3].id]}])
     assert [r["template"] for r in rows] == [drawer.forms[3]]
     assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize("changed", [{"form": "direct"}, {"k": 0}, {"blind": True}])
+def test_lengths_are_asked_of_traces_alone(teaching, changed):
+    recipe, taught, _ = teaching
+    with pytest.raises(UsageError, match="let form be cot"):
+        declare_stages(replace(taught, **changed), recipe.common)
+
+
+def test_commands_take_lengths():
+    from octomed.run.cli import PolicyWords, TrainingOptions, declare_policy, declare_training
+
+    words = "one line = 36, two lines = 72"
+    arm, common = declare_training(("clinic_ward:train",), TrainingOptions(budgets=words), "cot")
+    assert arm.length.budgets == read_budgets(words) and arm.k == common.samples
+    paid, _ = declare_policy(("clinic_ward:train",), PolicyWords(budgets=words, reward="length"))
+    assert paid.policy.budgets == read_budgets(words) and not paid.length.budgets
+    with pytest.raises(UsageError, match="write its words"):
+        declare_policy(("clinic_ward:train",), PolicyWords(budgets="long"))

@@ -62,7 +62,10 @@ def reward_length(question: Question, sample: Sample, verdict: Verdict) -> float
 
     Raises `UsageError` for a question without a `budget` (LCPO, Aggarwal and Welleck, 2025)."""
     if "budget" not in question.tags:
-        raise UsageError("the reward length needs questions with a budget: give each a tag budget")
+        raise UsageError(
+            "the reward length needs lengths to ask for: give budgets, "
+            "such as --budgets '512 tokens = 512, 2048 tokens = 2048'"
+        )
     return score(verdict) - PRICE * abs(sample.tokens - question.tags["budget"])
 
 

@@ -220,7 +220,13 @@ def _base(arm: Arm, common: Common):
 
 
 def _rendered(arm: Arm, common: Common, asked: Stage, kept: Stage | None, base) -> Stage:
-    "The stage that turns traces, answers or chats into tokens."
+    """The stage that turns traces, answers or chats into tokens.
+
+    Raises `UsageError` for lengths of what is no trace."""
+    if arm.length.budgets and (arm.form != "cot" or not arm.k or arm.blind):
+        raise UsageError(
+            "a length is asked of a student that reasons: let form be cot, k above 0, not blind"
+        )
     shape = {"base": base, "max_pixels": common.max_pixels, "cutoff": arm.schedule.cutoff}
     if _reads_chats(arm):
         return rendered_chats(chats=asked, **shape)
