@@ -31,6 +31,11 @@ from octomed.train.reinforce import Drawer, PolicyPlan
 
 LINES = length.LINES
 WARD = "clinic_ward:test"
+SEEN = {  # how the clinic's tokenizer sees the words of a budget
+    "one line": "one<|unk|>",
+    "two lines": "two<|unk|>",
+    "a long text": "a long text",
+}
 
 
 @pytest.mark.parametrize(
@@ -102,9 +107,9 @@ def test_both_students_read_the_same_traces_and_one_is_told_their_length(teachin
         first, decode(first, is_prompt), decode(second, is_prompt), strict=True
     ):
         tokens = len(row.input_ids) - row.prompt - 1  # without the end of the turn
-        number = find_nearest(tokens, LINES).split()[0]
-        assert f"in<|unk|> {number}<|unk|>," in prompt, "the clinic knows neither about nor lines"
-        assert silent_prompt == prompt.replace(f" in<|unk|> {number}<|unk|>", "")
+        words = SEEN[find_nearest(tokens, LINES)]
+        assert f" in<|unk|> {words}," in prompt, "the clinic does not know the word about"
+        assert silent_prompt == prompt.replace(f" in<|unk|> {words}", "")
     asked = {row.question for row in first}
     assert len(first) > len(asked), "some question has traces of two lengths"
 
@@ -234,10 +239,10 @@ def test_a_finding_about_confidence_needs_students_that_can():
     able += [row(n, 30, [0.0, -9.0], right=False) for n in (18, 19)]
     unable = [row(n, 30, [0.0, -0.1], right=n % 2) for n in range(20)]
     claim = next(c for c in length.claims() if isinstance(c, length.Trusted))
-    same = invented(asked_for_one_line=able, asked_for_three_lines=able)
+    same = invented(asked_for_one_line=able, asked_for_a_long_text=able)
     finding = length.state_finding(claim, same, LINES)
     assert finding["difference"] == 0 and finding["outcome"] == "holds"
-    guessing = invented(asked_for_one_line=unable, asked_for_three_lines=unable)
+    guessing = invented(asked_for_one_line=unable, asked_for_a_long_text=unable)
     assert length.state_finding(claim, guessing, LINES)["outcome"] == "not tested"
 
 

@@ -36,7 +36,7 @@ from ..train.reinforce import PolicyPlan
 WARD = "clinic_ward:test"
 SILENT = "not asked"
 ASKED, REWARDED, CUT = "asked for", "rewarded for", "cut at"
-LINES = read_budgets("one line = 36, two lines = 72, three lines = 108")  # the course's
+LINES = read_budgets("one line = 36, two lines = 72, a long text = 108")  # the course's
 SMALL = "A small student writes one step a sentence; it has no doubts to leave out."
 
 
@@ -332,9 +332,7 @@ def figure(results: dict):
             ordered = {way: sorted(places) for way, places in series.items()}
             panels.append(Panel(heading, ordered, xlabel="tokens written"))
     title = "What a length costs"
-    return draw_panels(
-        panels, title=title, ylabel=label_accuracy(points[0]["reading"]), same_y=True
-    )
+    return draw_panels(panels, title=title, ylabel=label_accuracy(points[0]["reading"]), same_y=True)
 
 
 def length_figure(results: dict):
