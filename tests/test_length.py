@@ -127,14 +127,17 @@ def test_an_arm_is_asked_for_its_length_and_another_is_cut_at_it(teaching):
 
 
 @RECIPES
-def test_ten_rows_come_from_three_students(name):
+def test_eleven_rows_come_from_four_students(name):
     recipe, arms = declared(length, name)
     students = {declare_stages(arm, recipe.common)["student"] for arm in arms.values()}
-    assert len(arms) == 10 and len(students) == 3
+    assert len(arms) == 11 and len(students) == 4
     paid = arms["rewarded for one line"]
     assert paid.policy.reward == "length" and paid.policy.budgets == LINES
     asked = arms["asked for one line"]
     assert paid.base == replace(asked, length=replace(asked.length, asked=""))
+    control = arms["rewarded for the answer alone, two lines"]
+    assert control.policy == replace(paid.policy, reward="verdict")
+    assert replace(control, policy=None) == replace(arms["rewarded for two lines"], policy=None)
 
 
 @RECIPES
@@ -143,7 +146,7 @@ def test_claims_compare_arms_that_exist(name):
     budgets = read_budgets(recipe.scalars("62_length")["budgets"])
     claims = length.claims(budgets, recipe.common.reading)
     check_claims(claims, arms, length.benchmarks(recipe))
-    assert len(claims) == 6 and not any(claim.paper for claim in claims)
+    assert len(claims) == 7 and not any(claim.paper for claim in claims)
     (trend,) = (claim for claim in claims if claim.kind == "trend")
     assert [place for _, place in trend.along] == sorted(place for _, place in trend.along)
 
@@ -154,7 +157,9 @@ def test_other_budgets_have_claims_of_their_own(name):
     budgets = read_budgets(recipe.scalars("62_length")["budgets"])
     arms = length.arms(recipe)
     check_claims(length.claims(budgets), arms, [WARD])
-    assert len(arms) == 1 + 3 * len(budgets)
+    assert len(arms) == 2 + 3 * len(budgets)
+    longest = max(tokens for _, tokens in budgets)
+    assert longest < recipe.common.max_tokens
 
 
 def test_the_teacher_has_three_lengths_in_turn():
@@ -208,7 +213,8 @@ def row(n, tokens, logprobs, right=True):
 
 
 def invented(**given):
-    rows = {arm.replace("_", " "): {WARD: [own, own]} for arm, own in given.items()}
+    names = {arm: arm.replace("_", " ").replace("alone two", "alone, two") for arm in given}
+    rows = {names[arm]: {WARD: [own, own]} for arm, own in given.items()}
     arms = {arm: Arm(sources=(("clinic_ward:train", 1),)) for arm in rows}
     return Results(Common(bootstrap=200, likelihood=True), rows, arms)
 
@@ -223,10 +229,32 @@ def test_nearness_and_confidence_are_what_they_say():
     assert length.read_confidence([unread]) == 0
 
 
+def test_the_calibration_error_is_that_of_a_plain_sum():
+    rng = np.random.default_rng(0)
+    sure, right = rng.random((40, 2)), (rng.random((40, 2)) < 0.6).astype(float)
+    total = 0.0
+    for low in np.arange(10) / 10:
+        inside = [
+            (s, r) for s, r in zip(sure.ravel(), right.ravel(), strict=True) if low <= s < low + 0.1
+        ]
+        if inside:
+            mean_sure, mean_right = np.mean(inside, axis=0)
+            total += len(inside) / 80 * abs(mean_sure - mean_right)
+    assert length.measure_calibration_error(sure, right) == pytest.approx(total)
+    assert length.measure_calibration_error(np.ones((3, 1)), np.ones((3, 1))) == 0
+
+
+def test_one_budget_is_no_comparison():
+    recipe = load_recipe("smoke")
+    own = {**recipe.scalars("62_length"), "budgets": "one line = 36"}
+    with pytest.raises(UsageError, match="two or more"):
+        length.arms(recipe.with_scalars("62_length", **own))
+
+
 def test_a_finding_about_lengths_is_the_difference_of_distances():
     results = invented(
         rewarded_for_two_lines=[row(n, 72, [0.0, -9.0]) for n in range(20)],
-        asked_for_two_lines=[row(n, 90, [0.0, -9.0]) for n in range(20)],
+        rewarded_for_the_answer_alone_two_lines=[row(n, 90, [0.0, -9.0]) for n in range(20)],
     )
     claim = next(c for c in length.claims() if isinstance(c, length.Kept))
     finding = length.state_finding(claim, results, LINES)

@@ -54,19 +54,21 @@ def reward_validity(question: Question, sample: Sample, verdict: Verdict) -> flo
     return float(bool(score(verdict)) and reasoning is not None and reasoning.is_valid)
 
 
-PRICE = 0.005  # of a token that is too many or too few
+PRICE = 0.4  # of a length that misses its budget by all of it
 
 # %% ../../nbs/distill/09_rewards.ipynb #08rew008c
 def reward_length(question: Question, sample: Sample, verdict: Verdict) -> float:
     """1 for the right option, less a price for the distance to the tokens that were asked for.
 
+    LCPO prices a token; here its price is a share of the budget, so that short budgets count too.
     Raises `UsageError` for a question without a `budget` (LCPO, Aggarwal and Welleck, 2025)."""
     if "budget" not in question.tags:
         raise UsageError(
             "the reward length needs lengths to ask for: give budgets, "
             "such as --budgets '512 tokens = 512, 2048 tokens = 2048'"
         )
-    return score(verdict) - PRICE * abs(sample.tokens - question.tags["budget"])
+    budget = question.tags["budget"]
+    return score(verdict) - PRICE * abs(sample.tokens - budget) / budget
 
 
 register_reward("verdict", reward_verdict)

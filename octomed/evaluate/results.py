@@ -73,9 +73,10 @@ class Results:
 
     @property
     def training_seeds(self) -> int:
-        "Training seeds that all arms have."
-        lengths = [len(by_seed) for of_arm in self.rows.values() for by_seed in of_arm.values()]
-        return min(lengths)
+        "Training seeds that all arms have; chance students, which have one, do not count."
+        blind = {name for name, arm in self.arms.items() if arm and arm.blind}
+        asked = [of_arm for name, of_arm in self.rows.items() if name not in blind]
+        return min(len(by_seed) for of_arm in asked for by_seed in of_arm.values())
 
     def scores(
         self,

@@ -260,6 +260,7 @@ def describe_arm(
     trains = arm.schedule.epochs > 0
     epochs = round(arm.schedule.epochs * arm.at, 2)
     routed = f"{common.teacher_text}; {common.teacher_image} for images"
+    length = arm.length.asked or (f"cut at {arm.length.cut_at} tokens" if arm.length.cut_at else "")
     return {
         "reads": ", ".join(spec for spec, _ in arm.sources) if trains else "",
         "questions": sum(abs(amount) for _, amount in arm.sources) if trains else 0,
@@ -269,6 +270,8 @@ def describe_arm(
         "traces kept": arm.keep,
         "student": arm.student or common.student,
         "epochs": epochs if arm.compute_of is None else f"as many tokens as {equal_to}",
+        "length": length,
+        "reward": arm.policy.reward if arm.policy else "",
         "training seeds": max(seeds, arm.seeds) if trains else 1,
     }
 

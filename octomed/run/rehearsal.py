@@ -193,6 +193,14 @@ AMOUNTS = (
     "votes",
     "cases",
     "draws",
+    "steps",
+    "prompts",
+    "responses",
+    "tries",
+    "asked",
+    "held_out",
+    "halves",
+    "many",
 )
 ALL_THERE_ARE = ("traces",)  # 0 in a rehearsal: a handful cannot give a stated number
 
