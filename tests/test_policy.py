@@ -325,7 +325,8 @@ def test_two_processes_are_one_policy(job, own_places, tmp_path, monkeypatch):
     alone = run_stage(policy(**job)).rename(tmp_path / "alone")
     monkeypatch.setenv("OCTOMED_TRAIN", f"accelerate={config(tmp_path)}")
     wide = run_stage(policy(**job))
-    assert_equal_weights(weights_of(alone), weights_of(wide), atol=1e-5)
+    # sums of halves round otherwise; one update is as large as the rate, 1e-2
+    assert_equal_weights(weights_of(alone), weights_of(wide), atol=3e-5)
     logs = [read_jsonl(f / "log.jsonl") for f in (alone, wide)]
     for a, b in zip(*logs, strict=True):
         assert a["asked"] == b["asked"] and math.isclose(a["reward"], b["reward"], rel_tol=1e-6)
