@@ -387,8 +387,9 @@ SHIPPED = (
     "tiny-other",
     "tiny-qwen3",
     "tiny-internvl",
+    "tiny-internvl-reasoner",
 )  # folders in data/students
-NOT_SHIPPED = ("small", "tiny-internvl-reasoner")  # `octomed base` makes them
+NOT_SHIPPED = ("small",)  # `octomed base` makes them
 OTHER_SEEDS = {"tiny": "tiny-other"}  # the base of the same kind that was made with other seeds
 
 
