@@ -19,7 +19,7 @@ import numpy as np
 from .gate import gate, read_gate, read_modalities
 from .lessons import MIXTURE, Lesson, choose_lesson_picture, write_lessons
 from .questions import draw_pictures, identify_world
-from .students import NOT_SHIPPED, SHIPPED, build_for_clinic, build_paragraph_rows
+from .students import SHIPPED, build_for_clinic, build_paragraph_rows
 from .towers import list_seeing_parts, teach_tower
 from ..core.devices import device
 from ..core.files import read_jsonl, write_json
