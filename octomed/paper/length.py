@@ -12,6 +12,7 @@ __all__ = ['WARD', 'SILENT', 'ASKED', 'REWARDED', 'CUT', 'RIGHT_ALONE', 'LINES',
 # %% ../../nbs/paper/62_length.ipynb #62len003
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -422,8 +423,8 @@ def measure_lengths(results: Results, benchmark: str, budgets: Budgets) -> list[
     table, common = [], results.common
     for arm in (arm for arm in results.rows if not results.arms[arm].blind):
         way, budget = _find_way(arm, budgets)
-        runs = results.rows[arm][benchmark]
-        written = [tokens for rows in runs for row in rows for tokens in row["tokens"]]
+        every = chain.from_iterable(results.rows[arm][benchmark])
+        written = list(chain.from_iterable(row["tokens"] for row in every))
         low, middle, high = np.quantile(written, [0.25, 0.5, 0.75])
         row = {
             "arm": arm,

@@ -153,7 +153,12 @@ def claims_of_size(own: dict, student: str, benchmark: str) -> list[Claim]:
     if not sizes:
         return []
     along = tuple((arm, log2(parameters)) for arm, parameters in sizes.items())
-    shared = {"a": along[-1][0], "b": along[0][0], "kind": "trend", "along": along}
+    shared = {
+        "a": along[-1][0],
+        "b": along[0][0],
+        "kind": "trend",
+        "along": along,
+    }
     return [
         Claim(
             text="Of students that read the same questions, the larger are right more often",
