@@ -281,7 +281,8 @@ def figure(
     "Questions solved in k tries, on joins that were read and on new ones."
     from octomed.evaluate.figures import Panel, draw_panels
 
-    reading, panels = reading or results["claims"][0]["reading"], []
+    of_claims = next((claim["reading"] for claim in results["claims"]), "generated")
+    reading, panels = reading or of_claims, []
     for joins, heading in PARTS.items():
         if series := _read_series(results, joins, reading):
             ticks = tuple(range(1, 1 + max(len(points) for points in series.values())))

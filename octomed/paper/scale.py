@@ -117,13 +117,12 @@ def count_parameters(
 ) -> int:
     "The parameters of a base student; those of a hub id by its configuration alone."
     from octomed.clinic.bases import BASES
-    from octomed.clinic.students import SIZES, build_for_clinic
+    from octomed.clinic.students import build_for_clinic
 
     base = BASES.get(student.removeprefix("clinic/"))
     if base is None:
         return sum(load_shape(student).parameters.values())
-    size = next(name for name, size in SIZES.items() if name == base.size)
-    model, _ = build_for_clinic(size, seed=0, max_pixels=12_544, family=base.family)
+    model, _ = build_for_clinic(base.size, seed=0, max_pixels=12_544, family=base.family)
     return sum(weights.numel() for weights in model.parameters())
 
 
